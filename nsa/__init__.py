@@ -1,0 +1,1 @@
+"""Native versus retrofitted sparse attention: models, methods, schedules, training, evaluation, report."""

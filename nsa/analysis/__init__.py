@@ -1,0 +1,1 @@
+"""Analysis of finished runs: selectors, swaps, hidden-state sparsity, scaling fits, statistics."""

@@ -1,0 +1,365 @@
+"""The configuration of one run: plain dataclasses, one comment and one unit per field.
+
+An experiment file's `get_config(arg)` returns a `Config`; the launchers apply
+`--config.a.b=value` overrides to it and call `validate`, which raises one
+`ConfigError` that names every wrong field, its value and the fix. Nothing here
+touches a device.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+import json
+import math
+import types
+import typing
+from typing import Any
+
+from nsa import methods, tasks
+
+MODES = ("dense", "sparse", "warmup", "mixed")
+TRAINABLE = ("all", "selector", "memory")
+GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run. `problems` is a list of (field, value, fix)."""
+
+  def __init__(self, problems):
+    self.problems = list(problems)
+    lines = [f"  {name} = {value!r}: {fix}" for name, value, fix in self.problems]
+    super().__init__("the configuration cannot run:\n" + "\n".join(lines))
+
+
+@dataclass
+class ModelConfig:
+  """A decoder-only Transformer: GQA, RoPE, RMSNorm, SwiGLU."""
+  vocab_size: int = 320           # token ids, padded to a multiple of 64 (bytes + 3 specials = 259)
+  num_layers: int = 4             # L
+  d_model: int = 256              # D, width of the residual stream
+  num_heads: int = 8              # N, query heads
+  num_kv_heads: int = 2           # K, key/value heads; G = N / K
+  head_dim: int = 32              # H
+  mlp_dim: int = 704              # F, hidden width of SwiGLU
+  rope_theta: float = 10_000.0    # base of the rotary wavelengths
+  qk_norm: bool = True            # RMSNorm on every query and key head before RoPE
+  short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
+  output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)
+  tie_embeddings: bool = True     # the output projection is the embedding, transposed
+  dense_layers: int = 0           # the first layers that stay dense whatever the method
+  remat: str = "none"             # "none", or "layer": recompute each layer in the backward pass
+  dtype: str = "float32"          # of activations and matmul inputs; parameters stay float32
+
+
+@dataclass
+class Stage:
+  """One stage of a schedule: what the model runs and what it learns."""
+  fraction: float = 1.0           # share of the run's steps; the shares of all stages add up to 1
+  mode: str = "dense"             # dense | sparse | warmup (dense output + selector loss) | mixed
+  train: str = "all"              # all | selector | memory: the parameter groups that learn
+  context: int = 0                # tokens per sequence; 0 = data.context. Tokens per step stay the same
+  learning_rate: float = 1.0      # factor on the schedule's learning rate
+  dense_share: float = 0.5        # mixed only: share of the steps that run dense
+  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = 1
+  enter: str = ""                 # what happens to the weights at the first step, e.g. "copy_kv" (see nsa/schedule.py)
+
+
+@dataclass
+class LearningRate:
+  """The learning-rate plan of the whole run: a pure function of the step, the same for all arms."""
+  peak: float = 1e-3              # at the end of the warm-up
+  plan: str = "wsd"               # wsd (warm up, hold, decay linearly) | cosine | constant
+  warmup: float = 0.02            # share of the steps
+  decay: float = 0.2              # share of the steps, wsd only
+  final: float = 0.05             # last learning rate / peak
+
+
+@dataclass
+class ScheduleConfig:
+  steps: int = 1000               # optimizer steps of the whole run
+  stages: list[Stage] = field(default_factory=lambda: [Stage()])
+  learning_rate: LearningRate = field(default_factory=LearningRate)
+
+
+@dataclass
+class DataConfig:
+  source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
+  tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD
+  data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
+  context: int = 1024             # T, tokens per sequence
+  global_batch: int = 8           # sequences per step over all devices, at `context` tokens
+  align: int = 0                  # packed documents begin at multiples of this; 0 = the method's block
+  task_share: float = 0.0         # share of the sequences that are synthetic tasks, 0 to 1
+  tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
+  answer_weight: float = 5.0      # loss weight of a task's answer tokens
+  filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
+
+
+@dataclass
+class OptimizerConfig:
+  name: str = "adamw"             # adamw | muon (matrices by Muon, all else by AdamW)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1       # decoupled; matrices only
+  clip: float = 1.0               # global gradient norm of the backbone; 0 = no clipping
+  selector_clip: float = 1.0      # the same for the selector's own parameters, clipped apart
+  selector_learning_rate: float = 1.0  # factor on the learning rate of selector parameters
+
+
+@dataclass
+class MeshConfig:
+  """Devices per mesh axis. -1 on `data` takes what is left."""
+  data: int = -1                  # copies of the model
+  fsdp: int = 1                   # shards of parameters and optimizer state
+  tensor: int = 1                 # shards of KV heads and of F
+
+
+@dataclass
+class EvalConfig:
+  every: int = 0                  # steps between evaluations; 0 = only at the end
+  split: str = "val"              # val | test | ood
+  sequences: int = 32             # windows of `context` tokens, drawn evenly over the documents
+  context: int = 0                # tokens; 0 = data.context
+  batch: int = 8                  # sequences per device call
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also: oracle, random, block_topk, sink_window; "sparse:num_blocks=8"
+  blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
+  tasks: tuple[str, ...] = ()     # () = data.tasks
+  task_examples: int = 32         # per task
+  diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
+
+
+@dataclass
+class CheckpointConfig:
+  every: int = 200                # steps between checkpoints; the last step is always saved
+  keep: int = 2                   # newest checkpoints that stay
+  keep_at: tuple[int, ...] = ()   # steps saved and never deleted (fork points)
+
+
+@dataclass
+class ForkConfig:
+  """Start from another run's checkpoint instead of from scratch."""
+  workdir: str = ""               # the run to fork from; "" = no fork
+  step: int = -1                  # its checkpoint; -1 = the newest
+  reset: bool = False             # True: begin at step 0 with a fresh optimizer (a foreign checkpoint)
+
+
+@dataclass
+class Config:
+  arm: str = "dense"              # name of the arm, a column of every record
+  size: str = "base"              # name of the model size, a column of every record
+  seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
+  model: ModelConfig = field(default_factory=ModelConfig)
+  attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
+  schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
+  checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+  fork: ForkConfig = field(default_factory=ForkConfig)
+  log_every: int = 10             # steps between metric records
+  tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
+  profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
+  implementation: str = ""        # of the attention operations; "" = the best one for the platform
+  peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
+
+
+# --- to and from JSON ---------------------------------------------------------
+
+
+def to_dict(config: Config) -> dict:
+  """The config as JSON-ready nested dicts; `attention` carries its method's name."""
+  out = dataclasses.asdict(config)
+  out["attention"] = {"method": config.attention.name, **out["attention"]}
+  return json.loads(json.dumps(out))
+
+
+def from_dict(tree: dict) -> Config:
+  """The inverse of `to_dict`. Raises ConfigError for an unknown field or method."""
+  tree = dict(tree)
+  attention = dict(tree.pop("attention", {"method": "dense"}))
+  method = methods.get(attention.pop("method"))
+  config = _build(Config, tree, "")
+  config.attention = _build(method, attention, "attention.")
+  return config
+
+
+def _build(cls, tree, prefix):
+  hints = typing.get_type_hints(cls)
+  names = {f.name for f in dataclasses.fields(cls)}
+  kwargs = {}
+  for name, value in tree.items():
+    if name not in names:
+      raise ConfigError([(prefix + name, value, f"no such field; {cls.__name__} has {', '.join(sorted(names))}")])
+    kwargs[name] = _convert(hints[name], value, prefix + name)
+  return cls(**kwargs)
+
+
+def _convert(hint, value, where):
+  origin = typing.get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, where + ".")
+  if origin is list:
+    (item,) = typing.get_args(hint)
+    return [_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
+  if origin is tuple:
+    return tuple(value)
+  if origin in (typing.Union, types.UnionType) or hint is Any:
+    return value
+  if hint is float and isinstance(value, int):
+    return float(value)
+  return value
+
+
+# --- validation ---------------------------------------------------------------
+
+
+def validate(config: Config, num_devices: int | None = None) -> Config:
+  """Checks every arithmetic constraint; returns the config unchanged.
+
+  Raises ConfigError listing all problems. `num_devices` adds the check of the
+  mesh against the devices that are there.
+  """
+  problems = []
+
+  def need(ok, name, value, fix):
+    if not ok:
+      problems.append((name, value, fix))
+
+  m, d, s, e, o = config.model, config.data, config.schedule, config.eval, config.optimizer
+  for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+    need(getattr(m, name) > 0, f"model.{name}", getattr(m, name), "must be at least 1")
+  if m.num_kv_heads > 0:
+    need(m.num_heads % m.num_kv_heads == 0, "model.num_heads", m.num_heads,
+         f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
+  need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
+  need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
+  need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
+  need(m.short_conv >= 0, "model.short_conv", m.short_conv, "taps of the convolution, 0 for none")
+  need(0 <= m.dense_layers <= m.num_layers, "model.dense_layers", m.dense_layers,
+       f"between 0 and model.num_layers = {m.num_layers}")
+  if d.tokenizer == "bytes":
+    need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size, "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
+  else:
+    need(False, "data.tokenizer", d.tokenizer, 'the tokenizer is "bytes"')
+
+  need(d.context > 0, "data.context", d.context, "must be at least 1 token")
+  need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
+  need(0 <= d.task_share <= 1, "data.task_share", d.task_share, "a share between 0 and 1")
+  need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
+  need(d.source != "tasks" or d.task_share == 1, "data.task_share", d.task_share,
+       'data.source = "tasks" has no text: set data.task_share = 1')
+  need(d.source in ("stdlib", "tasks") or d.source.split(":", 1)[0] in ("files", "tfds") and ":" in d.source,
+       "data.source", d.source, 'take "stdlib", "files:PATH", "tfds:NAME" or "tasks"')
+  for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
+    for name in names:
+      try:
+        task = tasks.get(name)
+        need(m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+      except ValueError as error:
+        need(False, where, name, str(error))
+
+  # Schedule.
+  need(s.steps > 0, "schedule.steps", s.steps, "must be at least 1")
+  need(bool(s.stages), "schedule.stages", s.stages, "at least one stage")
+  total = sum(stage.fraction for stage in s.stages)
+  need(abs(total - 1) < 1e-6, "schedule.stages[*].fraction", total, "the fractions must add up to 1")
+  contexts = {d.context}
+  for i, stage in enumerate(s.stages):
+    at = f"schedule.stages[{i}]"
+    need(stage.mode in MODES, f"{at}.mode", stage.mode, f"one of {', '.join(MODES)}")
+    need(stage.train in TRAINABLE, f"{at}.train", stage.train, f"one of {', '.join(TRAINABLE)}")
+    need(stage.fraction >= 0, f"{at}.fraction", stage.fraction, "cannot be negative")
+    need(0 <= stage.dense_share <= 1, f"{at}.dense_share", stage.dense_share, "a share between 0 and 1")
+    need(stage.learning_rate >= 0, f"{at}.learning_rate", stage.learning_rate, "cannot be negative")
+    need(stage.enter in ("",) + tuple(config.attention.enters), f"{at}.enter", stage.enter,
+         f"{config.attention.name} knows {config.attention.enters or 'none'}")
+    for loss in stage.loss_weights:
+      need(loss in config.attention.losses, f"{at}.loss_weights", loss,
+           f"{config.attention.name} has the losses {config.attention.losses}")
+    if stage.mode == "warmup":
+      need(bool(config.attention.losses), f"{at}.mode", stage.mode,
+           f"{config.attention.name} has no selector loss to warm up: use dense or sparse")
+    if stage.train == "selector":
+      need(bool(config.attention.losses), f"{at}.train", stage.train,
+           f"{config.attention.name} has no selector parameters with a loss")
+    need(stage.train != "memory", f"{at}.train", stage.train, f"{config.attention.name} has no memory")
+    if stage.context:
+      need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
+           f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay the same")
+      contexts.add(stage.context)
+  lr = s.learning_rate
+  need(lr.plan in ("wsd", "cosine", "constant"), "schedule.learning_rate.plan", lr.plan, "wsd, cosine or constant")
+  need(lr.peak > 0, "schedule.learning_rate.peak", lr.peak, "must be above 0")
+  need(0 <= lr.warmup < 1, "schedule.learning_rate.warmup", lr.warmup, "a share of the steps, 0 to below 1")
+  need(0 <= lr.decay <= 1 - lr.warmup, "schedule.learning_rate.decay", lr.decay, "warm-up and decay together take at most 1")
+
+  # The method's own constraints, at every context it will run at.
+  contexts.add(e.context or d.context)
+  for context in sorted(contexts):
+    problems += [(f"attention.{n}", v, f) for n, v, f in config.attention.check(m, context)]
+
+  need(o.name in ("adamw", "muon"), "optimizer.name", o.name, "adamw or muon")
+  need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
+  for name in e.blocks:
+    need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
+  for mode in e.run_modes:
+    try:
+      methods.parse_run_mode(mode)
+    except ValueError as error:
+      need(False, "eval.run_modes", mode, str(error))
+  need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds, "one or more different seeds")
+  need(not config.profile or len(config.profile) == 2, "profile", config.profile, "(first step, last step)")
+  need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
+  for step in config.checkpoint.keep_at:
+    need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")
+  need(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "at least 1")
+  need(config.log_every >= 1, "log_every", config.log_every, "at least 1 step")
+
+  mesh = config.mesh
+  for name in ("fsdp", "tensor"):
+    need(getattr(mesh, name) >= 1, f"mesh.{name}", getattr(mesh, name), "at least 1")
+  need(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "at least 1, or -1 for what is left")
+  if mesh.tensor >= 1 and m.num_kv_heads > 0:
+    need(m.num_kv_heads % mesh.tensor == 0, "mesh.tensor", mesh.tensor,
+         f"must divide model.num_kv_heads = {m.num_kv_heads}")
+  if num_devices is not None and mesh.fsdp >= 1 and mesh.tensor >= 1:
+    fixed = mesh.fsdp * mesh.tensor
+    if mesh.data == -1:
+      need(num_devices % fixed == 0, "mesh", (mesh.data, mesh.fsdp, mesh.tensor),
+           f"fsdp * tensor = {fixed} must divide the {num_devices} devices that are there")
+    else:
+      need(mesh.data * fixed == num_devices, "mesh", (mesh.data, mesh.fsdp, mesh.tensor),
+           f"data * fsdp * tensor = {mesh.data * fixed}, but there are {num_devices} devices")
+    data = num_devices // fixed if mesh.data == -1 else mesh.data
+    shards = max(data, 1) * mesh.fsdp
+    for context in sorted({st.context or d.context for st in s.stages}):
+      batch = d.global_batch * d.context // max(context, 1)
+      need(batch % shards == 0, "data.global_batch", batch,
+           f"{batch} sequences of {context} tokens do not divide over data * fsdp = {shards}; take a multiple")
+    need(e.batch % shards == 0, "eval.batch", e.batch, f"must be a multiple of data * fsdp = {shards}")
+    need(m.d_model % mesh.fsdp == 0, "model.d_model", m.d_model, f"must be a multiple of mesh.fsdp = {mesh.fsdp}")
+
+  if problems:
+    raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))
+  return config
+
+
+def _hashable(value):
+  try:
+    hash(value)
+    return value
+  except TypeError:
+    return repr(value)
+
+
+def steps_of(schedule: ScheduleConfig) -> list[tuple[int, int]]:
+  """First and one-past-last step of every stage. Boundaries are rounded, none is lost."""
+  edges = [0]
+  total = 0.0
+  for stage in schedule.stages:
+    total += stage.fraction
+    edges.append(min(schedule.steps, math.floor(total * schedule.steps + 0.5)))
+  edges[-1] = schedule.steps
+  return list(zip(edges[:-1], edges[1:]))

@@ -1,0 +1,11 @@
+"""Data: documents, tokenizers, packing, and batches as pure functions of (seed, step).
+
+    pipeline = data.make(config.data, seed, block=64)
+    batch = pipeline.batch_at(step)
+
+No iterator exists, so no iterator is saved: the step is the state.
+"""
+from nsa.data.batches import Batch, Data, EvalWindow, eval_windows, make
+from nsa.data.sources import Document, fingerprint, load
+
+__all__ = ["Batch", "Data", "Document", "EvalWindow", "eval_windows", "fingerprint", "load", "make"]

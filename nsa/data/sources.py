@@ -1,0 +1,244 @@
+"""Where documents come from: Python's own library, folders and archives, TFDS.
+
+`load` gives the documents of one split, sorted by name, each as token ids
+without BOS or EOS. Loaded documents stay in memory and are read-only.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import lzma
+import os
+import pathlib
+import sysconfig
+import tarfile
+import zlib
+
+import numpy as np
+
+from nsa.data import tokenizer
+
+SPLITS = ("train", "val", "test", "ood")
+
+# Python's library: what is read and how much of it.
+MIN_BYTES = 4096          # shorter files are no long documents
+MAX_TRAIN_BYTES = 8_000_000
+# Tests and their data, tables, bundled archives and what is no library code.
+SKIPPED_FOLDERS = frozenset((
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings",
+    "pydoc_data", "ensurepip", "turtledemo", "lib-dynload", "_bundled", "__phello__"))
+ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One document: its name within the source and its tokens, uint16[length], read-only, no BOS or EOS."""
+  name: str
+  tokens: np.ndarray
+
+
+def load(source: str, split: str, *, data_dir: str = "") -> list[Document]:
+  """The documents of `split` (train, val, test or ood), sorted by name.
+
+  Args:
+    source: "stdlib", "files:PATH" (a folder or a tar archive with one
+      sub-folder per split), "tfds:NAME", or "tasks" (no text: an empty list).
+    split: one of `SPLITS`.
+    data_dir: tfds only: where the builder's files lie; "" = TFDS's default.
+
+  Raises:
+    FileNotFoundError: PATH, the split's folder or the dataset does not exist.
+    ValueError: an unknown source or split, a damaged archive, an empty split.
+    ModuleNotFoundError: tfds without its packages.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split = {split!r}: unknown; the splits are {', '.join(SPLITS)}")
+  return list(_load(source, split, data_dir))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(source: str, split: str, data_dir: str) -> tuple[Document, ...]:
+  kind, _, rest = source.partition(":")
+  if source == "tasks":
+    return ()
+  if source == "stdlib":
+    texts = _stdlib(split)
+  elif kind == "files" and rest:
+    texts = _files(source, pathlib.Path(rest).expanduser(), split)
+  elif kind == "tfds" and rest:
+    texts = _tfds(source, rest, split, data_dir)
+  else:
+    raise ValueError(f'data.source = {source!r}: unknown; '
+                     'take "stdlib", "files:PATH", "tfds:NAME" or "tasks"')
+  texts = {name: text for name, text in texts.items() if text}
+  if not texts:
+    raise ValueError(f"data.source = {source!r}: the split {split!r} has no document with text in it; "
+                     "add text files or take another split")
+  return tuple(_document(name, texts[name]) for name in sorted(texts))
+
+
+def _document(name, text):
+  tokens = tokenizer.Bytes().encode(text)
+  tokens.setflags(write=False)  # documents are shared between callers
+  return Document(name, tokens)
+
+
+def fingerprint(documents: list[Document]) -> str:
+  """SHA-256 over names, lengths and tokens (hex): which corpus a run has seen."""
+  digest = hashlib.sha256()
+  for document in documents:
+    name = document.name.encode("utf-8", "surrogateescape")
+    digest.update(f"{len(name)} {len(document.tokens)} ".encode() + name)
+    digest.update(np.ascontiguousarray(document.tokens, "<u2"))
+  return digest.hexdigest()
+
+
+# --- the standard library -----------------------------------------------------
+
+
+def stdlib_split(module: str) -> str:
+  """The split of a library file, by a hash of its path ("json/decoder.py"): 90 % train, 5 % val, 5 % test."""
+  return {0: "val", 1: "test"}.get(zlib.crc32(module.encode()) % 20, "train")
+
+
+def _stdlib(split):
+  """Name -> bytes. The files, and so the corpus, differ between Python versions; `fingerprint` tells."""
+  root = pathlib.Path(sysconfig.get_path("stdlib"))
+  if split == "ood":
+    return _stdlib_prose(root)
+  sizes = {}
+  for folder, inside, files in os.walk(root):
+    inside[:] = [name for name in inside if name not in SKIPPED_FOLDERS]  # not walked at all
+    for name in files:
+      path = pathlib.Path(folder, name)
+      # `_sysconfigdata*` is one large table of compiler flags.
+      if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
+        module = path.relative_to(root).as_posix()
+        if stdlib_split(module) == split and path.stat().st_size >= MIN_BYTES:
+          sizes[module] = path.stat().st_size
+  if not sizes:
+    raise FileNotFoundError(f'data.source = "stdlib": no .py files under {root}; this Python ships without '
+                            "its sources, use data.source = files:PATH")
+  # The limit takes files in hash order, so that no part of the alphabet goes missing.
+  texts, total = {}, 0
+  for module in sorted(sizes, key=lambda m: (zlib.crc32(m.encode()[::-1]), m)):
+    if split == "train" and total + sizes[module] > MAX_TRAIN_BYTES:
+      continue
+    total += sizes[module]
+    texts[module] = (root / module).read_bytes()
+  return texts
+
+
+def _stdlib_prose(root):
+  """English prose that ships with Python: the language reference's topics and the licence."""
+  texts = {}
+  licence = root / "LICENSE.txt"
+  if licence.is_file():
+    texts["LICENSE.txt"] = licence.read_bytes()
+  try:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    texts["pydoc_data/topics"] = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+  except ModuleNotFoundError:
+    pass
+  if not texts:
+    raise FileNotFoundError('data.source = "stdlib": this Python ships no text for the split "ood" (neither '
+                            "LICENSE.txt nor pydoc_data); use data.source = files:PATH with an ood folder")
+  return texts
+
+
+# --- folders and archives -----------------------------------------------------
+
+
+def _files(source, path, split):
+  if path.is_dir():
+    return _folder(source, path, split)
+  if not path.exists():
+    raise FileNotFoundError(f"data.source = {source!r}: {path} does not exist; give a folder or an archive "
+                            f"({', '.join(ARCHIVES)}) that holds one sub-folder per split")
+  if not path.name.endswith(ARCHIVES):
+    raise ValueError(f"data.source = {source!r}: not a folder and not an archive; the name of an archive "
+                     f"ends in {', '.join(ARCHIVES)}")
+  return _archive(source, path, split)
+
+
+def _missing_split(source, split, found):
+  return FileNotFoundError(f"data.source = {source!r}: there is no {split}/ folder in it (found: "
+                           f"{', '.join(sorted(found)) or 'nothing'}); add one or take another split")
+
+
+def _hidden(parts):
+  return any(part.startswith(".") for part in parts)
+
+
+def _folder(source, path, split):
+  if not (path / split).is_dir():
+    raise _missing_split(source, split, [p.name for p in path.iterdir() if p.is_dir()])
+  root = path / split
+  files = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root).parts)]
+  return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+
+
+def _archive(source, path, split):
+  """Reads one split of a tar archive: `train/...`, `./train/...` or `<one folder>/train/...`."""
+  texts, found = {}, set()
+  try:
+    with tarfile.open(path, "r|*") as archive:  # a stream: one pass, nothing is written to disk
+      for member in archive:
+        parts = pathlib.PurePosixPath(member.name).parts
+        if len(parts) > 1 and parts[0] not in SPLITS and parts[1] in SPLITS:
+          parts = parts[1:]
+        if not parts or parts[0] not in SPLITS:
+          continue
+        found.add(parts[0])
+        if parts[0] == split and member.isfile() and not _hidden(parts):
+          texts["/".join(parts[1:])] = archive.extractfile(member).read()
+  except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    raise ValueError(f"data.source = {source!r}: the archive is damaged ({type(error).__name__}: {error}); "
+                     "fetch or pack it again") from error
+  if split not in found:
+    raise _missing_split(source, split, found)
+  return texts
+
+
+# --- TFDS ---------------------------------------------------------------------
+
+
+def _tfds(source, name, split, data_dir):
+  """Reads a TFDS dataset in array_record format; TensorFlow is not needed."""
+  try:
+    import tensorflow_datasets as tfds  # slow, and an optional extra
+    builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+  except ImportError as error:  # TFDS imports much of itself late, importlib_resources for one
+    raise ModuleNotFoundError(f"data.source = {source!r}: {error}; "
+                              "pip install tensorflow-datasets array_record importlib_resources") from error
+  except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+    raise FileNotFoundError(
+        f"data.source = {source!r}: no such dataset in data.data_dir = {data_dir!r} ({error}); build one "
+        "with nsa.data.tfds_builder.build(folder, data_dir)") from error
+  known = builder.info.splits or {}
+  wanted = {"val": ("val", "validation")}.get(split, (split,))
+  present = [s for s in wanted if s in known]
+  if not present:
+    if not known:
+      raise FileNotFoundError(
+          f"data.source = {source!r}: the dataset is not prepared in data.data_dir = {data_dir!r}; run "
+          "download_and_prepare with file_format='array_record', or nsa.data.tfds_builder.build")
+    raise _missing_split(source, split, known)
+  try:
+    examples = builder.as_data_source(split=present[0])
+  except (AssertionError, NotImplementedError, ModuleNotFoundError, ValueError) as error:
+    raise ValueError(f"data.source = {source!r}: cannot be read as a data source ({error}); prepare it with "
+                     "file_format='array_record' and pip install array_record") from error
+  texts = {}
+  for i in range(len(examples)):
+    example = examples[i]
+    if "text" not in example:
+      raise ValueError(f"data.source = {source!r}: has the features {', '.join(example)} but not 'text'; "
+                       "take a dataset whose examples have a 'text' feature")
+    key = example.get("name", b"") or f"{i:08d}"
+    key = key.decode() if isinstance(key, bytes) else str(key)
+    text = example["text"]
+    texts[key if key not in texts else f"{key}#{i}"] = text.encode() if isinstance(text, str) else bytes(text)
+  return texts

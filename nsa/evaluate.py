@@ -1,0 +1,189 @@
+"""Evaluation: held-out text and recall tasks, with the model run dense, sparse, and under controls.
+
+Every record carries its seed, arm, size, step and run mode. Text windows and task examples are
+the same for all arms and seeds, so that differences are paired.
+
+A run mode is "dense", "sparse" (the method's own selector) or a training-free selector in its
+place ("oracle", "random", "block_topk", "sink_window"), optionally with another geometry:
+"sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
+own: give it in `eval.blocks`.
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+from absl import logging
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nsa import config as config_lib
+from nsa import data, methods, metrics, model as model_lib, tasks
+from nsa import step as step_lib
+from nsa.methods import blocks
+
+# All arms and seeds are tested on the same examples.
+_TASK_SEED = 20_26
+_MAX_HEAT = 64  # cells per side of a stored heat map
+
+
+def write(config, params, workdir, step: int) -> list[dict]:
+  """Evaluates and writes workdir/eval/<step>.json; returns the records."""
+  rows = records(config, params, step)
+  directory = epath.Path(workdir) / "eval"
+  directory.mkdir(parents=True, exist_ok=True)
+  metrics.write_json(directory / f"{step}.json",
+                     {"step": step, "arm": config.arm, "size": config.size, "records": rows})
+  return rows
+
+
+def records(config, params, step: int) -> list[dict]:
+  """All records of one checkpoint. `params` has a leading axis of seeds if the config has several."""
+  e = config.eval
+  context = e.context or config.data.context
+  windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
+  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir)
+  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack)
+               for name in (e.tasks or config.data.tasks)}
+  out = []
+  for run_mode in e.run_modes:
+    how = _how(config, run_mode)
+    if how is None:
+      continue
+    run_config, mode, selector = how
+    run = _runner(model_lib.Static((_program_config(run_config), mode, selector, e.diagnostics)))
+    for replica, seed in enumerate(config.seeds):
+      one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
+      base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
+      rows = _text_records(run, one, windows, e, context)
+      for name, examples in task_sets.items():
+        rows += _task_records(run, one, name, examples, e)
+      out += [{**row, **base} for row in rows]
+  return out
+
+
+def geometry(config, run_mode: str):
+  """The attention options that a run mode uses; None if the model has no such mode."""
+  how = _how(config, run_mode)
+  return None if how is None else how[0].attention
+
+
+def _how(config, run_mode):
+  """(config to run with, mode, selector), or None where the run mode has no meaning."""
+  name, options = methods.parse_run_mode(run_mode)
+  if name == "dense":
+    return config, "dense", "own"
+  options = {**config.eval.blocks, **options}
+  own = config.attention
+  if isinstance(own, blocks.BlockMethod):
+    attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
+  elif name != "sparse" and config.eval.blocks:
+    attention, selector = methods.get(name)(**options), "own"
+  else:
+    logging.info("%s has no run mode %s: %s", config.arm, run_mode,
+                 "it has no selector" if name == "sparse" else "eval.blocks gives no geometry")
+    return None
+  run = copy.copy(config)
+  run.attention = attention
+  return run, "sparse", selector
+
+
+def _program_config(config):
+  """What the compiled program depends on, and nothing else: all arms of a method share it."""
+  return config_lib.Config(model=config.model, attention=config.attention, implementation=config.implementation)
+
+
+@functools.lru_cache(maxsize=64)
+def _runner(static):
+  """jit: (params, batch) -> per token nll and correctness, and diagnostics per layer."""
+  config, mode, selector, diagnose = static.value
+  options = config.attention if isinstance(config.attention, blocks.BlockMethod) else None
+
+  def observe(q, k, block_indices, call):
+    return blocks.diagnostics(q, k, block_indices, call, options)
+
+  @jax.jit
+  def run(params, batch):
+    out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
+                            key=jax.random.key(0), losses=False, observe=observe if diagnose and options else None)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
+    correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
+    # Layers without blocks (a dense prefix) have the same diagnostics: they are observed alike.
+    seen = jax.tree.map(lambda *x: jnp.concatenate(x), *out.layers) if diagnose and options else {}
+    return nll, correct, seen
+
+  return run
+
+
+def _batches(arrays: dict[str, np.ndarray], size: int):
+  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count)."""
+  count = len(arrays["inputs"])
+  for first in range(0, count, size):
+    rows = np.minimum(np.arange(first, first + size), count - 1)
+    yield {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids")}, slice(first, min(first + size, count))
+
+
+def _text_records(run, params, windows, e, context):
+  if not windows:
+    return []
+  arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
+  nll = np.zeros((len(windows), context))
+  seen = []
+  for batch, rows in _batches(arrays, e.batch):
+    values, _, layers = run(params, batch)
+    nll[rows] = np.asarray(values)[:rows.stop - rows.start]
+    seen.append(jax.device_get(layers))
+  bits = nll / step_lib.LN2 * (arrays["targets"] < 256)
+  real = arrays["targets"] < 256
+  half = context // 2
+  rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
+           "bits_per_byte": float(bits[i].sum() / real[i].sum()), "bytes": int(real[i].sum()),
+           "second_half_bits_per_byte": float(bits[i, half:].sum() / real[i, half:].sum()),
+           "second_half_bytes": int(real[i, half:].sum())} for i, w in enumerate(windows)]
+  edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
+  for first, end in zip(edges[:-1], edges[1:]):
+    rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
+                 "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
+  return rows + _layer_records(seen, windows[0].document)
+
+
+def _layer_records(seen, document):
+  if not seen[0]:
+    return []
+  rows = []
+  for layer in range(len(seen[0]["entropy"])):
+    means = {name: float(np.mean([batch[name][layer] for batch in seen])) for name in seen[0] if name != "heat"}
+    rows.append({"kind": "layer", "layer": layer, **means})
+    if "heat" in seen[0]:
+      rows.append({"kind": "heat", "layer": layer, "kv_head": 0, "document": document,
+                   "heat": np.round(_shrink(seen[0]["heat"][layer, 0]), 3).tolist()})
+  return rows
+
+
+def _shrink(heat):
+  """Averages cells until no side is longer than _MAX_HEAT."""
+  factor = -(-max(heat.shape) // _MAX_HEAT)
+  pad = [(0, -size % factor) for size in heat.shape]
+  grid = np.pad(heat, pad)
+  rows, columns = grid.shape
+  return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
+
+
+def _task_records(run, params, name, examples, e):
+  count = len(examples["inputs"])
+  nll, correct = np.zeros(examples["inputs"].shape), np.zeros(examples["inputs"].shape, bool)
+  for batch, rows in _batches(examples, e.batch):
+    values, right, _ = run(params, batch)
+    keep = rows.stop - rows.start
+    nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
+  out = []
+  for i in range(count):
+    group = examples["answer_group"][i]
+    answers = [correct[i, group == g].all() for g in range(group.max() + 1)]
+    out.append({"kind": "task", "task": name, "index": i, "exact_match": float(np.mean(answers)),
+                "answer_nll": float(nll[i, group >= 0].mean()),
+                "evidence_distance": int(examples["evidence_distance"][i]), "depth": float(examples["depth"][i])})
+  return out

@@ -1,0 +1,95 @@
+"""Analytic FLOPs and decode reads, every branch and the selector counted apart.
+
+XLA's own cost analysis counts a scanned layer once and cannot see inside kernels, so costs are
+arithmetic here. Dense-equivalent FLOPs are never what MFU divides by.
+"""
+from __future__ import annotations
+
+from nsa import config as config_lib
+from nsa import methods, model as model_lib, optim, schedule
+
+
+def forward(config, context: int, mode: str) -> dict[str, float]:
+  """Forward FLOPs per token by part, averaged over a causal sequence of `context` tokens.
+
+  "projections" are 2 per weight of every matrix that the mode uses, "unembedding" the same for
+  the output matrix; the other parts are attention branches, summed over the layers.
+  """
+  groups = set(schedule.GROUPS_OF[mode])
+  out = {"projections": 0.0, "unembedding": 2.0 * config.model.vocab_size * config.model.d_model}
+  decays = optim.split(model_lib.param_metadata(config, "decay"))
+  for group, leaves in optim.split(model_lib.abstract_params(config)).items():
+    for path, leaf in leaves.items():
+      matrix = decays[group][path] and path not in ("embed", "head") and "compress" not in path
+      if group in groups and matrix:
+        out["projections"] += 2.0 * leaf.size
+  for method, count in model_lib.layout(config.model, config.attention):
+    for branch, cost in method.flops(config.model, context, mode).items():
+      out[branch] = out.get(branch, 0.0) + count * cost
+  return out
+
+
+def training(config, step: schedule.Step) -> dict[str, float]:
+  """FLOPs per token of one optimizer step, by part: forward, and twice that for the backward pass.
+
+  A part that does not learn and lies on no path of gradient (a frozen backbone while the
+  selector is distilled) is counted forward only.
+  """
+  parts = forward(config, step.context, step.mode)
+  for method, count in model_lib.layout(config.model, config.attention):
+    for loss, cost in method.loss_flops(config.model, step.context, step.mode).items():
+      parts[loss] = parts.get(loss, 0.0) + count * cost
+  if step.groups == ("selector",):
+    return {part: cost * (3.0 if part.startswith("index") else 1.0) for part, cost in parts.items()}
+  return {part: 3.0 * cost for part, cost in parts.items()}
+
+
+def per_step(config, step: schedule.Step) -> float:
+  """FLOPs of one optimizer step over the whole batch, of one seed."""
+  return sum(training(config, step).values()) * step.context * step.batch
+
+
+def cumulative(config, steps: int) -> float:
+  """FLOPs of the run's first `steps` steps, of one seed; for a fork, its trunk's share included."""
+  total, cost = 0.0, {}
+  mixed = any(stage.mode == "mixed" for stage in config.schedule.stages)
+  if not mixed:
+    for first, end in config_lib.steps_of(config.schedule):
+      if first < min(end, steps):
+        total += (min(end, steps) - first) * per_step(config, schedule.at(config, first))
+    return total
+  for index in range(steps):
+    step = schedule.at(config, index)
+    if step.program not in cost:
+      cost[step.program] = per_step(config, step)
+    total += cost[step.program]
+  return total
+
+
+def attention(config, context: int, mode: str) -> float:
+  """Attention FLOPs per token and sequence position, forward, all branches and the selector."""
+  parts = forward(config, context, mode)
+  return sum(cost for part, cost in parts.items() if part not in ("projections", "unembedding"))
+
+
+def attention_reduction(attention_options: methods.Method, model, context: int) -> float:
+  """Dense attention FLOPs over the method's, one layer, forward, the selector included.
+
+  For MSA with 64/4 heads of 128, block 128, J 16, index width 128 and 2^20 tokens this is the
+  published 28.4 (arXiv 2606.13392, eq. 12).
+  """
+  dense = methods.interface.dense_flops(model, context)
+  return dense / sum(attention_options.flops(model, context, "sparse").values())
+
+
+def read_reduction(attention_options: methods.Method, model, context: int) -> float:
+  """Positions that dense attention reads at decode over those that the method reads (NSA, table 4)."""
+  return context / sum(attention_options.reads(model, context).values())
+
+
+def parameters(config) -> dict[str, int]:
+  """Number of parameters by group, and "non_embedding"."""
+  groups = optim.split(model_lib.abstract_params(config))
+  out = {group: sum(leaf.size for leaf in leaves.values()) for group, leaves in groups.items()}
+  embedding = sum(leaf.size for path, leaf in groups["backbone"].items() if path in ("embed", "head"))
+  return {**out, "total": sum(out.values()), "non_embedding": sum(out.values()) - embedding}

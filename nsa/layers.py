@@ -1,0 +1,130 @@
+"""The parts that the model and the methods share: parameter creation, norm, RoPE, convolution.
+
+Modules are thin holders of parameters; their `__call__` is pure mathematics.
+"""
+from __future__ import annotations
+
+import zlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+# Above this many positions a RoPE table would bloat the program as a constant.
+_MAX_CONSTANT_POSITIONS = 32_768
+
+
+class Init:
+  """Creates parameters whose random key depends on their own path alone.
+
+  Adding a selector or a branch to a model therefore leaves the initial value of
+  every other parameter as it was: all arms of one seed start from the same weights.
+  """
+
+  def __init__(self, key: Array):
+    self.key = key
+
+  def child(self, name: str | int) -> "Init":
+    tag = name if isinstance(name, int) else zlib.crc32(name.encode())
+    return Init(jax.random.fold_in(self.key, tag))
+
+  def normal(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int,
+             gain: float = 1.0, decay: bool = True) -> nnx.Param:
+    """Gaussian with standard deviation gain / sqrt(fan_in). `axes` are logical names for sharding."""
+    value = jax.random.normal(self.child(name).key, shape, jnp.float32) * (gain * fan_in ** -0.5)
+    return nnx.Param(value, axes=axes, decay=decay)
+
+  def constant(self, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> nnx.Param:
+    """A constant; norms, gates' biases and convolutions are not decayed."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
+
+
+def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+  """x / rms(x) * gain, computed in float32, returned in x.dtype (arXiv 1910.07467, eq. 4)."""
+  x32 = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return (x32 * scale * gain).astype(x.dtype)
+
+
+def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1):
+  """cos and sin, float32[positions, head_dim / 2], of position p * stride."""
+  lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
+  frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
+  if lib is np:
+    angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: Float[Array, "B T heads H"], table, offset: int | Int[Array, ""] = 0) -> Float[Array, "B T heads H"]:
+  """Rotary position embedding, halves not interleaved (arXiv 2104.09864, eq. 34; Llama's layout).
+
+  `table` comes from `rope_table`; row 0 of `x` sits at table row `offset`.
+  """
+  cos, sin = table
+  length = x.shape[1]
+  if isinstance(offset, int):
+    cos, sin = cos[offset:offset + length], sin[offset:offset + length]
+  else:
+    cos = jax.lax.dynamic_slice_in_dim(jnp.asarray(cos), offset, length)
+    sin = jax.lax.dynamic_slice_in_dim(jnp.asarray(sin), offset, length)
+  cos, sin = cos[None, :, None], sin[None, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
+               segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B T heads H"]:
+  """Causal depthwise convolution; taps[0] is the present token. Never reaches into another segment."""
+  y = x * taps[0].astype(x.dtype)
+  for back in range(1, taps.shape[0]):
+    past = jnp.pad(x, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :x.shape[1]]
+    if segment_ids is not None:
+      before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :x.shape[1]]
+      past = jnp.where((before == segment_ids)[:, :, None, None], past, 0)
+    y = y + past * taps[back].astype(x.dtype)
+  return y
+
+
+class HeadProjection(nnx.Module):
+  """Hidden state -> heads, with the optional short convolution and the optional per-head RMSNorm."""
+
+  def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
+               norm: bool = False):
+    self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
+    if taps:
+      # Starts as the identity: tap 0 is one, the past is nought.
+      value = jnp.zeros((taps, heads, head_dim)).at[0].set(1.0)
+      self.taps = nnx.Param(value, axes=(None, axis, None), decay=False)
+    if norm:
+      self.norm = init.constant((head_dim,), (None,), 1.0)
+
+  def __call__(self, h: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None,
+               tail: Float[Array, "B W-1 D"] | None = None) -> Float[Array, "B T heads H"]:
+    """`tail` holds the hidden states before `h` that the convolution still reaches (decoding)."""
+    conv = hasattr(self, "taps")
+    if conv and tail is not None:
+      h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
+    y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
+    if conv:
+      y = short_conv(y, self.taps[...], segment_ids)
+      y = y if tail is None else y[:, tail.shape[1]:]
+    if hasattr(self, "norm"):
+      y = rms_norm(y, self.norm[...])
+    return y
+
+
+class SwiGLU(nnx.Module):
+  """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, eq. 6)."""
+
+  def __init__(self, init: Init, d_model: int, mlp_dim: int, out_gain: float):
+    self.gate = init.normal("gate", (d_model, mlp_dim), ("embed", "mlp"), fan_in=d_model)
+    self.up = init.normal("up", (d_model, mlp_dim), ("embed", "mlp"), fan_in=d_model)
+    self.down = init.normal("down", (mlp_dim, d_model), ("mlp", "embed"), fan_in=mlp_dim, gain=out_gain)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down

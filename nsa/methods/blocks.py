@@ -1,0 +1,136 @@
+"""What all block methods share: geometry and its constraints, and diagnostics.
+
+Semantics (the same in every kernel): the block grid is anchored at absolute position 0; a
+query sees the blocks up to its own; forced blocks take slots of J; -1 pads; one set per
+(query, KV head).
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+import pallas_kernels as pk
+from nsa.methods import interface
+
+
+@dataclasses.dataclass
+class BlockMethod(interface.Method):
+  """Options of every method that attends to J blocks per query and KV head."""
+  block_size: int = 64            # tokens
+  num_blocks: int = 16            # J, forced blocks included
+  num_initial: int = 0            # forced first blocks (attention sink)
+  num_local: int = 1              # forced last blocks, the query's own included
+
+  @property
+  def geometry(self) -> dict:
+    """The arguments of the top-k operations."""
+    return dict(block_size=self.block_size, num_blocks=self.num_blocks, num_initial=self.num_initial,
+                num_local=self.num_local)
+
+  def check(self, model, context):
+    problems = []
+    if self.block_size < 1:
+      problems.append(("block_size", self.block_size, "at least 1 token"))
+    elif self.block_size > context:
+      problems.append(("block_size", self.block_size, f"longer than the context of {context} tokens"))
+    if self.num_blocks < 1:
+      problems.append(("num_blocks", self.num_blocks, "at least 1"))
+    if self.num_initial < 0:
+      problems.append(("num_initial", self.num_initial, "cannot be negative"))
+    if self.num_local < 1:
+      problems.append(("num_local", self.num_local, "at least 1: a query must see its own block"))
+    if self.num_initial + self.num_local > self.num_blocks:
+      problems.append(("num_blocks", self.num_blocks,
+                       f"forced blocks take slots of J: at least num_initial + num_local = "
+                       f"{self.num_initial + self.num_local}"))
+    return problems
+
+  def flops(self, model, context, mode):
+    if mode == "dense":
+      return super().flops(model, context, mode)
+    return {"selected": selected_flops(self, model, context)}
+
+  def reads(self, model, context):
+    return {"selected": self.tokens_visible(context)}
+
+  def tokens_visible(self, context):
+    return float(min(self.num_blocks * self.block_size, context))
+
+
+def mean_visible(limit: int, context: int) -> float:
+  """Mean over the queries 0 .. context - 1 of min(tokens up to the query, limit)."""
+  ramp = min(limit, context)
+  return (ramp * (ramp + 1) / 2 + (context - ramp) * limit) / context
+
+
+def selected_flops(options: BlockMethod, model, context: int) -> float:
+  """Q K^T and P V over the chosen tokens: 4 * N * H * J * block, with the ramp of the first queries."""
+  return 4.0 * model.num_heads * model.head_dim * mean_visible(options.num_blocks * options.block_size, context)
+
+
+def visible_blocks(call: interface.Call, batch: int, queries: int, keys: int, block_size: int):
+  """bool[B or 1, T, blocks]: does the block hold a token that the query may attend to?"""
+  blocks = -(-keys // block_size)
+  position = call.offset + jnp.arange(queries)
+  causal = (jnp.arange(blocks) * block_size)[None, None] <= position[None, :, None]
+  if call.segment_ids is None:
+    return causal
+  padded = jnp.pad(call.segment_ids, ((0, 0), (0, blocks * block_size - keys)), constant_values=-1)
+  mine = call.query_segments(queries)[:, :, None]
+  grid = padded.reshape(batch, 1, blocks, block_size)
+  token = (jnp.arange(blocks * block_size).reshape(blocks, block_size)[None, None] <= position[None, :, None, None])
+  return jnp.any((grid == mine[..., None]) & token, axis=-1)
+
+
+def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array, "B T K blocks"]:
+  """The index lists as bool sets; -1 belongs to none."""
+  return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)
+
+
+def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod) -> dict[str, Array]:
+  """Per KV head float32[K], means over the queries that had more blocks than they could take.
+
+  captured_mass   dense attention mass on the chosen blocks (AttnSparsity, SSA Def. 1)
+  oracle_mass     mass on the best J blocks: the ceiling of any selector
+  block_recall    |best J and chosen| / |best J| (MSA section 5.2)
+  score_recall    mass on the blocks both best and chosen (MSA section 5.2)
+  entropy         of the dense attention over tokens, nats
+  overlap         share of a query's blocks that the next query also chose
+  queries_limited share of queries with more visible blocks than J (over all queries)
+  heat            float32[K, query blocks, key blocks]: of the first sequence, how many of a
+                  query block's queries chose the key block, as a share
+
+  Without chosen blocks (a dense run) only oracle_mass, entropy and queries_limited are there.
+  """
+  size, J = options.block_size, options.num_blocks
+  _, lse = pk.attention(q, k, k, **call.ops)
+  mass, entropy = pk.block_mass(q, k, lse, block_size=size, **call.ops)
+  B, T, K, blocks = mass.shape
+  visible = jnp.broadcast_to(visible_blocks(call, B, T, k.shape[1], size), (B, T, blocks))
+  limited = (visible.sum(-1) > J).astype(jnp.float32)[..., None]
+  weight = limited / jnp.maximum(limited.sum(), 1.0)
+
+  def mean(x):
+    return jnp.sum(x * weight, axis=(0, 1))
+
+  top = jax.lax.top_k(mass, min(J, blocks))[1]
+  best = membership(top, blocks) & visible[:, :, None]
+  out = {"oracle_mass": mean(jnp.sum(mass * best, -1)), "entropy": mean(entropy),
+         "queries_limited": jnp.broadcast_to(limited.mean(), (K,))}
+  if block_indices is None:
+    return out
+  chosen = membership(block_indices, blocks) & visible[:, :, None]
+  both = best & chosen
+  out["captured_mass"] = mean(jnp.sum(mass * chosen, -1))
+  out["score_recall"] = mean(jnp.sum(mass * both, -1))
+  out["block_recall"] = mean(both.sum(-1) / jnp.maximum(best.sum(-1), 1))
+  shared = (chosen[:, :-1] & chosen[:, 1:]).sum(-1) / jnp.maximum(chosen[:, :-1].sum(-1), 1)
+  out["overlap"] = mean(jnp.pad(shared, ((0, 0), (0, 1), (0, 0)), mode="edge"))
+  rows = jnp.pad(chosen[0].astype(jnp.float32), ((0, -T % size), (0, 0), (0, 0)))
+  filled = jnp.clip(T - jnp.arange(rows.shape[0] // size) * size, 1, size)
+  heat = rows.reshape(-1, size, K, blocks).sum(1) / filled[:, None, None]
+  out["heat"] = heat.transpose(1, 0, 2)
+  return out

@@ -1,0 +1,113 @@
+"""MSA, MiniMax Sparse Attention (arXiv 2606.13392): an index branch picks blocks, KL trains it.
+
+Index branch, per layer, on the detached hidden state (stop-gradient x):
+
+  q_idx = rope(norm(x Wq))  [T, K, Hi]     one index query per GQA group
+  k_idx = rope(norm(x Wk))  [S, Hi]        one index key for all groups
+  block score = max over the block's visible tokens of <q_idx, k_idx>;  top J, the query's own block forced
+
+The main branch is exact softmax over the tokens of the chosen blocks, with the
+dense model's own K and V: with J at least the number of blocks it *is* dense attention.
+
+The LM loss gives the index branch nothing (top-k is a hard choice). It learns from
+KL(stop-gradient mean over the group of main attention probabilities || softmax of
+index scores), over the chosen tokens in sparse mode and over all previous tokens in
+warm-up (eqs. 7-9 there). The paper does not give the weight of the loss; here it is
+`Stage.loss_weights["index_kl"]`, default 1, and because the index parameters have an
+optimizer and a clipping norm of their own it only rescales their learning rate.
+Whether the paper's runs put norm and RoPE on the index branch is not stated; the
+released M3 model does, and so does this file.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from nsa import layers
+from nsa.methods import blocks, interface, training_free
+
+
+@dataclasses.dataclass
+class MSA(blocks.BlockMethod):
+  """Defaults: the released M3 geometry (block 128, J 16, index width 128, own block forced)."""
+  name: ClassVar[str] = "msa"
+  losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  block_size: int = 128           # tokens
+  num_blocks: int = 16            # J, forced blocks included
+  num_initial: int = 0            # forced first blocks
+  num_local: int = 1              # forced last blocks, the query's own included
+  index_dim: int = 128            # Hi, width of the index query and key
+
+  def check(self, model, context):
+    problems = super().check(model, context)
+    if self.index_dim < 2 or self.index_dim % 2:
+      problems.append(("index_dim", self.index_dim, "RoPE rotates pairs: take an even number, 2 or more"))
+    return problems
+
+  def layer(self, init, model):
+    return MSALayer(init, model, self)
+
+  def flops(self, model, context, mode):
+    index = model.num_kv_heads * self.index_dim * float(context + 1)  # Q K^T alone, causal half
+    if mode == "warmup":
+      return {"dense": interface.dense_flops(model, context), "index": index}
+    if mode == "dense":
+      return super().flops(model, context, mode)
+    return {"selected": blocks.selected_flops(self, model, context), "index": index}
+
+  def loss_flops(self, model, context, mode):
+    if mode == "dense":
+      return {}
+    limit = context if mode == "warmup" else self.num_blocks * self.block_size
+    width = model.num_heads * model.head_dim + model.num_kv_heads * self.index_dim  # both scores, again
+    return {"index_kl": 2.0 * width * blocks.mean_visible(limit, context)}
+
+  def reads(self, model, context):
+    # The one index key head is read once for all K heads and has no value.
+    share = self.index_dim / (2 * model.head_dim * model.num_kv_heads)
+    return {"selected": self.tokens_visible(context), "index": context * share}
+
+
+class IndexBranch(nnx.Module):
+  """The two index projections; their parameters are the group "selector"."""
+
+  def __init__(self, init, model, options):
+    self.q = layers.HeadProjection(init.child("q"), model.d_model, model.num_kv_heads, options.index_dim,
+                                   axis="kv_heads", norm=True)
+    self.k = layers.HeadProjection(init.child("k"), model.d_model, 1, options.index_dim, axis=None, norm=True)
+
+
+class MSALayer(interface.Layer):
+
+  def __init__(self, init, model, options: MSA):
+    self.options = options
+    self.selector = IndexBranch(init.child("selector"), model, options)
+
+  def streams(self, h, call):
+    return {"k_idx": call.rope(self.selector.k(jax.lax.stop_gradient(h)), offset=call.offset)[:, :, 0]}
+
+  def __call__(self, h, q, streams, call):
+    k, v, k_idx = streams["k"], streams["v"], streams["k_idx"]
+    if call.mode == "dense":
+      return super().__call__(h, q, streams, call)
+    q_idx = call.rope(self.selector.q(jax.lax.stop_gradient(h)), offset=call.offset)
+    size = self.options.block_size
+    if call.mode == "warmup":
+      o, lse = pk.attention(q, k, v, **call.ops)
+      block_indices = None
+    else:
+      if call.selector == "own":
+        block_indices = pk.index_top_k(q_idx, k_idx, **self.options.geometry, **call.ops)
+      else:
+        block_indices = training_free.select(call.selector, q, k, self.options, call)
+      o, lse = pk.selected_attention(q, k, v, block_indices, block_size=size, **call.ops)
+    losses = {}
+    if call.losses:
+      kl = pk.index_kl(q, k, lse, q_idx, k_idx, block_indices, block_size=size, **call.ops)
+      losses["index_kl"] = jnp.mean(kl)
+    return interface.Result(o, losses, block_indices)

@@ -1,0 +1,180 @@
+"""NSA, Native Sparse Attention (arXiv 2502.11089): compressed, selected and window branches.
+
+Three branches with K and V projections of their own, each with its own softmax,
+summed with sigmoid gates per head (eq. 5):
+
+  o = g_cmp * Attn(q, K_cmp, V_cmp) + g_slc * Attn(q, K_slc, V_slc) + g_win * Attn(q, K_win, V_win)
+
+* Compressed: blocks of `compress_len` tokens every `compress_stride`, each reduced to one key
+  and one value by an MLP with intra-block position embeddings (eq. 7). Keys are compressed
+  before RoPE and rotated at the block's first position, as in the open Triton implementation;
+  the paper does not say.
+* Selected: block scores are the compressed attention's probabilities, summed over the group
+  (eqs. 9-10); the first block and the last two are forced and take slots of J (section 3.3.2).
+* Window: the last `window` tokens, the query's own included.
+
+The selected branch's K and V are the dense model's own (`k`, `v` of the attention layer), so
+that a dense stage and a sparse stage share one parameter tree. A retrofit from dense may copy
+them into the other two branches on entry (`Stage.enter = "copy_kv"`), as InfLLM-V2's NSA
+baseline did (arXiv 2509.24663). The gates make the switch a jump: NSA does not preserve the
+dense model's function.
+
+Selection has no loss of its own: scores learn through the compressed branch's output.
+Decoding recompresses the cached raw keys; a production server would cache K_cmp.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from nsa import layers
+from nsa.methods import blocks, interface, training_free
+
+
+@dataclasses.dataclass
+class NSA(blocks.BlockMethod):
+  """Defaults: the paper's geometry (compress 32 every 16, blocks of 64, 16 of them, window 512)."""
+  name: ClassVar[str] = "nsa"
+  enters: ClassVar[tuple[str, ...]] = ("copy_kv",)
+  block_size: int = 64            # l', tokens of a selection block
+  num_blocks: int = 16            # J, forced blocks included
+  num_initial: int = 1            # forced first blocks
+  num_local: int = 2              # forced last blocks, the query's own included
+  compress_len: int = 32          # l, tokens of a compressed block
+  compress_stride: int = 16       # d, tokens between the beginnings of compressed blocks
+  window: int = 512               # tokens of the sliding window, the query's own included
+
+  def check(self, model, context):
+    problems = super().check(model, context)
+    if self.compress_stride < 1 or self.compress_len % self.compress_stride:
+      problems.append(("compress_len", self.compress_len,
+                       f"must be a multiple of compress_stride = {self.compress_stride}"))
+    elif self.block_size % self.compress_stride:
+      problems.append(("block_size", self.block_size,
+                       f"must be a multiple of compress_stride = {self.compress_stride}"))
+    if self.compress_len > context:
+      problems.append(("compress_len", self.compress_len, f"longer than the context of {context} tokens"))
+    if not 1 <= self.window <= context:
+      problems.append(("window", self.window, f"between 1 and the context of {context} tokens"))
+    return problems
+
+  def layer(self, init, model):
+    return NSALayer(init, model, self)
+
+  def compressed_blocks(self, context: int) -> int:
+    """Blocks that lie wholly in the first `context` tokens."""
+    return max(0, (context - self.compress_len) // self.compress_stride + 1)
+
+  def flops(self, model, context, mode):
+    if mode == "dense":
+      return super().flops(model, context, mode)
+    width = model.num_heads * model.head_dim
+    # Visible compressed blocks, averaged over the queries 0 .. context - 1.
+    count = self.compressed_blocks(context)
+    visible = sum(context - (c * self.compress_stride + self.compress_len - 1) for c in range(count)) / context
+    per_token = model.num_kv_heads * model.head_dim * self.compress_len / self.compress_stride
+    hidden = 2 * model.head_dim
+    mlp = 2 * 2 * per_token * hidden + 2 * 2 * model.num_kv_heads * hidden * model.head_dim / self.compress_stride
+    window = blocks.mean_visible(self.window, context)
+    return {"compressed": 4 * width * visible, "compression_mlp": mlp, "scores": 2 * width * visible,
+            "selected": blocks.selected_flops(self, model, context), "window": 4 * width * window}
+
+  def reads(self, model, context):
+    return {"compressed": context / self.compress_stride, "selected": super().tokens_visible(context),
+            "window": float(min(self.window, context))}
+
+
+class Compression(nnx.Module):
+  """phi of eq. 7: [l, H] tokens of one KV head -> one vector, by an MLP per head."""
+
+  def __init__(self, init, model, options):
+    K, H, length = model.num_kv_heads, model.head_dim, options.compress_len
+    hidden = 2 * H
+    self.position = init.normal("position", (length, H), (None, None), fan_in=H, decay=False)
+    self.inner = init.normal("inner", (K, length * H, hidden), ("kv_heads", None, None), fan_in=length * H)
+    self.outer = init.normal("outer", (K, hidden, H), ("kv_heads", None, None), fan_in=hidden)
+
+  def __call__(self, x_BSKH, length: int, stride: int):
+    B, S, K, H = x_BSKH.shape
+    count = (S - length) // stride + 1
+    # Every block is length / stride strips; taking strips avoids a gather.
+    strips = x_BSKH[:, :(count - 1) * stride + length].reshape(B, -1, stride, K, H)
+    blocks_ = jnp.concatenate([strips[:, i:i + count] for i in range(length // stride)], axis=2)
+    blocks_ = blocks_ + self.position[...].astype(x_BSKH.dtype)[None, None, :, None]
+    flat = blocks_.transpose(0, 1, 3, 2, 4).reshape(B, count, K, length * H)
+    inner = jax.nn.silu(jnp.einsum("bcki,kih->bckh", flat, self.inner[...].astype(flat.dtype)))
+    return jnp.einsum("bckh,kho->bcko", inner, self.outer[...].astype(flat.dtype))
+
+
+class Branches(nnx.Module):
+  """All that NSA adds to dense: the group "branch", which learns in sparse steps alone."""
+
+  def __init__(self, init, model, options):
+    K, H = model.num_kv_heads, model.head_dim
+
+    def projection(name, norm=False):
+      return layers.HeadProjection(init.child(name), model.d_model, K, H, axis="kv_heads",
+                                   taps=model.short_conv, norm=norm)
+
+    self.k_cmp, self.v_cmp = projection("k_cmp"), projection("v_cmp")
+    self.k_win, self.v_win = projection("k_win", norm=model.qk_norm), projection("v_win")
+    self.compress_k = Compression(init.child("compress_k"), model, options)
+    self.compress_v = Compression(init.child("compress_v"), model, options)
+    if model.qk_norm:
+      self.k_cmp_norm = init.constant((H,), (None,), 1.0)
+    self.gate = init.normal("gate", (model.d_model, model.num_heads, 3), ("embed", "heads", None),
+                            fan_in=model.d_model)
+    self.gate_bias = init.constant((model.num_heads, 3), ("heads", None), 0.0)
+
+
+class NSALayer(interface.Layer):
+
+  def __init__(self, init, model, options: NSA):
+    self.options = options
+    self.branch = Branches(init.child("branch"), model, options)
+
+  def streams(self, h, call):
+    b, seg = self.branch, call.query_segments(h.shape[1])
+    k_win = call.rope(b.k_win(h, seg, call.tail), offset=call.offset)
+    return {"k_cmp": b.k_cmp(h, seg, call.tail), "v_cmp": b.v_cmp(h, seg, call.tail),
+            "k_win": k_win, "v_win": b.v_win(h, seg, call.tail)}
+
+  def __call__(self, h, q, streams, call):
+    if call.mode == "dense":
+      return super().__call__(h, q, streams, call)
+    o, b = self.options, self.branch
+    strides = dict(block_len=o.compress_len, block_stride=o.compress_stride)
+    k_cmp = b.compress_k(streams["k_cmp"], o.compress_len, o.compress_stride)
+    v_cmp = b.compress_v(streams["v_cmp"], o.compress_len, o.compress_stride)
+    if hasattr(b, "k_cmp_norm"):
+      k_cmp = layers.rms_norm(k_cmp, b.k_cmp_norm[...])
+    k_cmp = call.rope(k_cmp, stride=o.compress_stride)
+    o_cmp, lse = pk.compressed_attention(q, k_cmp, v_cmp, **strides, **call.ops)
+    if call.selector == "own":
+      block_indices = pk.compressed_top_k(q, k_cmp, lse, **strides, **o.geometry, **call.ops)
+    else:
+      block_indices = training_free.select(call.selector, q, streams["k"], o, call)
+    o_slc, _ = pk.selected_attention(q, streams["k"], streams["v"], block_indices, block_size=o.block_size, **call.ops)
+    o_win, _ = pk.attention(q, streams["k_win"], streams["v_win"], window=o.window, **call.ops)
+    gate = jnp.einsum("btd,dng->btng", h, b.gate[...].astype(h.dtype)) + b.gate_bias[...].astype(h.dtype)
+    gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(h.dtype)
+    out = gate[..., 0:1] * o_cmp + gate[..., 1:2] * o_slc + gate[..., 2:3] * o_win
+    return interface.Result(out, {}, block_indices)
+
+
+def copy_kv(attention_params: dict) -> dict:
+  """The weight surgery "copy_kv": the trained K and V of one attention layer into all branches."""
+  out = dict(attention_params)
+  branch = dict(out["method"]["branch"])
+  for source, targets in (("k", ("k_cmp", "k_win")), ("v", ("v_cmp", "v_win"))):
+    for target in targets:
+      branch[target] = {name: jnp.copy(out[source][name]) for name in branch[target]}  # a step donates each leaf
+  if "k_cmp_norm" in branch:
+    branch["k_cmp_norm"] = jnp.copy(out["k"]["norm"])
+  out["method"] = {**out["method"], "branch": branch}
+  return out

@@ -1,0 +1,348 @@
+"""Numbers of a run on disk and on the terminal: JSONL records, JSON files, one progress line, MFU.
+
+Needs neither JAX nor TensorFlow; anything that numpy can convert, jax.Array included, may be written.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from nsa.progress import Progress  # noqa: F401, part of this module's interface
+
+# JSON has no word for these; as strings they stay readable by every JSON parser.
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+# --- records as lines of JSON -----------------------------------------------------
+
+
+class JsonlWriter:
+  """Appends records to a JSON Lines file, one line per record.
+
+  Each record is handed to the operating system in one call before `write` returns: a killed process loses
+  at most the line that is being written. The file is synced to the disk at most every `sync_seconds`: a
+  machine that loses power may lose the records since then. Opening a file whose last line was cut drops
+  that line.
+
+  Floats are written with the fewest digits that give back the same value in their own type; nan and
+  infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back.
+
+  Args:
+    path: the file, on a local or mounted file system (object stores cannot append).
+    tensorboard: mirror the numbers into `tensorboard/` beside the file; needs the package tensorboardX.
+    sync_seconds: see above.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, tensorboard: bool = False, sync_seconds: float = 5.0):
+    if "://" in os.fspath(path):
+      raise ValueError(f"metrics path = {os.fspath(path)!r}: records are appended, which object stores "
+                       "cannot do; use a local or mounted directory")
+    self.path = pathlib.Path(path)
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._sync_seconds, self._synced = sync_seconds, time.monotonic()
+    self._tensorboard = None
+    self._summary_writer = _summary_writer_class() if tensorboard else None
+    self._open()
+    self._open_tensorboard(None)
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Appends one record: str keys; numbers, strings, booleans, None, arrays, and dicts and lists of them.
+
+    Raises ValueError for anything else, naming the key.
+    """
+    values = {key: _encode(value, key) for key, value in record.items()}
+    line = (json.dumps(values, allow_nan=False) + "\n").encode()
+    try:
+      written = 0
+      while written < len(line):
+        written += self._file.write(line[written:])
+    except OSError:
+      os.ftruncate(self._file.fileno(), self._size)  # a full disk must not leave half a line between two
+      raise
+    self._size += len(line)
+    if time.monotonic() - self._synced >= self._sync_seconds:
+      self.sync()
+    if self._tensorboard is not None:
+      self._mirror(values)
+
+  def truncate_after(self, step: int) -> None:
+    """Drops the records whose "step" is larger than `step`, as a run resumed there writes them again.
+
+    Records without a step stay. The file is replaced atomically, and its remaining lines keep every byte.
+    """
+    self._file.close()
+    kept, dropped = [], False
+    for number, line in _lines(self.path):
+      if _parse(line, number, self.path).get("step", step) > step:
+        dropped = True
+      else:
+        kept.append(line + b"\n")
+    if dropped:
+      _replace(self.path, b"".join(kept))
+    self._open()
+    self._open_tensorboard(step + 1)
+
+  def sync(self) -> None:
+    """Returns when everything written so far is on the disk."""
+    os.fsync(self._file.fileno())
+    self._synced = time.monotonic()
+    if self._tensorboard is not None:
+      self._tensorboard.flush()
+
+  def close(self) -> None:
+    """Syncs and closes; closing twice is harmless."""
+    if not self._file.closed:
+      self.sync()
+      self._file.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+      self._tensorboard = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def _open(self):
+    self._file = open(self.path, "ab", buffering=0)
+    self._size = self._file.seek(0, os.SEEK_END)
+    with open(self.path, "rb") as f:
+      data = f.read()
+    tail = data[data.rfind(b"\n") + 1:]
+    if tail and _is_record(tail):  # whole, only its line end is missing
+      self._size += self._file.write(b"\n")
+    elif tail:
+      self._size -= len(tail)
+      os.ftruncate(self._file.fileno(), self._size)
+
+  def _open_tensorboard(self, purge_step):
+    if self._summary_writer is None:
+      return
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+    self._tensorboard = self._summary_writer(str(self.path.parent / "tensorboard"), purge_step=purge_step)
+
+  def _mirror(self, values):
+    step = values.get("step", 0)
+    # Seeds share a run, so each gets a tag of its own.
+    suffix = f"/s{values['seed']}" if "seed" in values else ""
+    for name, value in _flatten(values):
+      if name not in ("step", "seed"):
+        value = _NONFINITE.get(value) if isinstance(value, str) else value
+        if isinstance(value, (int, float)):
+          self._tensorboard.add_scalar(name + suffix, value, step)
+
+
+def read_jsonl(path: str | os.PathLike, *,
+               dedupe: tuple[str, ...] = ("step", "seed")) -> list[dict[str, Any]]:
+  """Reads the records of a JSON Lines file.
+
+  Args:
+    path: the file. A last line that was cut is ignored.
+    dedupe: of records that agree in these keys the last one stays, in the place of the first (name
+      every key that tells records apart, e.g. "kind" as well). Records with none of the keys all stay; ()
+      keeps all.
+
+  Raises:
+    ValueError: a line that is not a JSON object, with its number.
+    FileNotFoundError: there is no such file.
+  """
+  records = {}
+  for number, line in _lines(path):
+    record = _decode(_parse(line, number, path))
+    key = json.dumps([record.get(k) for k in dedupe])
+    records[key if any(k in record for k in dedupe) else number] = record
+  return list(records.values())
+
+
+def _lines(path):
+  """(number from 1, bytes) of every line, without a cut last one."""
+  with open(path, "rb") as f:
+    data = f.read()
+  *lines, tail = data.split(b"\n")
+  if tail and _is_record(tail):
+    lines.append(tail)
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield number, line
+
+
+def _is_record(line):
+  """A JSON object is never the beginning of another, so this also tells a whole line from a cut one."""
+  try:
+    return isinstance(json.loads(line), dict)
+  except ValueError:
+    return False
+
+
+def _parse(line, number, path):
+  try:
+    record = json.loads(line)
+  except ValueError as error:
+    raise ValueError(f"{os.fspath(path)}, line {number}: not JSON ({error}); repair or remove it") from error
+  if not isinstance(record, dict):
+    raise ValueError(f"{os.fspath(path)}, line {number}: a record is a JSON object, not {record!r}")
+  return record
+
+
+def _encode(value, where):
+  """`value` in JSON's types. A float32 gets float32's shortest decimal, not the double's 17 digits."""
+  if value is None or isinstance(value, (bool, int)):
+    return value
+  if isinstance(value, str):
+    if value in _NONFINITE:
+      raise ValueError(f"{where} = {value!r}: this string stands for a number; pass a float")
+    return value
+  if isinstance(value, float):  # np.float64 too
+    value = float(value)
+    return value if math.isfinite(value) else repr(value)
+  if isinstance(value, dict):
+    for key in value:
+      if not isinstance(key, str):
+        raise ValueError(f"{where}: key {key!r} is not a string")
+    return {key: _encode(v, f"{where}.{key}") for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_encode(v, f"{where}[{i}]") for i, v in enumerate(value)]
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if not hasattr(value, "__array__"):
+    raise ValueError(f"{where} is a {type(value).__name__}; write numbers, strings, arrays, dicts or lists")
+  array = np.asarray(value)
+  if array.ndim:
+    return [_encode(v, f"{where}[{i}]") for i, v in enumerate(array)]
+  if array.dtype.kind in "bui":
+    return array.item()
+  try:
+    return _encode(float(str(array[()])), where)  # also the float types of ml_dtypes
+  except ValueError as error:
+    raise ValueError(f"{where} has dtype {array.dtype}, which is no real number") from error
+
+
+def _decode(value):
+  if isinstance(value, str):
+    return _NONFINITE.get(value, value)
+  if isinstance(value, dict):
+    return {k: _decode(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [_decode(v) for v in value]
+  return value
+
+
+def _flatten(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f"{prefix}{key}/")
+    elif isinstance(value, list):
+      yield from _flatten({str(i): v for i, v in enumerate(value)}, f"{prefix}{key}/")
+    elif not isinstance(value, bool):
+      yield prefix + key, value
+
+
+def _summary_writer_class():
+  try:
+    from tensorboardX import SummaryWriter  # lazily: an optional package
+  except ImportError as error:
+    raise ImportError("tensorboard = True needs the package tensorboardX: pip install nsa[tb]") from error
+  return SummaryWriter
+
+
+# --- whole files of JSON ------------------------------------------------------------
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+  """Writes `obj` as JSON; a reader sees the old file or the whole new one, also after a crash.
+
+  Values are converted as `JsonlWriter` does. Raises ValueError for what JSON cannot hold.
+  """
+  data = (json.dumps(_encode(obj, "value"), indent=2, allow_nan=False) + "\n").encode()
+  if "://" in os.fspath(path):
+    epath.Path(path).write_bytes(data)  # object stores put an object whole or not at all
+  else:
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, data)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The inverse of `write_json` (tuples come back as lists, "nan" as nan).
+
+  Raises ValueError that names the path if it is not JSON, FileNotFoundError if it is not there.
+  """
+  try:
+    return _decode(json.loads(epath.Path(path).read_text()))
+  except ValueError as error:
+    raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+
+
+def _replace(path, data):
+  """Atomic for readers, and durable: the content is on the disk before the name points to it."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  directory = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(directory)
+  finally:
+    os.close(directory)
+
+
+# --- model FLOP/s utilization -------------------------------------------------------
+
+# Peak dense bf16 matmul TFLOP/s of one JAX device, by the beginning of its device_kind; the first entry
+# that fits counts. NVIDIA: datasheets of H100, H200 and A100 (their figures "with sparsity", halved).
+# TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)".
+_PEAK_TFLOPS = (
+    ("NVIDIA H100 PCIe", 756.0),
+    ("NVIDIA H100 NVL", 835.0),
+    ("NVIDIA H100", 989.4),      # SXM5
+    ("NVIDIA H200 NVL", 835.0),
+    ("NVIDIA H200", 989.4),      # SXM5
+    ("NVIDIA A100", 312.0),
+    ("TPU v4 lite", None),       # v4i, for inference
+    ("TPU v4", 275.0),
+    ("TPU v5 lite", 197.0),      # v5e
+    ("TPU v5e", 197.0),
+    ("TPU v5", 459.0),           # v5p, by either name
+    ("TPU v6 lite", 918.0),      # v6e
+    ("TPU v6e", 918.0),
+    ("TPU7x", 2307.0 / 2),       # a chip shows as two JAX devices
+)
+
+
+def peak_tflops(device_kind: str) -> float | None:
+  """Peak dense bf16 TFLOP/s of one device by `jax.Device.device_kind`; None if unknown (a CPU, say)."""
+  for prefix, peak in _PEAK_TFLOPS:
+    if device_kind.lower().startswith(prefix.lower()):
+      return peak
+  return None
+
+
+def mfu(flops_per_second: float, peak_tflops: float, devices: int) -> float:
+  """Model FLOP/s utilization, a fraction of 1.
+
+  Args:
+    flops_per_second: FLOP/s over all devices; the caller says which FLOPs it counts.
+    peak_tflops: peak TFLOP/s of one device.
+    devices: number of devices.
+
+  Raises ValueError unless the peak and the number of devices are above 0.
+  """
+  if not peak_tflops > 0:
+    raise ValueError(f"peak_tflops = {peak_tflops}: TFLOP/s of one device, above 0")
+  if devices < 1:
+    raise ValueError(f"devices = {devices}: at least 1")
+  return flops_per_second / (peak_tflops * 1e12 * devices)

@@ -1,0 +1,275 @@
+"""A decoder-only Transformer whose attention is any method of `nsa.methods`.
+
+The module holds parameters; `forward` is a pure function of (config, params, tokens).
+Layers of one method are stacked and scanned. Every mode of every stage runs on one and
+the same parameter tree.
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any, Callable, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nsa import layers, methods
+
+
+class Attention(nnx.Module):
+  """Projections and convolution shared by all methods, around the method's own layer."""
+
+  def __init__(self, init: layers.Init, model, method: methods.Method, out_gain: float):
+    def projection(name, heads, axis, norm=False):
+      return layers.HeadProjection(init.child(name), model.d_model, heads, model.head_dim, axis=axis,
+                                   taps=model.short_conv, norm=norm)
+
+    self.q = projection("q", model.num_heads, "heads", norm=model.qk_norm)
+    self.k = projection("k", model.num_kv_heads, "kv_heads", norm=model.qk_norm)
+    self.v = projection("v", model.num_kv_heads, "kv_heads")
+    self.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
+                           fan_in=model.num_heads * model.head_dim, gain=out_gain)
+    if model.output_gate:
+      self.gate = init.normal("gate", (model.d_model, model.num_heads), ("embed", "heads"), fan_in=model.d_model)
+    self.method = method.layer(init.child("method"), model)
+
+  def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
+    segments = call.query_segments(h.shape[1])
+    q = call.rope(self.q(h, segments, call.tail), offset=call.offset)
+    streams = {"k": call.rope(self.k(h, segments, call.tail), offset=call.offset), "v": self.v(h, segments, call.tail),
+               **self.method.streams(h, call)}
+    if cache is not None:
+      streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), call.offset, axis=1)
+                 for name, x in streams.items()}
+    result = self.method(h, q, streams, call)
+    o = result.o
+    if hasattr(self, "gate"):
+      gate = jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype))
+      o = o * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(o.dtype)[..., None]
+    seen = {} if observe is None else observe(q, streams["k"], result.block_indices, call)
+    return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams
+
+
+class Block(nnx.Module):
+  """Pre-norm residual block: x + Attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+  def __init__(self, init: layers.Init, model, method: methods.Method):
+    out_gain = (2 * model.num_layers) ** -0.5
+    self.attention_norm = init.constant((model.d_model,), (None,), 1.0)
+    self.attention = Attention(init.child("attention"), model, method, out_gain)
+    self.mlp_norm = init.constant((model.d_model,), (None,), 1.0)
+    self.mlp = layers.SwiGLU(init.child("mlp"), model.d_model, model.mlp_dim, out_gain)
+
+  def __call__(self, x, call, cache, observe):
+    h = layers.rms_norm(x, self.attention_norm[...])
+    tail = None
+    if cache is not None and "tail" in cache:
+      call = dataclasses.replace(call, tail=cache["tail"])
+      reach = cache["tail"].shape[1]
+      tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
+    y, losses, seen, streams = self.attention(h, call, cache, observe)
+    x = x + y
+    x = x + self.mlp(layers.rms_norm(x, self.mlp_norm[...]))
+    if tail is not None:
+      streams = {**streams, "tail": tail}
+    return x, (losses, seen, streams)
+
+
+class Transformer(nnx.Module):
+  """All parameters. `stacks["stack<i>"]` holds consecutive layers of one method, stacked on axis 0."""
+
+  def __init__(self, init: layers.Init, model, attention: methods.Method):
+    self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model)
+    stacks, first = [], 0  # all layers draw their keys by their own number, whatever the layout
+    for method, count in layout(model, attention):
+      keys = jax.vmap(lambda i: jax.random.fold_in(init.child("layers").key, i))(jnp.arange(first, first + count))
+      build = functools.partial(Block, model=model, method=method)
+      stacks.append(nnx.vmap(lambda key: build(layers.Init(key)))(keys))
+      first += count
+    self.stacks = nnx.Dict({f"stack{i}": stack for i, stack in enumerate(stacks)})
+    self.norm = init.constant((model.d_model,), (None,), 1.0)
+    if not model.tie_embeddings:
+      self.head = init.normal("head", (model.d_model, model.vocab_size), ("embed", "vocab"), fan_in=model.d_model)
+
+
+def layout(model, attention) -> list[tuple[methods.Method, int]]:
+  """Runs of consecutive layers with one method: the first `dense_layers`, then the rest."""
+  runs = [(methods.get("dense")(), model.dense_layers), (attention, model.num_layers - model.dense_layers)]
+  return [(method, count) for method, count in runs if count]
+
+
+class Output(NamedTuple):
+  logits: Float[Array, "B T V"]       # float32
+  losses: dict[str, Float[Array, ""]]  # auxiliary losses, mean over the layers that have them
+  layers: list[dict]                  # per stack: what `observe` returned, stacked [layers, ...]
+  cache: list[dict] | None            # per stack: the KV cache with these tokens in it
+
+
+class Static:
+  """A config as a static argument: compared and hashed by its printed form."""
+
+  def __init__(self, value):
+    self.value = value
+    self._key = repr(value)
+
+  def __hash__(self):
+    return hash(self._key)
+
+  def __eq__(self, other):
+    return isinstance(other, Static) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=32)
+def _graph(static):
+  model, attention = copy.deepcopy(static.value)  # the caller may still change its config
+  return nnx.split(nnx.eval_shape(lambda: Transformer(layers.Init(jax.random.key(0)), model, attention)))
+
+
+def graph(config):
+  """(graph definition, abstract nnx state with metadata) of the config's model."""
+  return _graph(Static((config.model, config.attention)))
+
+
+def abstract_params(config) -> dict:
+  """Nested dict of jax.ShapeDtypeStruct, float32."""
+  return nnx.to_pure_dict(graph(config)[1])
+
+
+def param_metadata(config, name: str) -> dict:
+  """Nested dict like the parameters with one metadata entry of each: "axes" or "decay".
+
+  "axes" has one logical name or None per dimension, the stacking axis of layers included.
+  """
+  _, state = graph(config)
+  is_leaf = lambda x: isinstance(x, nnx.Variable)
+
+  def read(v):
+    value = getattr(v, name)
+    if name == "axes":
+      value = Axes((None,) * (v.ndim - len(value)) + tuple(value))
+    return value
+
+  return nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(read(v)), state, is_leaf=is_leaf))
+
+
+class Axes(tuple):
+  """Logical axis names of one parameter; a leaf, not a subtree."""
+
+
+def init_params(config, seed: int | Array) -> dict:
+  """Random parameters, float32 nested dict. Pure in (config, seed); jit it with the wanted shardings."""
+  init = layers.Init(jax.random.key(seed))
+  return nnx.to_pure_dict(nnx.split(Transformer(init, config.model, config.attention))[1])
+
+
+def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
+            mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
+            cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0,
+            observe: Callable | None = None, constrain: Callable = lambda x, axes: x) -> Output:
+  """Logits for the next token at every position.
+
+  Args:
+    tokens: int32[B, T].
+    segment_ids: int32[B, T]; tokens attend within their segment only. None: one segment.
+    mode: "dense", "sparse" or "warmup" (dense output and the selector's loss).
+    selector: "own", or a training-free one in its place (methods.SELECTORS).
+    key: random key; only the "random" selector needs one.
+    losses: whether to compute the auxiliary losses.
+    cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
+    observe: (q, k, block_indices, call) -> dict of arrays, gathered per layer.
+    constrain: (x, logical axes) -> x, sharding constraints on activations.
+  """
+  model = config.model
+  graphdef, _ = graph(config)
+  net = nnx.merge(graphdef, params)
+  dtype = jnp.dtype(model.dtype)
+  capacity = tokens.shape[1] if cache is None else cache[0]["k"].shape[2]
+
+  def rotate(x, offset=0, stride=1):
+    positions = capacity if stride == 1 else -(-capacity // stride)
+    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride), offset)
+
+  call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses,
+                      implementation=config.implementation or None, rope=rotate)
+  x = constrain(net.embed[...].astype(dtype)[tokens] * model.d_model ** 0.5, ("batch", "time", None))
+  all_losses, seen, new_cache, first = [], [], [], 0
+  for i, (stack, (_, count)) in enumerate(zip(net.stacks.values(), layout(model, config.attention))):
+    stack_def, stack_state = nnx.split(stack)
+
+    def body(x, layer, stack_def=stack_def):
+      state, layer_cache, index = layer
+      layer_key = None if key is None else jax.random.fold_in(key, index)
+      x, out = nnx.merge(stack_def, state)(x, dataclasses.replace(call, key=layer_key), layer_cache, observe)
+      loss, observed, streams = out
+      return constrain(x, ("batch", "time", None)), (loss, observed, None if layer_cache is None else streams)
+
+    if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise
+      body = jax.checkpoint(body, prevent_cse=False,
+                            policy=jax.checkpoint_policies.save_only_these_names("block_indices"))
+    index = jnp.arange(first, first + count)
+    x, (loss, observed, streams) = jax.lax.scan(body, x, (stack_state, None if cache is None else cache[i], index))
+    first += count
+    all_losses.append(loss)
+    seen.append(observed)
+    new_cache.append(streams)
+  x = layers.rms_norm(x, net.norm[...])
+  head = net.embed[...].T if model.tie_embeddings else net.head[...]
+  logits = jnp.einsum("btd,dv->btv", x, head.astype(dtype), preferred_element_type=jnp.float32)
+  names = {name for loss in all_losses for name in loss}
+  mean_losses = {name: jnp.mean(jnp.concatenate([loss[name] for loss in all_losses if name in loss])) for name in sorted(names)}
+  return Output(logits, mean_losses, seen, None if cache is None else new_cache)
+
+
+def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
+  """An empty KV cache for `batch` sequences of up to `capacity` tokens: per stack a dict of
+  [layers, batch, capacity, ...] arrays in the compute dtype, and the convolution's tail."""
+  model = config.model
+  graphdef, _ = graph(config)
+
+  def shapes(params):
+    net = nnx.merge(graphdef, params)
+    rotate = lambda x, offset=0, stride=1: x
+    call = methods.Call(losses=False, rope=rotate)
+    out = []
+    for stack in net.stacks.values():
+      stack_def, state = nnx.split(stack)
+      block = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state))
+      h = jnp.zeros((batch, 1, model.d_model), jnp.dtype(model.dtype))
+      attention = block.attention
+      out.append({"k": attention.k(h), "v": attention.v(h), **attention.method.streams(h, call)})
+    return out
+
+  cache = []
+  for (_, count), streams in zip(layout(model, config.attention), jax.eval_shape(shapes, params)):
+    entry = {name: jnp.zeros((count, batch, capacity) + s.shape[2:], s.dtype) for name, s in streams.items()}
+    if model.short_conv > 1:
+      entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), jnp.dtype(model.dtype))
+    cache.append(entry)
+  return cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
+def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
+  config = config_box.value
+  B, T = tokens.shape
+  cache = init_cache(config, params, B, T + num_tokens)
+  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache)
+
+  def step(carry, i):
+    cache, token = carry
+    out = forward(config, params, token[:, None], mode=mode, selector=selector, key=key, losses=False,
+                  cache=cache, offset=T + i)
+    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)), token
+
+  first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
+  _, produced = jax.lax.scan(step, (out.cache, first), jnp.arange(num_tokens))
+  return produced.T
+
+
+def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *, mode: str = "sparse",
+             selector: str = "own", key: Any = None) -> Int[Array, "B num_tokens"]:
+  """Greedy continuation with the KV cache: int32[B, num_tokens]."""
+  return _generate(Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)

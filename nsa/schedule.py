@@ -1,0 +1,154 @@
+"""Schedules: what is dense, sparse or frozen, at which length and learning rate, at a step.
+
+Everything is a pure function of (config, step): nothing of it is saved, and a run that
+resumes or forks at a step is where an undisturbed run would be.
+
+Native, retrofit, selector-only, mixed and sparse-to-dense runs differ by their list of
+stages alone; the constructors below write the common ones.
+"""
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+from nsa import config as config_lib
+from nsa.config import LearningRate, ScheduleConfig, Stage
+from nsa.methods import nsa as nsa_method
+
+# Parameter groups (see optim.group_of): which learn in a step of a mode when everything trains.
+GROUPS_OF = {
+    "dense": ("backbone",),
+    "warmup": ("backbone", "selector"),
+    "sparse": ("backbone", "selector", "branch", "memory"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What one step does. Steps with equal `program` run the same compiled function."""
+  stage: int                          # index into schedule.stages
+  mode: str                           # dense | warmup | sparse
+  groups: tuple[str, ...]             # parameter groups that learn
+  context: int                        # tokens per sequence
+  batch: int                          # sequences over all devices
+  loss_weights: tuple[tuple[str, float], ...]
+  learning_rate: float
+  enter: str                          # weight surgery before this step, "" for none
+
+  @property
+  def program(self):
+    return dataclasses.replace(self, learning_rate=0.0, enter="")
+
+
+def at(config: config_lib.Config, step: int) -> Step:
+  """What `step` (0 .. steps - 1) does."""
+  stages = config.schedule.stages
+  edges = config_lib.steps_of(config.schedule)
+  index = next(i for i, (first, end) in enumerate(edges) if first <= step < end)
+  stage = stages[index]
+  mode = stage.mode
+  if mode == "mixed":
+    mode = "dense" if _coin(step) < stage.dense_share else "sparse"
+  groups = GROUPS_OF[mode] if stage.train == "all" else (stage.train,)
+  context = stage.context or config.data.context
+  return Step(index, mode, groups, context, config.data.global_batch * config.data.context // context,
+              tuple(sorted(stage.loss_weights.items())), learning_rate(config.schedule, step) * stage.learning_rate,
+              stage.enter if step == edges[index][0] else "")
+
+
+def programs(config: config_lib.Config, first: int = 0) -> list[Step]:
+  """Every different step from `first` to the end, in the order in which they come."""
+  seen = {}
+  for index, (begin, end) in enumerate(config_lib.steps_of(config.schedule)):
+    begin = max(begin, first)
+    # A mixed stage alternates: look at enough steps to meet both kinds.
+    for step in range(begin, min(end, begin + 64) if config.schedule.stages[index].mode == "mixed" else min(end, begin + 1)):
+      seen.setdefault(at(config, step).program, at(config, step))
+  return list(seen.values())
+
+
+def _coin(step: int) -> float:
+  """A number in [0, 1) from the step alone, so that all seeds and all arms mix alike."""
+  return zlib.crc32(b"mixed %d" % step) / 2 ** 32
+
+
+def learning_rate(schedule: ScheduleConfig, step: int) -> float:
+  """The plan of the whole run; a stage multiplies it.
+
+  wsd: linear warm-up, constant, linear decay to `final` (arXiv 2404.06395, section 4);
+  cosine: linear warm-up, half a cosine to `final`.
+  """
+  plan, steps = schedule.learning_rate, schedule.steps
+  warmup = max(1, round(plan.warmup * steps)) if plan.warmup else 0
+  if step < warmup:
+    return plan.peak * (step + 1) / warmup
+  if plan.plan == "cosine":
+    done = (step - warmup) / max(1, steps - warmup)
+    return plan.peak * (plan.final + (1 - plan.final) * 0.5 * (1 + float(np.cos(np.pi * done))))
+  decay = round(plan.decay * steps) if plan.plan == "wsd" else 0
+  if decay and step >= steps - decay:
+    left = (steps - step) / decay
+    return plan.peak * (plan.final + (1 - plan.final) * left)
+  return plan.peak
+
+
+# --- weight surgery -------------------------------------------------------------
+
+
+def enter(name: str, params: dict) -> dict:
+  """Applies the surgery `Stage.enter` to all layers that have the parts it touches.
+
+  "copy_kv": NSA's compressed and window branches start from the trained K and V.
+  """
+  if name != "copy_kv":
+    raise ValueError(f"schedule stage enter = {name!r}: no such surgery; known is copy_kv")
+  stacks = {}
+  for name_, stack in params["stacks"].items():
+    method = stack["attention"].get("method", {})
+    stacks[name_] = {**stack, "attention": nsa_method.copy_kv(stack["attention"])} if "branch" in method else stack
+  return {**params, "stacks": stacks}
+
+
+# --- common schedules ---------------------------------------------------------------
+
+
+def dense(steps: int, **kw) -> ScheduleConfig:
+  """Dense from first to last step; the trunk that retrofits fork from."""
+  return ScheduleConfig(steps, [Stage()], LearningRate(**kw))
+
+
+def native(steps: int, warmup: float = 0.02, **kw) -> ScheduleConfig:
+  """Sparse from the start, after a selector warm-up on `warmup` of the steps (0: none at all)."""
+  stages = [Stage(warmup, "warmup"), Stage(1 - warmup, "sparse")] if warmup else [Stage(1.0, "sparse")]
+  return ScheduleConfig(steps, stages, LearningRate(**kw))
+
+
+def retrofit(steps: int, budget: float, warmup: float = 0.1, *, enter: str = "", **kw) -> ScheduleConfig:
+  """Dense for 1 - budget of the steps, then sparse with all parameters.
+
+  budget: share of all steps after leaving dense attention, selector warm-up included.
+  warmup: share of the budget in which the output stays dense and the selector learns.
+  """
+  stages = [Stage(1 - budget, "dense")]
+  if warmup:
+    stages.append(Stage(budget * warmup, "warmup"))
+  stages.append(Stage(budget * (1 - warmup), "sparse", enter=enter))
+  return ScheduleConfig(steps, stages, LearningRate(**kw))
+
+
+def selector_only(steps: int, budget: float, **kw) -> ScheduleConfig:
+  """Dense for 1 - budget, then the frozen backbone's selector is distilled on dense attention."""
+  return ScheduleConfig(steps, [Stage(1 - budget, "dense"), Stage(budget, "warmup", train="selector")],
+                        LearningRate(**kw))
+
+
+def mixed(steps: int, dense_share: float = 0.5, **kw) -> ScheduleConfig:
+  """Every step dense or sparse for the whole model, at random (SSA, arXiv 2511.20102, without its loss)."""
+  return ScheduleConfig(steps, [Stage(1.0, "mixed", dense_share=dense_share)], LearningRate(**kw))
+
+
+def sparse_to_dense(steps: int, dense_budget: float, **kw) -> ScheduleConfig:
+  """The reverse retrofit: sparse first, dense for the last `dense_budget` (MoBA's hybrid recipe)."""
+  return ScheduleConfig(steps, [Stage(1 - dense_budget, "sparse"), Stage(dense_budget, "dense")], LearningRate(**kw))

@@ -1,0 +1,79 @@
+"""One table of sharding rules: logical axis -> mesh axis. GSPMD does the rest ("pjit-style").
+
+Every parameter names its dimensions ("embed", "heads", "kv_heads", "mlp", "vocab"), activations
+name theirs ("batch", "time"). A dimension that its mesh axis does not divide stays whole.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from nsa import model as model_lib
+from nsa import optim
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Mesh axes of each logical axis; None = not sharded."""
+  batch: tuple[str, ...] | str | None = ("data", "fsdp")
+  time: tuple[str, ...] | str | None = None
+  embed: tuple[str, ...] | str | None = "fsdp"
+  heads: tuple[str, ...] | str | None = "tensor"
+  kv_heads: tuple[str, ...] | str | None = "tensor"
+  mlp: tuple[str, ...] | str | None = "tensor"
+  vocab: tuple[str, ...] | str | None = None
+
+
+def make_mesh(config, devices=None) -> Mesh:
+  """The device mesh (data, fsdp, tensor). `config.validate` has checked that it fits."""
+  devices = jax.devices() if devices is None else devices
+  m = config.mesh
+  data = len(devices) // (m.fsdp * m.tensor) if m.data == -1 else m.data
+  return jax.make_mesh((data, m.fsdp, m.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def named(mesh: Mesh, axes, shape, rules: Rules = Rules(), replicas: bool = False) -> NamedSharding:
+  """The sharding of an array with these logical axes. `replicas`: a leading axis of seeds, never sharded."""
+  spec = []
+  for name, size in zip(axes, shape[1:] if replicas else shape):
+    target = getattr(rules, name) if name else None
+    over = (target,) if isinstance(target, str) else target or ()
+    parts = int(np.prod([mesh.shape[axis] for axis in over], dtype=np.int64))
+    spec.append(target if parts > 1 and size % parts == 0 else None)
+  return NamedSharding(mesh, P(*([None] if replicas else []), *spec))
+
+
+def constrain(mesh: Mesh, rules: Rules = Rules()):
+  """(x, logical axes) -> x with a sharding constraint; the identity on one device."""
+  if mesh.size == 1:
+    return lambda x, axes: x
+  return lambda x, axes: jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape, rules))
+
+
+def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
+  """Shardings of a TrainState: parameters by their axes, moments like their parameter, the rest replicated."""
+  replicas = len(config.seeds) > 1
+  is_axes = lambda x: isinstance(x, model_lib.Axes)
+  axes = model_lib.param_metadata(config, "axes")
+  params = jax.tree.map(lambda a, p: named(mesh, a, p.shape, rules, replicas), axes, abstract_state.params,
+                        is_leaf=is_axes)
+  by_path = {path: (sharding, leaf.shape) for group, leaves in optim.split(abstract_state.params).items()
+             for (path, leaf), sharding in zip(leaves.items(), optim.split(params)[group].values())}
+
+  def like_parameter(path, leaf):
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    sharding, shape = by_path.get(names[-1], (None, None)) if names else (None, None)
+    return sharding if shape == leaf.shape else NamedSharding(mesh, P())
+
+  optimizer = jax.tree_util.tree_map_with_path(like_parameter, abstract_state.optimizer)
+  return abstract_state._replace(step=NamedSharding(mesh, P()), params=params, optimizer=optimizer)
+
+
+def of_batch(config, mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+  """[batch, time] arrays, with a leading axis of seeds if there are several."""
+  return NamedSharding(mesh, P(*([None] if len(config.seeds) > 1 else []), rules.batch, rules.time))

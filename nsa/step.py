@@ -1,0 +1,146 @@
+"""The train state and the pure train step: one per program of the schedule, compiled ahead.
+
+A state of several seeds has a leading axis on every leaf but `step`; the same step function
+is vmapped over it.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nsa import data, model as model_lib, optim, schedule, sharding
+
+LN2 = float(np.log(2.0))
+BATCH_KEYS = ("inputs", "targets", "weights", "segment_ids")
+
+
+class TrainState(NamedTuple):
+  step: jax.Array        # int32[], optimizer steps done
+  params: dict           # nested dict, float32
+  optimizer: dict        # {group: optax state}
+
+
+def init_state(config) -> TrainState:
+  """The state at step 0, a pure function of the config; jit it with the wanted shardings."""
+  transforms = optim.make(config)
+
+  def one(seed):
+    params = model_lib.init_params(config, seed)
+    return params, optim.init(transforms, params)
+
+  if len(config.seeds) == 1:
+    params, optimizer = one(jnp.uint32(config.seeds[0]))
+  else:
+    params, optimizer = jax.vmap(one)(jnp.asarray(config.seeds, jnp.uint32))
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+
+
+def abstract_state(config, mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state."""
+  shapes = jax.eval_shape(lambda: init_state(config))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                      shapes, sharding.of_state(config, shapes, mesh))
+
+
+def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain):
+  """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
+  out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
+                          constrain=constrain)
+  nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
+  weights = batch["weights"]
+  loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+  real = (weights > 0).astype(jnp.float32)
+  metrics = {"loss": loss, "bits_per_byte": jnp.sum(nll * real) / jnp.maximum(jnp.sum(real), 1.0) / LN2}
+  factors = dict(step.loss_weights)
+  objective = loss
+  for name, value in out.losses.items():
+    metrics[name] = value
+    objective = objective + factors.get(name, 1.0) * value
+  return objective, metrics
+
+
+def make_step(config, step: schedule.Step, constrain=lambda x, axes: x):
+  """(state, batch, learning_rate float32[]) -> (state, metrics). Metrics have the seeds' axis if there is one."""
+  transforms = optim.make(config)
+
+  def one(params, optimizer, batch, seed, count, learning_rate):
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    grads, metrics = jax.grad(
+        lambda p: loss_and_metrics(config, p, batch, key, step, constrain), has_aux=True)(params)
+    params, optimizer, norms = optim.update(transforms, step.groups, grads, optimizer, params, learning_rate,
+                                            config.optimizer.selector_learning_rate)
+    metrics["grad_norm"] = norms.get("backbone", norms.get("selector", jnp.zeros(())))
+    metrics.update({f"grad_norm_{group}": norm for group, norm in norms.items() if group != "backbone"})
+    return params, optimizer, metrics
+
+  def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate):
+    args = state.params, state.optimizer, batch
+    if len(config.seeds) == 1:
+      params, optimizer, metrics = one(*args, jnp.uint32(config.seeds[0]), state.step, learning_rate)
+    else:
+      params, optimizer, metrics = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))(
+          *args, jnp.asarray(config.seeds, jnp.uint32), state.step, learning_rate)
+    return TrainState(state.step + 1, params, optimizer), metrics
+
+  return train_step
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def compile_step(config, step: schedule.Step, mesh):
+  """The compiled train step, the state donated. Runs of one study that differ in their data or
+  schedule alone share it; seeds are part of the program."""
+  key = (repr((config.model, config.attention, config.optimizer, config.seeds, config.implementation)),
+         step.program, mesh)
+  if key not in _compiled:
+    state = abstract_state(config, mesh)
+    placed = sharding.of_batch(config, mesh)
+    seeds = () if len(config.seeds) == 1 else (len(config.seeds),)
+    shape = seeds + (step.batch, step.context)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=placed)
+             for name in BATCH_KEYS}
+    function = make_step(config, step, sharding.constrain(mesh) if len(config.seeds) == 1 else lambda x, axes: x)
+    out = jax.tree.map(lambda x: x.sharding, state), None
+    _compiled[key] = jax.jit(function, donate_argnums=0, out_shardings=out).lower(
+        state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+  return _compiled[key]
+
+
+class Batches:
+  """The batches of all seeds of a run, on the devices: a pure function of the step."""
+
+  def __init__(self, config, mesh):
+    block = getattr(config.attention, "block_size", 1)
+    self.config = config
+    self.placed = sharding.of_batch(config, mesh)
+    self.sources = [data.make(config.data, seed, block=block) for seed in config.seeds]
+
+  def at(self, step: int) -> dict[str, jax.Array]:
+    what = schedule.at(self.config, step)
+    rows = [source.batch_at(step, context=what.context, batch=what.batch) for source in self.sources]
+    arrays = rows[0] if len(rows) == 1 else {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return jax.device_put({name: arrays[name] for name in BATCH_KEYS}, self.placed)
+
+  def describe(self, step: int, replica: int) -> str:
+    """Which rows the batch of `step` holds, for error messages."""
+    what = schedule.at(self.config, step)
+    source = self.sources[replica]
+    return source.describe(source.batch_at(step, context=what.context, batch=what.batch))
+
+
+def pick_seeds(state, have: tuple[int, ...], want: tuple[int, ...]):
+  """The part of a state that belongs to the seeds `want`, in their order."""
+  if have == want:
+    return state
+  index = [have.index(seed) for seed in want]
+  if len(have) == 1:
+    return state
+
+  def take(x):
+    return x[index[0]] if len(index) == 1 else x[jnp.asarray(index)]
+
+  return state._replace(params=jax.tree.map(take, state.params), optimizer=jax.tree.map(take, state.optimizer))

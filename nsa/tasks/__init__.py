@@ -1,0 +1,78 @@
+"""Synthetic tasks of recall: pure functions of (seed, index), with disjoint strings for train and test.
+
+    task = tasks.get("needle:keys=4")
+    example = task.example(seed, index, length, "val", documents)
+    batch = tasks.batch("mqar:pairs=32", seed=0, count=8, length=1024, split="test")
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from nsa.tasks.copy import Copy, Induction
+from nsa.tasks.frame import Example, Task
+from nsa.tasks.mqar import MQAR
+from nsa.tasks.needle import Needle
+from nsa.tasks.phonebook import Phonebook
+
+__all__ = ["Example", "TASKS", "Task", "batch", "get"]
+
+TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Copy, Induction, MQAR, Needle, Phonebook)}
+
+
+@functools.lru_cache(maxsize=None)
+def get(name: str) -> Task:
+  """The task of a name such as "mqar" or "needle:keys=4,depth=0.5".
+
+  Raises ValueError for an unknown task or parameter, a value of the wrong type
+  or one out of range; the message names what is known.
+  """
+  family, _, text = name.partition(":")
+  if family not in TASKS:
+    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}")
+  cls = TASKS[family]
+  defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+  parameters = {}
+  for part in filter(None, text.split(",")):
+    key, equals, value = (s.strip() for s in part.partition("="))
+    if key not in defaults or not equals:
+      raise ValueError(f"task {name!r}: {part!r} is no parameter of {family}; write name=value with "
+                       f"{', '.join(f'{k} (now {v!r})' for k, v in defaults.items())}")
+    kind = type(defaults[key])
+    try:
+      parameters[key] = kind(value)
+    except ValueError:
+      raise ValueError(f"task {name!r}: {key} = {value!r} is no {kind.__name__}; for example "
+                       f"{key}={defaults[key]}") from None
+  return cls(**parameters)
+
+
+def batch(task_name: str, seed: int, count: int, length: int, split: str, haystack=None, *,
+          first: int = 0) -> dict[str, np.ndarray]:
+  """Examples number first .. first + count - 1 of a task, ready for a model and for scoring.
+
+  Args:
+    task_name: see `get`.
+    seed, first, count: which examples.
+    length: T, tokens of context; an example has one more, its last target.
+    split: train, val, test or ood.
+    haystack: documents of that split; none = noise sentences.
+
+  Returns:
+    inputs, targets, segment_ids (all 1): int32[count, T]; weights
+    float32[count, T], 1 where the target is an answer token; answer_group
+    int32[count, T], the query that the target answers (an exact match needs
+    all targets of a group), -1 elsewhere; evidence_distance int64[count] and
+    depth float64[count], see `Example`.
+  """
+  task = get(task_name)
+  examples = [task.example(seed, first + i, length + 1, split, haystack) for i in range(count)]
+  tokens = np.stack([e.tokens for e in examples])
+  group = np.stack([e.answer_group for e in examples])[:, 1:]
+  return dict(
+      inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=(group >= 0).astype(np.float32),
+      segment_ids=np.ones(group.shape, np.int32), answer_group=group,
+      evidence_distance=np.array([e.evidence_distance for e in examples]),
+      depth=np.array([e.depth for e in examples]))

@@ -1,0 +1,283 @@
+"""Training: one loop that reads from top to bottom.
+
+    train(config, workdir) -> the step it reached, with workdir holding
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE
+
+A run that was cut (kill, SIGTERM, full disk) goes on from its newest checkpoint when the same
+command is given again, and reaches the same bits on the same mesh.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import time
+
+from absl import logging
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, schedule, sharding
+from nsa import step as step_lib
+from nsa.progress import Progress
+
+# Fields that may change when a run is resumed: they do not touch the numbers.
+_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "peak_tflops",
+                "tensorboard")
+
+
+class Preempted(Exception):
+  """SIGTERM came: everything is saved, the same command goes on."""
+
+
+class Diverged(Exception):
+  """The loss is not finite. `seed` names the replica."""
+
+  def __init__(self, message: str, seed: int):
+    super().__init__(message)
+    self.seed = seed
+
+
+def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bool = True) -> int:
+  """Trains, or goes on training, the run in `workdir`; returns its last step.
+
+  Raises:
+    ConfigError: the config cannot run, or is not the one that `workdir` was started with.
+    CheckpointError: a checkpoint cannot be read or written.
+    Preempted: SIGTERM; the state is saved.
+    Diverged: the loss became NaN or infinite; the message names step, rows and last good checkpoint.
+  """
+  workdir = epath.Path(workdir)
+  config_lib.validate(config)
+  config_lib.validate(config, jax.device_count())
+  open_workdir(config, workdir)
+  mesh = sharding.make_mesh(config)
+  total = config.schedule.steps
+  checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_at=config.checkpoint.keep_at,
+                                       every=config.checkpoint.every)
+  if (workdir / "DONE").exists() and (checkpoints.latest() or 0) >= total:
+    logging.info("%s is done", workdir)
+    return total
+
+  batches = step_lib.Batches(config, mesh)
+  state, start = initial_state(config, mesh, checkpoints)
+  writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard)
+  writer.truncate_after(start)
+  name = f"{config.arm} s{','.join(map(str, config.seeds))}"
+  bar = Progress(name, total, start_step=start, stream=None if progress else open(os.devnull, "w"))
+  log = _Log(config, writer, bar, start)
+
+  with bar.pause("compile"):
+    programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
+
+  with _sigterm() as preempted, writer:
+    batch = batches.at(start) if start < total else None
+    pending = None                     # (step, device metrics) of the step before
+    for index in range(start, total):
+      step = schedule.at(config, index)
+      if step.enter:
+        state = enter(config, state, step.enter)
+      if config.profile and index == config.profile[0]:
+        jax.profiler.start_trace(os.fspath(workdir / "profile"))
+      state, device_metrics = programs[step.program](state, batch, jnp.float32(step.learning_rate))
+      # While the devices work: the next batch, and the metrics of the step before.
+      batch = batches.at(index + 1) if index + 1 < total else None
+      if pending is not None:
+        log.step(*pending, batches, checkpoints)
+      pending = index, device_metrics
+      if config.profile and index == config.profile[1]:
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+
+      done = index + 1
+      stop = preempted()
+      evaluating = done == total or (config.eval.every and done % config.eval.every == 0)
+      saving = done == total or checkpoints.should_save(done)
+      if stop or evaluating or saving:
+        log.step(*pending, batches, checkpoints)    # a state that is not finite is never saved
+        pending = None
+      if stop or saving:
+        with bar.pause("checkpoint"):
+          checkpoints.save(done, state, wait=stop)
+      if stop:
+        raise Preempted(f"{workdir}: saved at step {done} of {total}; the same command goes on from there")
+      if evaluating:
+        with bar.pause("evaluate"):
+          evaluate.write(config, state.params, workdir, done)
+    bar.close()
+  checkpoints.close()
+  metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
+  return total
+
+
+# --- the run directory ------------------------------------------------------------
+
+
+def open_workdir(config, workdir: epath.Path) -> None:
+  """Writes config.json and versions.json, or checks that the run there has the same config."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / "config.json"
+  wanted = config_lib.to_dict(config)
+  if path.exists():
+    found = metrics.read_json(path)
+    changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
+    if changed:
+      raise config_lib.ConfigError(
+          [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
+            "take another --workdir, or the old value") for key in changed])
+  metrics.write_json(path, wanted)
+  metrics.write_json(workdir / "versions.json", versions())
+  for leftover in ("FAILED",):
+    (workdir / leftover).unlink(missing_ok=True)
+
+
+def versions() -> dict:
+  """What a later reader needs to know about the software and the devices."""
+  packages = {}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "nsa"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      packages[name] = importlib.metadata.version(name)
+  device = jax.devices()[0]
+  return {"python": platform.python_version(), **packages, "platform": device.platform,
+          "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+# --- where a run begins -----------------------------------------------------------
+
+
+def initial_state(config, mesh, checkpoints) -> tuple[step_lib.TrainState, int]:
+  """The newest checkpoint; else the fork point; else fresh weights. Returns (state, step)."""
+  abstract = step_lib.abstract_state(config, mesh)
+  if checkpoints.latest() is not None:
+    state = checkpoints.restore(abstract)
+    return state, int(state.step)
+  fresh = jax.jit(lambda: step_lib.init_state(config), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+  if not config.fork.workdir:
+    return fresh, 0
+  state = fork(config, mesh, fresh)
+  return state, int(state.step)
+
+
+def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
+  """The trunk's checkpoint, in this run's tree.
+
+  Parameters that the trunk does not have (a selector, NSA's branches) and their optimizer state
+  keep their initial values: the very ones they would have in a run that had carried them along
+  unused. Raises ConfigError naming what does not fit.
+  """
+  where = config.fork.workdir
+  path = epath.Path(where) / "config.json"
+  if not path.exists():
+    raise config_lib.ConfigError([("fork.workdir", where, "no run directory: config.json is missing")])
+  trunk_config = config_lib.from_dict(metrics.read_json(path))
+  missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
+  if missing and not config.fork.reset:
+    raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])
+  source = checkpoint.Checkpoints(where, read_only=True)
+  step = source.latest() if config.fork.step < 0 else config.fork.step
+  if step is None or step not in source.steps():
+    raise config_lib.ConfigError([("fork.step", config.fork.step, f"{where} has checkpoints at {source.steps()}")])
+  trunk = source.restore(step_lib.abstract_state(trunk_config, mesh), step)
+  seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
+  trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
+  params = _overlay(fresh.params, trunk.params, config)
+  if config.fork.reset:
+    return fresh._replace(params=params)
+  optimizer = {group: jax.tree.map(_place, state, trunk.optimizer[group]) if group in trunk.optimizer else state
+               for group, state in fresh.optimizer.items()}
+  return step_lib.TrainState(_place(fresh.step, trunk.step), params, optimizer)
+
+
+def _overlay(fresh: dict, trunk: dict, config) -> dict:
+  problems = []
+
+  def merge(mine, theirs, path):
+    out = dict(mine)
+    for name, value in mine.items():
+      here = path + (name,)
+      if isinstance(value, dict):
+        out[name] = merge(value, theirs.get(name, {}), here)
+      elif name in theirs and theirs[name].shape == value.shape:
+        out[name] = _place(value, theirs[name])
+      elif name in theirs:
+        problems.append(("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
+      elif not {"selector", "branch", "memory"} & set(here):
+        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same model config"))
+    return out
+
+  merged = merge(fresh, trunk, ())
+  if problems:
+    raise config_lib.ConfigError([(f"fork.workdir: parameter {name}", value, fix) for name, value, fix in problems])
+  return merged
+
+
+def _place(mine, theirs):
+  return jax.device_put(theirs, mine.sharding)
+
+
+def enter(config, state: step_lib.TrainState, name: str) -> step_lib.TrainState:
+  """Weight surgery at the beginning of a stage; the optimizer's state stays."""
+  return state._replace(params=schedule.enter(name, state.params))
+
+
+# --- logging, failure, preemption ---------------------------------------------------
+
+
+class _Log:
+  """Turns the metrics of finished steps into records, and a loss that is not finite into an error."""
+
+  def __init__(self, config, writer, bar, start):
+    self.config, self.writer, self.bar, self.start = config, writer, bar, start
+    self.tokens_per_step = config.data.global_batch * config.data.context
+    self.peak = config.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
+    self.began = time.monotonic()
+
+  def step(self, index, device_metrics, batches, checkpoints):
+    values = {name: np.atleast_1d(np.asarray(x)) for name, x in jax.device_get(device_metrics).items()}
+    config, done = self.config, index + 1
+    for replica, seed in enumerate(config.seeds):
+      if not all(np.isfinite(x[replica]) for x in values.values()):
+        checkpoints.wait()
+        raise Diverged(
+            f"seed {seed}: not finite at step {index}: "
+            + ", ".join(f"{name} = {x[replica]}" for name, x in values.items() if not np.isfinite(x[replica]))
+            + f". The last good checkpoint is step {checkpoints.latest()}. The batch held:\n"
+            + batches.describe(index, replica), seed)
+    now = schedule.at(config, index)
+    self.bar.update(done, tokens=(done - self.start) * self.tokens_per_step * len(config.seeds),
+                    loss=float(values["loss"].mean()), bpb=float(values["bits_per_byte"].mean()), mode=now.mode)
+    if done % config.log_every and done != config.schedule.steps:
+      return
+    speed = self.bar.tokens_per_second
+    for replica, seed in enumerate(config.seeds):
+      record = {"step": done, "seed": seed, "stage": now.stage, "mode": now.mode,
+                **{name: float(x[replica]) for name, x in values.items()},
+                "learning_rate": now.learning_rate, "tokens": done * self.tokens_per_step,
+                "flops": flops.cumulative(config, done)}
+      if speed:
+        record["tokens_per_second"] = speed / len(config.seeds)
+        if self.peak:
+          per_token = flops.per_step(config, now) / self.tokens_per_step
+          record["mfu"] = metrics.mfu(speed * per_token, self.peak, jax.device_count())
+      record["seconds"] = time.monotonic() - self.began
+      self.writer.write(record)
+
+
+@contextlib.contextmanager
+def _sigterm():
+  """Yields a function that says whether SIGTERM has come; restores the old handler on the way out."""
+  seen = []
+  try:
+    old = signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
+  except ValueError:                    # not the main thread (a notebook, a test): nothing to catch
+    yield lambda: False
+    return
+  try:
+    yield lambda: bool(seen)
+  finally:
+    signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,26 @@
+"""Attention operations for block-sparse models: arrays in, arrays out.
+
+Every operation takes `implementation=None` (the best one for the platform) or
+a name from `available(operation)`; "reference" always works. See `api`.
+"""
+from pallas_kernels.api import attention
+from pallas_kernels.api import available
+from pallas_kernels.api import block_mass
+from pallas_kernels.api import block_top_k
+from pallas_kernels.api import compressed_attention
+from pallas_kernels.api import compressed_top_k
+from pallas_kernels.api import index_kl
+from pallas_kernels.api import index_top_k
+from pallas_kernels.api import selected_attention
+
+__all__ = (
+    "attention",
+    "available",
+    "block_mass",
+    "block_top_k",
+    "compressed_attention",
+    "compressed_top_k",
+    "index_kl",
+    "index_top_k",
+    "selected_attention",
+)

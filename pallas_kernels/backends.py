@@ -1,0 +1,181 @@
+"""Which implementations an operation has, and which one a call gets.
+
+A backend is a module that calls `register` for each operation it serves when
+it is imported. Modules are imported at the first call that could use them, and
+one that is missing or broken costs its speed, never the package: the reason
+is logged and the reference serves the call.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+import dataclasses
+import importlib
+import logging
+from typing import Any
+
+import jax
+
+logger = logging.getLogger("pallas_kernels")
+
+OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
+              "index_kl", "block_top_k", "block_mass")
+
+# Platform -> (implementation, module) in order of preference; the module registers under that name.
+BACKENDS = {
+    "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu"), ("triton", "pallas_kernels.triton")],
+    "tpu": [("mosaic_tpu", "pallas_kernels.mosaic_tpu")],
+    "cpu": [],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+  """One way to compute one operation. `platforms` = None means any."""
+  name: str
+  function: Callable[..., Any]
+  platforms: tuple[str, ...] | None
+  supports: Callable[[Mapping[str, Any]], str | None]
+
+
+_registered: dict[str, dict[str, Implementation]] = {operation: {} for operation in OPERATIONS}
+_import_errors: dict[str, str | None] = {}  # module -> why it did not import, None if it did
+_logged: set[tuple] = set()
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def register(operation: str, name: str, function: Callable[..., Any], *,
+             platforms: tuple[str, ...] | None, supports: Callable[[Mapping[str, Any]], str | None]):
+  """Makes `implementation=name` serve `operation`; a second call with the same names replaces the first.
+
+  Args:
+    operation: one of `OPERATIONS`.
+    name: the implementation's name, e.g. "mosaic_gpu".
+    function: takes the operation's arguments by keyword (all but `implementation`, defaults filled in:
+      `scale` and `index_scale` are floats), already validated; differentiable where the operation is.
+    platforms: of "cpu", "gpu", "tpu"; None for all.
+    supports: gets the same arguments as a dict of arrays or tracers (read shape and dtype only) and plain
+      values; returns None, or the reason why not, beginning with the argument's name.
+  """
+  if operation not in _registered:
+    raise ValueError(f"operation = {operation!r}: take one of {', '.join(OPERATIONS)}")
+  _registered[operation][name] = Implementation(name, function, platforms, supports)
+
+
+def available(operation: str) -> tuple[str, ...]:
+  """Names of the implementations of an operation that can be imported here, best first.
+
+  Not each of them runs on each platform or serves each argument.
+  """
+  if operation not in _registered:
+    raise ValueError(f"operation = {operation!r}: take one of {', '.join(OPERATIONS)}")
+  for platform in BACKENDS:
+    _load(platform)
+  return tuple(i.name for i in _in_order(operation))
+
+
+@contextlib.contextmanager
+def target_platform(platform: str):
+  """Dispatch for "cpu", "gpu" or "tpu" inside the block: for lowering to a platform that is not here."""
+  token = _platform.set(_known_platform(platform))
+  try:
+    yield
+  finally:
+    _platform.reset(token)
+
+
+def current_platform() -> str:
+  """`target_platform` if set, else the platform of jax's default device or backend."""
+  if _platform.get() is not None:
+    return _platform.get()
+  device = jax.config.jax_default_device
+  if device is not None:
+    return _known_platform(device if isinstance(device, str) else device.platform)
+  return _known_platform(jax.default_backend())
+
+
+def choose(operation: str, implementation: str | None, arguments: Mapping[str, Any]) -> Implementation:
+  """The implementation that serves this call.
+
+  Raises:
+    ValueError: `implementation` is no known name.
+    NotImplementedError: it is one, but cannot serve these arguments or this platform.
+  """
+  platform = current_platform()
+  if implementation is not None:
+    chosen = _named(operation, implementation, platform, arguments)
+    _log(logging.INFO, operation, f"{chosen.name} ({platform}), as named")
+    return chosen
+  _load(platform)
+  reasons = [f"{name}: {_import_errors[module]}" for name, module in BACKENDS[platform] if _import_errors[module]]
+  for candidate in _in_order(operation):
+    if candidate.platforms is not None and platform not in candidate.platforms:
+      continue
+    reason = candidate.supports(arguments)
+    if reason is None:
+      if candidate.name == "reference" and reasons:
+        _log(logging.WARNING, operation, f"reference ({platform}), because " + "; ".join(reasons))
+      else:
+        _log(logging.INFO, operation, f"{candidate.name} ({platform})")
+      return candidate
+    reasons.append(f"{candidate.name}: {reason}")
+  raise NotImplementedError(f"{operation}: no implementation for {platform}: " + "; ".join(reasons))
+
+
+def _named(operation, implementation, platform, arguments):
+  modules = {name: module for listed in BACKENDS.values() for name, module in listed}
+  if implementation in modules:
+    _import(modules[implementation])
+  if implementation not in _registered[operation]:
+    known = [i.name for i in _in_order(operation)]
+    if implementation not in modules:
+      known += [name for name in modules if name not in known]
+      raise ValueError(f"implementation = {implementation!r} of {operation}: take None or one of {', '.join(known)}")
+    why = _import_errors[modules[implementation]] or f"it has no {operation}"
+    raise NotImplementedError(
+        f"implementation = {implementation!r} of {operation}: {why}; take None or one of {', '.join(known)}")
+  chosen = _registered[operation][implementation]
+  if chosen.platforms is not None and platform not in chosen.platforms:
+    raise NotImplementedError(f"implementation = {implementation!r} of {operation} runs on "
+                              f"{', '.join(chosen.platforms)}, not on {platform}; take None for the best one here")
+  reason = chosen.supports(arguments)
+  if reason is not None:
+    raise NotImplementedError(f"implementation = {implementation!r} of {operation} cannot serve these arguments: "
+                              f"{reason}; take None for the best one that can")
+  return chosen
+
+
+def _in_order(operation):
+  preferred = [name for listed in BACKENDS.values() for name, _ in listed]
+  rank = lambda name: preferred.index(name) if name in preferred else len(preferred) + (name == "reference")
+  return sorted(_registered[operation].values(), key=lambda i: rank(i.name))
+
+
+def _load(platform):
+  for _, module in BACKENDS[platform]:
+    _import(module)
+
+
+def _import(module):
+  if module in _import_errors:
+    return
+  try:
+    importlib.import_module(module)
+    _import_errors[module] = None
+  except Exception as error:  # a broken backend may raise anything; the reference still serves
+    _import_errors[module] = f"{module} does not import ({type(error).__name__}: {error})"
+
+
+def _known_platform(platform):
+  platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+  if platform not in BACKENDS:
+    logger.debug("platform %s has no backends", platform)
+    BACKENDS[platform] = []
+  return platform
+
+
+def _log(level, operation, text):
+  if (operation, text) not in _logged:
+    _logged.add((operation, text))
+    logger.log(level, "%s: %s", operation, text)

@@ -1,0 +1,223 @@
+"""Tasks: the answer can be found in the context, and test strings never occur in training."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nsa import data, tasks
+from nsa.data import tokenizer
+from nsa.tasks import frame
+
+HERE = pathlib.Path(__file__).parent
+BYTE_TASKS = ("needle", "needle:keys=4", "needle:keys=2,haystack=noise,question=first",
+              "needle:haystack=needles", "needle:depth=0.25,digits=5", "phonebook:entries=9",
+              "copy:length=24", "induction", "induction:ngram=2,answer=3")
+TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192")
+ALL = BYTE_TASKS + TOKEN_TASKS
+LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def documents():
+  return data.load("stdlib", "val")
+
+
+def text_of(example):
+  """The bytes of an example, one character each, with the marked answer."""
+  text = tokenizer.get("bytes").decode_bytes(example.tokens).decode("latin-1")
+  answer = tokenizer.get("bytes").decode_bytes(example.tokens[example.answer_mask]).decode("latin-1")
+  return text, answer
+
+
+def solve(name, text):
+  """Reads an example without its answer, as a person would; returns (answer, index behind the evidence)."""
+  if name.startswith("needle"):
+    key = re.search(r"The special magic number for (\S+) is: $", text).group(1)
+    found = list(re.finditer(rf"One of the special magic numbers for {key} is: (\d+)\.", text))
+  elif name.startswith("phonebook"):
+    who = text.rsplit("\n", 1)[1]
+    found = list(re.finditer(rf"\n{who}(\d+)(?=\n)", text))
+  elif name.startswith("copy"):
+    found = list(re.finditer(r"\nCopy: ([a-z]+)\.\n", text))
+    found = [m for m in found if text.endswith("\nAgain: ")]
+  else:
+    body, gram = text.rsplit("\n", 1)
+    found = [m for m in re.finditer(rf"(?=({gram}))", body)]
+    assert len(found) == 1
+    size = 3 if "answer=3" in name else 4
+    end = found[0].start() + len(gram) + size
+    return body[end - size:end], end
+  assert len(found) == 1, "evidence must be unique"
+  end = found[0].end() - (2 if name.startswith("copy") else 0)
+  return found[0].group(1), end
+
+
+@pytest.mark.parametrize("name", BYTE_TASKS)
+@pytest.mark.parametrize("with_text", [False, True])
+def test_answers_are_in_the_context(name, with_text, documents):
+  task = tasks.get(name)
+  for index in range(25):
+    e = task.example(3, index, LENGTH, "val", documents if with_text else None)
+    assert e.tokens.shape == (LENGTH,) and e.tokens.dtype == np.int32
+    assert e.tokens[0] == tokenizer.BOS and e.tokens[-1] == tokenizer.EOS
+    text, answer = text_of(e)
+    first = int(np.flatnonzero(e.answer_mask)[0])
+    assert e.answer_mask.sum() == len(answer) and np.all(np.diff(np.flatnonzero(e.answer_mask)) == 1)
+    found, evidence_end = solve(name, text[:first - 1])  # text has no BOS: token first is character first - 1
+    assert found == answer
+    assert 0 <= e.depth <= 1
+    queries = {"needle": " What is the", "phonebook": "\n\n", "copy": "\nAgain: ", "induction": "\n"}
+    start = text[:first - 1].rindex(queries[name.split(":")[0]])
+    assert e.evidence_distance == start - (evidence_end - 1)
+
+
+def test_needle_depths_spread_and_can_be_fixed(documents):
+  drawn = [tasks.get("needle").example(0, i, 900, "train", documents).depth for i in range(200)]
+  assert min(drawn) < 0.15 and max(drawn) > 0.9 and 0.4 < np.mean(drawn) < 0.65
+  fixed = [tasks.get("needle:depth=0.5").example(0, i, 4000, "train", documents).depth for i in range(5)]
+  assert all(abs(d - 0.5) < 0.05 for d in fixed)
+  many = text_of(tasks.get("needle:haystack=needles").example(0, 0, 2000))[0]
+  assert len(re.findall("One of the special", many)) > 25
+
+
+@pytest.mark.parametrize("name", TOKEN_TASKS)
+def test_mqar_answers_are_the_last_binding(name):
+  task = tasks.get(name)
+  half, bindings = task.vocab // 2, task.pairs + task.updates
+  for index in range(30):
+    e = task.example(1, index, 301, "test")
+    assert e.tokens.shape == (301,) and e.tokens.min() >= 1 and e.tokens.max() < task.vocab
+    bound, answered = {}, {}
+    for p, token in enumerate(e.tokens.tolist()):
+      if token < half:  # every key is followed by its value, in a binding or as an answer
+        value = int(e.tokens[p + 1])
+        assert value >= half
+        if p < 2 * bindings:
+          assert bound.get(token) != value
+          bound[token] = value
+          assert not e.answer_mask[p + 1]
+        else:
+          assert token not in answered and bound[token] == value and e.answer_mask[p + 1]
+          answered[token] = int(e.answer_group[p + 1])
+    assert len(bound) == task.pairs and sorted(answered.values()) == list(range(task.pairs))
+    assert e.answer_mask.sum() == task.pairs
+
+
+def test_mqar_gaps_follow_the_power_law():
+  """p(g) ~ g^(a - 1): half of the queries lie in the first part of the room, on a log scale."""
+  where = []
+  for i in range(150):
+    e = tasks.get("mqar:pairs=4").example(0, i, 2008)
+    where += ((np.flatnonzero(e.answer_mask) - 1 - 8) // 2 + 1).tolist()
+  # 4 of 1000 slots: the median is near sqrt(1000) without replacement pushing it up a little.
+  assert 10 < np.median(where) < 100 and max(where) > 500
+
+
+def strings_of(name, e):
+  """The keys and values of an example."""
+  if name.startswith("mqar"):
+    n = 2 * (tasks.get(name).pairs + tasks.get(name).updates)
+    return {f"{k}:{v}" for k, v in zip(e.tokens[0:n:2].tolist(), e.tokens[1:n:2].tolist())}
+  text, answer = text_of(e)
+  if name.startswith("needle"):
+    return set(sum(re.findall(r"magic numbers for (\S+) is: (\d+)\.", text), ()))
+  if name.startswith("phonebook"):
+    return set(sum(re.findall(r"\n(\w+ \w+): (\d+)(?=\n)", text), ()))
+  if name.startswith("induction"):
+    return {text.rsplit("\n", 1)[1][:-1 - len(answer)], answer}
+  return {answer}
+
+
+@pytest.mark.parametrize("name", ["needle:keys=4", "phonebook:entries=12", "copy:length=5", "induction",
+                                  *TOKEN_TASKS])
+def test_splits_share_no_strings(name):
+  task = tasks.get(name)
+  seen = {split: set().union(*(strings_of(name, task.example(0, i, LENGTH, split)) for i in range(120)))
+          for split in ("train", "val", "test")}
+  assert all(len(s) > 50 for s in seen.values())
+  assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
+  for split, strings in seen.items():
+    assert all(frame.in_bucket(s, split) for s in strings)
+
+
+def test_mqar_has_values_for_every_key_in_every_split():
+  for split in ("train", "val", "test"):
+    for key in range(1, 128):
+      assert sum(frame.in_bucket(f"{key}:{v}", split) for v in range(128, 256)) >= 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_examples_are_pure(name, documents):
+  task = tasks.get(name)
+  first = [task.example(2, i, LENGTH, "val", documents) for i in range(4)]
+  again = [task.example(2, i, LENGTH, "val", documents) for i in reversed(range(4))][::-1]
+  for a, b in zip(first, again):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+  assert len({e.tokens.tobytes() for e in first}) == 4
+  assert first[0].tokens.tobytes() != task.example(3, 0, LENGTH, "val", documents).tokens.tobytes()
+
+
+def checksum():
+  tokens = [tasks.get(name).example(7, 1, LENGTH, "test").tokens for name in ALL]
+  return int(np.stack(tokens).astype(np.int64).sum(0) @ np.arange(LENGTH))
+
+
+def test_a_fresh_process_gives_the_same_examples():
+  code = "import tasks_test as t; print(t.checksum())"
+  out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={
+      **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, sys.path)]),
+      "PYTHONHASHSEED": "5"})
+  assert int(out.stdout) == checksum()
+
+
+@pytest.mark.parametrize("name", ["mqar:pairs=5", "phonebook:entries=5", "induction"])
+def test_batches_align_answers_with_targets(name, documents):
+  b = tasks.batch(name, seed=1, count=3, length=400, split="val", haystack=documents)
+  for i in range(3):
+    e = tasks.get(name).example(1, i, 401, "val", documents)
+    np.testing.assert_array_equal(b["targets"][i][b["weights"][i] == 1], e.tokens[e.answer_mask])
+    np.testing.assert_array_equal(b["inputs"][i, 1:], b["targets"][i, :-1])
+    np.testing.assert_array_equal(b["answer_group"][i] >= 0, b["weights"][i] == 1)
+    assert b["evidence_distance"][i] == e.evidence_distance and b["depth"][i] == e.depth
+  assert b["inputs"].shape == (3, 400) and b["inputs"].dtype == np.int32 and np.all(b["segment_ids"] == 1)
+  assert set(b["answer_group"].ravel()) == ({-1, 0, 1, 2, 3, 4} if name == "mqar:pairs=5" else {-1, 0})
+  later = tasks.batch(name, seed=1, count=1, length=400, split="val", haystack=documents, first=2)
+  np.testing.assert_array_equal(later["inputs"][0], b["inputs"][2])
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nedle", "task 'nedle': unknown; the tasks are copy, induction, mqar, needle, phonebook"),
+    ("needle:kies=4", "'kies=4' is no parameter of needle; .*keys"),
+    ("needle:keys", "'keys' is no parameter of needle; write name=value"),
+    ("needle:keys=four", "keys = 'four' is no int"),
+    ("needle:keys=0", "task needle: keys = 0: at least 1"),
+    ("needle:haystack=hay", "haystack = 'hay': text, noise or needles"),
+    ("mqar:pairs=200", "task mqar: pairs = 200: there are only .* 127 keys"),
+    ("phonebook:entries=2", "task phonebook: entries = 2"),
+])
+def test_unknown_names_and_parameters_are_named(name, message):
+  with pytest.raises(ValueError, match=message):
+    tasks.get(name)
+
+
+@pytest.mark.parametrize("name, parameter", [
+    ("needle:keys=9", "keys=9"), ("phonebook:entries=20", "entries=20"), ("copy:length=90", "length=90"),
+    ("induction:ngram=64", "ngram=64"), ("mqar:pairs=60", "pairs=60")])
+def test_too_short_contexts_name_the_smallest_that_works(name, parameter):
+  with pytest.raises(ValueError, match=rf"data.context = 100: .*{parameter}") as error:
+    tasks.get(name).example(0, 0, 101)
+  need = int(re.search(r"at least (\d+) tokens", str(error.value)).group(1))
+  tasks.get(name).example(0, 0, need + 1)
+  with pytest.raises(ValueError, match="data.context"):
+    tasks.get(name).example(0, 0, need)
+
+
+def test_more_strings_than_there_are():
+  with pytest.raises(ValueError, match="keys = 2000: .* split 'val' has about 921"):
+    tasks.get("needle:keys=2000").example(0, 0, 200_000, "val")
+  with pytest.raises(ValueError, match="split = 'dev': unknown"):
+    tasks.get("copy").example(0, 0, 200, "dev")
