@@ -4,9 +4,10 @@ An experiment file's `get_config(arg)` returns a `Config`; the launchers apply
 `--config.a.b=value` overrides to it and call `validate`, which raises one
 `ConfigError` that names every wrong field, its value and the fix. Nothing here
 touches a device.
-"""
-from __future__ import annotations
 
+Annotations here and in the methods' options are real types, not strings (no `from __future__ import
+annotations`): `ml_collections.config_flags` reads them to parse overrides.
+"""
 import dataclasses
 from dataclasses import dataclass, field
 import json
@@ -88,7 +89,7 @@ class DataConfig:
   data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
   context: int = 1024             # T, tokens per sequence
   global_batch: int = 8           # sequences per step over all devices, at `context` tokens
-  align: int = 0                  # packed documents begin at multiples of this; 0 = the method's block
+  align: int = 64                 # packed documents begin at multiples of this; the same in all arms that are compared
   task_share: float = 0.0         # share of the sequences that are synthetic tasks, 0 to 1
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
@@ -179,7 +180,11 @@ def from_dict(tree: dict) -> Config:
   """The inverse of `to_dict`. Raises ConfigError for an unknown field or method."""
   tree = dict(tree)
   attention = dict(tree.pop("attention", {"method": "dense"}))
-  method = methods.get(attention.pop("method"))
+  name = attention.pop("method", None)
+  try:
+    method = methods.get(name)
+  except ValueError as error:
+    raise ConfigError([("attention.method", name, str(error))]) from None
   config = _build(Config, tree, "")
   config.attention = _build(method, attention, "attention.")
   return config
@@ -306,9 +311,35 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
   for mode in e.run_modes:
     try:
-      methods.parse_run_mode(mode)
+      name, options = methods.parse_run_mode(mode)
     except ValueError as error:
       need(False, "eval.run_modes", mode, str(error))
+      continue
+    options = {n: v for n, v in {**e.blocks, **options}.items() if n in GEOMETRY}
+    if name != "dense" and options:
+      own = isinstance(config.attention, methods.blocks.BlockMethod)
+      if own or name != "sparse":
+        run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
+        for n, v, f in run.check(m, e.context or d.context):
+          need(False, "eval.run_modes", mode, f"attention.{n} = {v!r} there: {f}")
+  need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
+  need(e.sequences >= 0, "eval.sequences", e.sequences, "cannot be negative; 0 for none")
+  need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
+  need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
+  need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
+  grid = getattr(config.attention, "block_size", 1)
+  need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
+       f"must be a multiple of attention.block_size = {grid}; set it alike in all arms, or their batches differ")
+  for name in ("b1", "b2"):
+    need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
+  for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
+    need(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "cannot be negative")
+  need(0 <= lr.final <= 1, "schedule.learning_rate.final", lr.final, "last learning rate / peak, 0 to 1")
+  need(all(0 <= seed < 2 ** 32 for seed in config.seeds), "seeds", config.seeds, "between 0 and 2**32 - 1")
+  if s.steps > 0 and s.stages and abs(total - 1) < 1e-6:
+    for i, (first, end) in enumerate(steps_of(s)):
+      need(end > first or s.stages[i].fraction == 0, f"schedule.stages[{i}].fraction", s.stages[i].fraction,
+           f"rounds to no step of schedule.steps = {s.steps}: take more steps, a larger share, or leave the stage out")
   need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds, "one or more different seeds")
   need(not config.profile or len(config.profile) == 2, "profile", config.profile, "(first step, last step)")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")

@@ -31,12 +31,21 @@ _MAX_HEAT = 64  # cells per side of a stored heat map
 
 
 def write(config, params, workdir, step: int) -> list[dict]:
-  """Evaluates and writes workdir/eval/<step>.json; returns the records."""
+  """Evaluates and writes workdir/eval/<step>.json; returns the new records.
+
+  Records of other run modes stay in the file. Another split or context than the run's own goes to
+  a file of its own, <step>-<split>-<context>.json, which reports leave out.
+  """
   rows = records(config, params, step)
   directory = epath.Path(workdir) / "eval"
   directory.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(directory / f"{step}.json",
-                     {"step": step, "arm": config.arm, "size": config.size, "records": rows})
+  own = config_lib.from_dict(metrics.read_json(epath.Path(workdir) / "config.json"))
+  path = directory / f"{step}.json"
+  if (config.eval.split, config.eval.context) != (own.eval.split, own.eval.context):
+    path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
+  old = metrics.read_json(path)["records"] if path.exists() else []
+  kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
+  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows})
   return rows
 
 
@@ -102,28 +111,34 @@ def _runner(static):
   config, mode, selector, diagnose = static.value
   options = config.attention if isinstance(config.attention, blocks.BlockMethod) else None
 
-  def observe(q, k, block_indices, call):
-    return blocks.diagnostics(q, k, block_indices, call, options)
-
   @jax.jit
   def run(params, batch):
+    def observe(q, k, block_indices, call):
+      return blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
+
     out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
                             key=jax.random.key(0), losses=False, observe=observe if diagnose and options else None)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
-    # Layers without blocks (a dense prefix) have the same diagnostics: they are observed alike.
-    seen = jax.tree.map(lambda *x: jnp.concatenate(x), *out.layers) if diagnose and options else {}
+    # One dict per layer: those of a dense prefix have fewer diagnostics.
+    seen = [{name: x[i] for name, x in stack.items()} for stack in out.layers
+            for i in range(len(next(iter(stack.values()), ())))]
     return nll, correct, seen
 
   return run
 
 
 def _batches(arrays: dict[str, np.ndarray], size: int):
-  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count)."""
+  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count).
+
+  batch["rows"], float32[size], is 0 at the copies.
+  """
   count = len(arrays["inputs"])
   for first in range(0, count, size):
     rows = np.minimum(np.arange(first, first + size), count - 1)
-    yield {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids")}, slice(first, min(first + size, count))
+    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids")}
+    batch["rows"] = (np.arange(first, first + size) < count).astype(np.float32)
+    yield batch, slice(first, min(first + size, count))
 
 
 def _text_records(run, params, windows, e, context):
@@ -131,11 +146,12 @@ def _text_records(run, params, windows, e, context):
     return []
   arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
   nll = np.zeros((len(windows), context))
-  seen = []
+  seen, weights = [], []
   for batch, rows in _batches(arrays, e.batch):
     values, _, layers = run(params, batch)
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
     seen.append(jax.device_get(layers))
+    weights.append(rows.stop - rows.start)
   bits = nll / step_lib.LN2 * (arrays["targets"] < 256)
   real = arrays["targets"] < 256
   half = context // 2
@@ -147,19 +163,19 @@ def _text_records(run, params, windows, e, context):
   for first, end in zip(edges[:-1], edges[1:]):
     rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
                  "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
-  return rows + _layer_records(seen, windows[0].document)
+  return rows + _layer_records(seen, weights, windows[0].document)
 
 
-def _layer_records(seen, document):
-  if not seen[0]:
-    return []
+def _layer_records(seen, weights, document):
+  """Diagnostics of each layer; `weights` are the sequences that count in each batch of `seen`."""
   rows = []
-  for layer in range(len(seen[0]["entropy"])):
-    means = {name: float(np.mean([batch[name][layer] for batch in seen])) for name in seen[0] if name != "heat"}
-    rows.append({"kind": "layer", "layer": layer, **means})
-    if "heat" in seen[0]:
+  for layer, first in enumerate(seen[0]):
+    means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
+             for name in first if name != "heat"}
+    rows.append({"kind": "layer", "layer": layer, **{n: x for n, x in means.items() if np.isfinite(x)}})
+    if "heat" in first:
       rows.append({"kind": "heat", "layer": layer, "kv_head": 0, "document": document,
-                   "heat": np.round(_shrink(seen[0]["heat"][layer, 0]), 3).tolist()})
+                   "heat": np.round(_shrink(first["heat"][0]), 3).tolist()})
   return rows
 
 

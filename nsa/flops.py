@@ -8,6 +8,9 @@ from __future__ import annotations
 from nsa import config as config_lib
 from nsa import methods, model as model_lib, optim, schedule
 
+# Parts that pass no gradient: what a top-k is taken of, and what a loss holds constant.
+_FORWARD_ONLY = ("index", "scores", "teacher")
+
 
 def forward(config, context: int, mode: str) -> dict[str, float]:
   """Forward FLOPs per token by part, averaged over a causal sequence of `context` tokens.
@@ -32,16 +35,16 @@ def forward(config, context: int, mode: str) -> dict[str, float]:
 def training(config, step: schedule.Step) -> dict[str, float]:
   """FLOPs per token of one optimizer step, by part: forward, and twice that for the backward pass.
 
-  A part that does not learn and lies on no path of gradient (a frozen backbone while the
-  selector is distilled) is counted forward only.
+  A part that does not learn and lies on no path of gradient (scores that a top-k is taken of, a
+  frozen backbone while the selector is distilled) is counted forward only.
   """
   parts = forward(config, step.context, step.mode)
   for method, count in model_lib.layout(config.model, config.attention):
     for loss, cost in method.loss_flops(config.model, step.context, step.mode).items():
       parts[loss] = parts.get(loss, 0.0) + count * cost
   if step.groups == ("selector",):
-    return {part: cost * (3.0 if part.startswith("index") else 1.0) for part, cost in parts.items()}
-  return {part: 3.0 * cost for part, cost in parts.items()}
+    return {part: cost * (3.0 if part == "index_kl" else 1.0) for part, cost in parts.items()}
+  return {part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()}
 
 
 def per_step(config, step: schedule.Step) -> float:

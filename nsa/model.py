@@ -183,6 +183,9 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     constrain: (x, logical axes) -> x, sharding constraints on activations.
   """
   model = config.model
+  if cache is not None and segment_ids is not None and model.short_conv > 1:
+    raise ValueError(f"segment_ids with a cache and model.short_conv = {model.short_conv}: the convolution's tail "
+                     "knows no segments; decode each document by itself")
   graphdef, _ = graph(config)
   net = nnx.merge(graphdef, params)
   dtype = jnp.dtype(model.dtype)

@@ -45,7 +45,7 @@ def make(config) -> dict[str, optax.GradientTransformation]:
   o = config.optimizer
   params = split(model_lib.abstract_params(config))
   decays = split(model_lib.param_metadata(config, "decay"))
-  return {group: _transform(o, params[group], decays[group], o.clip if group == "backbone" else o.selector_clip)
+  return {group: _transform(o, params[group], decays[group], o.selector_clip if group == "selector" else o.clip)
           for group in params}
 
 
@@ -109,7 +109,7 @@ def update(transforms, learns: tuple[str, ...], grads: dict, state: dict, params
   for group, tx in transforms.items():
     if group not in learns:
       continue
-    norms[group] = optax.global_norm(grad_groups[group])
+    norms[group] = optax.tree.norm(grad_groups[group])
     updates, new_state[group] = tx.update(grad_groups[group], state[group], param_groups[group])
     rate = learning_rate * (selector_factor if group == "selector" else 1.0)
     param_groups[group] = jax.tree.map(lambda p, u: p - jnp.asarray(rate, p.dtype) * u, param_groups[group], updates)

@@ -39,7 +39,7 @@ class Step:
 
   @property
   def program(self):
-    return dataclasses.replace(self, learning_rate=0.0, enter="")
+    return dataclasses.replace(self, stage=0, learning_rate=0.0, enter="")
 
 
 def at(config: config_lib.Config, step: int) -> Step:
@@ -63,9 +63,14 @@ def programs(config: config_lib.Config, first: int = 0) -> list[Step]:
   seen = {}
   for index, (begin, end) in enumerate(config_lib.steps_of(config.schedule)):
     begin = max(begin, first)
-    # A mixed stage alternates: look at enough steps to meet both kinds.
-    for step in range(begin, min(end, begin + 64) if config.schedule.stages[index].mode == "mixed" else min(end, begin + 1)):
-      seen.setdefault(at(config, step).program, at(config, step))
+    mixed = config.schedule.stages[index].mode == "mixed"
+    kinds = set()
+    for step in range(begin, end):
+      what = at(config, step)
+      seen.setdefault(what.program, what)
+      kinds.add(what.mode)
+      if len(kinds) == 2 or not mixed:  # a mixed stage may meet its second kind late, or never
+        break
   return list(seen.values())
 
 
@@ -78,18 +83,18 @@ def learning_rate(schedule: ScheduleConfig, step: int) -> float:
   """The plan of the whole run; a stage multiplies it.
 
   wsd: linear warm-up, constant, linear decay to `final` (arXiv 2404.06395, section 4);
-  cosine: linear warm-up, half a cosine to `final`.
+  cosine: linear warm-up, half a cosine to `final`. The last step has peak * final.
   """
   plan, steps = schedule.learning_rate, schedule.steps
   warmup = max(1, round(plan.warmup * steps)) if plan.warmup else 0
   if step < warmup:
     return plan.peak * (step + 1) / warmup
   if plan.plan == "cosine":
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / max(1, steps - 1 - warmup)
     return plan.peak * (plan.final + (1 - plan.final) * 0.5 * (1 + float(np.cos(np.pi * done))))
   decay = round(plan.decay * steps) if plan.plan == "wsd" else 0
   if decay and step >= steps - decay:
-    left = (steps - step) / decay
+    left = (steps - 1 - step) / decay
     return plan.peak * (plan.final + (1 - plan.final) * left)
   return plan.peak
 
@@ -119,22 +124,24 @@ def dense(steps: int, **kw) -> ScheduleConfig:
   return ScheduleConfig(steps, [Stage()], LearningRate(**kw))
 
 
-def native(steps: int, warmup: float = 0.02, **kw) -> ScheduleConfig:
-  """Sparse from the start, after a selector warm-up on `warmup` of the steps (0: none at all)."""
-  stages = [Stage(warmup, "warmup"), Stage(1 - warmup, "sparse")] if warmup else [Stage(1.0, "sparse")]
+def native(steps: int, selector_warmup: float = 0.02, **kw) -> ScheduleConfig:
+  """Sparse from the start, after a selector warm-up on `selector_warmup` of the steps (0: none at all)."""
+  stages = [Stage(1.0, "sparse")]
+  if selector_warmup:
+    stages = [Stage(selector_warmup, "warmup"), Stage(1 - selector_warmup, "sparse")]
   return ScheduleConfig(steps, stages, LearningRate(**kw))
 
 
-def retrofit(steps: int, budget: float, warmup: float = 0.1, *, enter: str = "", **kw) -> ScheduleConfig:
+def retrofit(steps: int, budget: float, selector_warmup: float = 0.1, *, enter: str = "", **kw) -> ScheduleConfig:
   """Dense for 1 - budget of the steps, then sparse with all parameters.
 
   budget: share of all steps after leaving dense attention, selector warm-up included.
-  warmup: share of the budget in which the output stays dense and the selector learns.
+  selector_warmup: share of the budget in which the output stays dense and the selector learns.
   """
   stages = [Stage(1 - budget, "dense")]
-  if warmup:
-    stages.append(Stage(budget * warmup, "warmup"))
-  stages.append(Stage(budget * (1 - warmup), "sparse", enter=enter))
+  if selector_warmup:
+    stages.append(Stage(budget * selector_warmup, "warmup"))
+  stages.append(Stage(budget * (1 - selector_warmup), "sparse", enter=enter))
   return ScheduleConfig(steps, stages, LearningRate(**kw))
 
 

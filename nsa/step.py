@@ -23,24 +23,26 @@ class TrainState(NamedTuple):
   optimizer: dict        # {group: optax state}
 
 
-def init_state(config) -> TrainState:
-  """The state at step 0, a pure function of the config; jit it with the wanted shardings."""
+def seeds_of(config) -> np.ndarray:
+  """The run's seeds as the argument of its programs: uint32[], or uint32[seeds] if there are several."""
+  return np.asarray(config.seeds[0] if len(config.seeds) == 1 else config.seeds, np.uint32)
+
+
+def init_state(config, seeds) -> TrainState:
+  """The state at step 0, a pure function of config and `seeds_of(config)`; jit it with the wanted shardings."""
   transforms = optim.make(config)
 
   def one(seed):
     params = model_lib.init_params(config, seed)
     return params, optim.init(transforms, params)
 
-  if len(config.seeds) == 1:
-    params, optimizer = one(jnp.uint32(config.seeds[0]))
-  else:
-    params, optimizer = jax.vmap(one)(jnp.asarray(config.seeds, jnp.uint32))
+  params, optimizer = one(seeds) if len(config.seeds) == 1 else jax.vmap(one)(seeds)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
 
 
 def abstract_state(config, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state."""
-  shapes = jax.eval_shape(lambda: init_state(config))
+  shapes = jax.eval_shape(lambda: init_state(config, seeds_of(config)))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes, sharding.of_state(config, shapes, mesh))
 
@@ -63,7 +65,7 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain)
 
 
 def make_step(config, step: schedule.Step, constrain=lambda x, axes: x):
-  """(state, batch, learning_rate float32[]) -> (state, metrics). Metrics have the seeds' axis if there is one."""
+  """(state, batch, learning_rate float32[], seeds) -> (state, metrics); metrics have the seeds' axis if there is one."""
   transforms = optim.make(config)
 
   def one(params, optimizer, batch, seed, count, learning_rate):
@@ -76,26 +78,33 @@ def make_step(config, step: schedule.Step, constrain=lambda x, axes: x):
     metrics.update({f"grad_norm_{group}": norm for group, norm in norms.items() if group != "backbone"})
     return params, optimizer, metrics
 
-  def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate):
-    args = state.params, state.optimizer, batch
-    if len(config.seeds) == 1:
-      params, optimizer, metrics = one(*args, jnp.uint32(config.seeds[0]), state.step, learning_rate)
-    else:
-      params, optimizer, metrics = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))(
-          *args, jnp.asarray(config.seeds, jnp.uint32), state.step, learning_rate)
+  def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate, seeds):
+    run = one if len(config.seeds) == 1 else jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
+    params, optimizer, metrics = run(state.params, state.optimizer, batch, seeds, state.step, learning_rate)
     return TrainState(state.step + 1, params, optimizer), metrics
 
   return train_step
 
 
-_compiled: dict[Any, Any] = {}
+_compiled: dict[Any, Any] = {}  # programs of this process; runs that differ in seeds, data or schedule share them
+
+
+def _key(config, mesh):
+  return (repr((config.model, config.attention, config.optimizer, config.implementation)), len(config.seeds), mesh)
+
+
+def compile_init(config, mesh):
+  """The compiled seeds -> state at step 0."""
+  key = _key(config, mesh)
+  if key not in _compiled:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    _compiled[key] = jax.jit(lambda seeds: init_state(config, seeds), out_shardings=shardings)
+  return _compiled[key]
 
 
 def compile_step(config, step: schedule.Step, mesh):
-  """The compiled train step, the state donated. Runs of one study that differ in their data or
-  schedule alone share it; seeds are part of the program."""
-  key = (repr((config.model, config.attention, config.optimizer, config.seeds, config.implementation)),
-         step.program, mesh)
+  """The compiled train step, the state donated."""
+  key = (*_key(config, mesh), step.program)
   if key not in _compiled:
     state = abstract_state(config, mesh)
     placed = sharding.of_batch(config, mesh)
@@ -106,7 +115,7 @@ def compile_step(config, step: schedule.Step, mesh):
     function = make_step(config, step, sharding.constrain(mesh) if len(config.seeds) == 1 else lambda x, axes: x)
     out = jax.tree.map(lambda x: x.sharding, state), None
     _compiled[key] = jax.jit(function, donate_argnums=0, out_shardings=out).lower(
-        state, batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+        state, batch, jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)).compile()
   return _compiled[key]
 
 
@@ -114,16 +123,22 @@ class Batches:
   """The batches of all seeds of a run, on the devices: a pure function of the step."""
 
   def __init__(self, config, mesh):
-    block = getattr(config.attention, "block_size", 1)
     self.config = config
     self.placed = sharding.of_batch(config, mesh)
-    self.sources = [data.make(config.data, seed, block=block) for seed in config.seeds]
+    self.sources = [data.make(config.data, seed) for seed in config.seeds]
+    for stage in config.schedule.stages:
+      self.sources[0].check_context(stage.context or config.data.context)
 
   def at(self, step: int) -> dict[str, jax.Array]:
     what = schedule.at(self.config, step)
     rows = [source.batch_at(step, context=what.context, batch=what.batch) for source in self.sources]
     arrays = rows[0] if len(rows) == 1 else {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return jax.device_put({name: arrays[name] for name in BATCH_KEYS}, self.placed)
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the training documents."""
+    return self.sources[0].fingerprint
 
   def describe(self, step: int, replica: int) -> str:
     """Which rows the batch of `step` holds, for error messages."""

@@ -65,6 +65,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     return total
 
   batches = step_lib.Batches(config, mesh)
+  metrics.write_json(workdir / "versions.json", {**versions(), "corpus_sha256": batches.fingerprint})
   state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard)
   writer.truncate_after(start)
@@ -75,6 +76,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   with bar.pause("compile"):
     programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
 
+  seeds = step_lib.seeds_of(config)
   with _sigterm() as preempted, writer:
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
@@ -84,7 +86,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
         state = enter(config, state, step.enter)
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-      state, device_metrics = programs[step.program](state, batch, jnp.float32(step.learning_rate))
+      state, device_metrics = programs[step.program](state, batch, jnp.float32(step.learning_rate), seeds)
       # While the devices work: the next batch, and the metrics of the step before.
       batch = batches.at(index + 1) if index + 1 < total else None
       if pending is not None:
@@ -119,7 +121,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
 
 
 def open_workdir(config, workdir: epath.Path) -> None:
-  """Writes config.json and versions.json, or checks that the run there has the same config."""
+  """Writes config.json, or checks that the run there has the same config."""
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "config.json"
   wanted = config_lib.to_dict(config)
@@ -131,9 +133,7 @@ def open_workdir(config, workdir: epath.Path) -> None:
           [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
             "take another --workdir, or the old value") for key in changed])
   metrics.write_json(path, wanted)
-  metrics.write_json(workdir / "versions.json", versions())
-  for leftover in ("FAILED",):
-    (workdir / leftover).unlink(missing_ok=True)
+  (workdir / "FAILED").unlink(missing_ok=True)
 
 
 def versions() -> dict:
@@ -156,7 +156,7 @@ def initial_state(config, mesh, checkpoints) -> tuple[step_lib.TrainState, int]:
   if checkpoints.latest() is not None:
     state = checkpoints.restore(abstract)
     return state, int(state.step)
-  fresh = jax.jit(lambda: step_lib.init_state(config), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+  fresh = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
   if not config.fork.workdir:
     return fresh, 0
   state = fork(config, mesh, fresh)
@@ -178,6 +178,9 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
   if missing and not config.fork.reset:
     raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])
+  if trunk_config.data != config.data and not config.fork.reset:
+    changed = [f for f in vars(config.data) if getattr(config.data, f) != getattr(trunk_config.data, f)]
+    logging.warning("the trunk %s was trained with other data (%s): this is no staged run", where, ", ".join(changed))
   source = checkpoint.Checkpoints(where, read_only=True)
   step = source.latest() if config.fork.step < 0 else config.fork.step
   if step is None or step not in source.steps():

@@ -33,8 +33,8 @@ from pallas_kernels.backends import available
 from pallas_kernels.backends import register
 from pallas_kernels.backends import target_platform
 
-__all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k", "index_kl", "index_top_k",
-           "register", "selected_attention", "target_platform")
+__all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k",
+           "index_kl", "index_top_k", "register", "selected_attention", "target_platform")
 
 
 def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None, query_offset=0,
@@ -66,8 +66,8 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
                          query_offset=0, implementation=None):
   """Attention over compressed blocks of keys (NSA, arXiv 2502.11089, eq. 7).
 
-  Compressed block c stands for the tokens [c * block_stride, c * block_stride + block_len). Token t sees it once
-  it is complete, t >= c * block_stride + block_len - 1, and with segments if all its tokens are of t's segment.
+  Compressed block c stands for the tokens [c * block_stride, c * block_stride + block_len). Token t sees it
+  once it is complete, t >= c * block_stride + block_len - 1, and with segments if all its tokens are of t's.
 
   Args:
     q: [B, T, N, H].
@@ -84,8 +84,9 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
   _check_common(name, q, None, segment_ids, query_offset)
   _check_int(name, "block_len", block_len, 1, "tokens")
   _check_int(name, "block_stride", block_stride, 1, "tokens")
-  return _run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len, block_stride=block_stride,
-              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  return _run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len,
+              block_stride=block_stride, scale=_scale(scale, q), segment_ids=segment_ids,
+              query_offset=query_offset)
 
 
 def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_blocks, num_initial=1,
@@ -93,10 +94,10 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   """Selects blocks by the attention their tokens get from compressed attention (NSA, eq. 8 to 12).
 
   p_cmp = exp(scale * q.k_cmp - lse). The score of selection block j is the sum of p_cmp over the compressed
-  blocks that share tokens with it, each weighted with the shared length in strides, then summed over the heads
-  of the group: for lengths 32, 16 and 64 the compressed blocks 4j - 1 .. 4j + 3 with weights 1, 2, 2, 2, 1. That
-  is the paper's eq. 9 with p_cmp[(l'/d) * j + m - n]; its printed "- m - n", read with j from 0, would collect
-  blocks that lie before block j.
+  blocks that share tokens with it, each weighted with the shared length in strides, then summed over the
+  heads of the group: for lengths 32, 16 and 64 the compressed blocks 4j - 1 .. 4j + 3 with weights 1, 2, 2,
+  2, 1. That is the paper's eq. 9 with p_cmp[(l'/d) * j + m - n]; its printed "- m - n", read with j from 0,
+  would collect blocks that lie before block j.
 
   The first `num_initial` visible blocks (of the query's segment) and the last `num_local` up to and including
   the query's own take slots of `num_blocks`; the rest goes by score, ties to the lower index. A block is
@@ -122,9 +123,9 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   _check_int(name, "block_stride", block_stride, 1, "tokens")
   _check_selection(name, block_size, num_blocks, num_initial, num_local)
   indices = _run(name, implementation, q=lax.stop_gradient(q), k_cmp=lax.stop_gradient(k_cmp),
-                 lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride, block_size=block_size,
-                 num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, scale=_scale(scale, q),
-                 segment_ids=segment_ids, query_offset=query_offset)
+                 lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride,
+                 block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
+                 scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
   return checkpoint_name(indices, "block_indices")  # a remat that saves it cannot select anew
 
 
@@ -132,8 +133,8 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
                 segment_ids=None, query_offset=0, implementation=None):
   """Selects blocks by the best index score among their visible tokens (MSA, arXiv 2606.13392).
 
-  Scores are scale * <q_idx, k_idx>, masked, then max-pooled over each block. Forced blocks, visibility and ties
-  as in `compressed_top_k`. No gradient flows out: `index_kl` trains the index.
+  Scores are scale * <q_idx, k_idx>, masked, then max-pooled over each block. Forced blocks, visibility and
+  ties as in `compressed_top_k`. No gradient flows out: `index_kl` trains the index.
 
   Args:
     q_idx: [B, T, K, Hi], one index query per KV head.
@@ -183,8 +184,8 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
   """KL(P || P_idx) per query and KV head: what trains an index branch (MSA, arXiv 2606.13392).
 
   Over the selected, visible tokens, P is the mean over the group's heads of exp(scale * q.k - lse), held
-  constant, and P_idx = softmax(index_scale * <q_idx, k_idx>). Gradient reaches q_idx and k_idx alone, and with
-  respect to the index scores it is P_idx - P.
+  constant, and P_idx = softmax(index_scale * <q_idx, k_idx>). Gradient reaches q_idx and k_idx alone, and
+  with respect to the index scores it is P_idx - P.
 
   Args:
     q, k: [B, T, N, H] and [B, S, K, H] of the main attention.
@@ -203,15 +204,16 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
   _check_lse(name, lse, q)
   _check_index(name, q_idx, k_idx)
   if q_idx.shape[:3] != q.shape[:2] + (k.shape[2],) or k_idx.shape[:2] != k.shape[:2]:
-    raise ValueError(f"{name}: q_idx {q_idx.shape} and k_idx {k_idx.shape} must be [B, T, K, Hi] and [B, S, Hi] "
-                     f"for q {q.shape} and k {k.shape}")
+    raise ValueError(f"{name}: q_idx {q_idx.shape} and k_idx {k_idx.shape} must be [B, T, K, Hi] and "
+                     f"[B, S, Hi] for q {q.shape} and k {k.shape}")
   if block_indices is not None:
     _check_indices(name, block_indices, q, k.shape[2])
   _check_common(name, q, k.shape[1], segment_ids, query_offset)
   _check_int(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k), lse=lax.stop_gradient(lse),
-              q_idx=q_idx, k_idx=k_idx, block_indices=block_indices, block_size=block_size, scale=_scale(scale, q),
-              index_scale=_scale(index_scale, q_idx), segment_ids=segment_ids, query_offset=query_offset)
+  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+              lse=lax.stop_gradient(lse), q_idx=q_idx, k_idx=k_idx, block_indices=block_indices,
+              block_size=block_size, scale=_scale(scale, q), index_scale=_scale(index_scale, q_idx),
+              segment_ids=segment_ids, query_offset=query_offset)
 
 
 def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, keys=None, segment_ids=None,
@@ -230,15 +232,16 @@ def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, k
   """
   name = "block_top_k"
   _check_array(name, "scores", scores, 4, "[B, T, K, blocks]")
-  keys = (segment_ids.shape[1] if segment_ids is not None else scores.shape[3] * block_size) if keys is None else keys
-  if -(-keys // block_size) != scores.shape[3]:
-    raise ValueError(f"{name}: scores has {scores.shape[3]} blocks; {keys} keys in blocks of {block_size} make "
-                     f"{-(-keys // block_size)}")
-  _check_common(name, scores, keys, segment_ids, query_offset)
   _check_selection(name, block_size, num_blocks, num_initial, num_local)
-  indices = _run(name, implementation, scores=lax.stop_gradient(scores), block_size=block_size, num_blocks=num_blocks,
-                 num_initial=num_initial, num_local=num_local, keys=keys, segment_ids=segment_ids,
-                 query_offset=query_offset)
+  if keys is None:
+    keys = scores.shape[3] * block_size if segment_ids is None else segment_ids.shape[1]
+  if -(-keys // block_size) != scores.shape[3]:
+    raise ValueError(f"{name}: scores has {scores.shape[3]} blocks; {keys} keys in blocks of {block_size} "
+                     f"make {-(-keys // block_size)}")
+  _check_common(name, scores, keys, segment_ids, query_offset)
+  indices = _run(name, implementation, scores=lax.stop_gradient(scores), block_size=block_size,
+                 num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, keys=keys,
+                 segment_ids=segment_ids, query_offset=query_offset)
   return checkpoint_name(indices, "block_indices")
 
 
@@ -253,16 +256,17 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
     scale: of the scores; None is H ** -0.5.
 
   Returns:
-    mass float32[B, T, K, blocks], the softmax mass in each block, a mean over the group's heads that sums to 1,
-    and entropy float32[B, T, K] in nats, the mean over the heads of the token distribution's. No gradient.
+    mass float32[B, T, K, blocks], the softmax mass in each block, a mean over the group's heads that sums to
+    1, and entropy float32[B, T, K] in nats, the mean over the heads of the token distribution's. No gradient.
   """
   name = "block_mass"
   _check_attention(name, q, k, None)
   _check_lse(name, lse, q)
   _check_common(name, q, k.shape[1], segment_ids, query_offset)
   _check_int(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k), lse=lax.stop_gradient(lse),
-              block_size=block_size, scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+              lse=lax.stop_gradient(lse), block_size=block_size, scale=_scale(scale, q),
+              segment_ids=segment_ids, query_offset=query_offset)
 
 
 # --- dispatch -----------------------------------------------------------------
@@ -275,7 +279,8 @@ def _run(operation, implementation, **arguments):
 
 
 for _operation in backends.OPERATIONS:
-  register(_operation, "reference", getattr(reference, _operation), platforms=None, supports=lambda arguments: None)
+  register(_operation, "reference", getattr(reference, _operation), platforms=None,
+           supports=lambda arguments: None)
 
 
 # --- validation ---------------------------------------------------------------
@@ -297,19 +302,21 @@ def _check_attention(operation, q, k, v, k_name="k", v_name="v"):
   if v is not None:
     _check_array(operation, v_name, v, 4, f"[B, {S}, K, H]")
     if v.shape != k.shape:
-      raise ValueError(f"{operation}: {v_name} has the shape {v.shape}; it must be that of {k_name}, {k.shape}")
+      raise ValueError(f"{operation}: {v_name} has the shape {v.shape}; it must be that of {k_name}, "
+                       f"{k.shape}")
   if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
     raise ValueError(f"{operation}: {k_name} has the shape {k.shape}; B and H must be those of q, {q.shape}")
   if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-    raise ValueError(f"{operation}: q has N = {q.shape[2]} heads; it must be a multiple of the K = {k.shape[2]} "
-                     f"heads of {k_name}")
+    raise ValueError(f"{operation}: q has N = {q.shape[2]} heads; it must be a multiple of the "
+                     f"K = {k.shape[2]} heads of {k_name}")
 
 
 def _check_index(operation, q_idx, k_idx):
   _check_array(operation, "q_idx", q_idx, 4, "[B, T, K, Hi]")
   _check_array(operation, "k_idx", k_idx, 3, "[B, S, Hi]")
   if (k_idx.shape[0], k_idx.shape[2]) != (q_idx.shape[0], q_idx.shape[3]):
-    raise ValueError(f"{operation}: k_idx has the shape {k_idx.shape}; B and Hi must be those of q_idx, {q_idx.shape}")
+    raise ValueError(f"{operation}: k_idx has the shape {k_idx.shape}; B and Hi must be those of q_idx, "
+                     f"{q_idx.shape}")
 
 
 def _check_lse(operation, lse, q):
@@ -321,8 +328,8 @@ def _check_lse(operation, lse, q):
 def _check_indices(operation, block_indices, q, K):
   _check_array(operation, "block_indices", block_indices, 4, "[B, T, K, J]", jnp.signedinteger)
   if block_indices.shape[:3] != q.shape[:2] + (K,) or block_indices.shape[3] < 1:
-    raise ValueError(f"{operation}: block_indices has the shape {block_indices.shape}; it must be [B, T, K, J] = "
-                     f"{q.shape[:2] + (K,)} + (J,) with J >= 1")
+    raise ValueError(f"{operation}: block_indices has the shape {block_indices.shape}; it must be "
+                     f"[B, T, K, J] = {q.shape[:2] + (K,)} + (J,) with J >= 1")
 
 
 def _check_common(operation, q, S, segment_ids, query_offset):
@@ -332,14 +339,15 @@ def _check_common(operation, q, S, segment_ids, query_offset):
     _check_array(operation, "segment_ids", segment_ids, 2, "[B, S]", jnp.signedinteger)
     want = (B, segment_ids.shape[1] if S is None else S)
     if segment_ids.shape != want:
-      raise ValueError(f"{operation}: segment_ids has the shape {segment_ids.shape}; it must be [B, S] = {want}")
+      raise ValueError(f"{operation}: segment_ids has the shape {segment_ids.shape}; it must be "
+                       f"[B, S] = {want}")
     S = segment_ids.shape[1]
   if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
     if query_offset < 0:
       raise ValueError(f"{operation}: query_offset = {query_offset}; positions begin at 0")
     if segment_ids is not None and query_offset + T > S:
-      raise ValueError(f"{operation}: query_offset = {query_offset} puts the last of {T} queries past the {S} "
-                       "segment_ids; they cover all key positions")
+      raise ValueError(f"{operation}: query_offset = {query_offset} puts the last of {T} queries past the "
+                       f"{S} segment_ids; they cover all key positions")
     return
   _check_offset_array(operation, query_offset, B)
 
@@ -347,7 +355,8 @@ def _check_common(operation, q, S, segment_ids, query_offset):
 def _check_offset_array(operation, query_offset, B):
   if not hasattr(query_offset, "shape") or query_offset.shape not in ((), (B,)):
     shape = getattr(query_offset, "shape", type(query_offset).__name__)
-    raise ValueError(f"{operation}: query_offset is of shape {shape}; pass an int, an int32 scalar or int32[{B}]")
+    raise ValueError(f"{operation}: query_offset is of shape {shape}; pass an int, an int32 scalar "
+                     f"or int32[{B}]")
   if not jnp.issubdtype(query_offset.dtype, jnp.integer):
     raise ValueError(f"{operation}: query_offset has the dtype {query_offset.dtype}; it must be int32")
 
@@ -363,8 +372,8 @@ def _check_selection(operation, block_size, num_blocks, num_initial, num_local):
   _check_int(operation, "num_initial", num_initial, 0, "forced blocks")
   _check_int(operation, "num_local", num_local, 0, "forced blocks")
   if num_initial + num_local > num_blocks:
-    raise ValueError(f"{operation}: num_initial + num_local = {num_initial} + {num_local}; forced blocks take slots "
-                     f"of num_blocks = {num_blocks}, raise it or force fewer")
+    raise ValueError(f"{operation}: num_initial + num_local = {num_initial} + {num_local}; forced blocks "
+                     f"take slots of num_blocks = {num_blocks}, raise it or force fewer")
 
 
 def _scale(scale, q):

@@ -63,7 +63,8 @@ def _study(name, **fields):
 
 
 def _headline(name, **fields):
-  return AttentionSpec(name=name, **{**dict(B=1, T=32768, H=128, block_size=64, J=16, index_dim=128), **fields})
+  large = dict(B=1, T=32768, H=128, block_size=64, J=16, index_dim=128)
+  return AttentionSpec(name=name, **{**large, **fields})
 
 
 # For tests on any machine. Ragged: the last block is partial.
@@ -113,24 +114,26 @@ def get(name: str) -> AttentionSpec:
 def arrays(spec: AttentionSpec, seed: int = 0) -> dict[str, jax.Array]:
   """Standard normal inputs in spec.dtype: q, k, v, do, and q_idx, k_idx, k_cmp, v_cmp of the selectors."""
   s = spec
-  shapes = dict(q=(s.B, s.T, s.N, s.H), k=(s.B, s.T, s.K, s.H), v=(s.B, s.T, s.K, s.H), do=(s.B, s.T, s.N, s.H),
-                q_idx=(s.B, s.T, s.K, s.index_dim), k_idx=(s.B, s.T, s.index_dim),
+  shapes = dict(q=(s.B, s.T, s.N, s.H), k=(s.B, s.T, s.K, s.H), v=(s.B, s.T, s.K, s.H),
+                do=(s.B, s.T, s.N, s.H), q_idx=(s.B, s.T, s.K, s.index_dim), k_idx=(s.B, s.T, s.index_dim),
                 k_cmp=(s.B, s.num_compressed, s.K, s.H), v_cmp=(s.B, s.num_compressed, s.K, s.H))
   # One draw for all: each shape of a random draw is compiled on its own.
   sizes = [int(np.prod(shape)) for shape in shapes.values()]
   flat = jax.random.normal(jax.random.key(seed), (sum(sizes),), jnp.dtype(s.dtype))
-  ends = np.cumsum(sizes)
-  return {name: flat[end - size:end].reshape(shape) for (name, shape), size, end in zip(shapes.items(), sizes, ends)}
+  starts = np.cumsum([0] + sizes)
+  return {name: flat[start:start + size].reshape(shapes[name])
+          for name, start, size in zip(shapes, starts, sizes)}
 
 
 # --- patterns of block indices ------------------------------------------------
 
 
 def uniform(spec: AttentionSpec, seed: int = 0) -> np.ndarray:
-  """int32[B, T, K, J]: the forced blocks, the rest drawn uniformly without replacement from the visible ones."""
+  """int32[B, T, K, J]: the forced blocks, the rest drawn uniformly from the other visible ones."""
   rng = np.random.default_rng(seed)
   own, forced = _forced(spec)
-  return _assemble(spec, forced, _draw(rng, _num_free(spec, own), spec.J - forced.shape[-1]) + spec.num_initial)
+  free = _draw(rng, _num_free(spec, own), spec.J - forced.shape[-1])
+  return _assemble(spec, forced, free + spec.num_initial)
 
 
 def stripes(spec: AttentionSpec, seed: int = 0, *, density: float = 0.1, noise: float = 0.1) -> np.ndarray:
@@ -172,14 +175,15 @@ def neighbours(spec: AttentionSpec, share: float, seed: int = 0, *, tile: int = 
   picks = _draw(rng, _num_free(spec, first), common) + spec.num_initial
   picks = np.repeat(picks, tile, axis=1)[:, :spec.T]
   picks = np.where(picks >= spec.num_initial, picks, -1)
-  return _assemble(spec, forced, np.concatenate([picks, _draw_beside(rng, spec, own, picks, free - common)], axis=-1))
+  fresh = _draw_beside(rng, spec, own, picks, free - common)
+  return _assemble(spec, forced, np.concatenate([picks, fresh], axis=-1))
 
 
 def _forced(spec):
   """Own block [B, T, K] of each query, and its forced blocks [B, T, K, num_initial + num_local], -1 pads."""
   if spec.num_initial + spec.num_local > spec.J:
-    raise ValueError(f"spec {spec.name}: num_initial + num_local = {spec.num_initial} + {spec.num_local} exceed "
-                     f"J = {spec.J}")
+    raise ValueError(f"spec {spec.name}: num_initial + num_local = {spec.num_initial} + {spec.num_local} "
+                     f"exceed J = {spec.J}")
   own = np.broadcast_to((np.arange(spec.T) // spec.block_size)[None, :, None], (spec.B, spec.T, spec.K))
   initial = np.arange(spec.num_initial)
   local = own[..., None] - np.arange(spec.num_local)
@@ -194,7 +198,7 @@ def _num_free(spec, own):
 
 
 def _draw(rng, n, m):
-  """m distinct numbers of range(n) for each n, uniform over subsets; if n < m all of them, then very negative.
+  """m distinct numbers of range(n) for each n, uniform over subsets; if n < m all, then very negative.
 
   Floyd's algorithm, a row at a time in all rows at once: step i draws from range(n - m + i + 1) and takes the
   largest of that range where the draw was already there.

@@ -24,8 +24,8 @@ OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_to
 
 # Platform -> (implementation, module) in order of preference; the module registers under that name.
 BACKENDS = {
-    "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu"), ("triton", "pallas_kernels.triton")],
-    "tpu": [("mosaic_tpu", "pallas_kernels.mosaic_tpu")],
+    "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu")],
+    "tpu": [],
     "cpu": [],
 }
 
@@ -108,7 +108,9 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
     _log(logging.INFO, operation, f"{chosen.name} ({platform}), as named")
     return chosen
   _load(platform)
-  reasons = [f"{name}: {_import_errors[module]}" for name, module in BACKENDS[platform] if _import_errors[module]]
+  reasons = [f"{name}: {_import_errors[module] or 'it has no ' + operation}"
+             for name, module in BACKENDS[platform]
+             if _import_errors[module] or name not in _registered[operation]]
   for candidate in _in_order(operation):
     if candidate.platforms is not None and platform not in candidate.platforms:
       continue
@@ -131,18 +133,20 @@ def _named(operation, implementation, platform, arguments):
     known = [i.name for i in _in_order(operation)]
     if implementation not in modules:
       known += [name for name in modules if name not in known]
-      raise ValueError(f"implementation = {implementation!r} of {operation}: take None or one of {', '.join(known)}")
+      raise ValueError(f"implementation = {implementation!r} of {operation}: take None or one of "
+                       f"{', '.join(known)}")
     why = _import_errors[modules[implementation]] or f"it has no {operation}"
     raise NotImplementedError(
         f"implementation = {implementation!r} of {operation}: {why}; take None or one of {', '.join(known)}")
   chosen = _registered[operation][implementation]
   if chosen.platforms is not None and platform not in chosen.platforms:
     raise NotImplementedError(f"implementation = {implementation!r} of {operation} runs on "
-                              f"{', '.join(chosen.platforms)}, not on {platform}; take None for the best one here")
+                              f"{', '.join(chosen.platforms)}, not on {platform}; take None for the best "
+                              "one here")
   reason = chosen.supports(arguments)
   if reason is not None:
-    raise NotImplementedError(f"implementation = {implementation!r} of {operation} cannot serve these arguments: "
-                              f"{reason}; take None for the best one that can")
+    raise NotImplementedError(f"implementation = {implementation!r} of {operation} cannot serve these "
+                              f"arguments: {reason}; take None for the best one that can")
   return chosen
 
 

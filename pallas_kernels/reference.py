@@ -215,7 +215,8 @@ def _attend(q, k, v, mask_BKTS, scale):
   safe = jnp.where(seen, norm, 1.0)
   lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)  # [B, K, G, T]
   o = _einsum("bkgts,bksh->bkgth", p, v.transpose(0, 2, 1, 3)) / safe[..., None]
-  return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+  o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+  return o, lse.transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
 def _probabilities(q, k, lse_BTN, mask_BKTS, scale):
@@ -334,7 +335,7 @@ def _over_queries(part, S, offset, window, *xs):
 
 
 def _in_chunks(f, chunk, *xs):
-  """f(*xs) by chunks of at most `chunk` queries, each recomputed in the backward pass; pos = -1 pads the last."""
+  """f(*xs) by chunks of at most `chunk` queries, each recomputed in the backward pass; pos = -1 pads."""
   T = xs[0].shape[1]
   n = -(-T // chunk)
   if n <= 1:

@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
 
 
 def config_of(corpus, **kwargs):
-  return DataConfig(**{"source": f"files:{corpus}", "context": 64, "global_batch": 8, **kwargs})
+  return DataConfig(**{"source": f"files:{corpus}", "context": 64, "global_batch": 8, "align": 16, **kwargs})
 
 
 def digest(batch):
@@ -113,7 +113,7 @@ def test_cuts_and_order_differ_between_epochs_and_seeds():
 def test_rows_hold_the_documents_text(corpus):
   """Rebuilds every document from one epoch of batches."""
   config = config_of(corpus)
-  pipeline = data.make(config, seed=3, block=16)
+  pipeline = data.make(config, seed=3)
   rows = packing.count_rows(np.array([len(d.tokens) for d in pipeline.documents]), 64, 16, 3, 0)
   batch = pipeline.batch_at(0, batch=rows)
   texts = {d.name: np.full(len(d.tokens) + 2, -1) for d in pipeline.documents}
@@ -130,7 +130,7 @@ def test_rows_hold_the_documents_text(corpus):
 
 
 def test_weights_targets_and_padding(corpus):
-  pipeline = data.make(config_of(corpus), seed=0, block=16)
+  pipeline = data.make(config_of(corpus), seed=0)
   segments = set()
   for step in range(12):
     b = pipeline.batch_at(step)

@@ -133,7 +133,7 @@ def index_block_scores(q_idx, k_idx, block_size, segment_ids=None, query_offset=
 
 def compressed_block_scores(q, k_cmp, block_len, block_stride, block_size, S, scale, segment_ids=None,
                             query_offset=0):
-  """float64[B, T, K, blocks]: p_cmp by shared tokens in strides, summed over heads; -inf for invisible blocks."""
+  """float64[B, T, K, blocks]: p_cmp by shared tokens in strides, summed over heads; -inf if invisible."""
   q, k = np.asarray(q, np.float64), np.asarray(k_cmp, np.float64)
   (B, T, N, _), (C, K) = q.shape, k.shape[1:3]
   blocks = -(-S // block_size)
@@ -155,7 +155,8 @@ def compressed_block_scores(q, k_cmp, block_len, block_stride, block_size, S, sc
   return out
 
 
-def check_selection(indices, scores, num_blocks, num_initial, num_local, block_size, query_offset=0, atol=1e-5):
+def check_selection(indices, scores, num_blocks, num_initial, num_local, block_size, query_offset=0,
+                    atol=1e-5):
   """Asserts a valid top-k: forced blocks, no duplicate, nothing invisible, full rows, and scores of the best.
 
   By score, not by index: where two blocks score the same within `atol` either will do.

@@ -37,9 +37,9 @@ def value_and_vjp(f, args, cotangents):
 
 
 def segments(S):
-  """Two rows of packed documents, one of them with a document that begins inside a block."""
-  return np.stack([np.repeat([0, 1, 2], [S // 4, S // 3, S - S // 4 - S // 3]), np.repeat([5, 9], [16, S - 16])]
-                  ).astype(np.int32)
+  """Two rows of packed documents: one begins inside blocks, one has an id that comes again."""
+  rows = (np.repeat([0, 1, 2], [S // 4, S // 3, S - S // 4 - S // 3]), np.repeat([5, 9, 5], [10, 3, S - 13]))
+  return np.stack(rows).astype(np.int32)
 
 
 def random_indices(seed, T, blocks, J):
@@ -125,11 +125,13 @@ def test_overlap_weights_are_those_of_the_paper():
 
 @pytest.mark.parametrize("case", [
     dict(), dict(num_initial=0, num_local=1), dict(num_initial=0, num_local=0), dict(num_blocks=9),
-    dict(segments=True), dict(T=6, query_offset=23), dict(block_len=8, block_stride=8),
+    dict(segments=True), dict(segments=True, num_blocks=2, num_local=1), dict(T=6, query_offset=23),
+    dict(block_len=8, block_stride=8),
     dict(T=6, query_offset=np.array([4, 30], np.int32)),
 ], ids=str)
 def test_compressed_top_k_matches_the_oracle(case):
-  case = dict(dict(block_len=8, block_stride=4, block_size=8, num_blocks=4, num_initial=1, num_local=2), **case)
+  defaults = dict(block_len=8, block_stride=4, block_size=8, num_blocks=4, num_initial=1, num_local=2)
+  case = dict(defaults, **case)
   S = 38
   T = case.pop("T", S)
   if case.pop("segments", False):
@@ -146,14 +148,16 @@ def test_compressed_top_k_matches_the_oracle(case):
     return pk.compressed_top_k(q, k_cmp, lse, **case)
 
   indices = np.asarray(select(q, k_cmp))
-  scores = oracle.compressed_block_scores(q, k_cmp, case["block_len"], case["block_stride"], 8, S, H ** -0.5, **where)
+  scores = oracle.compressed_block_scores(q, k_cmp, case["block_len"], case["block_stride"], 8, S, H ** -0.5,
+                                          **where)
   oracle.check_selection(indices, scores, case["num_blocks"], case["num_initial"], case["num_local"], 8,
                          where.get("query_offset", 0))
 
 
 @pytest.mark.parametrize("case", [
     dict(), dict(num_initial=1, num_local=2), dict(num_local=0), dict(num_blocks=9), dict(segments=True),
-    dict(segments=True, num_initial=1), dict(T=6, query_offset=23), dict(T=40, S=12, num_blocks=1),
+    dict(segments=True, num_initial=1, num_blocks=2), dict(T=6, query_offset=23),
+    dict(T=40, S=12, num_blocks=1),
     dict(T=6, query_offset=np.array([4, 30], np.int32)),
 ], ids=str)
 def test_index_top_k_matches_the_oracle(case):
@@ -170,10 +174,36 @@ def test_index_top_k_matches_the_oracle(case):
                          where.get("query_offset", 0))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_top_k_takes_given_scores(packed):
+  S = 38
+  segment_ids = segments(S) if packed else None
+  given = normal(0, B, S, K, 5)
+  f = functools.partial(pk.block_top_k, block_size=8, num_blocks=2, num_initial=1, num_local=1, keys=S)
+  indices = np.asarray(jit(f)(given, segment_ids=segment_ids))
+  zeros = np.zeros((B, S, K, HI), np.float32)
+  visible = np.isfinite(oracle.index_block_scores(zeros, zeros[:, :, 0], 8, segment_ids))
+  oracle.check_selection(indices, np.where(visible, given, -np.inf), 2, 1, 1, 8)
+
+
+def test_block_mass_matches_the_softmax():
+  S = 29
+  q, k, v = make(S, S)
+  mass, entropy = jit(lambda q, k, v: pk.block_mass(q, k, pk.attention(q, k, v)[1], block_size=8))(q, k, v)
+  assert mass.shape == (B, S, K, 4)
+  for t in (0, 8, 28):
+    for n in (0, 2):  # KV head n // 2 has the heads n and n + 1
+      ps = [oracle.softmax(H ** -0.5 * np.float64(k[1, :t + 1, n // 2]) @ q[1, t, h]) for h in (n, n + 1)]
+      want = [np.mean([p[8 * j:8 * j + 8].sum() for p in ps]) for j in range(4)]
+      np.testing.assert_allclose(mass[1, t, n // 2], want, **CLOSE)
+      want = np.mean([-(p * np.log(p)).sum() for p in ps])
+      np.testing.assert_allclose(entropy[1, t, n // 2], want, **CLOSE)
+
+
 def test_ties_go_to_the_lower_block_and_masking_precedes_pooling():
   q_idx = np.ones((1, 32, 1, 1), np.float32)
   k_idx = np.zeros((1, 32, 1), np.float32)
-  k_idx[0, ::8] = -0.0  # minus zero ties with zero
+  k_idx[0, :8] = -0.0  # minus zero ties with zero
   choose = jit(functools.partial(pk.index_top_k, block_size=8, num_blocks=2, num_local=0))
   assert set(np.asarray(choose(q_idx, k_idx))[0, 31, 0]) == {0, 1}
   k_idx[0, 30] = 5.0  # query 29 does not see it: its block must not win by it
@@ -198,8 +228,8 @@ def test_index_kl_matches_the_oracle(case):
   else:
     indices = random_indices(3, T, 4, 4)
     sets = oracle.selected_sets(indices, 8, S, **where)
-    main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8, scale=case.get("scale"),
-                             **where)
+    main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8,
+                             scale=case.get("scale"), **where)
   _, lse = jit(main)(q, k, v)
   dloss = normal(6, B, T, K)
   want, want_dq, want_dk = oracle.index_kl(q, k, q_idx, k_idx, sets, case.get("scale", H ** -0.5),
@@ -219,7 +249,8 @@ def test_index_kl_matches_the_oracle(case):
 
 def everything(q, k, v, q_idx, k_idx):
   """All six operations in one function of floats, as a model would call them."""
-  k_cmp, v_cmp = (x[:, :-(x.shape[1] % 4) or None].reshape(x.shape[0], -1, 4, *x.shape[2:]).mean(2) for x in (k, v))
+  pool = lambda x: x[:, :x.shape[1] // 4 * 4].reshape(x.shape[0], -1, 4, *x.shape[2:]).mean(2)
+  k_cmp, v_cmp = pool(k), pool(v)
   o_cmp, lse_cmp = pk.compressed_attention(q, k_cmp, v_cmp, block_len=4, block_stride=4)
   chosen = pk.compressed_top_k(q, k_cmp, lse_cmp, block_len=4, block_stride=4, block_size=8, num_blocks=4)
   o_sel, lse_sel = pk.selected_attention(q, k, v, chosen, block_size=8)
@@ -310,7 +341,8 @@ def registry(monkeypatch):
   monkeypatch.setattr(backends, "_registered", {op: dict(i) for op, i in backends._registered.items()})
   monkeypatch.setattr(backends, "_import_errors", {})
   monkeypatch.setattr(backends, "_logged", set())
-  monkeypatch.setattr(backends, "BACKENDS", {"cpu": [], "gpu": [("fast", "fast_backend")], "tpu": [("gone", "no_such")]})
+  monkeypatch.setattr(backends, "BACKENDS", {"cpu": [], "gpu": [("fast", "fast_backend")],
+                                             "tpu": [("gone", "no_such")]})
 
 
 def install_backend(monkeypatch, **register):
@@ -320,7 +352,8 @@ def install_backend(monkeypatch, **register):
 
   module = types.ModuleType("fast_backend")
   monkeypatch.setitem(sys.modules, "fast_backend", module)
-  small = lambda a: None if a["q"].shape[-1] <= 8 else f"q has the head dim {a['q'].shape[-1]}, at most 8 is built"
+  head_dim = lambda a: a["q"].shape[-1]
+  small = lambda a: None if head_dim(a) <= 8 else f"q has the head dim {head_dim(a)}, at most 8 is built"
   api.register("attention", "fast", marked, **dict(dict(platforms=("gpu",), supports=small), **register))
 
 
@@ -339,6 +372,9 @@ def test_dispatch_takes_the_backend_of_the_platform(registry, monkeypatch, caplo
         "attention: reference (gpu), because fast: q has the head dim 16, at most 8 is built"]
     with pytest.raises(NotImplementedError, match="head dim 16"):
       pk.attention(*wide, implementation="fast")
+    pk.compressed_attention(q, k, v, block_len=2, block_stride=1)
+    assert caplog.records[-1].message == "compressed_attention: reference (gpu), because fast: it has no " \
+                                         "compressed_attention"
     with pytest.raises(NotImplementedError, match="has no index_kl"):
       pk.index_kl(q, k, q[..., 0], normal(0, B, 5, K, HI), normal(1, B, 5, HI), None, block_size=8,
                   implementation="fast")
@@ -361,7 +397,7 @@ def test_a_missing_backend_costs_a_warning_only(registry, caplog):
 
 
 BAD = {
-    "N = 4 heads.*multiple of the K = 3": lambda q, k, v, i: pk.attention(q, k[:, :, :1].repeat(3, 2), v[:, :, :1].repeat(3, 2)),
+    "N = 3 heads.*multiple of the K = 2": lambda q, k, v, i: pk.attention(q[:, :, :3], k, v),
     "B and H must be those of q": lambda q, k, v, i: pk.attention(q[:1], k, v),
     "v has the shape": lambda q, k, v, i: pk.attention(q, k, v[:, :-1]),
     "q has the shape.*B, T, N, H": lambda q, k, v, i: pk.attention(q[0], k, v),
@@ -370,17 +406,24 @@ BAD = {
     "window = 3 needs causal": lambda q, k, v, i: pk.attention(q, k, v, window=3, causal=False),
     "query_offset = -1": lambda q, k, v, i: pk.attention(q, k, v, query_offset=-1),
     "query_offset is of shape": lambda q, k, v, i: pk.attention(q, k, v, query_offset=np.zeros(3, np.int32)),
-    "past the 9 segment_ids": lambda q, k, v, i: pk.attention(q, k, v, query_offset=1, segment_ids=np.zeros((2, 9), int)),
+    "past the 9 segment_ids": lambda q, k, v, i: pk.attention(
+        q, k, v, query_offset=1, segment_ids=np.zeros((2, 9), int)),
     "segment_ids has the shape": lambda q, k, v, i: pk.attention(q, k, v, segment_ids=np.zeros((2, 8), int)),
     "block_size = 0": lambda q, k, v, i: pk.selected_attention(q, k, v, i, block_size=0),
     "J >= 1": lambda q, k, v, i: pk.selected_attention(q, k, v, i[..., :0], block_size=4),
-    "block_indices has the dtype float": lambda q, k, v, i: pk.selected_attention(q, k, v, i * 1.0, block_size=4),
+    "block_indices has the dtype float": lambda q, k, v, i: pk.selected_attention(
+        q, k, v, i * 1.0, block_size=4),
     "block_stride = 0": lambda q, k, v, i: pk.compressed_attention(q, k, v, block_len=4, block_stride=0),
     "num_blocks = 0": lambda q, k, v, i: pk.index_top_k(q, k[:, :, 0], block_size=4, num_blocks=0),
     r"num_initial \+ num_local = 1 \+ 2": lambda q, k, v, i: pk.compressed_top_k(
         q, k, q[..., 0], block_len=4, block_stride=4, block_size=4, num_blocks=2),
-    "lse has the shape": lambda q, k, v, i: pk.index_kl(q, k, q[:, :1, :, 0], q[:, :, :2], k[:, :, 0], i, block_size=4),
-    "q_idx.*must be": lambda q, k, v, i: pk.index_kl(q, k, q[..., 0], q[:, :, :1], k[:, :, 0], i, block_size=4),
+    "lse has the shape": lambda q, k, v, i: pk.index_kl(
+        q, k, q[:, :1, :, 0], q[:, :, :2], k[:, :, 0], i, block_size=4),
+    "q_idx.*must be": lambda q, k, v, i: pk.index_kl(
+        q, k, q[..., 0], q[:, :, :1], k[:, :, 0], i, block_size=4),
+    "scores has 2 blocks; 24 keys": lambda q, k, v, i: pk.block_top_k(
+        q[..., :2], block_size=8, num_blocks=2, keys=24),
+    "block_size = -8": lambda q, k, v, i: pk.block_top_k(q, block_size=-8, num_blocks=2),
 }
 
 
@@ -410,7 +453,7 @@ def test_index_patterns_are_selections(spec, pattern):
   for forced in (np.zeros_like(own), own, np.maximum(own - spec.num_local + 1, 0)):
     assert (indices == forced[..., None]).any(axis=-1).all()
   if pattern in ("uniform", "none shared"):
-    np.testing.assert_array_equal((indices >= 0).sum(-1), np.broadcast_to(np.minimum(own + 1, spec.J), indices.shape[:3]))
+    np.testing.assert_array_equal((indices >= 0).sum(-1) - np.minimum(own + 1, spec.J), 0)
 
 
 def test_patterns_share_what_they_say_and_uniform_is_uniform():

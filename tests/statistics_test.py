@@ -1,4 +1,4 @@
-"""nsa.analysis.statistics against known truths: hand computations, closed forms and simulations with fixed seeds."""
+"""nsa.analysis.statistics against hand computations, closed forms and simulations with fixed seeds."""
 import math
 
 from hypothesis import given, settings, strategies as st
@@ -39,7 +39,7 @@ def test_words_follow_both_one_sided_tests_and_the_interval():
   assert statistics.judge([0.001, -0.001, 0.0005], 0.01).word == "matches"
   assert statistics.judge([0.049, 0.052, 0.051], 0.01).word == "differs"
   assert statistics.judge([0.02, -0.03, 0.01], 0.01).word == "undecided"
-  # A difference that is surely there and surely smaller than the margin: it matches, and the interval shows it.
+  # A difference that is surely there and surely below the margin: it matches, and the interval shows it.
   small = statistics.judge([0.0050, 0.0051, 0.0049], 0.01)
   assert small.word == "matches" and small.interval.excludes_zero and small.p_difference < 0.01
   one = statistics.judge([0.0], 0.01)

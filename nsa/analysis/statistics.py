@@ -1,4 +1,4 @@
-"""Statistics of a study: seeds are the replicates for claims about arms, documents for claims about a checkpoint.
+"""Statistics of a study: seeds are the replicates of claims about arms, documents those about a checkpoint.
 
 Everything here takes plain numbers and returns plain numbers; which metric they are, and
 whether less is better, the caller knows. Three words are used with care:
@@ -219,7 +219,7 @@ def fit_budget_curve(budgets: Sequence[float], deltas, draws: int = 2000, seed: 
   y = y[np.isfinite(y).any(1)]
   level_of_budget = np.nanmean(y, 0)
   if np.ptp(level_of_budget) <= 1e-9 * max(1.0, np.abs(level_of_budget).max()):
-    return BudgetFit("cannot be fitted: the difference is the same at every budget, so gamma is not determined")
+    return BudgetFit("cannot be fitted: the difference is the same at every budget, which leaves gamma open")
   S = len(y)
   delta_inf, a, gamma = (float(v[0]) for v in _solve(b, y, np.ones((1, S))))
   if gamma <= GAMMAS[0] * 1.01:
@@ -227,7 +227,7 @@ def fit_budget_curve(budgets: Sequence[float], deltas, draws: int = 2000, seed: 
                      "(gamma runs to 0), so no limit can be read from it")
   notes = []
   if count == 3:
-    notes.append("3 budgets determine 3 unknowns: the curve passes through the means and nothing tests its form")
+    notes.append("3 budgets for 3 unknowns: the curve can pass through the means, and nothing tests its form")
   if gamma >= GAMMAS[1] * 0.99:
     notes.append(f"gamma is at the end of its range ({GAMMAS[1]:g}): all change lies at the smallest budget")
   if a < 0:
@@ -249,7 +249,7 @@ def fit_budget_curve(budgets: Sequence[float], deltas, draws: int = 2000, seed: 
 
 
 def _solve(b, y, weights):
-  """(delta_inf, a, gamma), each [R], for R weightings [R, S] of the seeds; NaN where under 3 budgets remain."""
+  """(delta_inf, a, gamma), each [R], for R weightings [R, S] of the seeds; NaN with under 3 budgets."""
   present = np.isfinite(y)
   w = weights @ present                                               # [R, B]
   means = weights @ np.where(present, y, 0.0) / np.maximum(w, 1e-300)
@@ -278,7 +278,7 @@ def _solve(b, y, weights):
 
 @dataclasses.dataclass(frozen=True)
 class ClosedFraction:
-  """How much of the gap training-free -> native a retrofit closes: 0 nothing, 1 all; or why it is not said."""
+  """How much of the gap training-free -> native a retrofit closes (1 = all), or why it is not said."""
   reason: str = ""
   interval: Interval | None = None
 

@@ -1,6 +1,6 @@
 """Data: documents, tokenizers, packing, and batches as pure functions of (seed, step).
 
-    pipeline = data.make(config.data, seed, block=64)
+    pipeline = data.make(config.data, seed)
     batch = pipeline.batch_at(step)
 
 No iterator exists, so no iterator is saved: the step is the state.

@@ -23,20 +23,18 @@ if TYPE_CHECKING:  # data needs the fields, not the module: loading it pulls in 
 Batch = dict[str, np.ndarray]
 
 
-def make(config: DataConfig, seed: int, *, block: int = 1) -> Data:
+def make(config: DataConfig, seed: int) -> Data:
   """The training data of a run.
 
   Args:
     config: which text, tasks, context and batch.
     seed: chooses cuts, order and tasks.
-    block: tokens per attention block; packed documents start at multiples of
-      it unless config.align says otherwise.
 
   Raises:
     ValueError, FileNotFoundError, ModuleNotFoundError: naming the field of
       `data` that is wrong, its value and the fix.
   """
-  return Data(config, seed, block=block)
+  return Data(config, seed)
 
 
 class Data:
@@ -48,14 +46,14 @@ class Data:
   under other cuts in every epoch.
   """
 
-  def __init__(self, config: DataConfig, seed: int, *, block: int = 1):
+  def __init__(self, config: DataConfig, seed: int):
     from nsa import tasks  # here: tasks use this package's tokenizer and counter
 
     self.config, self.seed = config, int(seed)
     tokenizer.get(config.tokenizer)
-    self.align = config.align or block
+    self.align = config.align
     if self.align < 1:
-      raise ValueError(f"data.align = {config.align}: tokens, at least 1, or 0 for the method's block")
+      raise ValueError(f"data.align = {config.align}: tokens, at least 1")
     if not 0 <= config.task_share <= 1:
       raise ValueError(f"data.task_share = {config.task_share}: a share between 0 and 1")
     self.tasks = [tasks.get(name) for name in config.tasks]

@@ -4,8 +4,6 @@ Semantics (the same in every kernel): the block grid is anchored at absolute pos
 query sees the blocks up to its own; forced blocks take slots of J; -1 pads; one set per
 (query, KV head).
 """
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -90,8 +88,10 @@ def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array,
   return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)
 
 
-def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod) -> dict[str, Array]:
-  """Per KV head float32[K], means over the queries that had more blocks than they could take.
+def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod, rows=None) -> dict[str, Array]:
+  """Per KV head float32[K], means over the queries that had more blocks than they could take; NaN without such.
+
+  `rows`, float32[B] or None: 0 leaves a sequence out (copies that fill up a batch), 1 takes it.
 
   captured_mass   dense attention mass on the chosen blocks (AttnSparsity, SSA Def. 1)
   oracle_mass     mass on the best J blocks: the ceiling of any selector
@@ -110,8 +110,9 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod)
   mass, entropy = pk.block_mass(q, k, lse, block_size=size, **call.ops)
   B, T, K, blocks = mass.shape
   visible = jnp.broadcast_to(visible_blocks(call, B, T, k.shape[1], size), (B, T, blocks))
-  limited = (visible.sum(-1) > J).astype(jnp.float32)[..., None]
-  weight = limited / jnp.maximum(limited.sum(), 1.0)
+  rows = jnp.ones(B) if rows is None else rows
+  limited = (visible.sum(-1) > J).astype(jnp.float32)[..., None] * rows[:, None, None]
+  weight = limited / limited.sum()  # 0 / 0: where every query takes all its blocks there is nothing to say
 
   def mean(x):
     return jnp.sum(x * weight, axis=(0, 1))
@@ -119,7 +120,7 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod)
   top = jax.lax.top_k(mass, min(J, blocks))[1]
   best = membership(top, blocks) & visible[:, :, None]
   out = {"oracle_mass": mean(jnp.sum(mass * best, -1)), "entropy": mean(entropy),
-         "queries_limited": jnp.broadcast_to(limited.mean(), (K,))}
+         "queries_limited": jnp.broadcast_to(limited.sum() / jnp.maximum(rows.sum() * T, 1.0), (K,))}
   if block_indices is None:
     return out
   chosen = membership(block_indices, blocks) & visible[:, :, None]
@@ -129,8 +130,8 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod)
   out["block_recall"] = mean(both.sum(-1) / jnp.maximum(best.sum(-1), 1))
   shared = (chosen[:, :-1] & chosen[:, 1:]).sum(-1) / jnp.maximum(chosen[:, :-1].sum(-1), 1)
   out["overlap"] = mean(jnp.pad(shared, ((0, 0), (0, 1), (0, 0)), mode="edge"))
-  rows = jnp.pad(chosen[0].astype(jnp.float32), ((0, -T % size), (0, 0), (0, 0)))
-  filled = jnp.clip(T - jnp.arange(rows.shape[0] // size) * size, 1, size)
-  heat = rows.reshape(-1, size, K, blocks).sum(1) / filled[:, None, None]
+  grid = jnp.pad(chosen[0].astype(jnp.float32), ((0, -T % size), (0, 0), (0, 0)))
+  filled = jnp.clip(T - jnp.arange(grid.shape[0] // size) * size, 1, size)
+  heat = grid.reshape(-1, size, K, blocks).sum(1) / filled[:, None, None]
   out["heat"] = heat.transpose(1, 0, 2)
   return out

@@ -1,6 +1,4 @@
 """Dense causal attention: the quality anchor, and the trunk that retrofits fork from."""
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

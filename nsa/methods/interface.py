@@ -3,8 +3,6 @@
 One file per method. The dataclass is the config's `attention` field; the layer
 holds only the parameters that the method adds to a dense Transformer's.
 """
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Callable, ClassVar, NamedTuple
 

@@ -18,8 +18,6 @@ optimizer and a clipping norm of their own it only rescales their learning rate.
 Whether the paper's runs put norm and RoPE on the index branch is not stated; the
 released M3 model does, and so does this file.
 """
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 
@@ -53,19 +51,19 @@ class MSA(blocks.BlockMethod):
     return MSALayer(init, model, self)
 
   def flops(self, model, context, mode):
+    if mode != "sparse":  # a warm-up's index scores belong to its loss
+      return {"dense": interface.dense_flops(model, context)}
     index = model.num_kv_heads * self.index_dim * float(context + 1)  # Q K^T alone, causal half
-    if mode == "warmup":
-      return {"dense": interface.dense_flops(model, context), "index": index}
-    if mode == "dense":
-      return super().flops(model, context, mode)
     return {"selected": blocks.selected_flops(self, model, context), "index": index}
 
   def loss_flops(self, model, context, mode):
     if mode == "dense":
       return {}
     limit = context if mode == "warmup" else self.num_blocks * self.block_size
-    width = model.num_heads * model.head_dim + model.num_kv_heads * self.index_dim  # both scores, again
-    return {"index_kl": 2.0 * width * blocks.mean_visible(limit, context)}
+    visible = blocks.mean_visible(limit, context)
+    # Both branches' scores over the chosen tokens, computed again; the teacher's pass no gradient.
+    return {"index_kl": 2.0 * model.num_kv_heads * self.index_dim * visible,
+            "teacher": 2.0 * model.num_heads * model.head_dim * visible}
 
   def reads(self, model, context):
     # The one index key head is read once for all K heads and has no value.

@@ -22,8 +22,6 @@ dense model's function.
 Selection has no loss of its own: scores learn through the compressed branch's output.
 Decoding recompresses the cached raw keys; a production server would cache K_cmp.
 """
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 
@@ -101,7 +99,9 @@ class Compression(nnx.Module):
 
   def __call__(self, x_BSKH, length: int, stride: int):
     B, S, K, H = x_BSKH.shape
-    count = (S - length) // stride + 1
+    count = max(0, (S - length) // stride + 1)
+    if not count:  # a cache shorter than one compressed block
+      return jnp.zeros((B, 0, K, H), x_BSKH.dtype)
     # Every block is length / stride strips; taking strips avoids a gather.
     strips = x_BSKH[:, :(count - 1) * stride + length].reshape(B, -1, stride, K, H)
     blocks_ = jnp.concatenate([strips[:, i:i + count] for i in range(length // stride)], axis=2)

@@ -10,8 +10,6 @@
 None has parameters, so each can be trained through (gradient flows in the chosen blocks) or
 put on any model that has q, k and v.
 """
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

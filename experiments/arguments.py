@@ -1,0 +1,23 @@
+"""The typed argument string of an experiment file: `file.py:steps=200,method=nsa`."""
+from __future__ import annotations
+
+import types
+
+
+def parse(text: str | None, **defaults) -> types.SimpleNamespace:
+  """"steps=200,method=nsa" -> a namespace with the types of `defaults`.
+
+  Raises ValueError naming an unknown key, or a value of the wrong type.
+  """
+  values = dict(defaults)
+  for part in filter(None, (text or "").split(",")):
+    key, equals, value = (piece.strip() for piece in part.partition("="))
+    if key not in defaults or not equals:
+      known = ", ".join(f"{name}={default}" for name, default in defaults.items())
+      raise ValueError(f"experiment argument {part!r}: write name=value with one of {known}")
+    kind = type(defaults[key])
+    try:
+      values[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+    except ValueError:
+      raise ValueError(f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
+  return types.SimpleNamespace(**values)

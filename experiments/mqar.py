@@ -1,0 +1,37 @@
+"""Can native sparse attention learn associative recall as dense attention does?
+
+    python -m launch.train --config=experiments/mqar.py:arm=dense --workdir=runs/mqar-dense
+    python -m launch.train --config=experiments/mqar.py:arm=msa --workdir=runs/mqar-msa
+    python -m launch.train --config=experiments/mqar.py:arm=nsa --workdir=runs/mqar-nsa
+
+Multi-query associative recall (Zoology, arXiv 2312.04927): 256 tokens, 16 key-value pairs, then each
+key once; only the values asked for are learned and scored. Two layers of width 64. The sparse arms see
+8 blocks of 8 tokens of 32 (MSA), or 4 of them, 32 compressed keys and a window of 16 (NSA), from the first step.
+
+Arguments: arm=dense (dense, msa or nsa), steps=1500.
+"""
+from experiments import arguments
+from nsa import methods, schedule
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, arm="dense", steps=1500)
+  rate = dict(peak=1e-3, warmup=0.05, decay=0.3)
+  arms = {
+      "dense": (methods.Dense(), schedule.dense(a.steps, **rate)),
+      "msa": (methods.MSA(block_size=8, num_blocks=8, index_dim=16), schedule.native(a.steps, selector_warmup=max(0.02, 1 / a.steps), **rate)),
+      "nsa": (methods.NSA(block_size=8, num_blocks=8, compress_len=8, compress_stride=4, window=16),
+              schedule.native(a.steps, selector_warmup=0, **rate)),
+  }
+  if a.arm not in arms:
+    raise ValueError(f"experiment argument arm = {a.arm!r}: one of {', '.join(arms)}")
+  attention, plan = arms[a.arm]
+  return Config(
+      arm=a.arm, size="mqar", attention=attention, schedule=plan,
+      model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),
+      data=DataConfig(source="tasks", context=256, global_batch=32, task_share=1.0, tasks=("mqar:pairs=16",),
+                      answer_weight=1.0, filler_weight=0.0),
+      optimizer=OptimizerConfig(weight_decay=0.01),
+      eval=EvalConfig(sequences=0, task_examples=256, batch=32, run_modes=("dense", "sparse"), every=a.steps // 4),
+      checkpoint=CheckpointConfig(every=0, keep=1), log_every=10)

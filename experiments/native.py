@@ -1,0 +1,39 @@
+"""What does a model cost and reach whose attention is sparse from the first step?
+
+    python -m launch.train --config=experiments/native.py --workdir=runs/native
+    python -m launch.train --config=experiments/native.py:method=nsa --workdir=runs/native-nsa
+    python -m launch.train --config=experiments/native.py:method=dense --workdir=runs/dense
+
+About 10M non-embedding parameters, 4,096 bytes of context, blocks of 32, 16 of them per query (1/8 of
+the context). Meant for one accelerator; `--dry_run` shows parameters, FLOPs and memory before you rent it.
+For another corpus: `--config.data.source=files:/path/to/longdoc-v1.tar.xz`.
+
+Arguments: method=msa (msa, nsa or dense), steps=4000. Not yet run to the end: no result is claimed here.
+"""
+from experiments import arguments
+from nsa import methods, schedule
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig
+
+BLOCKS = dict(block_size=32, num_blocks=16)
+RATE = dict(peak=2e-3, warmup=0.02, decay=0.2)
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, method="msa", steps=4000)
+  arms = {
+      "dense": (methods.Dense(), schedule.dense(a.steps, **RATE)),
+      "msa": (methods.MSA(index_dim=64, **BLOCKS), schedule.native(a.steps, selector_warmup=0.015, **RATE)),
+      "nsa": (methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS),
+              schedule.native(a.steps, selector_warmup=0, **RATE)),
+  }
+  if a.method not in arms:
+    raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(arms)}")
+  attention, plan = arms[a.method]
+  return Config(
+      arm=f"native_{a.method}" if a.method != "dense" else "dense", size="10M", attention=attention, schedule=plan,
+      model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
+                        dtype="bfloat16"),
+      data=DataConfig(source="stdlib", context=4096, global_batch=16, task_share=0.12, tasks=("needle:keys=4", "phonebook:entries=20")),
+      eval=EvalConfig(every=a.steps // 4, run_modes=("dense", "sparse", "oracle", "random"),
+                      blocks=BLOCKS if a.method == "dense" else {}),
+      checkpoint=CheckpointConfig(every=500, keep=2))

@@ -1,0 +1,53 @@
+"""Evaluates a run's checkpoint and writes workdir/eval/<step>.json.
+
+    python -m launch.evaluate --workdir=runs/native
+    python -m launch.evaluate --workdir=runs/native --step=400 --run_modes="sparse sparse:num_blocks=8"
+"""
+from absl import flags
+
+from launch import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
+_RUN_MODES = flags.DEFINE_string("run_modes", "", "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
+_SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
+_SEQUENCES = flags.DEFINE_integer("sequences", -1, "Windows of text; -1: the run's own.")
+flags.mark_flag_as_required("workdir")
+cli.define_common()
+
+
+def main():
+  from etils import epath
+  from nsa import checkpoint, config as config_lib, evaluate, metrics
+  workdir = epath.Path(_WORKDIR.value)
+  if not (workdir / "config.json").exists():
+    raise config_lib.ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
+  config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  e = config.eval
+  e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
+  e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
+  e.sequences = e.sequences if _SEQUENCES.value < 0 else _SEQUENCES.value
+  config_lib.validate(config)
+  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  steps = checkpoint.Checkpoints(workdir, read_only=True).steps()
+  if not steps or (_STEP.value >= 0 and _STEP.value not in steps):
+    raise config_lib.ConfigError([("--step", _STEP.value, f"{workdir} has checkpoints at {steps}")])
+  step = steps[-1] if _STEP.value < 0 else _STEP.value
+  params = checkpoint.load_params(workdir, step)
+  rows = evaluate.write(config, params, workdir, step)
+  for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
+    for seed in config.seeds:
+      text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]
+      recall = [r["exact_match"] for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("task", run_mode, seed)]
+      parts = [f"{run_mode:24s} seed {seed}"]
+      if text:
+        parts.append(f"{sum(r['bits_per_byte'] * r['bytes'] for r in text) / sum(r['bytes'] for r in text):.4f} bits/byte")
+      if recall:
+        parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
+      print("  ".join(parts))
+  print(f"{len(rows)} records in {workdir / 'eval'}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

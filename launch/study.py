@@ -1,0 +1,40 @@
+"""Runs a study, or goes on with it, and writes its report.
+
+    python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
+"""
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a study, e.g. experiments/quickstart.py",
+                                          lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is not there.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
+flags.mark_flag_as_required("config")
+cli.define_common()
+
+
+def main():
+  from nsa import config as config_lib, plan, report, study as study_lib
+  study = _CONFIG.value
+  if not isinstance(study, study_lib.Study):
+    raise config_lib.ConfigError([("config", type(study).__name__, "launch.study takes a Study; a Config goes to launch.train")])
+  workdir = _WORKDIR.value or ("unnamed" if _DRY_RUN.value else "")
+  if not workdir:
+    raise config_lib.ConfigError([("--workdir", "", "name the study directory, or take --dry_run")])
+  if _DRY_RUN.value:
+    print(plan.describe_study(study, workdir))
+    return
+  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  began = time.monotonic()
+  study_lib.run(study, workdir, on_job=lambda line: print(line, flush=True))
+  paths = report.write([workdir], f"{workdir}/report")
+  print("\n" + report.verdict_table(workdir))
+  print(f"\nreport: {paths.html}\n        {paths.markdown}\nin {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+  cli.run(main)

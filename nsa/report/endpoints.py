@@ -1,0 +1,239 @@
+"""From evaluation records to one number per arm, size, seed and run mode.
+
+Bits per byte are bits over bytes of all windows (a long window weighs more); exact match is the
+mean over tasks of the mean over items. A seed that is not finite is left out, and said.
+"""
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from nsa.analysis import statistics
+from nsa.report.runs import Run, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """How an endpoint is written. `scale` turns the stored number into the written one."""
+  name: str
+  unit: str
+  title: str
+  lower_is_better: bool = True
+  scale: float = 1.0
+  digits: int = 4
+
+  def text(self, value: float, signed: bool = False) -> str:
+    if not math.isfinite(value):
+      return "-" if math.isnan(value) else ("+" if value > 0 else "-") + "infinity"
+    return f"{value * self.scale:{'+' if signed else ''}.{self.digits}f}"
+
+  def between(self, interval: statistics.Interval | None) -> str:
+    return "-" if interval is None or not interval.bounded else (
+        f"{self.text(interval.low, True)} to {self.text(interval.high, True)}")
+
+
+METRIC = {m.name: m for m in (
+    Metric("second_half_bits_per_byte", "bits/byte", "bits per byte, second half of the context"),
+    Metric("bits_per_byte", "bits/byte", "bits per byte"),
+    Metric("exact_match", "points", "exact match (mean over tasks, %)", False, 100.0, 1),
+    Metric("answer_nll", "nats/token", "answer NLL"),
+)}
+
+
+@dataclasses.dataclass
+class Row:
+  """Endpoints of one arm, size, seed and run mode: a line of results.csv. NaN = not measured."""
+  run: str
+  arm: str
+  size: str
+  seed: int
+  run_mode: str
+  headline: bool                   # whether this run mode is the arm's own
+  status: str                      # of the run: done | failed | unfinished
+  split: str
+  step: int
+  bits_per_byte: float = math.nan
+  second_half_bits_per_byte: float = math.nan
+  exact_match: float = math.nan    # fraction
+  answer_nll: float = math.nan     # nats per answer token
+  windows: int = 0
+  bytes: int = 0
+  task_items: int = 0
+  captured_mass: float = math.nan  # mean over layers
+  oracle_mass: float = math.nan
+  queries_limited: float = math.nan
+  tokens: float = math.nan         # training tokens, cumulative
+  flops: float = math.nan          # training FLOPs of this seed, cumulative
+  tokens_per_second: float = math.nan  # median over the logged steps
+
+
+def rows(study: Study) -> list[Row]:
+  """All rows of all runs that have an evaluation; of two runs with the same key the later one counts."""
+  found = {}
+  for run in study.runs:
+    for row in _run_rows(run):
+      key = (row.arm, row.size, row.seed, row.run_mode)
+      # A finished run is never replaced by one that is not.
+      if key in found and found[key].status == "done" and row.status != "done":
+        continue
+      if key in found and found[key].run != row.run and found[key].status == row.status:
+        study.problems.append(f"`{row.run}` and `{found[key].run}` both have {', '.join(map(str, key))}: "
+                              "the first named counts")
+      found[key] = row
+      if row.windows and not math.isfinite(row.bits_per_byte):
+        study.problems.append(f"`{row.run}`: seed {row.seed}, run {row.run_mode}: bits per byte is not "
+                              "finite, left out")
+  order = {a: i for i, a in enumerate(study.arms)}
+  return sorted(found.values(), key=lambda r: (order.get(r.arm, 99), study.sizes.index(r.size)
+                if r.size in study.sizes else 99, not r.headline, r.run_mode, r.seed))
+
+
+def series(table: Iterable[Row], arm: str, size: str, run_mode: str, metric: str) -> dict[int, float]:
+  """{seed: value} of the finished runs, finite values alone."""
+  values = {r.seed: getattr(r, metric) for r in table
+            if (r.arm, r.size, r.run_mode, r.status) == (arm, size, run_mode, "done")}
+  return {s: v for s, v in values.items() if math.isfinite(v)}
+
+
+def documents(study: Study, arm: str, size: str, run_mode: str, metric: str) -> dict:
+  """{(seed, document): (bits, bytes)} of a language metric; {} for any other."""
+  if metric not in ("bits_per_byte", "second_half_bits_per_byte"):
+    return {}
+  weight = "bytes" if metric == "bits_per_byte" else "second_half_bytes"
+  out = collections.defaultdict(lambda: [0.0, 0.0])
+  for record in select(study, "language", arm, size, run_mode):
+    value, count = number(record.get(metric)), number(record.get(weight))
+    if math.isfinite(value) and count > 0:
+      cell = out[record["seed"], record.get("document", "?")]
+      cell[0] += value * count
+      cell[1] += count
+  return dict(out)
+
+
+def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = None) -> list[dict]:
+  """The records of finished runs, of seeds that did not diverge."""
+  out = []
+  for run in study.finished:
+    if run.size != size:
+      continue
+    lost = set(run.diverged)
+    records = [r for r in run.records if r["kind"] == kind and r.get("seed", 0) not in lost
+               and r.get("arm", run.arm) == arm and run_mode in (None, r.get("run_mode"))]
+    if kind == "language":
+      records = [r for r in records if r.get("split", "val") == _split(run)]
+    out += records
+  return out
+
+
+def group(records: list[dict], keys: tuple[str, ...], value: str, weight: str | None = None) -> dict:
+  """{(record[key], ...): weighted mean of record[value]}; missing and non-finite values are left out."""
+  sums = collections.defaultdict(lambda: [0.0, 0.0])
+  for record in records:
+    v, w = number(record.get(value)), number(record.get(weight)) if weight else 1.0
+    if math.isfinite(v) and w > 0:
+      cell = sums[tuple(record.get(k) for k in keys)]
+      cell[0] += v * w
+      cell[1] += w
+  return {k: total / count for k, (total, count) in sums.items()}
+
+
+def interval_text(metric: Metric, values: Iterable[float], show_n: bool = True) -> str:
+  """mean ± half-width of the 95 % t interval (n); without ± where there is one seed."""
+  values = list(values)
+  if not values:
+    return "-"
+  i = statistics.t_interval(values)
+  spread = f" ± {metric.text(i.half_width)}" if i.bounded else ""
+  return f"{metric.text(i.mean)}{spread}" + (f" ({i.n})" if show_n else "")
+
+
+def finite(table: Iterable[Row], name: str) -> list[float]:
+  """The finite values of one column."""
+  return [v for v in (getattr(r, name) for r in table) if math.isfinite(v)]
+
+
+def number(value) -> float:
+  """The value, or NaN for what is missing or no number."""
+  return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def write_csv(table: list[Row], path: Path) -> None:
+  """One line per row; a number that was not measured is an empty cell."""
+  names = [f.name for f in dataclasses.fields(Row)]
+  with open(path, "w", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for row in table:
+      cells = [getattr(row, n) for n in names]
+      writer.writerow(["" if isinstance(c, float) and math.isnan(c) else c for c in cells])
+
+
+def visible_share(run: Run) -> float:
+  """Share of a full context that the last query attends to, of the run's own mode; NaN where unknown."""
+  if not run.config:
+    return math.nan
+  if run.headline_mode == "dense":
+    return 1.0
+  from nsa import config as config_lib  # here: it imports jax, which the statistics do without
+  try:
+    config = config_lib.from_dict(run.config)
+    context = config.eval.context or config.data.context
+    return min(1.0, config.attention.tokens_visible(context) / context)
+  except (ValueError, TypeError, KeyError, AttributeError):
+    return math.nan
+
+
+def _run_rows(run: Run) -> list[Row]:
+  lost = set(run.diverged)
+  groups = collections.defaultdict(lambda: collections.defaultdict(list))
+  for record in run.records:
+    seed = record.get("seed", run.seeds[0])
+    if seed not in lost:
+      mode = record.get("run_mode", run.headline_mode)
+      groups[record.get("arm", run.arm), seed, mode][record["kind"]].append(record)
+  out = []
+  for (arm, seed, mode), kinds in groups.items():
+    language = [r for r in kinds["language"] if r.get("split", "val") == _split(run)]
+    row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, _split(run),
+              run.eval_step or 0, windows=len(language), task_items=len(kinds["task"]))
+    row.bytes = int(sum(number(r.get("bytes")) for r in language if math.isfinite(number(r.get("bytes")))))
+    row.bits_per_byte = _ratio(language, "bits_per_byte", "bytes")
+    row.second_half_bits_per_byte = _ratio(language, "second_half_bits_per_byte", "second_half_bytes")
+    for name in ("exact_match", "answer_nll"):
+      by_task = group(kinds["task"], ("task",), name)
+      setattr(row, name, float(np.mean(list(by_task.values()))) if by_task else math.nan)
+    for name in ("captured_mass", "oracle_mass", "queries_limited"):
+      by_layer = group(kinds["layer"], ("layer",), name)
+      setattr(row, name, float(np.mean(list(by_layer.values()))) if by_layer else math.nan)
+    curve = run.curves.get(seed)
+    if curve is not None and len(curve["step"]):
+      row.tokens, row.flops = _last(curve["tokens"]), _last(curve["flops"])
+      speed = curve["tokens_per_second"]
+      row.tokens_per_second = float(np.nanmedian(speed)) if np.isfinite(speed).any() else math.nan
+    out.append(row)
+  return out
+
+
+def _ratio(records, value, weight):
+  """Weighted mean over all windows. One that is not finite makes the whole not finite: it is not hidden."""
+  pairs = [(number(r.get(value)), number(r.get(weight))) for r in records if r.get(value) is not None]
+  pairs = [(v, w) for v, w in pairs if not w <= 0]
+  total = sum(w for _, w in pairs)
+  return sum(v * w for v, w in pairs) / total if total else math.nan
+
+
+def _split(run):
+  """The split whose windows count: val where there is one."""
+  splits = {r.get("split", "val") for r in run.records if r["kind"] == "language"}
+  return "val" if not splits or "val" in splits else sorted(splits)[0]
+
+
+def _last(x):
+  finite = x[np.isfinite(x)]
+  return float(finite[-1]) if len(finite) else math.nan

@@ -1,0 +1,329 @@
+"""The figures. Every seed is a visible mark, units stand on the axes, the legend lies beside the data.
+
+Each function takes one model size and returns a Figure, or None where there is nothing to draw.
+"""
+from __future__ import annotations
+
+import math
+
+from matplotlib import ticker
+from matplotlib.figure import Figure
+import numpy as np
+
+from nsa.analysis import statistics
+from nsa.report import endpoints
+from nsa.report.endpoints import METRIC
+from nsa.report.runs import Study
+from nsa.report.style import Look, figure, key
+
+
+def budget_curve(study: Study, points: list, fit: statistics.BudgetFit) -> Figure | None:
+  """Delta(b): every seed, mean and t interval per budget, the fit, and its limit at the right edge."""
+  if not points:
+    return None
+  metric = METRIC[study.primary]
+  fig, (ax,) = figure(7.8, 4.4)
+  ax.set_xscale("log")
+  b = np.array([100 * c.budget for c in points])
+  span = max(math.log(b.max() / b.min()), 1.5)
+  at = lambda share: math.exp(share * span)       # a distance along the axis
+  margin = study.margin * metric.scale
+  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0,
+             label=f"equivalence margin, ±{metric.text(study.margin)}")
+  ax.axhline(0, color="#0072b2", lw=1.4, label=f"{study.reference} (0 by definition)")
+  marks, ticks = [0.0, margin, -margin], [f"{v:.3g} %" for v in b]
+  for k, (x, c) in enumerate(zip(b, points)):
+    y, i = np.array(list(c.differences.values())) * metric.scale, c.judgement.interval
+    place = [x * at(0.025 + 0.012 * n) for n in range(len(y))]
+    ax.plot(place, y, "o", mfc="white", mec="#555555", mew=1.1, ms=5, zorder=3,
+            label=None if k else "one seed")
+    _with_interval(ax, x, i, metric.scale, "s", "#c4511f", None if k else
+                   "mean and 95 % t interval" if i.bounded else "mean (1 seed: no interval)")
+    marks += [*y, *_ends(i, metric.scale)]
+  if fit.fitted:
+    x, i = np.geomspace(b.min(), b.max(), 200), fit.interval
+    ax.plot(x, fit(x / 100) * metric.scale, color="#93330f", lw=1.6, label="fit " + (
+        rf"$\Delta_\infty + A\,b^{{-\gamma}}$, $\gamma$ = {fit.gamma:.2f}"))
+    limit = b.max() * at(0.18)
+    _with_interval(ax, limit, i, metric.scale, "D", "#5e1c05", r"limit $\Delta_\infty$" + (
+        " and 95 % bootstrap interval" if i.bounded else ""))
+    ax.axvline(b.max() * at(0.11), color="#bbbbbb", lw=1, ls=(0, (2, 2)))
+    # An interval far wider than the data is cut at the frame rather than flattening everything else.
+    reach = 1.5 * (max(marks) - min(marks))
+    marks += [min(max(v, min(marks) - reach), max(marks) + reach) for v in _ends(i, metric.scale)]
+    b, ticks = np.append(b, limit), ticks + ["limit"]
+  ax.set_xlim(b.min() / at(0.08), b.max() * at(0.08))
+  pad = 0.08 * (max(marks) - min(marks))
+  ax.set_ylim(min(marks) - pad, max(marks) + pad)
+  ax.set_xticks(b, ticks)
+  ax.xaxis.set_minor_locator(ticker.NullLocator())
+  ax.set_xlabel("retrofit budget b (share of all training tokens after leaving dense)")
+  ax.set_ylabel(f"Delta(b), retrofit minus {study.reference}\n({metric.unit}, "
+                f"{'below' if metric.lower_is_better else 'above'} 0 is better)")
+  key(fig, ax)
+  return fig
+
+
+def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
+  """Training loss over tokens, averaged in bins of log tokens (left), of tokens (right); a line per seed."""
+  curves = [(r, c) for r in study.runs if r.size == size for c in r.curves.values()
+            if np.isfinite(c["loss"]).any()]
+  if not curves:
+    return None
+  tokens = all(np.isfinite(c["tokens"]).any() for _, c in curves)
+  axis = "tokens" if tokens else "step"
+  fig, (ax, end) = figure(10.4, 4.2, columns=2, width_ratios=(1.3, 1))
+  last = max(np.nanmax(c[axis]) for _, c in curves)
+  seen = set()
+  for run, c in curves:
+    color, marker = look(run.arm)
+    ok = np.isfinite(c[axis]) & np.isfinite(c["loss"]) & (c[axis] > 0)
+    if not ok.any():
+      continue
+    x, y, stage = c[axis][ok], c["loss"][ok], c["stage"][ok]
+    label = run.arm + ("" if run.status == "done" else f" ({run.status})")
+    style = dict(color=color, lw=1.0, alpha=0.9, ls="-" if run.status == "done" else (0, (2, 1.5)))
+    xs, ys = _binned(x, y, np.geomspace(x.min(), x.max() * 1.0001, 8 + int(14 * math.log(x.max() / x.min()))))
+    ax.plot(xs, ys, label=None if label in seen else label, marker=marker if len(xs) == 1 else "", **style)
+    seen.add(label)
+    for change in np.flatnonzero(np.diff(stage) > 0):
+      nearest = np.abs(xs - x[change + 1]).argmin()
+      ax.plot(xs[nearest], ys[nearest], marker="|", color=color, ms=11, mew=2)
+    late = x >= 0.7 * last
+    if late.any():
+      xs, ys = _binned(x[late], y[late], np.linspace(0.7 * last, last * 1.0001, 13))
+      end.plot(xs, ys, **style)
+      end.plot(xs[-1], ys[-1], marker=marker, color=color, mfc="none", ms=5.5)
+  ax.set_xscale("log")
+  ax.set_title("whole run (| marks a change of stage)")
+  end.set_title("last 30 %")
+  for a in (ax, end):
+    a.set_xlabel("training tokens" if tokens else "step")
+    if tokens:
+      a.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
+  ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+  end.xaxis.set_major_locator(ticker.MaxNLocator(4))
+  ax.set_ylabel("training loss (nats/token)")
+  key(fig, ax, look)
+  return fig
+
+
+def positions(study: Study, look: Look, size: str) -> Figure | None:
+  """Bits per byte by position in the context, and the same minus the reference arm."""
+  values = {}
+  for arm in study.arms:
+    records = endpoints.select(study, "position", arm, size, study.headline_mode(arm))
+    by = endpoints.group(records, ("seed", "start", "end"), "bits_per_byte", "bytes")
+    if by:
+      values[arm] = {(s, (a, b)): v for (s, a, b), v in by.items()}
+  if not values:
+    return None
+  base = values.get(study.reference)
+  panels = 2 if base and len(values) > 1 else 1
+  fig, axes = figure(10.4 if panels == 2 else 7.6, 4.2, columns=panels)
+  edges = sorted({e for by in values.values() for _, e in by})
+  for k, (arm, by) in enumerate(values.items()):
+    _seeds_and_mean(axes[0], by, range(len(edges)), edges, look(arm), label=arm)
+    if panels == 2 and arm != study.reference:
+      shift = 0.4 * ((k + 0.5) / len(values) - 0.5)
+      difference = {e: v - base[e] for e, v in by.items() if e in base}
+      _seeds_and_mean(axes[1], difference, np.arange(len(edges)) + shift, edges, look(arm))
+  for ax in axes:
+    ax.set_xticks(range(len(edges)), [f"{_short(a)}–{_short(b)}" for a, b in edges],
+                  rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_xlabel("position in the context (bytes)")
+  axes[0].set_ylabel("bits per byte")
+  axes[0].set_title("loss by position")
+  if panels == 2:
+    axes[1].axhline(0, color="#0072b2", lw=1.4)
+    axes[1].set_ylabel("difference (bits per byte)")
+    axes[1].set_title(f"minus {study.reference}, paired by seed")
+  key(fig, axes[0], look)
+  return fig
+
+
+def recall(study: Study, look: Look, size: str) -> Figure | None:
+  """Exact match per task and arm, every seed; and over the distance to the evidence."""
+  values, near = {}, {}
+  for arm in study.arms:
+    records = endpoints.select(study, "task", arm, size, study.headline_mode(arm))
+    by = endpoints.group(records, ("seed", "task"), "exact_match")
+    if by:
+      values[arm], near[arm] = by, _by_distance(records)
+  if not values:
+    return None
+  tasks = sorted({t for by in values.values() for _, t in by})
+  edges = sorted({e for by in near.values() for _, e in by})
+  panels = 2 if len(edges) > 1 else 1
+  height = max(3.6, 1.1 + 0.16 * len(tasks) * (len(values) + 1))
+  fig, axes = figure(10.4 if panels == 2 else 7.6, height, columns=panels)
+  for k, (arm, by) in enumerate(values.items()):
+    color, marker = look(arm)
+    shift, tall = 0.7 * ((k + 0.5) / len(values) - 0.5), 0.3 / len(values)
+    for row, task in enumerate(tasks):
+      x = [100 * v for (s, t), v in by.items() if t == task]
+      if x:
+        y = row + shift
+        axes[0].plot([np.mean(x)] * 2, [y - tall, y + tall], color=color, lw=2.4, alpha=0.55)
+        axes[0].plot(x, [y] * len(x), marker, mfc="none", mec=color, ms=5, mew=1.1, ls="none")
+    axes[0].plot([], [], color=color, label=arm)
+    if panels == 2:
+      _seeds_and_mean(axes[1], {e: 100 * v for e, v in near[arm].items()}, edges, edges, look(arm))
+  axes[0].set_yticks(range(len(tasks)), tasks)
+  axes[0].set_ylim(len(tasks) - 0.5, -0.5)
+  axes[0].grid(axis="y", visible=False)
+  for row in range(1, len(tasks)):
+    axes[0].axhline(row - 0.5, color="#d0d0d0", lw=0.8)
+  axes[0].set_xlim(-3, 103)
+  axes[0].set_xlabel("exact match (%); bar = mean over seeds")
+  axes[0].set_title("by task")
+  if panels == 2:
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xticks(edges, [_short(e) for e in edges])
+    axes[1].set_ylim(-3, 103)
+    axes[1].set_xlabel("bytes from the evidence to the question")
+    axes[1].set_ylabel("exact match (%), all tasks")
+    axes[1].set_title("by distance")
+  key(fig, axes[0], look)
+  return fig
+
+
+def layers(study: Study, look: Look, size: str) -> Figure | None:
+  """Captured and oracle attention mass per layer, and the overlap of neighbouring queries' blocks."""
+  found = {}
+  for arm in study.arms:
+    mode = study.headline_mode(arm)
+    available = {r.get("run_mode") for r in endpoints.select(study, "layer", arm, size)}
+    mode = mode if mode in available and mode != "dense" else next(
+        (m for m in ("sparse", "block_topk", "sink_window", "oracle", "dense") if m in available), None)
+    if mode:
+      found[arm, mode] = endpoints.select(study, "layer", arm, size, mode)
+  panels = [(names, title) for names, title in (
+      (("captured_mass", "oracle_mass"), "attention mass in the chosen blocks"),
+      (("overlap",), "overlap of neighbouring queries' blocks"))
+      if any(endpoints.group(r, ("layer",), n) for r in found.values() for n in names)]
+  if not panels:
+    return None
+  fig, axes = figure(10.4 if len(panels) == 2 else 7.6, 4.1, columns=len(panels))
+  for ax, (names, title) in zip(axes, panels):
+    for (arm, mode), records in found.items():
+      for name in names:
+        by = {k: 100 * v for k, v in endpoints.group(records, ("seed", "layer"), name).items()}
+        xs = sorted({layer for _, layer in by})
+        if name == "oracle_mass":
+          for seed in sorted({s for s, _ in by}):
+            ax.plot(xs, [by.get((seed, x), math.nan) for x in xs], color=look(arm)[0], lw=1.1, ls=(0, (4, 2)))
+        else:
+          _seeds_and_mean(ax, by, xs, xs, look(arm), label=study.label(arm, mode))
+    if "oracle_mass" in names:
+      ax.plot([], [], color="#333333", lw=1.1, ls=(0, (4, 2)), label="best possible blocks")
+    ax.set_title(title)
+    ax.set_xlabel("layer (0 = first)")
+    ax.set_ylabel("share (%)")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+  key(fig, axes[0], look)
+  return fig
+
+
+def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
+  """Which key blocks one head selects: the reference arm first, the same layer, head and document."""
+  order = [a for a in [study.reference] + study.retrofits()[::-1] + study.arms if a in study.arms]
+  chosen, same = [], None
+  for arm in dict.fromkeys(order):
+    heats = endpoints.select(study, "heat", arm, size)
+    heats = [r for r in heats if r.get("run_mode") == study.headline_mode(arm)] or heats
+    where = {(r.get("layer"), r.get("kv_head"), r.get("document")): r
+             for r in reversed(heats) if r.get("heat")}
+    if where:
+      same = same or next(reversed(where))
+      if same in where:
+        chosen.append((arm, where[same]))
+  if not chosen:
+    return None
+  chosen = chosen[:3]
+  fig, axes = figure(3.2 * len(chosen) + 1.2, 3.9, columns=len(chosen), sharey=True)
+  for ax, (arm, record) in zip(axes, chosen):
+    rows = record["heat"]
+    heat = np.full((len(rows), max(map(len, rows))), np.nan)
+    for i, row in enumerate(rows):
+      heat[i, :len(row)] = [endpoints.number(v) for v in row]
+    upper = np.arange(heat.shape[1])[None] > np.arange(heat.shape[0])[:, None]
+    image = ax.imshow(np.ma.masked_where(upper | np.isnan(heat), 100 * heat), cmap="cividis",
+                      vmin=0, vmax=100, interpolation="nearest", aspect="auto", extent=(0, 100, 100, 0))
+    ax.set_title(study.label(arm, record.get("run_mode", "")), fontsize=9.5)
+    ax.set_xlabel("keys (% of the context)")
+    ax.grid(False)
+    for a in (ax.xaxis, ax.yaxis):
+      a.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  axes[0].set_ylabel("queries (% of the context)")
+  fig.colorbar(image, ax=axes, shrink=0.82, pad=0.02).set_label("queries that select the block (%)")
+  layer, head, document = same
+  fig.suptitle(f"layer {layer}, KV head {head}, {document}, seed {chosen[0][1].get('seed')}",
+               fontsize=10, x=0.02, ha="left")
+  return fig
+
+
+def decomposition(study: Study, parts: dict) -> Figure | None:
+  """Selector error and backbone mismatch of every retrofit: parts[arm][part] = {seed: value}."""
+  if not parts:
+    return None
+  metric = METRIC[study.primary]
+  names = list(next(iter(parts.values())))
+  colors = dict(zip(names, ("#222222", "#e69f00", "#009e73")))
+  fig, (ax,) = figure(7.6, max(2.6, 1.2 + 0.75 * len(parts)))
+  for row, (arm, by_part) in enumerate(parts.items()):
+    for k, name in enumerate(names):
+      y = row + 0.24 * (k - 1)
+      values = np.array(list(by_part[name].values())) * metric.scale
+      i = statistics.t_interval(values)
+      if i.bounded:
+        ax.plot([i.low, i.high], [y, y], color=colors[name], lw=2, solid_capstyle="butt")
+      ax.plot(i.mean, y, "|", color=colors[name], ms=13, mew=2.4)
+      ax.plot(values, [y] * len(values), "osD"[k], mfc="white", mec=colors[name], ms=5, mew=1.2, ls="none",
+              zorder=3, label=None if row else name)
+  ax.axvline(0, color="#666666", lw=1)
+  ax.set_yticks(range(len(parts)), list(parts))
+  ax.set_ylim(len(parts) - 0.5, -0.5)
+  ax.grid(axis="y", visible=False)
+  ax.set_xlabel(f"minus {study.reference} ({metric.unit})")
+  key(fig, ax)
+  return fig
+
+
+def _seeds_and_mean(ax, by, xs, names, look, label=None):
+  """Marks for by[seed, name] at xs, and a line through the means over seeds."""
+  color, marker = look
+  groups = [(x, [v for (_, n), v in by.items() if n == name]) for x, name in zip(xs, names)]
+  groups = [(x, v) for x, v in groups if v]
+  ax.plot([x for x, _ in groups], [np.mean(v) for _, v in groups], color=color, lw=1.5, label=label, zorder=3)
+  ax.plot([x for x, v in groups for _ in v], [y for _, v in groups for y in v], marker, mfc="none",
+          mec=color, ms=4.5, mew=1.0, alpha=0.85, ls="none", zorder=4)
+
+
+def _with_interval(ax, x, interval, scale, marker, color, label):
+  error = None
+  if interval.bounded:
+    error = [[(interval.mean - interval.low) * scale], [(interval.high - interval.mean) * scale]]
+    error = np.maximum(error, 0)  # a bootstrap interval need not hold the estimate
+  ax.errorbar(x, interval.mean * scale, error, fmt=marker, color=color, ms=7, capsize=4, lw=1.8, zorder=4,
+              label=label)
+
+
+def _ends(interval, scale):
+  return [v * scale for v in (interval.low, interval.mean, interval.high) if math.isfinite(v)]
+
+
+def _binned(x, y, edges):
+  place = np.clip(np.digitize(x, edges), 1, len(edges) - 1)
+  filled = np.unique(place)
+  return (np.array([x[place == k].mean() for k in filled]), np.array([y[place == k].mean() for k in filled]))
+
+
+def _by_distance(records):
+  kept = [dict(r, bucket=2.0 ** round(math.log2(d))) for r in records
+          if (d := endpoints.number(r.get("evidence_distance"))) > 0]
+  return endpoints.group(kept, ("seed", "bucket"), "exact_match")
+
+
+def _short(value):
+  return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"

@@ -1,0 +1,255 @@
+"""Reading run and study directories as they lie on disk: finished, cut short, failed or never begun.
+
+A run directory has config.json, metrics.jsonl, eval/<step>.json and DONE or FAILED; a study
+directory has study.json and runs/. What is missing or broken becomes a line in `problems`, never
+an exception, except for a path that is neither, and a study.json that does not say what it must.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = ("second_half_bits_per_byte", "bits_per_byte", "exact_match", "answer_nll")
+_CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "seconds")
+
+
+@dataclasses.dataclass
+class Run:
+  """One run directory. `curves[seed][name]` is float64[logged steps], NaN where a line had no value."""
+  path: Path
+  arm: str
+  size: str
+  seeds: tuple[int, ...]
+  config: dict[str, Any]
+  versions: dict[str, Any]
+  curves: dict[int, dict[str, np.ndarray]]
+  records: list[dict]              # of the last evaluation
+  eval_step: int | None
+  status: str                      # done | failed | unfinished | pending
+  error: str = ""
+  problems: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def name(self) -> str:
+    return self.path.name
+
+  @property
+  def stages(self) -> list[dict]:
+    return self.config.get("schedule", {}).get("stages", []) if self.config else []
+
+  @property
+  def headline_mode(self) -> str:
+    """How the arm's own number is taken: dense where it ends dense, else sparse."""
+    return "dense" if self.stages and self.stages[-1].get("mode") == "dense" else "sparse"
+
+  @property
+  def diverged(self) -> list[int]:
+    """Seeds whose loss was finite once and was not at the last logged step."""
+    losses = {s: np.isfinite(c["loss"]) for s, c in self.curves.items()}
+    return [s for s, finite in losses.items() if finite.any() and not finite[-1]]
+
+
+@dataclasses.dataclass
+class Study:
+  """The runs of one report, and what was asked of them before they started."""
+  name: str
+  runs: list[Run]
+  declared: bool = False           # whether a study.json says what to compare
+  question: str = ""
+  arms: list[str] = dataclasses.field(default_factory=list)   # in their order
+  sizes: list[str] = dataclasses.field(default_factory=list)
+  primary: str = METRICS[0]
+  margin: float = 0.01
+  secondary: str = "exact_match"
+  secondary_margin: float = 0.02
+  reference: str = ""
+  dense: str = "dense"
+  budgets: dict[str, float] = dataclasses.field(default_factory=dict)
+  problems: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def finished(self) -> list[Run]:
+    return [r for r in self.runs if r.status == "done"]
+
+  def arm_runs(self, arm: str, size: str | None = None) -> list[Run]:
+    return [r for r in self.runs if r.arm == arm and size in (None, r.size)]
+
+  def headline_mode(self, arm: str) -> str:
+    runs = [r for r in self.arm_runs(arm) if r.config]
+    return runs[0].headline_mode if runs else "dense" if arm == self.dense else "sparse"
+
+  def label(self, arm: str, run_mode: str) -> str:
+    """The name in tables: the arm, or "arm -> run mode" where that is not its own."""
+    return arm if run_mode == self.headline_mode(arm) else f"{arm} -> {run_mode}"
+
+  def retrofits(self) -> list[str]:
+    """The arms that are compared with the reference: those with a budget, smallest budget first."""
+    budgeted = sorted((a for a in self.arms if a in self.budgets), key=self.budgets.get)
+    named = [a for a in self.arms if a.startswith("retrofit") and a not in budgeted]
+    return budgeted + named or [a for a in self.arms if a not in (self.reference, self.dense)]
+
+
+def load(paths: list[Path]) -> Study:
+  """One study, or the given runs side by side. Raises ValueError for a path that is neither."""
+  paths = [Path(p) for p in paths]
+  if not paths:
+    raise ValueError("paths = []: give at least one run directory or one study directory")
+  studies = [p for p in paths if (p / "study.json").is_file()]
+  if len(studies) > 1:
+    raise ValueError(f"paths = {[str(p) for p in studies]}: one report holds one study; give one each time")
+  singles = []
+  for path in paths:
+    if path in studies:
+      continue
+    if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
+      hint = "it does not exist" if not path.exists() else "it has neither"
+      raise ValueError(f"{path}: {hint}; expected a run directory (config.json, metrics.jsonl) "
+                       "or a study directory (study.json)")
+    singles.append(load_run(path))
+  study = _load_study(studies[0]) if studies else Study(
+      name=singles[0].name if len(singles) == 1 else f"{len(singles)} runs", runs=[])
+  study.runs += singles
+  for run in study.runs:
+    for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records}):
+      study.arms += [arm] if arm not in study.arms else []
+    study.sizes += [run.size] if run.size not in study.sizes else []
+    study.problems += [f"`{run.name}`: {p}" for p in run.problems]
+    for seed in run.diverged:
+      study.problems.append(f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out")
+  return study
+
+
+def load_run(path: Path, job: dict | None = None) -> Run:
+  """The run at `path`; `job` is its line in study.json, which names it where config.json cannot."""
+  path, job, problems = Path(path), job or {}, []
+  config = _read_json(path / "config.json", problems) or {}
+  versions = _read_json(path / "versions.json", problems) if (path / "versions.json").exists() else {}
+  curves = _read_metrics(path / "metrics.jsonl", problems)
+  records, eval_step = _read_eval(path / "eval", problems)
+  first = records[0] if records else {}
+  status, error = _status(path, job)
+  seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
+  run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
+            config.get("size") or job.get("size") or first.get("size", "unknown"),
+            seeds, config, versions or {}, curves, records, eval_step, status, error, problems)
+  if job.get("arm", run.arm) != run.arm:
+    problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
+  strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
+  if strangers:
+    problems.append(f"its evaluation holds records of other arms: {', '.join(map(str, strangers))}")
+  if status == "done" and not records:
+    problems.append("finished, but there is no evaluation that can be read")
+  return run
+
+
+def _load_study(path: Path) -> Study:
+  try:
+    plan = json.loads((path / "study.json").read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path / 'study.json'}: not JSON ({error}); run the study launcher again") from None
+  def need(ok, name, value, fix):
+    if not ok:
+      raise ValueError(f"{path / 'study.json'}: {name} = {value!r}: {fix}")
+  need(isinstance(plan, dict), "study", plan, "an object with name, arms, jobs")
+  primary, secondary = plan.get("primary") or {}, plan.get("secondary") or {}
+  budgets = plan.get("budgets") or {}
+  for name, endpoint in (("primary", primary), ("secondary", secondary)):
+    metric, margin = endpoint.get("metric", METRICS[0]), endpoint.get("margin", 0.01)
+    need(metric in METRICS, f"{name}.metric", metric, f"one of {', '.join(METRICS)}")
+    need(isinstance(margin, (int, float)) and margin > 0, f"{name}.margin", margin, "a number above 0")
+  for arm, b in budgets.items():
+    need(isinstance(b, (int, float)) and 0 < b <= 1, f"budgets.{arm}", b,
+         "a share of the tokens, above 0, at most 1")
+  problems, runs = [], []
+  jobs = plan.get("jobs") or []
+  for job in jobs:
+    where = path / job.get("run", "?")
+    if where.is_dir():
+      runs.append(load_run(where, job))
+    else:
+      status = "failed" if job.get("status") == "failed" else "pending"
+      seeds = tuple(job.get("seeds") or ())
+      runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), seeds, {}, {}, {}, [],
+                      None, status, job.get("error") or ""))
+  if not jobs:
+    problems.append("study.json lists no jobs")
+  return Study(name=plan.get("name") or path.name, runs=runs, declared=True,
+               question=plan.get("question") or "", arms=list(plan.get("arms") or []),
+               primary=primary.get("metric", METRICS[0]),
+               margin=primary.get("margin", 0.01), secondary=secondary.get("metric", "exact_match"),
+               secondary_margin=secondary.get("margin", 0.02), reference=plan.get("reference_arm") or "",
+               dense=plan.get("dense_arm") or "dense", budgets={k: float(v) for k, v in budgets.items()},
+               problems=problems)
+
+
+def _status(path, job):
+  done, failed = path / "DONE", path / "FAILED"
+  if failed.exists() and not (done.exists() and done.stat().st_mtime > failed.stat().st_mtime):
+    message = failed.read_text(errors="replace").strip()
+    try:  # the study writes {"error", "traceback"}
+      message = json.loads(message)["error"]
+    except (ValueError, KeyError, TypeError):
+      pass
+    return "failed", message or job.get("error") or "no message"
+  if done.exists():
+    return "done", ""
+  if job.get("status") == "failed":
+    return "failed", job.get("error") or "no message"
+  return "unfinished", ""
+
+
+def _read_json(path, problems):
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    problems.append(f"no {path.name}")
+  except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    problems.append(f"{path.name} cannot be read ({error})")
+  return None
+
+
+def _read_metrics(path, problems):
+  """{seed: {name: float64[steps]}}. Of a step logged twice (a resumed run) the later line counts."""
+  if not path.is_file():
+    problems.append("no metrics.jsonl")
+    return {}
+  lines, broken = {}, 0
+  with open(path, errors="replace") as file:
+    for line in file:
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line)
+        lines[int(record.get("seed", 0)), int(record["step"])] = record
+      except (ValueError, KeyError, TypeError, AttributeError):
+        broken += 1
+  if broken:
+    problems.append(f"{broken} unreadable line{'s' * (broken > 1)} in metrics.jsonl skipped (a run that is "
+                    "killed while it writes leaves one)")
+  curves = {}
+  for seed in sorted({s for s, _ in lines}):
+    mine = [lines[key] for key in sorted(k for k in lines if k[0] == seed)]
+    curves[seed] = {n: np.array([_number(r.get(n)) for r in mine], np.float64) for n in _CURVES}
+  return curves
+
+
+def _read_eval(folder, problems):
+  """The records and the step of the newest evaluation that can be read."""
+  files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
+  for file in sorted(files, key=lambda f: int(f.stem), reverse=True):
+    tree = _read_json(file, problems)
+    if isinstance(tree, dict) and isinstance(tree.get("records"), list):
+      records = [r for r in tree["records"] if isinstance(r, dict) and "kind" in r]
+      return records, int(tree.get("step", file.stem))
+    if tree is not None:
+      problems.append(f"eval/{file.name} has no list of records")
+  return [], None
+
+
+def _number(value):
+  return float(value) if isinstance(value, (int, float)) else math.nan

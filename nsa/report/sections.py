@@ -1,0 +1,284 @@
+"""The sections of the report, in their order: each takes the study and returns blocks of the document.
+
+A part whose data are missing is one line that says which data, never an exception.
+"""
+from __future__ import annotations
+
+import collections
+import math
+
+import numpy as np
+
+from nsa.report import analyses, endpoints, verdict as verdict_lib
+from nsa.report.document import Bullets, Heading, Picture, Table, Text
+from nsa.report.endpoints import METRIC, Row
+from nsa.report.runs import Study
+from nsa.report.verdict import Comparison, Verdict
+
+PICTURES = {  # file name: (function in plots.py, caption, alternative text, what is said where it is missing)
+    "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
+             "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
+             "a dense and of a sparse stage come from different forward passes",
+             "Training loss over tokens per arm", "no metrics.jsonl holds a loss"),
+    "position": ("positions", "Held-out bits per byte by position in the context (exploratory). Marks: "
+                 "seeds; lines: means", "Bits per byte by position in the context",
+                 "no records of loss by position"),
+    "recall": ("recall", "Exact match of each arm in its own run mode. Marks: seeds",
+               "Exact match per task and arm", "no task was evaluated"),
+    "layers": ("layers", "Share of the attention mass that the chosen blocks hold, against the best choice "
+               "of as many blocks (dashed: one line per seed); share of blocks that neighbouring queries "
+               "have in common. Marks: seeds; lines: means",
+               "Captured and oracle attention mass and overlap per layer",
+               "no layer diagnostics (eval.diagnostics was off, or no arm is sparse)"),
+    "blocks": ("heat_maps", "Share of the queries of a query block that select a key block: one head, one "
+               "document, one seed; neighbouring blocks are averaged where there are many. An "
+               "illustration, not a measurement", "Heat map of selected blocks",
+               "no record of selected blocks"),
+}
+
+
+class Gallery:
+  """Draws figures as the sections ask for them, and saves them under plots/."""
+
+  def __init__(self, study: Study, folder):
+    from nsa.report import plots, style  # here: the verdict alone needs no matplotlib
+    self.plots, self.style, self.study, self.folder = plots, style, study, folder
+    self.look = style.Look(study)
+    self.names = []
+
+  def picture(self, name, size):
+    """The picture `name` of PICTURES for one model size."""
+    function, caption, alt, missing = PICTURES[name]
+    figure = getattr(self.plots, function)(self.study, self.look, size)
+    return self.block(name, figure, caption, alt, "Not drawn: " + missing, size)
+
+  def block(self, name, figure, caption, alt, missing, size=""):
+    """A Picture, or the one line that says what is missing. `figure` is None where nothing can be drawn."""
+    at = f" (size {size})" if size and len(self.study.sizes) > 1 else ""
+    if figure is None:
+      return Text(missing + at + ".", "note")
+    if size and len(self.study.sizes) > 1:
+      name = f"{name}_{_safe(size)}"
+    self.style.save(figure, self.folder, name)
+    self.names.append(name)
+    return Picture(name, caption + at, alt)
+
+
+def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gallery) -> list:
+  """The whole document."""
+  blocks = [Text(study.question, "note")] if study.question else []
+  blocks += answer(study, table, verdict)
+  blocks += arms(study, table)
+  blocks += budget(study, table, verdict.comparisons, gallery)
+  for title, part in (("Loss curves", "loss"), ("Loss by position", "position"), ("Recall by task", "recall"),
+                      ("Train mode and run mode", modes), ("What the selector captures", "layers"),
+                      ("Which blocks one head selects", "blocks"), ("Selector or backbone?", parts)):
+    blocks.append(Heading(title))
+    for size in study.sizes:
+      blocks += part(study, table, size, gallery) if callable(part) else [gallery.picture(part, size)]
+  return blocks + limits(study, table, verdict)
+
+
+def answer(study: Study, table: list[Row], verdict: Verdict) -> list:
+  """(1) The verdict, the comparisons behind it, and whether sparsity was on at all."""
+  blocks = [Heading("Verdict"), Text(verdict.paragraph, "verdict")]
+  primary = [c for c in verdict.comparisons if c.role == "primary" and c.judgement]
+  if primary:
+    blocks.append(_comparison_table(study, primary, f"Primary: {METRIC[study.primary].title}, "
+                                    f"minus {study.reference}"))
+  secondary = [c for c in verdict.comparisons if c.role == "secondary" and c.judgement]
+  if secondary:
+    blocks.append(_comparison_table(study, secondary, f"Secondary: {METRIC[study.secondary].title}, minus "
+                                    f"{study.reference}; p after Holm over {len(secondary)} comparisons"))
+  unjudged = [c for c in verdict.comparisons if c.role == "secondary" and not c.judgement]
+  for reason in dict.fromkeys(c.reason for c in unjudged):
+    names = ", ".join(dict.fromkeys(c.arm for c in unjudged if c.reason == reason))
+    blocks.append(Text(f"Secondary ({METRIC[study.secondary].title}) **cannot be judged** for {names}: "
+                       f"{reason}.", "note"))
+  notes = analyses.controls(study, table)
+  return blocks + ([Heading("Controls", 3), Bullets(notes)] if notes else [])
+
+
+def arms(study: Study, table: list[Row]) -> list:
+  """(2) Arm by arm: endpoints, cost, failures."""
+  blocks = [Heading("Arms")]
+  runs = collections.Counter(r.status for r in study.runs)
+  counts = ", ".join(f"{runs[s]} {s}" for s in ("done", "failed", "unfinished", "pending") if runs[s])
+  blocks.append(Text(f"{len(study.runs)} run{'s' * (len(study.runs) != 1)}: {counts}. Numbers are mean ± "
+                     "half-width of the 95 % t interval over seeds; without ± there is one seed."))
+  shown = [r for r in table if r.status == "done"] or table
+  if shown and shown[0].status != "done":
+    blocks.append(Text("No run has finished: these are the numbers of the latest evaluations.", "note"))
+  for size in study.sizes:
+    lines = []
+    for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in shown if r.size == size):
+      mine = [r for r in shown if (r.arm, r.run_mode, r.size) == (arm, mode, size)]
+      if not mine[0].headline and arm not in (study.dense,) and study.declared:
+        continue  # train mode x run mode has them
+      shares = [endpoints.visible_share(r) for r in study.arm_runs(arm, size)] if mine[0].headline else []
+      lines.append([study.label(arm, mode), str(len({r.seed for r in mine}))]
+                   + [endpoints.interval_text(METRIC[m], endpoints.finite(mine, m), False)
+                      for m in ("bits_per_byte", "second_half_bits_per_byte", "exact_match")]
+                   + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
+                      f"{100 * shares[0]:.1f}" if shares and math.isfinite(shares[0]) else "-",
+                      _quantity(_mean(mine, "tokens_per_second"))])
+    if lines:
+      blocks.append(Table(["arm", "seeds", "bits per byte", "second half (bits per byte)", "exact match (%)",
+                           "training tokens", "training FLOPs per seed", "visible share (%)",
+                           "tokens/s (median)"], lines,
+                          f"Size {size}. Visible share: what the last query of a full context attends to. "
+                          "\"arm -> mode\": the trained arm, run in another mode."))
+    else:
+      blocks.append(Text(f"Size {size}: no evaluation yet.", "note"))
+  lost = [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: "
+          f"{_first_line(r.error)}" for r in study.runs if r.status == "failed"]
+  lost += [f"`{r.name}` ({r.arm}, {r.size}) is {r.status}; it is in no comparison" for r in study.runs
+           if r.status in ("unfinished", "pending")]
+  lost += study.problems
+  return blocks + ([Heading("Failed, unfinished, unreadable", 3), Bullets(lost)] if lost else [])
+
+
+def budget(study, table, found: list[Comparison], gallery: Gallery) -> list:
+  """(3) Delta(b)."""
+  blocks = [Heading("Delta(b): retrofit minus native over the retrofit budget")]
+  for size in study.sizes:
+    points, fit = verdict_lib.curve(study, found, size)
+    at = f"Size {size}: " if len(study.sizes) > 1 else ""
+    why = ("no budgets are declared" if not study.budgets else
+           "no retrofit shares a finished seed with the reference")
+    figure = gallery.plots.budget_curve(study, points, fit)
+    blocks.append(gallery.block(
+        "delta_budget", figure,
+        "Delta(b), paired by seed. Circles: seeds. Squares: mean with 95 % t interval. "
+        "Blue band: equivalence margin", "Difference from the reference arm over the retrofit budget",
+        f"Not drawn: {why}", size))
+    if points:
+      blocks.append(Text(at + (f"The limit Delta_inf {fit.reason}." if not fit.fitted else
+                               "Delta(b) = Delta_inf + A · b^-gamma: "
+                               f"{verdict_lib.fit_text(study, fit)}, gamma = {fit.gamma:.2f}.")))
+    head, lines = analyses.closed_gap(study, table, size)
+    blocks += ([Text(head)] if head else []) + ([Bullets(lines)] if lines else [])
+  return blocks
+
+
+def modes(study, table, size, gallery) -> list:
+  """(7) Rows are what was trained, columns how it is run."""
+  shown = [r for r in table if r.size == size and (r.status == "done" or not study.finished)]
+  columns = [m for m in ("dense", "sparse", "oracle", "block_topk", "sink_window", "random")
+             if any(r.run_mode == m for r in shown)]
+  blocks = []
+  for metric in (METRIC[study.primary], METRIC[study.secondary]):
+    lines = []
+    for arm in study.arms:
+      cells = [endpoints.finite((r for r in shown if (r.arm, r.run_mode) == (arm, m)), metric.name)
+               for m in columns]
+      if any(cells):
+        lines.append([arm] + [("**{}**" if m == study.headline_mode(arm) else "{}").format(
+            endpoints.interval_text(metric, c)) if c else "-" for m, c in zip(columns, cells)])
+    if lines:
+      at = f"size {size}, " if len(study.sizes) > 1 else ""
+      blocks.append(Table(["trained as"] + [f"run {m}" for m in columns], lines,
+                          f"{metric.title[0].upper()}{metric.title[1:]}; {at}mean ± half-width (seeds), "
+                          "bold = the arm's own mode. Exploratory but for that column."))
+  return blocks or [Text("No evaluation yet.", "note")]
+
+
+def parts(study, table, size, gallery) -> list:
+  """(10) Delta = selector error + backbone mismatch, by the oracle run mode."""
+  at = f" (size {size})" if len(study.sizes) > 1 else ""
+  found = analyses.decompose(study, table, size)
+  if not found:
+    why = ("no reference arm is declared" if not study.reference else
+           f"it needs the run mode \"oracle\" of {study.reference} and of a retrofit arm, on common seeds")
+    return [Text(f"Not split{at}: {why}.", "note")]
+  metric = METRIC[study.primary]
+  lines = [[arm] + [endpoints.interval_text(metric, values.values()) for values in by_part.values()]
+           for arm, by_part in found.items()]
+  table_block = Table(
+      ["retrofit arm"] + list(next(iter(found.values()))), lines,
+      f"{metric.title[0].upper()}{metric.title[1:]}, mean ± half-width (seeds). Selector error: loss(own "
+      f"blocks) - loss(oracle blocks) of the retrofit, minus the same of {study.reference}. Backbone "
+      "mismatch: loss(oracle) of the retrofit minus that of "
+      f"{study.reference}. The two add up to Delta. Exploratory.")
+  return [table_block, gallery.block("decomposition", gallery.plots.decomposition(study, found),
+                                     "Delta and its two parts. Marks: seeds; bars: means; lines: t intervals",
+                                     "Selector error and backbone mismatch", "Not drawn", size)]
+
+
+def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
+  """(11) What the study cannot say."""
+  seeds = sorted({len({r.seed for r in table if (r.arm, r.size) == k and r.headline and r.status == "done"})
+                  for k in {(r.arm, r.size) for r in table if r.headline and r.status == "done"}})
+  items = []
+  if not seeds:
+    items.append("No run has finished; nothing is concluded.")
+  else:
+    n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    items.append(f"**Seeds.** {n} per arm and size." + (
+        " With one seed nothing can be said about arms, only about checkpoints." if seeds[0] == 1 else
+        " The t interval takes differences between seeds as normal; with so few that cannot be checked."))
+  tokens = endpoints.finite(table, "tokens")
+  items.append(f"**Scale.** Sizes run: {', '.join(study.sizes) or 'none'}"
+               + (f", at most {_quantity(max(tokens))} training tokens per run" if tokens else "")
+               + ". Nothing here speaks of larger models, longer contexts or other data.")
+  if study.declared:
+    p, s = METRIC[study.primary], METRIC[study.secondary]
+    items.append(f"**Endpoints.** Primary: {p.title}, margin {p.text(study.margin)} {p.unit}. Secondary: "
+                 f"{s.title}, margin {s.text(study.secondary_margin)} {s.unit}, under Holm. Primary "
+                 "comparisons are not adjusted for each other; their number stands in the table. Everything "
+                 "else is exploratory.")
+    items.append("**\"Matches\"** means equivalent within that margin, at these budgets, with this selector. "
+                 "Whether the margin is small enough to matter is a judgement that statistics does not make.")
+  bootstrapped = [c for c in verdict.comparisons if c.documents is not None and c.documents.bounded]
+  if bootstrapped:
+    items.append("**Documents.** The bootstrap over (seed, document) is a percentile interval and too narrow "
+                 "with few seeds; the t interval over seeds decides.")
+  splits = sorted({r.split for r in table})
+  if splits and splits != ["val"]:
+    items.append(f"**Split.** Evaluated on {', '.join(splits)}.")
+  versions = sorted({f"{k} {v}" for r in study.runs for k, v in r.versions.items()
+                     if isinstance(v, (str, int, float))})
+  if versions:
+    items.append("**Ran with** " + ", ".join(versions[:16]) + ".")
+  return [Heading("What this cannot say" if study.declared else "Limits"), Bullets(items)]
+
+
+def _comparison_table(study, found, caption):
+  metric = METRIC[found[0].metric]
+  secondary = found[0].role == "secondary"
+  many = len(study.sizes) > 1
+  lines = []
+  for c in found:
+    i = c.judgement.interval
+    lines.append([c.arm] + ([c.size] if many else []) + [
+        c.word, verdict_lib.percent(c.budget) if c.budget else "-", str(i.n), metric.text(i.mean, True),
+        metric.between(i)] + ([] if secondary else [metric.between(c.documents)])
+        + [verdict_lib.p_text(c.p_tost_holm if secondary else c.judgement.p_tost),
+           verdict_lib.p_text(c.p_difference_holm if secondary else c.judgement.p_difference),
+           metric.text(c.judgement.detectable)])
+  header = ["arm"] + ["size"] * many + [
+      "outcome", "budget", "seeds", f"difference ({metric.unit})", "95 % t interval"] + (
+      [] if secondary else ["95 % bootstrap (seed, document)"]) + [
+      f"p, two one-sided tests, ±{metric.text(found[0].margin)}", "p, difference from 0",
+      "smallest detectable"]
+  return Table(header, lines, caption, left=2 + many)
+
+
+def _mean(table, name):
+  values = endpoints.finite(table, name)
+  return float(np.mean(values)) if values else math.nan
+
+
+def _quantity(value):
+  """1234567 -> 1.23e6: three figures, for numbers over many orders of magnitude."""
+  if not math.isfinite(value):
+    return "-"
+  return f"{value:.0f}" if abs(value) < 1e4 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _first_line(text):
+  return (text.strip().splitlines() or ["no message"])[-1 if text.startswith("Traceback") else 0][:300]
+
+
+def _safe(name):
+  return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -1,0 +1,77 @@
+"""How figures look: fonts, a colour and a marker per arm that all of them share, a legend beside the data.
+
+The dense arm is grey, the reference arm blue, retrofits go from light to dark orange with their
+budget, other arms take what is left of the Okabe-Ito colours; colour is doubled by a marker shape.
+"""
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from nsa.report.runs import Study
+
+STYLE = {
+    "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.labelsize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#666666",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.8,
+    "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False, "legend.fontsize": 9,
+    "lines.linewidth": 1.8, "lines.markersize": 6, "savefig.dpi": 150, "svg.hashsalt": "report",
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "axes.formatter.useoffset": False,
+}
+_RAMP = ("#f2a65a", "#e07b39", "#c4511f", "#93330f", "#5e1c05")
+_OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#b8a500", "#7b5ea7", "#117733")
+_MARKERS = "sD^vP*XphH<>"
+
+
+class Look:
+  """Colour and marker of every arm, the same in all figures of a report."""
+
+  def __init__(self, study: Study):
+    self.study = study
+    retrofits = [a for a in study.retrofits() if a in study.budgets or a.startswith("retrofit")]
+    self.of = {}
+    others = 0
+    for i, arm in enumerate(study.arms):
+      if arm == study.reference:
+        self.of[arm] = ("#0072b2", "o")
+      elif arm == study.dense:
+        self.of[arm] = ("#555555", "D")
+      elif arm in retrofits:
+        k = retrofits.index(arm)
+        place = 0.5 if len(retrofits) == 1 else k / (len(retrofits) - 1)
+        self.of[arm] = (_RAMP[round(place * (len(_RAMP) - 1))], "s^vP*Xp"[k % 7])
+      else:
+        self.of[arm] = (_OTHERS[others % len(_OTHERS)], _MARKERS[::-1][others % len(_MARKERS)])
+        others += 1
+
+  def __call__(self, arm):
+    """(colour, marker)"""
+    return self.of.get(arm, ("#000000", "."))
+
+  def marker(self, label):
+    """The marker of the arm that a legend's label begins with; none for other labels."""
+    return self.of.get(label.split(" ")[0], ("", ""))[1]
+
+
+def save(fig: Figure, folder, name: str) -> None:
+  """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file."""
+  fig.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+  fig.set_layout_engine("none")  # keep the layout just found: finding it again would double the time
+  fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+
+
+def figure(width, height, columns=1, width_ratios=None, **kw):
+  """A figure of `columns` axes side by side (inches), and the axes in a list."""
+  fig = Figure(figsize=(width, height), layout="constrained")
+  axes = fig.subplots(1, columns, squeeze=False, gridspec_kw={"width_ratios": width_ratios}, **kw)
+  return fig, list(axes[0])
+
+
+def key(fig, ax, look=None):
+  """One legend, right of the axes, never on the data. `look` adds every arm's marker."""
+  handles, labels = ax.get_legend_handles_labels()
+  if look:
+    handles = [Line2D([], [], color=h.get_color(), ls=h.get_linestyle(), lw=1.6, mfc="none", ms=5.5,
+                      marker=look.marker(label)) for h, label in zip(handles, labels)]
+  if handles:
+    fig.legend(handles, labels, loc="outside right upper")

@@ -1,0 +1,182 @@
+"""A study: a grid of runs over arms, sizes and seeds that ends in a report.
+
+Every arm is one `Config`. An arm may fork from another arm ("fork.workdir" = "@dense"): the
+trunk is trained once, keeps the checkpoints that forks need, and goes on to its own end.
+Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest.
+"""
+import copy
+from dataclasses import dataclass, field
+import time
+import traceback
+
+from absl import logging
+from etils import epath
+
+from nsa import config as config_lib
+from nsa import flops, metrics, train
+from nsa.config import Config, ConfigError
+
+
+@dataclass
+class Study:
+  """What to run and what to ask of it. `arms[*].seeds` is ignored: `seeds` says it for all."""
+  name: str = "study"
+  question: str = ""
+  arms: list[Config] = field(default_factory=list)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  vmap_seeds: bool = True          # all seeds of an arm as one program; faster for small models
+  dense: str = "dense"             # the arm that is the quality anchor
+  reference: str = "native_msa"    # the arm that the others are compared with
+  budgets: dict[str, float] = field(default_factory=dict)  # arm -> share of the steps after leaving dense
+  margin: float = 0.01             # equivalence margin of the primary endpoint, bits per byte
+  task_margin: float = 0.02        # of the secondary endpoint, mean exact match over the tasks
+
+
+@dataclass
+class Job:
+  """One run: an arm and the seeds that it trains together."""
+  config: Config
+  run: str                         # its directory, relative to the study's
+  trunk: str = ""                  # the job that has to be done first, "" for none
+  status: str = "pending"          # pending | done | failed
+  error: str = ""
+
+
+def jobs(study: Study, directory) -> list[Job]:
+  """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
+  cohorts = [tuple(study.seeds)] if study.vmap_seeds else [(seed,) for seed in study.seeds]
+  out = [job for seeds in cohorts for job in _cohort(study, directory, seeds)]
+  names = [job.run for job in out]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise ConfigError([("arms", ", ".join(twice), "two arms have the same name and size: rename one")])
+  return _trunks_first(out)
+
+
+def _cohort(study, directory, seeds) -> list[Job]:
+  configs = {}
+  for arm in study.arms:
+    config = copy.deepcopy(arm)
+    config.seeds = seeds
+    configs[config.arm, config.size] = config
+  out = []
+  for (arm, size), config in configs.items():
+    trunk = ""
+    if config.fork.workdir.startswith("@"):
+      source = configs.get((config.fork.workdir[1:], size))
+      if source is None:
+        raise ConfigError([(f"arms[{arm}].fork.workdir", config.fork.workdir,
+                            f"no arm of size {size} has that name; there are {sorted(a for a, s in configs if s == size)}")])
+      if config.fork.step >= 0:
+        source.checkpoint.keep_at = tuple(sorted({*source.checkpoint.keep_at, config.fork.step}))
+      trunk = _directory(source)
+      config.fork.workdir = str(epath.Path(directory) / trunk)
+    out.append(Job(config, _directory(config), trunk))
+  for job in out:
+    try:
+      config_lib.validate(job.config)
+    except ConfigError as error:
+      raise ConfigError([(f"arms[{job.config.arm}].{name}", value, fix) for name, value, fix in error.problems]) from None
+  return out
+
+
+def _directory(config) -> str:
+  return f"runs/{config.arm}-{config.size}-s{'_'.join(map(str, config.seeds))}"
+
+
+def _trunks_first(unordered: list[Job]) -> list[Job]:
+  out, placed, rest = [], set(), list(unordered)
+  while rest:
+    ready = [job for job in rest if not job.trunk or job.trunk in placed]
+    if not ready:
+      raise ConfigError([("arms[*].fork.workdir", ", ".join(job.run for job in rest), "the forks run in a circle")])
+    out += ready
+    placed |= {job.run for job in ready}
+    rest = [job for job in rest if job not in ready]
+  return out
+
+
+def run(study: Study, directory, *, on_job=print) -> list[Job]:
+  """Runs what is not done yet and writes study.json after every run. Returns the jobs.
+
+  Raises ConfigError before anything is trained, and train.Preempted on SIGTERM (the same call
+  goes on). Everything else that happens to a run is its own failure.
+  """
+  directory = epath.Path(directory)
+  todo = jobs(study, directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  work = {job.run: _work(job) for job in todo}
+  clock, trained, began = 0.0, 0.0, time.monotonic()
+  position = 0
+  while position < len(todo):
+    job = todo[position]
+    position += 1
+    _save(study, todo, directory)
+    if (directory / job.run / "DONE").exists():
+      job.status = "done"
+      on_job(f"[{position}/{len(todo)}] {job.run}: done before")
+      continue
+    left = sum(work[other.run] for other in todo[position - 1:] if other.status == "pending")
+    eta = f", about {_minutes(left * clock / trained)} of training left" if trained else ""
+    on_job(f"[{position}/{len(todo)}] {job.run}{eta}")
+    before = time.monotonic()
+    _run_one(job, todo, directory)
+    if job.status == "done":
+      clock, trained = clock + time.monotonic() - before, trained + work[job.run]
+    else:
+      on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
+      if len(job.config.seeds) > 1 and "not finite" in job.error:
+        alone = _one_by_one(job)
+        on_job(f"[{position}/{len(todo)}] its seeds run one by one, so that one does not take the others along")
+        todo[position:position] = alone
+        work.update({other.run: _work(other) for other in alone})
+  _save(study, todo, directory)
+  on_job(f"{sum(job.status == 'done' for job in todo)} of {len(todo)} runs done in {_minutes(time.monotonic() - began)}")
+  return todo
+
+
+def _run_one(job: Job, todo: list[Job], directory) -> None:
+  workdir = directory / job.run
+  trunk = next((other for other in todo if other.run == job.trunk), None)
+  try:
+    if trunk is not None and trunk.status == "failed":
+      raise RuntimeError(f"its trunk {trunk.run} failed")
+    train.train(job.config, workdir)
+    job.status, job.error = "done", ""
+  except (train.Preempted, KeyboardInterrupt):
+    raise
+  except Exception as error:  # whatever it is, the other runs are not to blame
+    job.status, job.error = "failed", f"{type(error).__name__}: {error}"
+    logging.debug("%s", traceback.format_exc())
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
+
+
+def _one_by_one(job: Job) -> list[Job]:
+  out = []
+  for seed in job.config.seeds:
+    config = copy.deepcopy(job.config)
+    config.seeds = (seed,)
+    out.append(Job(config, _directory(config), job.trunk))
+  return out
+
+
+def _work(job: Job) -> float:
+  """FLOPs that the run itself computes: a fork does not repeat its trunk's."""
+  config = job.config
+  skipped = flops.cumulative(config, max(config.fork.step, 0)) if config.fork.workdir and not config.fork.reset else 0.0
+  return (flops.cumulative(config, config.schedule.steps) - skipped) * len(config.seeds)
+
+
+def _save(study, todo, directory) -> None:
+  metrics.write_json(directory / "study.json", {
+      "name": study.name, "question": study.question, "arms": list(dict.fromkeys(job.config.arm for job in todo)),
+      "primary": {"metric": "second_half_bits_per_byte", "margin": study.margin},
+      "secondary": {"metric": "exact_match", "margin": study.task_margin},
+      "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
+      "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
+                "status": job.status, "error": job.error} for job in todo]})
+
+
+def _minutes(seconds: float) -> str:
+  return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

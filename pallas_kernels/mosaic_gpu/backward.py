@@ -1,0 +1,213 @@
+"""Backward pass of selected attention, over the lists of the forward pass; no atomics.
+
+A thread block keeps a block of K and V and the sums dK^T, dV^T of its unit on chip and
+walks the unit's tiles: it gathers rows of Q and dO, recomputes P from the log-sum-exp and
+does five products per tile. dQ of an entry is written as a partial result and summed per
+query over its slots; dK and dV of a unit are written in float32 and summed per block in
+the order of the units, so that equal inputs give equal bits. A block that every query
+chose is many units that run side by side.
+
+The sums are kept transposed, [H, keys]: then the 64 of a wgmma is H or the tile, and
+blocks of 32 keys waste nothing. The next tile is fetched while this one is worked on; P
+and dS take turns in one buffer and dQ leaves through that of dO, or two thread blocks
+would not fit a multiprocessor at H = 128.
+"""
+from __future__ import annotations
+
+import jax
+from jax import lax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import gather
+from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
+from pallas_kernels.mosaic_gpu.forward import compiler_params
+from pallas_kernels.mosaic_gpu.forward import load
+from pallas_kernels.mosaic_gpu.forward import LOG2E
+from pallas_kernels.mosaic_gpu.forward import tile_transforms
+from pallas_kernels.mosaic_gpu.forward import visible
+
+REDUCE_ROWS = 32  # rows of dK^T that one thread block of `sum_units` adds up
+
+
+def part_keys(plan):
+  """Keys that a thread block of the backward pass keeps: 128 would not fit the registers."""
+  return min(plan.block_size, 64)
+
+
+def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmented,
+                      interpret=False):
+  """Gradients of each entry and each unit.
+
+  Args:
+    q, do: [B * T * N, H].
+    k, v: [B, blocks * block_size, K, H].
+    lse: float32[B * T * N], base-2 log-sum-exp of each query row over all its entries; finite.
+    delta: float32[B * T * N], rowsum(o * do) less the cotangent of the natural log-sum-exp.
+    entries, plan, scale, segmented, interpret: as in `partial_attention`.
+
+  Returns:
+    dq [parts, max_tiles * 64, H] of q.dtype and dk^T, dv^T float32[max_units, parts, H, keys],
+    where parts * keys is block_size. dq and dk lack the factor `scale`.
+  """
+  head_dim, dtype = q.shape[1], q.dtype
+  keys = part_keys(plan)
+  parts = plan.block_size // keys
+  tile, sums, square = (TILE_ROWS, head_dim), (head_dim, keys), (TILE_ROWS, keys)
+  transforms = tile_transforms(min(keys, head_dim), dtype)  # one swizzle, wgmma wants the same on both sides
+
+  def body(units, *refs):
+    at = lax.axis_index("unit_part")  # CUDA allows 2^31 blocks on one axis alone, 65535 on the others
+    unit, part = lax.div(at, jnp.int32(parts)), lax.rem(at, jnp.int32(parts))
+    tokens = units[unit, 1]
+
+    @pl.when(tokens > 0)
+    def _():
+      _unit(units, unit, part, tokens, *refs)
+
+  def _unit(units, unit, part, tokens, rows, spans, q, k, v, do, lse, delta, dq, dk, dv,
+            rows_s, spans_s, q_s, do_s, k_s, v_s, p_s, span_s, lse_s, delta_s, kv_ready, copied):
+    first, first_tile = units[unit, 0], units[unit, 2]
+    batch, head, block = units[unit, 3], units[unit, 4], units[unit, 5]
+    tiles = lax.div(tokens + (plan.tile_tokens - 1), jnp.int32(plan.tile_tokens))
+    mine = pl.ds(block * plan.block_size + part * keys, keys)
+    plgpu.copy_gmem_to_smem(k.at[batch, mine, head], k_s, kv_ready)
+    plgpu.copy_gmem_to_smem(v.at[batch, mine, head], v_s, kv_ready)
+    if interpret:
+      gather.load_lists_by_copies([rows, spans], [rows_s, spans_s], first, tokens, copied)
+    else:
+      gather.load_lists([rows, spans], [rows_s, spans_s], first, tokens)
+      gather.commit()
+      gather.wait(0)
+
+    def fetch(i, slot):
+      tokens_of = pl.ds(i * plan.tile_tokens, plan.tile_tokens)
+      args = (rows_s.at[tokens_of], spans_s.at[tokens_of], [q, do], [q_s.at[slot], do_s.at[slot]],
+              [lse, delta], [lse_s.at[slot], delta_s.at[slot]], span_s.at[slot])
+      if interpret:
+        gather.gather_tile_by_copies(*args, group=plan.group, valid=tokens - i * plan.tile_tokens,
+                                     barrier_ref=copied)
+      else:
+        gather.gather_tile(*args, group=plan.group, transforms=transforms)
+        gather.commit()
+
+    fetch(jnp.int32(0), jnp.int32(0))
+    plgpu.barrier_wait(kv_ready)
+
+    def step(i, carry):
+      slot = lax.rem(i, jnp.int32(2))
+      if not interpret:
+        gather.wait(0)
+      plgpu.commit_smem()
+
+      def scores(s_acc, dp_acc):
+        plgpu.wgmma(s_acc, q_s.at[slot], k_s.transpose((1, 0)))
+        plgpu.wgmma(dp_acc, do_s.at[slot], v_s.transpose((1, 0)))
+        return s_acc[...], dp_acc[...]
+
+      s, dp = pl.run_scoped(scores, plgpu.ACC(square, jnp.float32), plgpu.ACC(square, jnp.float32))
+      # The last dQ lies in the other dO: only when it has left may the next tile come.
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
+      by_row = plgpu.Layout.WGMMA.reduce(1)
+      span = load(span_s.at[slot], by_row)
+      spread = lambda x: lax.broadcast_in_dim(x, square, [0])
+      p = jnp.exp2(s * (scale * LOG2E) - spread(load(lse_s.at[slot], by_row)))
+      p = jnp.where(visible(span, square, segmented, part * keys), p, 0.0)
+      p_s[...] = p.astype(dtype)
+      plgpu.commit_smem()
+
+      def products(dk_acc, dv_acc):
+        plgpu.wgmma(dv_acc, do_s.at[slot].transpose((1, 0)), p_s)
+        ds = (p * (dp - spread(load(delta_s.at[slot], by_row)))).astype(dtype)
+        plgpu.wgmma_wait(0)
+        gather.barrier_unless(interpret)  # everybody's wgmma has read P
+        p_s[...] = ds
+        plgpu.commit_smem()
+
+        def last(dq_acc):
+          plgpu.wgmma(dq_acc, p_s, k_s)
+          plgpu.wgmma(dk_acc, q_s.at[slot].transpose((1, 0)), p_s)
+          return dq_acc[...].astype(dtype)
+
+        do_s[slot] = pl.run_scoped(last, plgpu.ACC(tile, jnp.float32))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(do_s.at[slot], dq.at[part, pl.ds((first_tile + i) * TILE_ROWS, TILE_ROWS)])
+
+      if interpret:  # which knows no accumulators that begin with a value
+        more = pl.run_scoped(lambda *accs: (products(*accs), [acc[...] for acc in accs])[1],
+                             *[plgpu.ACC(sums, jnp.float32)] * 2)
+        return tuple(x + y for x, y in zip(carry, more))
+      return pl.run_state(lambda accs: products(*accs))(tuple(plgpu.ACC.init(x) for x in carry))
+
+    zeros = plgpu.layout_cast(jnp.zeros(sums, jnp.float32), plgpu.Layout.WGMMA)
+    dk_sum, dv_sum = lax.fori_loop(0, tiles, step, (zeros, zeros))
+    dk[unit, part] = dk_sum
+    dv[unit, part] = dv_sum
+    plgpu.wait_smem_to_gmem(0)
+
+  matrix = lambda *shape: plgpu.SMEM(shape, dtype, transforms=transforms)
+  lanes = lambda dtype: plgpu.SMEM((2, TILE_ROWS), dtype)
+  partial = jax.ShapeDtypeStruct((plan.max_units, parts, *sums), jnp.float32)
+  return plgpu.kernel(
+      body,
+      out_type=(jax.ShapeDtypeStruct((parts, plan.max_tiles * TILE_ROWS, head_dim), dtype), partial, partial),
+      scratch_types=[
+          plgpu.SMEM((plan.unit_tokens,), jnp.int32), plgpu.SMEM((plan.unit_tokens,), jnp.int32),
+          matrix(2, *tile), matrix(2, *tile), matrix(keys, head_dim), matrix(keys, head_dim), matrix(*square),
+          lanes(jnp.int32), lanes(jnp.float32), lanes(jnp.float32),
+          plgpu.Barrier(num_arrivals=2), plgpu.Barrier(),
+      ],
+      grid=(plan.max_units * parts,), grid_names=("unit_part",),
+      compiler_params=compiler_params(interpret), kernel_name="selected_attention_backward",
+  )(entries.units, entries.rows, entries.spans, q, k, v, do, lse, delta)
+
+
+def sum_units(dk, dv, unit_start, plan):
+  """Adds up what the units of each block have of dK^T and dV^T, in the order of the units.
+
+  Args:
+    dk, dv: float32[max_units, parts, H, keys].
+    unit_start: Entries.unit_start.
+
+  Returns:
+    dk, dv float32[B, K, blocks, parts, H, keys].
+  """
+  _, parts, head_dim, keys = dk.shape
+  rows = min(REDUCE_ROWS, head_dim)
+  bands = head_dim // rows
+  layout = plgpu.Layout.WG_STRIDED((rows, keys), vec_size=4)
+
+  def body(unit_start, dk, dv, dk_out, dv_out):
+    at, place = lax.axis_index("place"), []
+    for size in (bands, parts, plan.blocks):
+      place.append(lax.rem(at, jnp.int32(size)))
+      at = lax.div(at, jnp.int32(size))
+    (band, part, block), head = place, at
+    band = pl.ds(band * rows, rows)
+
+    def add_range(r, sums):
+      which = (head * plan.ranges + r) * plan.blocks + block
+
+      def add(unit, sums):
+        dk_sum, dv_sum = sums
+        return (dk_sum + load(dk.at[unit, part, band], layout),
+                dv_sum + load(dv.at[unit, part, band], layout))
+
+      return lax.fori_loop(unit_start[which], unit_start[which + 1], add, sums)
+
+    zeros = plgpu.layout_cast(jnp.zeros((rows, keys), jnp.float32), layout)
+    dk_sum, dv_sum = lax.fori_loop(0, plan.ranges, add_range, (zeros, zeros))
+    dk_out[head, block, part, band] = dk_sum
+    dv_out[head, block, part, band] = dv_sum
+
+  heads = plan.batch * plan.kv_heads
+  out = jax.ShapeDtypeStruct((heads, plan.blocks, parts, head_dim, keys), jnp.float32)
+  dk, dv = plgpu.kernel(
+      body, out_type=(out, out),
+      grid=(bands * parts * plan.blocks * heads,), grid_names=("place",),
+      compiler_params=compiler_params(), kernel_name="selected_attention_sum_units",
+  )(unit_start, dk, dv)
+  shape = (plan.batch, plan.kv_heads, *out.shape[1:])
+  return dk.reshape(shape), dv.reshape(shape)

@@ -1,0 +1,163 @@
+"""Gathers scattered query rows into shared memory tiles that `wgmma` reads.
+
+The tensor copy engine of Hopper writes boxes of at least 8 rows into a swizzled tile,
+so a token with G < 8 rows cannot go through it. Ampere's `cp.async` moves 16 bytes per
+thread to any address: each thread computes the swizzled place itself, and any G costs
+the same. Every function is for one warpgroup (128 threads) and Lane semantics. The
+`*_by_copies` do the same with Pallas operations that the interpreter knows.
+"""
+from __future__ import annotations
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.mosaic_gpu import ptx
+from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
+
+
+def barrier_unless(interpret):
+  """All threads of the warpgroup reach this point before any passes it; the interpreter has one thread."""
+  if interpret:
+    return
+
+  @plgpu.inline_mgpu()
+  def do(ctx):
+    del ctx
+    ptx.warpgroup_barrier()
+  do()
+
+
+def commit():
+  """Closes the group of gathers issued since the last commit."""
+  @plgpu.inline_mgpu()
+  def do(ctx):
+    del ctx
+    ptx.effect("cp.async.commit_group;")
+  do()
+
+
+def wait(newest: int):
+  """Waits until all but the `newest` committed groups have landed; `commit_smem` must follow before use."""
+  @plgpu.inline_mgpu()
+  def do(ctx):
+    del ctx
+    ptx.effect(f"cp.async.wait_group {newest};")
+  do()
+
+
+def load_lists(sources, destinations, first, tokens):
+  """Copies int32 sources[i][first : first + tokens] into the shared lists and fills their rest with 0."""
+  size = destinations[0].shape[0]
+  number = plgpu.Layout.WG_SPLAT(())
+
+  @plgpu.inline_mgpu(arg_types=(
+      [plgpu.RefType()] * len(sources), [plgpu.RefType()] * len(destinations), number, number))
+  def do(ctx, sources, destinations, first, tokens):
+    del ctx
+    first, tokens = first.registers.item(), tokens.registers.item()
+    for base in range(0, size, ptx.THREADS):
+      index = ptx.add(ptx.thread(), base)
+      inside = ptx.less(index, tokens)
+      take = ptx.choose(inside, ptx.constant(4), 0)
+      # The address of an element that is not read still has to lie inside the array.
+      element = ptx.wide(ptx.add(first, ptx.choose(inside, index, 0)))
+      for source, destination in zip(sources, destinations):
+        operands = (ptx.add(ptx.shared_address(destination), ptx.mul(index, 4)),
+                    ptx.byte(ptx.global_address(source), element, 4), take)
+        text = "cp.async.ca.shared.global [$0], [$1], 4, $2;"
+        if size % ptx.THREADS:
+          text = "{ .reg .pred p; setp.lt.s32 p, $3, %d; @p %s }" % (size, text)
+          ptx.effect(text, "r,l,r,r", *operands, index)
+        else:
+          ptx.effect(text, "r,l,r", *operands)
+  do(list(sources), list(destinations), first, tokens)
+
+
+def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, transforms):
+  """Starts the copies of one tile: row i of each tile becomes row rows[i // G] * G + i % G of its matrix.
+
+  Args:
+    rows, spans: int32[TILE_ROWS / G] in shared memory.
+    matrices: [R, H] in global memory.
+    tiles: [TILE_ROWS, H] in shared memory, with `transforms`.
+    vectors: float32[R] in global memory, at most two.
+    lanes: float32[TILE_ROWS] in shared memory, one per vector.
+    span_rows: int32[TILE_ROWS] in shared memory, gets the span of each row.
+    group: G, a power of 2.
+    transforms: tiling and swizzle of the tiles.
+  """
+  row_bytes = matrices[0].shape[1] * jnp.dtype(matrices[0].dtype).itemsize
+  swizzle = transforms[1].swizzle
+  per_row = row_bytes // 16           # threads that copy one row
+  per_pass = ptx.THREADS // per_row   # rows that all threads copy at a time
+  per_tile = swizzle // 16            # 16-byte pieces in a row of a swizzled tile
+  reference = plgpu.RefType()
+  tile_type = plgpu.RefType(tuple(transforms))
+  assert len(vectors) <= ptx.THREADS // TILE_ROWS
+
+  def token_of(row):
+    return arith.shrui(row, ptx.constant(group.bit_length() - 1))
+
+  def source_row(rows, row):
+    member = arith.extui(ptx.i64(), arith.andi(row, ptx.constant(group - 1)))
+    return ptx.add(ptx.mul(ptx.wide(ptx.load(rows, token_of(row))), group), member)
+
+  @plgpu.inline_mgpu(arg_types=(
+      reference, reference, [reference] * len(matrices), [tile_type] * len(tiles), [reference] * len(vectors),
+      [reference] * len(lanes), reference))
+  def do(ctx, rows, spans, matrices, tiles, vectors, lanes, span_rows):
+    del ctx
+    ptx.warpgroup_barrier()  # whoever still reads the old tile has to be done
+    thread = ptx.thread()
+    piece, first_row = ptx.rem(thread, per_row), ptx.div(thread, per_row)
+    tile_column, in_tile = ptx.div(piece, per_tile), ptx.rem(piece, per_tile)
+    within = arith.extui(ptx.i64(), ptx.mul(piece, 16))
+    sources = [ptx.add(ptx.global_address(matrix), within) for matrix in matrices]
+    places = [ptx.shared_address(tile) for tile in tiles]
+    for i in range(TILE_ROWS // per_pass):
+      row = ptx.add(first_row, i * per_pass)
+      element = source_row(rows, row)
+      in_eight = ptx.rem(row, 8)
+      # The hardware's swizzle: the number of the 128-byte line, within eight rows, flips bits of the piece.
+      line = in_eight if swizzle == 128 else ptx.div(in_eight, 128 // swizzle)
+      tile = ptx.add(ptx.mul(ptx.div(row, 8), row_bytes // swizzle), tile_column)
+      offset = ptx.add(ptx.mul(tile, 8 * swizzle), ptx.mul(in_eight, swizzle),
+                       ptx.mul(arith.xori(in_tile, line), 16))
+      for source, place in zip(sources, places):
+        ptx.effect("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", ptx.add(place, offset),
+                   ptx.byte(source, element, row_bytes))
+    # 64 threads per vector; all spread the spans, each twice the same.
+    half, row = ptx.div(thread, TILE_ROWS), ptx.rem(thread, TILE_ROWS)
+    if vectors:
+      element = source_row(rows, row)
+      for i, (vector, lane) in enumerate(zip(vectors, lanes)):
+        ptx.effect("{ .reg .pred p; setp.eq.s32 p, $2, %d; @p cp.async.ca.shared.global [$0], [$1], 4; }" % i,
+                   "r,l,r", ptx.add(ptx.shared_address(lane), ptx.mul(row, 4)),
+                   ptx.byte(ptx.global_address(vector), element, 4), half)
+    ptx.store(ptx.load(spans, token_of(row)), span_rows, row)
+  do(rows, spans, list(matrices), list(tiles), list(vectors), list(lanes), span_rows)
+
+
+# --- the same in operations that the interpreter knows ----------------------------
+
+
+def load_lists_by_copies(sources, destinations, first, tokens, barrier_ref):
+  """`load_lists`, but what lies past `tokens` is whatever follows in the sources."""
+  del tokens
+  size = destinations[0].shape[0]
+  for source, destination in zip(sources, destinations):
+    plgpu.copy_gmem_to_smem(source.at[pl.ds(first, size)], destination, barrier_ref)
+    plgpu.barrier_wait(barrier_ref)
+
+
+def gather_tile_by_copies(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, valid,
+                          barrier_ref):
+  """`gather_tile`, a token at a time, awaited. Only the first `valid` tokens get their span, the rest 0."""
+  for i in range(TILE_ROWS // group):
+    source, place = pl.ds(rows[i] * group, group), pl.ds(i * group, group)
+    for matrix, tile in zip(list(matrices) + list(vectors), list(tiles) + list(lanes)):
+      plgpu.copy_gmem_to_smem(matrix.at[source], tile.at[place], barrier_ref)
+      plgpu.barrier_wait(barrier_ref)
+    span_rows[place] = jnp.full((group,), jnp.where(i < valid, spans[i], 0), jnp.int32)

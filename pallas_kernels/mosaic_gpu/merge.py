@@ -1,0 +1,142 @@
+"""Combines the partial results of a query: a gather of J rows per query, bound by memory bandwidth.
+
+XLA reads the same bytes at half the speed, so this is written in instructions: each
+thread owns 8 numbers (16 bytes) of a result, reads the same 8 of every slot and adds
+them up in the order of the slots.
+"""
+from __future__ import annotations
+
+import jax
+from jax import lax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.mosaic_gpu import ptx
+
+LN2 = 0.6931471805599453
+VECTOR = 8  # numbers per thread
+NAMES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
+
+
+def combine(rows, lse, position, plan, *, scale=1.0):
+  """Sums the rows of each query over its slots and parts.
+
+  Args:
+    rows: [parts, tiles * 64, H], bfloat16 or float16.
+    lse: float32[tiles * 64], base-2 log-sum-exp of the rows (then the sum is weighted
+      with their softmax over the slots, and parts is 1), or None.
+    position: Entries.position, int32[B, T, K, J].
+    plan: Plan.
+    scale: factor of the result.
+
+  Returns:
+    [B, T, K, G, H] of the dtype of rows; with lse also float32[B, T, K, G], the natural
+    log-sum-exp.
+  """
+  parts, padded_rows, H = rows.shape
+  G = plan.group
+  B, T, K, J = position.shape
+  queries = B * T * K
+  per_query = G * H // VECTOR
+  threads = queries * per_query
+  dtype = NAMES[jnp.dtype(rows.dtype)]
+  outputs = [jax.ShapeDtypeStruct((queries * G, H), rows.dtype)]
+  inputs = [rows.reshape(parts * padded_rows, H), position.reshape(-1)]
+  if lse is not None:
+    outputs.append(jax.ShapeDtypeStruct((queries * G,), jnp.float32))
+    inputs.append(lse)
+
+  def body(*refs):
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), [plgpu.RefType()] * len(refs)))
+    def do(ctx, block, refs):
+      del ctx
+      addresses = list(map(ptx.global_address, refs))
+      rows, position, out = addresses[0], addresses[1], addresses[len(inputs)]
+      block = ptx.wide(block.registers.item())
+      thread = ptx.add(ptx.mul(block, ptx.THREADS), arith.extui(ptx.i64(), ptx.thread()))
+      # Threads past the end do the last one's work again.
+      thread = ptx.choose(ptx.less(thread, threads), thread, threads - 1)
+      query, piece = ptx.div(thread, per_query), ptx.rem(thread, per_query)
+      member = ptx.div(piece, H // VECTOR)
+      first = ptx.byte(position, ptx.mul(query, J), 4)
+      places = [_load_i32(ptx.add(first, 4 * j)) for j in range(J)]
+      tokens = [ptx.wide(place) for place in places]
+      weights, factor = [None] * J, ptx.constant(float(scale))
+      if lse is not None:
+        sums, none = [], ptx.constant(-float("inf"))
+        for place, token in zip(places, tokens):
+          valid = arith.cmpi(arith.CmpIPredicate.sge, place, ptx.constant(0))
+          at = ptx.add(ptx.mul(ptx.choose(valid, token, 0), G), member)
+          sums.append(arith.select(valid, _load_f32(ptx.byte(addresses[2], at, 4)), none))
+        weights, total, log_sum = _softmax(sums)
+        # Every thread of a row writes the same number.
+        at = ptx.byte(addresses[-1], ptx.add(ptx.mul(query, G), member), 4)
+        ptx.effect("st.global.f32 [$0], $1;", "l,f", at, log_sum)
+        factor = arith.divf(factor, total)
+      result = [ptx.constant(0.0)] * VECTOR
+      for j in range(J):
+        for part in range(parts):
+          at = ptx.add(ptx.mul(tokens[j], G * H), ptx.mul(piece, VECTOR), part * padded_rows * H)
+          for n, x in enumerate(_load_vector(ptx.byte(rows, at, 2), places[j], dtype)):
+            result[n] = arith.addf(result[n], x) if lse is None else _fma(x, weights[j], result[n])
+      result = [arith.mulf(x, factor) for x in result]
+      ptx.effect("st.global.v4.u32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r",
+                 ptx.byte(out, ptx.mul(thread, VECTOR), 2), *_pack(result, dtype))
+
+    do(lax.axis_index("block"), list(refs))
+
+  outs = plgpu.kernel(
+      body, out_type=tuple(outputs), grid=(-(-threads // ptx.THREADS),), grid_names=("block",),
+      compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+      kernel_name="selected_attention_combine",
+  )(*inputs)
+  o = outs[0].reshape(B, T, K, G, H)
+  return o if lse is None else (o, outs[1].reshape(B, T, K, G))
+
+
+def _softmax(sums):
+  """Weights without their common denominator, that denominator (1 for 0), and the natural log of the sum."""
+  none, zero = ptx.constant(-float("inf")), ptx.constant(0.0)
+  top = sums[0]
+  for x in sums[1:]:
+    top = arith.maximumf(top, x)
+  top = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, top, none), zero, top)
+  exp2 = lambda x: ptx.value("ex2.approx.ftz.f32 $0, $1;", "=f,f", x, result=ptx.f32())
+  weights = [exp2(arith.subf(x, top)) for x in sums]
+  total = weights[0]
+  for weight in weights[1:]:
+    total = arith.addf(total, weight)
+  some = arith.cmpf(arith.CmpFPredicate.OGT, total, zero)
+  total = arith.select(some, total, ptx.constant(1.0))
+  log_sum = arith.addf(top, ptx.value("lg2.approx.f32 $0, $1;", "=f,f", total, result=ptx.f32()))
+  return weights, total, arith.select(some, arith.mulf(log_sum, ptx.constant(LN2)), none)
+
+
+def _load_i32(address):
+  return ptx.value("ld.global.nc.s32 $0, [$1];", "=r,l", address, result=ptx.i32())
+
+
+def _load_f32(address):
+  return ptx.value("ld.global.nc.f32 $0, [$1];", "=f,l", address, result=ptx.f32())
+
+
+def _load_vector(address, place, dtype):
+  """8 numbers as float32; zeros, unread, where place < 0."""
+  words = ptx.value(
+      "{ .reg .pred p; setp.ge.s32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; "
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4]; }",
+      "=&r,=&r,=&r,=&r,l,r", address, place, result=(ptx.i32(),) * 4)
+  convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.%s $0, l; cvt.f32.%s $1, h; }" % (dtype, dtype)
+  return [x for word in words for x in ptx.value(convert, "=f,=f,r", word, result=(ptx.f32(),) * 2)]
+
+
+def _pack(numbers, dtype):
+  """float32 numbers to words of two each, rounded to nearest."""
+  convert = f"cvt.rn.{dtype}x2.f32 $0, $1, $2;"
+  pairs = zip(numbers[::2], numbers[1::2])
+  return [ptx.value(convert, "=r,f,f", high, low, result=ptx.i32()) for low, high in pairs]
+
+
+def _fma(x, y, z):
+  return ptx.value("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", x, y, z, result=ptx.f32())

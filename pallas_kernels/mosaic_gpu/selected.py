@@ -1,0 +1,233 @@
+"""Selected attention on Hopper: what `pallas_kernels.api.selected_attention` runs on an H100 or H200.
+
+Forward: sort the selection by block (entries.py), attend entry by entry with the block on
+chip (forward.py), combine each query's partial results (merge.py). Backward: the same lists,
+one kernel for dQ, dK and dV (backward.py). Partial results take J * N * H numbers per token;
+above `PARTIAL_BYTES` the queries go through in slices, one after the other.
+
+The cost does not depend on which blocks neighbours share. Its floor is the traffic of J partial
+rows per query row, written once and read once; on one H200 the forward pass of 64 heads over
+32,768 tokens took 1.45 times that.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic_gpu import backward
+from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels.mosaic_gpu import forward
+from pallas_kernels.mosaic_gpu import merge
+from pallas_kernels.mosaic_gpu.entries import Plan
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (32, 64, 128)
+GROUPS = (1, 2, 4, 8, 16)
+MAX_SLOTS = 64  # that `merge` unrolls
+RANGE_BYTES = 8 * 2 ** 20     # of Q of one KV head: what one range of queries takes of the L2 cache
+PARTIAL_BYTES = 10 * 2 ** 30  # of partial results alive at a time
+
+
+def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offset=0, scale=None):
+  """None, or why these arguments need another implementation; begins with the argument's name.
+
+  Reads shapes and dtypes only.
+  """
+  del segment_ids, query_offset
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  J = block_indices.shape[3]
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"q.dtype = {q.dtype}: the kernels take bfloat16 and float16"
+  if k.dtype != q.dtype or v.dtype != q.dtype:
+    return f"k.dtype, v.dtype = {k.dtype}, {v.dtype}: the kernels need that of q, {q.dtype}"
+  if H not in HEAD_DIMS:
+    return f"q has head dim {H}: the kernels take {_listed(HEAD_DIMS)}"
+  if v.shape[3] != H:
+    return f"v has head dim {v.shape[3]}: the kernels need that of q, {H}"
+  if block_size not in BLOCK_SIZES:
+    return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
+  if N // K not in GROUPS:
+    return f"q has {N // K} heads per KV head: the kernels take {_listed(GROUPS)}"
+  if J > MAX_SLOTS:
+    return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
+  if scale is not None and not isinstance(scale, (int, float, np.floating)):
+    return "scale is traced: the kernels need a number"
+  if min(B, T, S, J) == 0:
+    return f"block_indices {block_indices.shape}, q {q.shape} or k {k.shape} is empty"
+  plan, _ = _slices(B, T, S, K, N // K, J, H, block_size)
+  if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
+    return f"block_indices {block_indices.shape} has more entries per slice of queries than int32 counts"
+  if _other_gpu():
+    return f"q is on {_other_gpu()}: the kernels need compute capability 9.0 (H100, H200)"
+  return None
+
+
+def _listed(numbers):
+  return ", ".join(map(str, numbers))
+
+
+def _other_gpu():
+  """The name of the default device if it is a GPU that has no wgmma; None elsewhere (lowering for one)."""
+  device = jax.devices()[0]
+  if device.platform != "gpu" or str(getattr(device, "compute_capability", "9.0")) == "9.0":
+    return None
+  return device.device_kind
+
+
+def _slices(B, T, S, K, G, J, H, block_size):
+  """The plan of one slice of the queries, and how many slices there are."""
+  per_token = B * K * G * J * H * 2
+  slices = -(-T * per_token // PARTIAL_BYTES)
+  size = -(-T // slices)
+  return make_plan(B, size, S, K, G, J, H, block_size), -(-T // size)
+
+
+def make_plan(B, T, S, K, G, J, H, block_size):
+  """Sizes of the lists: ranges of queries that fit the L2 cache, units that pay for their block."""
+  tile_tokens = entry_lists.TILE_ROWS // G
+  blocks = -(-S // block_size)
+  # Lists of fewer than eight tiles would mostly load keys.
+  range_size = max(RANGE_BYTES // (G * H * 2), 8 * tile_tokens * blocks // J, 1)
+  # A unit's list lies in shared memory, 8 bytes per token: at G = 1 more would leave room for one
+  # thread block per multiprocessor instead of two.
+  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16}.get(G, 32))
+
+
+def forward_buffers(plan, head_dim):
+  """Tiles of Q on chip: two where that leaves room for three thread blocks per multiprocessor."""
+  return 1 if head_dim * plan.block_size >= 64 * 128 else 2
+
+
+def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
+                       interpret=False):
+  """Softmax attention over the visible tokens of each query's selected blocks.
+
+  See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through
+  both results. Equal inputs give equal bits, gradients too.
+
+  Args:
+    q: [B, T, N, H], bfloat16 or float16.
+    k, v: [B, S, K, H].
+    block_indices: int32[B, T, K, J].
+    block_size: tokens.
+    scale: of the scores, a number; None is H ** -0.5.
+    segment_ids: int32[B, S] in contiguous runs, or None.
+    query_offset: int32 scalar or [B], position of the first query.
+    interpret: use only operations that the interpreter of Mosaic GPU kernels knows; for tests.
+
+  Returns:
+    o [B, T, N, H] in q.dtype and lse float32[B, T, N].
+
+  Raises:
+    NotImplementedError: for arguments outside `supports`.
+  """
+  reason = supports(q, k, v, block_indices, block_size=block_size, scale=scale)
+  if reason is not None:
+    raise NotImplementedError(f"selected_attention: {reason}; take implementation = None for one that can")
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
+  return _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret):
+  return _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)[0]
+
+
+def _plan_of(q, k, block_indices, block_size):
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  return _slices(B, T, S, K, N // K, block_indices.shape[3], H, block_size)
+
+
+def _cut(x, plan, slices, fill=0):
+  """[B, T, ...] to [slices, B, plan.queries, ...]."""
+  missing = slices * plan.queries - x.shape[1]
+  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  return jnp.moveaxis(x.reshape(x.shape[0], slices, plan.queries, *x.shape[2:]), 1, 0)
+
+
+def _join(x, T):
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def _whole_blocks(x, plan):
+  """Keys padded to whole blocks; the spans keep the padding out of sight."""
+  missing = plan.blocks * plan.block_size - plan.keys
+  return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret):
+  plan, slices = _plan_of(q, k, block_indices, block_size)
+  keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
+
+  def one(args):
+    q, block_indices, first = args
+    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
+    parts, part_lse = forward.partial_attention(
+        q.reshape(-1, q.shape[-1]), keys, values, entries, plan, scale=scale,
+        segmented=segment_ids is not None, buffers=forward_buffers(plan, q.shape[-1]), interpret=interpret)
+    combine = forward.merge if interpret else merge.combine
+    o, lse = combine(parts[None], part_lse, entries.position, plan)
+    return o.reshape(q.shape), lse.reshape(q.shape[:3]), entries
+
+  if slices == 1:
+    o, lse, entries = one((q, block_indices, 0))
+  else:
+    firsts = jnp.arange(slices, dtype=jnp.int32) * plan.queries
+    o, lse, entries = lax.map(one, (_cut(q, plan, slices), _cut(block_indices, plan, slices, -1), firsts))
+    o, lse = _join(o, q.shape[1]), _join(lse, q.shape[1])
+  return (o, lse), (q, k, v, o, lse, entries, segment_ids, offset, block_indices)
+
+
+def _backward(block_size, scale, interpret, residuals, cotangents):
+  q, k, v, o, lse, entries, segment_ids, offset, block_indices = residuals
+  do, dlse = cotangents
+  plan, slices = _plan_of(q, k, block_indices, block_size)
+  H = q.shape[-1]
+  do = do.astype(q.dtype)
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+  # A query that sees nothing has no entries; 0 keeps its row finite.
+  lse = jnp.where(lse == -jnp.inf, 0.0, lse * forward.LOG2E)
+  delta = jnp.where(jnp.isfinite(delta), delta, 0.0)
+  keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
+
+  def one(q, do, lse, delta, entries):
+    dq, dk, dv = backward.partial_gradients(
+        q.reshape(-1, H), keys, values, do.reshape(-1, H), lse.reshape(-1), delta.reshape(-1), entries, plan,
+        scale=scale, segmented=segment_ids is not None, interpret=interpret)
+    if interpret:
+      dq = forward.weighted_rows(dq, scale, entries.position, plan)
+    else:
+      dq = merge.combine(dq, None, entries.position, plan, scale=scale)
+    return dq.reshape(q.shape), backward.sum_units(dk, dv, entries.unit_start, plan)
+
+  if slices == 1:
+    dq, (dk, dv) = one(q, do, lse, delta, entries)
+  else:
+    def step(sums, args):
+      dq, more = one(*args)
+      return jax.tree.map(jnp.add, sums, more), dq
+
+    cut = [_cut(x, plan, slices) for x in (q, do, lse, delta)]
+    first, more = one(*jax.tree.map(lambda x: x[0], (*cut, entries)))
+    (dk, dv), dq = lax.scan(step, more, jax.tree.map(lambda x: x[1:], (*cut, entries)))
+    dq = _join(jnp.concatenate([first[None], dq]), q.shape[1])
+
+  def tokens_first(x, factor):
+    x = x.transpose(0, 2, 3, 5, 1, 4)  # B, blocks, parts, keys, K, H
+    x = x.reshape(plan.batch, -1, plan.kv_heads, H)
+    return (x[:, :plan.keys] * factor).astype(k.dtype)
+
+  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+  return (dq, tokens_first(dk, scale), tokens_first(dv, 1.0), nothing(block_indices), nothing(segment_ids),
+          nothing(offset))
+
+
+_selected_attention.defvjp(_forward, _backward)

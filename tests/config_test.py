@@ -1,0 +1,207 @@
+"""Tests of nsa/config.py: what is written is read, every wrong field is named with value and fix."""
+import dataclasses
+import json
+
+import pytest
+
+from nsa import config as config_lib, methods
+from nsa.config import ConfigError, Stage
+
+METHODS = ("dense", "msa", "nsa", "block_topk", "sink_window", "random", "oracle")
+
+
+def make_config(method="msa"):
+  attention = methods.get(method)()
+  if hasattr(attention, "block_size"):
+    attention.block_size, attention.num_blocks = 16, 4
+  config = config_lib.Config(attention=attention)
+  config.data.context = 1024
+  return config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_json_round_trip(method):
+  config = make_config(method)
+  config.seeds, config.profile = (0, 3), (2, 4)
+  config.schedule.stages = [Stage(0.25, "dense", context=512), Stage(0.75, "mixed", dense_share=0.1)]
+  config.schedule.stages[1].loss_weights = {"index_kl": 2.0} if method == "msa" else {}
+  config.data.tasks, config.data.task_share = ("mqar", "needle:keys=4"), 0.5
+  config.eval.blocks, config.eval.run_modes = {"num_blocks": 2}, ("dense", "sparse:num_blocks=8")
+  config.fork.workdir, config.mesh.tensor, config.checkpoint.keep_at = "trunk", 2, (10, 20)
+  config_lib.validate(config)
+  tree = json.loads(json.dumps(config_lib.to_dict(config)))
+  assert tree["attention"]["method"] == method
+  again = config_lib.from_dict(tree)
+  assert again == config and type(again.attention) is type(config.attention)
+  assert config_lib.to_dict(again) == tree
+  again.schedule.stages[0].fraction = 0.5
+  assert again != config  # nothing is shared
+
+
+def test_unknown_fields_and_methods_are_named():
+  for path, expected in [(("model",), "model.widht"), (("attention",), "attention.widht"), ((), "widht"),
+                         (("schedule", "learning_rate"), "schedule.learning_rate.widht")]:
+    tree = config_lib.to_dict(make_config())
+    node = tree
+    for name in path:
+      node = node[name]
+    node["widht"] = 3
+    with pytest.raises(ConfigError, match="no such field") as error:
+      config_lib.from_dict(tree)
+    assert error.value.problems[0][:2] == (expected, 3)
+  tree = config_lib.to_dict(make_config())
+  tree["attention"]["method"] = "moe"
+  with pytest.raises(ConfigError, match="attention.*moe.*msa"):
+    config_lib.from_dict(tree)
+
+
+# (field to set, wrong value, field that the error names, words of the fix)
+WRONG = [
+    ("model.num_layers", 0, "model.num_layers", "at least 1"),
+    ("model.d_model", -4, "model.d_model", "at least 1"),
+    ("model.num_heads", 7, "model.num_heads", "multiple of model.num_kv_heads"),
+    ("model.num_kv_heads", 0, "model.num_kv_heads", "at least 1"),
+    ("model.num_kv_heads", 3, "model.num_heads", "multiple of model.num_kv_heads = 3"),
+    ("model.head_dim", 7, "model.head_dim", "even"),
+    ("model.vocab_size", 258, "model.vocab_size", "259"),
+    ("model.remat", "all", "model.remat", "layer"),
+    ("model.dtype", "int8", "model.dtype", "bfloat16"),
+    ("model.short_conv", -1, "model.short_conv", "0 for none"),
+    ("model.dense_layers", 5, "model.dense_layers", "model.num_layers = 4"),
+    ("data.tokenizer", "bpe", "data.tokenizer", "bytes"),
+    ("data.context", 0, "data.context", "at least 1"),
+    ("data.global_batch", 0, "data.global_batch", "at least 1"),
+    ("data.task_share", 1.5, "data.task_share", "between 0 and 1"),
+    ("data.task_share", 0.5, "data.tasks", "at least one task"),
+    ("data.source", "tasks", "data.task_share", "data.task_share = 1"),
+    ("data.source", "wiki", "data.source", "files:PATH"),
+    ("data.tasks", ("nosuch",), "data.tasks", "mqar"),
+    ("eval.tasks", ("needle:kees=1",), "eval.tasks", "keys"),
+    ("schedule.steps", 0, "schedule.steps", "at least 1"),
+    ("schedule.stages", [], "schedule.stages", "at least one stage"),
+    ("schedule.stages", [Stage(0.5)], "schedule.stages[*].fraction", "add up to 1"),
+    ("schedule.stages", [Stage(1.5), Stage(-0.5)], "schedule.stages[1].fraction", "negative"),
+    ("schedule.stages", [Stage(mode="sparce")], "schedule.stages[0].mode", "sparse"),
+    ("schedule.stages", [Stage(train="head")], "schedule.stages[0].train", "selector"),
+    ("schedule.stages", [Stage(train="memory")], "schedule.stages[0].train", "no memory"),
+    ("schedule.stages", [Stage(dense_share=2.0)], "schedule.stages[0].dense_share", "between 0 and 1"),
+    ("schedule.stages", [Stage(learning_rate=-1.0)], "schedule.stages[0].learning_rate", "negative"),
+    ("schedule.stages", [Stage(enter="copy_kv")], "schedule.stages[0].enter", "none"),
+    ("schedule.stages", [Stage(loss_weights={"kl": 1.0})], "schedule.stages[0].loss_weights", "index_kl"),
+    ("schedule.stages", [Stage(context=3000)], "schedule.stages[0].context", "divide"),
+    ("schedule.learning_rate.plan", "step", "schedule.learning_rate.plan", "cosine"),
+    ("schedule.learning_rate.peak", 0.0, "schedule.learning_rate.peak", "above 0"),
+    ("schedule.learning_rate.warmup", 1.0, "schedule.learning_rate.warmup", "below 1"),
+    ("schedule.learning_rate.decay", 0.99, "schedule.learning_rate.decay", "at most 1"),
+    ("attention.block_size", 0, "attention.block_size", "at least 1"),
+    ("attention.block_size", 2048, "attention.block_size", "context of 1024"),
+    ("attention.num_blocks", 0, "attention.num_blocks", "at least 1"),
+    ("attention.num_initial", -1, "attention.num_initial", "negative"),
+    ("attention.num_initial", 4, "attention.num_blocks", "num_initial + num_local = 5"),
+    ("attention.num_local", 0, "attention.num_local", "own block"),
+    ("attention.index_dim", 3, "attention.index_dim", "even"),
+    ("optimizer.name", "sgd", "optimizer.name", "adamw or muon"),
+    ("eval.split", "train", "eval.split", "val"),
+    ("eval.context", 8, "attention.block_size", "context of 8"),
+    ("eval.blocks", {"blocks": 2}, "eval.blocks", "num_blocks"),
+    ("eval.run_modes", ("topk",), "eval.run_modes", "oracle"),
+    ("eval.run_modes", ("sparse:num_blocks=x",), "eval.run_modes", "name=number"),
+    ("eval.run_modes", ("dense:num_blocks=2",), "eval.run_modes", "no geometry"),
+    ("seeds", (), "seeds", "one or more"),
+    ("seeds", (1, 1), "seeds", "different"),
+    ("profile", (3,), "profile", "last step"),
+    ("fork.step", 1000, "fork.step", "schedule.steps = 1000"),
+    ("checkpoint.keep_at", (1001,), "checkpoint.keep_at", "schedule.steps = 1000"),
+    ("checkpoint.keep", 0, "checkpoint.keep", "at least 1"),
+    ("log_every", 0, "log_every", "at least 1"),
+    ("eval.run_modes", ("sparse:num_blocks=0",), "eval.run_modes", "at least 1"),
+    ("eval.blocks", {"block_size": 4096}, "eval.run_modes", "context of 1024"),
+    ("eval.batch", 0, "eval.batch", "at least 1"),
+    ("eval.sequences", -1, "eval.sequences", "negative"),
+    ("eval.task_examples", 0, "eval.task_examples", "at least 1"),
+    ("eval.every", -1, "eval.every", "0 for the end"),
+    ("checkpoint.every", -1, "checkpoint.every", "0 for the last"),
+    ("data.align", -1, "data.align", "multiple of attention.block_size"),
+    ("optimizer.b1", 1.0, "optimizer.b1", "below 1"),
+    ("optimizer.clip", -1.0, "optimizer.clip", "negative"),
+    ("schedule.learning_rate.final", 5.0, "schedule.learning_rate.final", "0 to 1"),
+    ("schedule.stages", [Stage(0.0001, "warmup"), Stage(0.9999, "sparse")], "schedule.stages[0].fraction", "no step"),
+    ("seeds", (-1,), "seeds", "2**32"),
+    ("mesh.fsdp", 0, "mesh.fsdp", "at least 1"),
+    ("mesh.data", -2, "mesh.data", "-1"),
+    ("mesh.tensor", 4, "mesh.tensor", "model.num_kv_heads = 2"),
+]
+
+
+def assign(config, path, value):
+  *parents, name = path.split(".")
+  for parent in parents:
+    config = getattr(config, parent)
+  assert hasattr(config, name)
+  setattr(config, name, value)
+
+
+def problems_of(config, *devices):
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config, *devices)
+  for name, value, fix in error.value.problems:
+    assert f"{name} = {value!r}: {fix}" in str(error.value)
+  return error.value.problems
+
+
+@pytest.mark.parametrize("path,value,field,words", WRONG, ids=[f"{w[0]}={w[1]}"[:60] for w in WRONG])
+def test_each_wrong_field_is_named_with_its_value_and_the_fix(path, value, field, words):
+  config = make_config()
+  config_lib.validate(config)
+  assign(config, path, value)
+  found = problems_of(config)
+  assert any(name == field and words in fix for name, _, fix in found), found
+
+
+@pytest.mark.parametrize("field,value,words", [
+    ("compress_len", 24, "multiple of compress_stride"), ("block_size", 40, "multiple of compress_stride"),
+    ("compress_stride", 0, "multiple"), ("window", 4096, "context of 1024"), ("window", 0, "between 1"),
+    ("compress_len", 2048, "longer than the context")])
+def test_nsa_constraints(field, value, words):
+  config = make_config("nsa")
+  config_lib.validate(config)
+  setattr(config.attention, field, value)
+  assert any(name.startswith("attention.") and words in fix for name, _, fix in problems_of(config))
+
+
+@pytest.mark.parametrize("method", ["dense", "nsa", "block_topk"])
+def test_methods_without_a_selector_loss_cannot_warm_up(method):
+  config = make_config(method)
+  for stage, field in [(Stage(mode="warmup"), "schedule.stages[0].mode"),
+                       (Stage(train="selector"), "schedule.stages[0].train")]:
+    config.schedule.stages = [stage]
+    assert [name for name, _, _ in problems_of(config)] == [field]
+
+
+def test_all_problems_are_listed_at_once():
+  config = make_config()
+  config.model.head_dim, config.schedule.steps = 7, 0
+  config.optimizer.name, config.attention.num_local = "sgd", 0
+  assert {"model.head_dim", "schedule.steps", "optimizer.name",
+          "attention.num_local"} <= {p[0] for p in problems_of(config)}
+
+
+@pytest.mark.parametrize("mesh,devices,field,words", [
+    (dict(data=3), 8, "mesh", "there are 8 devices"), (dict(fsdp=3), 8, "mesh", "must divide the 8 devices"),
+    (dict(data=4, fsdp=4), 8, "mesh", "= 16"), (dict(), 16, "data.global_batch", "take a multiple"),
+    (dict(), 16, "eval.batch", "multiple of data * fsdp = 16"),
+                                                      (dict(fsdp=3), 3, "model.d_model", "mesh.fsdp = 3")])
+def test_meshes_are_checked_against_the_devices(mesh, devices, field, words):
+  config = make_config()
+  config.mesh = config_lib.MeshConfig(**mesh)
+  assert any(name == field and words in fix for name, _, fix in problems_of(config, devices))
+
+
+def test_stage_contexts_are_checked_for_method_and_mesh():
+  config = make_config()
+  config.schedule.stages = [Stage(0.5, context=2048), Stage(0.5)]
+  config_lib.validate(config, 4)
+  assert any(name == "data.global_batch" for name, _, _ in problems_of(config,
+                                                                       8))  # 4 sequences over 8 devices
+  config.schedule.stages = [dataclasses.replace(s, context=8) for s in config.schedule.stages]
+  assert any(name == "attention.block_size" for name, _, _ in problems_of(config))

@@ -1,0 +1,226 @@
+"""Tests of nsa/evaluate.py and of the diagnostics in nsa/methods/blocks.py."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, data, evaluate, methods, model as model_lib
+from nsa.methods import blocks
+import pallas_kernels as pk
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+T = 64
+BLOCKS = dict(block_size=8, num_blocks=3)
+MODES = ("dense", "sparse", "oracle", "random", "block_topk", "sink_window")
+
+
+def make_config(attention, **options):
+  model = {k: options.pop(k) for k in list(options) if hasattr(config_lib.ModelConfig, k)}
+  shape = dict(vocab_size=264, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16)
+  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention,
+                             arm="arm", seeds=(3,))
+  config.data.context = T
+  config.eval = config_lib.EvalConfig(**{**dict(sequences=5, batch=4, run_modes=("dense",), task_examples=3),
+                                         **options})
+  return config_lib.validate(config)
+
+
+@functools.lru_cache(maxsize=None)
+def params_of(config_box):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32),
+                      model_lib.abstract_params(config_box.value))
+
+
+def records(config, **options):
+  config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **options))
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
+  return evaluate.records(config, params, 7), params
+
+
+def of_kind(rows, kind):
+  return [row for row in rows if row["kind"] == kind]
+
+
+# --- records --------------------------------------------------------------------------
+
+
+def test_language_records_are_bits_per_byte_by_hand():
+  config = make_config(methods.Dense())
+  rows, params = records(config)
+  windows = data.eval_windows(config.data, "val", 5, T)
+  logits = np.asarray(jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)(
+      params, np.stack([w.inputs for w in windows])), np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  bits, real = np.zeros((5, T)), np.zeros((5, T), bool)
+  for i, w in enumerate(windows):
+    for t in range(T):
+      bits[i, t], real[i, t] = -log_p[i, t, w.targets[t]] / np.log(2), w.targets[t] < 256
+  language = of_kind(rows, "language")
+  assert len(language) == 5
+  for i, (row, w) in enumerate(zip(language, windows)):
+    assert (row["document"], row["start"], row["bytes"]) == (w.document, w.start, real[i].sum())
+    np.testing.assert_allclose(row["bits_per_byte"], bits[i][real[i]].mean(), rtol=1e-5)
+    np.testing.assert_allclose(row["second_half_bits_per_byte"], bits[i, 32:][real[i, 32:]].mean(), rtol=1e-5)
+  position = of_kind(rows, "position")
+  assert [(row["start"], row["end"]) for row in position] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16),
+                                                              (16, 32), (32, 64)]
+  for row in position:
+    part = (slice(None), slice(row["start"], row["end"]))
+    np.testing.assert_allclose(row["bits_per_byte"], bits[part][real[part]].mean(), rtol=1e-5)
+  assert {(r["seed"], r["arm"], r["step"], r["run_mode"]) for r in rows} == {(3, "arm", 7, "dense")}
+
+
+def flattened(rows):
+  out = {}
+  for i, row in enumerate(rows):
+    for name, value in row.items():
+      if isinstance(value, float):
+        out[i, row["kind"], name] = value
+  return out
+
+
+def test_batches_do_not_change_the_records():
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), tasks=("mqar:pairs=2",))
+  (three, _), (eight, _) = records(config, batch=3), records(config, batch=8)
+  assert {row["kind"] for row in three} == {"language", "position", "task", "layer", "heat"}
+  assert [{k: v for k, v in a.items() if not isinstance(v, float)} for a in three] == [
+      {k: v for k, v in b.items() if not isinstance(v, float)} for b in eight]
+  a, b = flattened(three), flattened(eight)
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_allclose(b[name], value, rtol=1e-4, atol=1e-6, err_msg=str(name))
+
+
+def test_task_records_score_whole_answers():
+  config = make_config(methods.Dense(), tasks=("mqar:pairs=2",), sequences=0)
+  rows, params = records(config)
+  examples = evaluate.tasks.batch("mqar:pairs=2", evaluate._TASK_SEED, 3, T, "val",
+                                  data.load("stdlib", "val"))
+  run = jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)
+  logits = np.asarray(run(params, examples["inputs"]))
+  log_p = np.asarray(jax.nn.log_softmax(logits))
+  assert [row["index"] for row in rows] == [0, 1, 2]
+  for i, row in enumerate(rows):
+    group, targets = examples["answer_group"][i], examples["targets"][i]
+    right = logits[i].argmax(-1) == targets
+    answers = [right[group == g].all() for g in range(group.max() + 1)]
+    assert row["exact_match"] == np.mean(answers)
+    nll = [-log_p[i, t, targets[t]] for t in np.flatnonzero(group >= 0)]
+    np.testing.assert_allclose(row["answer_nll"], np.mean(nll), rtol=1e-5)
+
+
+def test_a_dense_model_runs_under_training_free_selectors():
+  rows, _ = records(make_config(methods.Dense()), run_modes=MODES, blocks=BLOCKS)
+  by_mode = {mode: [row for row in rows if row["run_mode"] == mode] for mode in MODES}
+  assert not by_mode["sparse"]  # it has no selector of its own
+  assert not of_kind(by_mode["dense"], "layer")
+  loss = {mode: np.mean([r["bits_per_byte"] for r in of_kind(by_mode[mode],
+                                                             "language")]) for mode in MODES if by_mode[mode]}
+  assert len(set(loss.values())) == 5
+  layers = {mode: of_kind(by_mode[mode], "layer") for mode in MODES[2:]}
+  for mode, found in layers.items():
+    assert [row["layer"] for row in found] == [0, 1]
+    for row in found:
+      assert row["captured_mass"] <= row["oracle_mass"] + 1e-6 and 0 < row["queries_limited"] < 1
+  first = {mode: found[0]["captured_mass"] for mode, found in layers.items()}
+  assert first["oracle"] == max(first.values()) and first["oracle"] > first["random"]
+  everything, _ = records(make_config(methods.Dense()), run_modes=("dense", "block_topk:num_blocks=8"),
+                          blocks=BLOCKS)
+  dense, full = ([r["bits_per_byte"] for r in of_kind(everything, "language") if r["run_mode"] == mode]
+                 for mode in ("dense", "block_topk:num_blocks=8"))
+  np.testing.assert_allclose(full, dense, rtol=1e-5)
+  assert not records(make_config(methods.Dense()), run_modes=("oracle",))[0]  # no geometry given
+
+
+def test_a_dense_prefix_is_observed_too():
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), dense_layers=1, run_modes=("sparse",))
+  first, second = of_kind(records(config)[0], "layer")
+  assert first["layer"] == 0 and "captured_mass" not in first and first["oracle_mass"] > 0
+  assert second["layer"] == 1 and second["captured_mass"] > 0
+
+
+# --- diagnostics ------------------------------------------------------------------------
+
+
+def random_case(segments=None):
+  rng = np.random.default_rng(2)
+  q, k = rng.standard_normal((2, 40, 4, 4)), rng.standard_normal((2, 40, 2, 4))
+  return q.astype(np.float32), k.astype(np.float32), segments
+
+
+def slow_attention(q, k, segments):
+  """Dense attention probabilities [B, N, T, S] in float64."""
+  B, S, N = q.shape[0], k.shape[1], q.shape[2]
+  p = np.zeros((B, N, S, S))
+  for b, n, t in np.ndindex(B, N, S):
+    seen = [s for s in range(t + 1) if segments is None or segments[b][s] == segments[b][t]]
+    e = np.exp(k[b, seen, n // 2].astype(np.float64) @ q[b, t, n] / 2)
+    p[b, n, t, seen] = e / e.sum()
+  return p
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_diagnostics_equal_a_slow_computation(segmented):
+  segments = np.repeat([[0, 1], [2, 3]], [16, 24], axis=1).astype(np.int32) if segmented else None
+  q, k, _ = random_case()
+  options = methods.BlockTopK(block_size=4, num_blocks=3)
+  call = methods.Call(segment_ids=segments, key=jax.random.key(0))
+  indices = np.asarray(methods.training_free.select("random", q, k, options, call))
+  got = jax.device_get(blocks.diagnostics(q, k, indices, call, options))
+  p = slow_attention(q, k, segments)
+  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap")
+  sums, limited = {name: np.zeros(2) for name in names}, 0
+  for b, t in np.ndindex(2, 40):
+    first = 0 if segments is None else int(np.argmax(segments[b] == segments[b][t])) // 4
+    visible = range(first, t // 4 + 1)
+    if len(visible) <= 3:
+      continue
+    limited += 1
+    for r in range(2):
+      heads = p[b, 2 * r:2 * r + 2, t]
+      mass = {j: heads[:, 4 * j:4 * j + 4].sum(-1).mean() for j in visible}
+      chosen = set(indices[b, t, r].tolist())
+      best = set(sorted(mass, key=mass.get)[-3:])
+      after = set(indices[b, t + 1, r].tolist()) if t < 39 else None
+      before = set(indices[b, t - 1, r].tolist())
+      shared = len(chosen & after) / 3 if after else len(before & chosen) / 3  # the last query has no next
+      values = (sum(mass[j] for j in chosen), sum(mass[j] for j in best), len(best & chosen) / 3,
+                sum(mass[j] for j in best & chosen), -(heads * np.log(np.where(heads > 0, heads,
+                                                                               1))).sum(-1).mean(), shared)
+      for name, value in zip(names, values):
+        sums[name][r] += value
+  np.testing.assert_allclose(got["queries_limited"], limited / 80, rtol=1e-6)
+  for name in names:
+    np.testing.assert_allclose(got[name], sums[name] / limited, rtol=1e-4, err_msg=name)
+  assert (got["captured_mass"] <= got["oracle_mass"]).all()
+  for r, i, j in np.ndindex(2, 10, 10):
+    share = np.mean([j in indices[0, t, r] for t in range(4 * i, 4 * i + 4)])
+    np.testing.assert_allclose(got["heat"][r, i, j], share, atol=1e-6)
+
+
+def test_an_oracle_without_forced_blocks_captures_the_oracle_mass():
+  q, k, _ = random_case()
+  options, call = methods.Oracle(block_size=4, num_blocks=3), methods.Call()
+  mass, _ = pk.block_mass(q, k, pk.attention(q, k, k)[1], block_size=4)
+  free = pk.block_top_k(mass, block_size=4, num_blocks=3, num_initial=0, num_local=0)
+  got = blocks.diagnostics(q, k, free, call, options)
+  np.testing.assert_allclose(got["captured_mass"], got["oracle_mass"], rtol=1e-6)
+  np.testing.assert_allclose(got["block_recall"], 1.0, rtol=1e-6)
+  np.testing.assert_allclose(got["score_recall"], got["oracle_mass"], rtol=1e-6)
+  forced = methods.training_free.select("oracle", q, k, options, call)
+  assert (blocks.diagnostics(q, k, forced, call, options)["captured_mass"] <= got["oracle_mass"] + 1e-6).all()
+
+
+def test_rows_that_fill_up_a_batch_do_not_count():
+  q, k, _ = random_case()
+  options = methods.BlockTopK(block_size=4, num_blocks=3)
+  indices = methods.training_free.select("block_topk", q, k, options, methods.Call())
+  alone = blocks.diagnostics(q[:1], k[:1], indices[:1], methods.Call(), options)
+  both = blocks.diagnostics(q, k, indices, methods.Call(), options, rows=jnp.array([1.0, 0.0]))
+  for name, value in alone.items():
+    np.testing.assert_allclose(both[name], value, rtol=1e-5, err_msg=name)

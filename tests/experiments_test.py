@@ -1,0 +1,55 @@
+"""Every experiment file resolves to something that can run, and says what it is."""
+import ast
+from pathlib import Path
+
+import pytest
+
+from experiments import arguments
+from nsa import config as config_lib
+from nsa import study as study_lib
+
+FILES = [path for path in sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
+         if "def get_config" in path.read_text()]
+
+
+def load(path, arg=None):
+  scope = {"__name__": f"experiments.{path.stem}", "__doc__": ast.get_docstring(ast.parse(path.read_text()))}
+  exec(compile(path.read_text(), str(path), "exec"), scope)
+  return scope["get_config"](arg)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_resolves(path):
+  config = load(path)
+  if isinstance(config, study_lib.Study):
+    jobs = study_lib.jobs(config, "study")
+    assert jobs and all(job.trunk == "" or any(job.trunk == other.run for other in jobs) for job in jobs)
+    configs = [job.config for job in jobs]
+    assert config.reference in {c.arm for c in configs} and config.dense in {c.arm for c in configs}
+    assert set(config.budgets) <= {c.arm for c in configs}
+  else:
+    configs = [config_lib.validate(config)]
+  for one in configs:
+    assert config_lib.from_dict(config_lib.to_dict(one)) == one
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring_states_question_and_command(path):
+  text = ast.get_docstring(ast.parse(path.read_text()))
+  assert text.splitlines()[0].endswith("?"), "the first line is the question"
+  assert f"--config=experiments/{path.name}" in text and "Arguments:" in text
+
+
+@pytest.mark.parametrize("stem, arg", [("native", "method=nsa"), ("native", "method=dense"), ("retrofit", "budget=0.05"),
+                                       ("retrofit", "method=nsa,trunk=runs/dense"), ("mqar", "arm=msa"), ("mqar", "arm=nsa")])
+def test_arguments_resolve(stem, arg):
+  config_lib.validate(load(next(path for path in FILES if path.stem == stem), arg))
+
+
+def test_arguments_are_typed_and_named():
+  parsed = arguments.parse("steps=20,name=x,fast=true", steps=1, name="", fast=False, rate=0.5)
+  assert (parsed.steps, parsed.name, parsed.fast, parsed.rate) == (20, "x", True, 0.5)
+  with pytest.raises(ValueError, match="'step=2'.*steps=1"):
+    arguments.parse("step=2", steps=1)
+  with pytest.raises(ValueError, match="steps = 'two'.*int"):
+    arguments.parse("steps=two", steps=1)

@@ -1,0 +1,169 @@
+"""The entry points as a user meets them: commands, messages, exit codes; nothing lost on the way."""
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32", "--config.data.context=64",
+        "--config.data.global_batch=2", "--config.eval.task_examples=2", "--config.eval.batch=2", "--config.eval.every=0",
+        "--config.log_every=1", "--config.data.tasks=('mqar:pairs=4',)", "--compilation_cache="]
+
+
+def start(module, *args, **kw):
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+  return subprocess.Popen([sys.executable, "-m", f"launch.{module}", *map(str, args)], cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
+def run(module, *args, code=0):
+  process = start(module, *args)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+  return out, err
+
+
+def mqar(*args, steps=4, arm="msa"):
+  return [f"--config=experiments/mqar.py:arm={arm},steps={steps}", *TINY, *args]
+
+
+def test_train_evaluate_report(tmp_path):
+  work = tmp_path / "run"
+  out, err = run("train", *mqar("--workdir", work))
+  assert "4 steps done" in out
+  assert "selected_attention: reference (cpu)" in err, "which implementation ran is said once"
+  assert {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"} <= {p.name for p in work.iterdir()}
+  lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  again, _ = run("train", *mqar("--workdir", work))
+  assert "4 steps done" in again
+
+  before = json.loads((work / "eval/4.json").read_text())["records"]
+  out, _ = run("evaluate", "--workdir", work, "--run_modes=sparse sparse:num_blocks=2")
+  assert re.search(r"sparse:num_blocks=2\s+seed 0\s+\d", out)
+  after = json.loads((work / "eval/4.json").read_text())["records"]
+  assert [r for r in before if r["run_mode"] == "dense"] == [r for r in after if r["run_mode"] == "dense"], "other modes stay"
+  same = lambda rows: sorted((r["index"], r["answer_nll"]) for r in rows if r["run_mode"] == "sparse" and r["kind"] == "task")
+  assert same(before) == same(after), "a checkpoint evaluates to the same numbers"
+
+  out, _ = run("report", work)
+  assert (work / "report/report.html").exists()
+
+
+def test_dry_run_prints_and_touches_nothing(tmp_path):
+  out, _ = run("train", *mqar("--dry_run", "--workdir", tmp_path / "none"))
+  assert '"arm": "msa"' in out and "parameters: backbone" in out
+  assert "warmup" in out and "index_kl" in out and "temporaries" in out
+  assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--config.model.num_layer=3"], ["num_layer", "did you mean num_layers"]),
+    (["--config.model.d_model=wide"], ["config.model.d_model", "wide"]),
+    (["--config.model.num_heads=3", "--config.model.num_kv_heads=2", "--config.mesh.fsdp=5"],
+     ["model.num_heads = 3", "multiple of model.num_kv_heads = 2"]),
+    (["--config.mesh.fsdp=5"], ["mesh", "fsdp * tensor = 5 must divide"]),
+    (["--config.attention.block_size=128"], ["attention.block_size = 128", "longer than the context of 64"]),
+    (["--config.data.source=files:/no/such/corpus.tar.xz", "--config.data.task_share=0.5"], ["/no/such/corpus.tar.xz"]),
+    (["--config.fork.workdir=/no/such/trunk"], ["fork.workdir", "/no/such/trunk"]),
+    (["stray"], ["unexpected arguments ['stray']"]),
+])
+def test_wrong_input_exits_with_2_and_says_what_to_do(tmp_path, args, said):
+  _, err = run("train", *mqar("--workdir", tmp_path / "run", *args), code=2)
+  for text in said:
+    assert text in err, err
+  assert "Traceback" not in err
+
+
+def test_wrong_experiment_argument():
+  _, err = run("train", "--config=experiments/mqar.py:arms=msa", "--dry_run", code=2)
+  assert "arms=msa" in err and "arm=dense" in err
+  _, err = run("train", "--config=experiments/nothing.py", "--dry_run", code=2)
+  assert "experiments/nothing.py" in err
+  _, err = run("train", "--config=experiments/quickstart.py", "--dry_run", code=2)
+  assert "launch.study" in err
+
+
+def test_another_config_in_the_same_directory_is_refused(tmp_path):
+  run("train", *mqar("--workdir", tmp_path / "run"))
+  _, err = run("train", *mqar("--workdir", tmp_path / "run", "--config.optimizer.b2=0.9"), code=2)
+  assert "optimizer" in err and "another --workdir" in err
+
+
+def test_corrupt_checkpoint_is_named_and_nothing_is_deleted(tmp_path):
+  work = tmp_path / "run"
+  run("train", *mqar("--workdir", work, "--config.checkpoint.every=2", "--config.checkpoint.keep=2"))
+  (work / "DONE").unlink()
+  data = max((p for p in (work / "checkpoints/4").rglob("*") if p.is_file() and "/d/" in p.as_posix()), key=lambda p: p.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2:] = b""
+  data.write_bytes(content)
+  _, err = run("train", *mqar("--workdir", work, "--config.checkpoint.every=2"), code=4)
+  assert "checkpoints/4" in err and "step 2" in err
+  assert (work / "checkpoints/4").exists() and (work / "checkpoints/2").exists()
+  shutil.rmtree(work / "checkpoints/4")  # the fix that the message names
+  run("train", *mqar("--workdir", work, "--config.checkpoint.every=2"))
+
+
+def test_divergence_stops_with_step_rows_and_last_good_checkpoint(tmp_path):
+  _, err = run("train", *mqar("--workdir", tmp_path / "run", "--config.checkpoint.every=1",
+                              "--config.schedule.learning_rate.peak=1e30"), code=3)
+  assert re.search(r"not finite at step \d", err) and "row " in err and "last good checkpoint is step" in err
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path):
+  work = tmp_path / "run"
+  process = start("train", *mqar("--workdir", work, steps=4000))
+  deadline = time.time() + 120
+  while not (work / "metrics.jsonl").exists() or not (work / "metrics.jsonl").read_text():
+    assert time.time() < deadline and process.poll() is None, process.communicate()
+    time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75, err
+  step = int(re.search(r"saved at step (\d+) of 4000", err).group(1))
+  assert (work / "checkpoints" / str(step)).is_dir()
+
+
+def test_a_study_survives_a_failed_arm_and_is_reused(tmp_path):
+  experiment = tmp_path / "tiny.py"
+  experiment.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import copy
+from experiments import quickstart
+
+def get_config(arg=None):
+  study = quickstart.get_config("steps=20,seeds=2")
+  study.arms = [arm for arm in study.arms if arm.arm in ("dense", "retrofit_msa_25")]
+  for arm in study.arms:
+    arm.model.num_layers, arm.model.d_model, arm.model.mlp_dim = 1, 16, 32
+    arm.data.context, arm.data.global_batch = 128, 2
+    arm.eval.sequences, arm.eval.batch, arm.eval.task_examples = 4, 4, 2
+    arm.eval.run_modes = arm.eval.run_modes[:1]
+    arm.schedule.learning_rate.peak = 1e-3
+  bad = copy.deepcopy(study.arms[0])
+  bad.arm = "diverges"
+  bad.schedule.learning_rate.peak = 1e30
+  study.arms.append(bad)
+  study.reference = "retrofit_msa_25"
+  return study
+""")
+  work = tmp_path / "study"
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, "--compilation_cache=")
+  assert "diverges" in out and "FAILED" in out and "2 of 5 runs done" in out  # both seeds are tried alone
+  status = {job["run"]: job["status"] for job in json.loads((work / "study.json").read_text())["jobs"]}
+  assert sorted(status.values()) == ["done"] * 2 + ["failed"] * 3
+  text = (work / "report/report.md").read_text()
+  assert "diverges" in text and "retrofit_msa_25" in text
+  first = (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text()
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, "--compilation_cache=")
+  assert out.count("done before") == 2
+  assert (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text() == first

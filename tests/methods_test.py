@@ -1,0 +1,367 @@
+"""Tests of nsa/methods and nsa/model.py: each method against a slow reference, and what holds for all."""
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import methods_oracle as oracle
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, layers, methods, model as model_lib, optim
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, T, V = 2, 64, 32
+KEY = jax.random.key(7)
+SMALL = dict(block_size=8, num_blocks=3)
+METHODS = {
+    "dense": methods.Dense(),
+    "msa": methods.MSA(index_dim=4, **SMALL),
+    # Blocks of 4 strides, compressed blocks of 2: the weights are 1, 2, 2, 2, 1 as in the paper's geometry.
+    "nsa": methods.NSA(block_size=8, num_blocks=4, compress_len=4, compress_stride=2, window=12),
+    "block_topk": methods.BlockTopK(**SMALL),
+    "sink_window": methods.SinkWindow(**SMALL),
+    "random": methods.RandomBlocks(**SMALL),
+    "oracle": methods.Oracle(**SMALL),
+}
+ALL = sorted(METHODS)
+SELECTING = [name for name in ALL if name != "dense"]
+
+
+def make_config(attention, **model):
+  shape = dict(vocab_size=V, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16,
+               short_conv=3)
+  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+
+
+def random_params(tree, seed=1):
+  """Values for a tree of shapes; unlike those of an initial model no norm, tap or bias is trivial."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@functools.lru_cache(maxsize=None)
+def params_of(name, **model):
+  return random_params(model_lib.abstract_params(make_config(METHODS[name], **model)))
+
+
+def without_method(params):
+  """The parameters that the dense method has."""
+  return {k: without_method(v) if isinstance(v, dict) else v for k, v in params.items() if k != "method"}
+
+
+@functools.lru_cache(maxsize=None)
+def logits_of(name, mode="sparse", **model):
+  """jit: (params, tokens, segment_ids) -> logits."""
+  geometry = {k: model.pop(k) for k in ("num_blocks",) if k in model}
+  config = make_config(dataclasses.replace(METHODS[name], **geometry), **model)
+  return jax.jit(lambda params, tokens, segments: model_lib.forward(
+      config, params, tokens, segments, mode=mode, key=KEY, losses=False).logits)
+
+
+def tokens_of(seed=0):
+  return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+
+
+WHOLE = np.zeros((B, T), np.int32)
+
+
+# --- one layer against the reference ----------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def attention_of(name):
+  config = make_config(METHODS[name])
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), config.model, METHODS[name], 1.0)))
+  return graph, random_params(nnx.to_pure_dict(state))
+
+
+@functools.lru_cache(maxsize=None)
+def run_layer(name, mode):
+  """Output, losses, block indices, and gradients of <output, weights> + index KL: one program."""
+  graph, params = attention_of(name)
+  rng = np.random.default_rng(5)
+  h, weights = rng.standard_normal((2, B, T, 16)).astype(np.float32)
+
+  def rotate(x, offset=0, stride=1):
+    return layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
+
+  def objective(params, h):
+    call = methods.Call(mode=mode, key=KEY, rope=rotate)
+    seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
+    out, losses, seen, _ = nnx.merge(graph, params)(h, call, None, seen)
+    return jnp.sum(out * weights) + losses.get("index_kl", 0.0), (out, losses, seen)
+
+  grads, (out, losses, seen) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, h)
+  return h, weights, jax.device_get((grads, out, losses, seen.get("indices")))
+
+
+def mask_of(name, mode, indices):
+  if mode != "sparse" or name == "dense":
+    return oracle.causal_mask(B, T, 2)
+  return oracle.token_mask(indices, METHODS[name].block_size)
+
+
+LAYERS = [(name, "sparse") for name in ALL] + [("msa", "warmup")]
+
+
+@pytest.mark.parametrize("name,mode", LAYERS)
+def test_layer_output_equals_the_masked_reference(name, mode):
+  h, _, (_, out, losses, indices) = run_layer(name, mode)
+  params = oracle.as_float64(attention_of(name)[1])
+  want, kl = oracle.layer(np, name, params, h.astype(np.float64), METHODS[name], mask_of(name, mode, indices))
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+  if name == "msa":
+    assert kl > 0.01
+    np.testing.assert_allclose(losses["index_kl"], kl, rtol=1e-4)
+  else:
+    assert not losses
+
+
+@functools.lru_cache(maxsize=None)
+def reference_gradients(name):
+  def objective(params, h, mask, weights):
+    out, kl = oracle.layer(jnp, name, params, h, METHODS[name], mask, jax.lax.stop_gradient)
+    return jnp.sum(out * weights) + kl
+
+  return jax.jit(jax.grad(objective, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("name,mode", LAYERS)
+def test_layer_gradients_equal_those_of_the_masked_reference(name, mode):
+  h, weights, (grads, _, _, indices) = run_layer(name, mode)
+  plain = name if name in ("msa", "nsa") else "dense"  # the others differ by their mask alone
+  want = reference_gradients(plain)(attention_of(name)[1], h, mask_of(name, mode, indices), weights)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3,
+                                                       atol=2e-4 * max(1.0, np.abs(b).max())), grads, want)
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_selected_sets_are_those_of_the_slow_selection(name):
+  h, _, (_, _, _, indices) = run_layer(name, "sparse")
+  options = METHODS[name]
+  scores = oracle.block_scores(name, attention_of(name)[1], h, options)
+  initial = options.num_initial
+  assert initial == {"nsa": 1, "sink_window": 1}.get(name,
+                                                     0) and options.num_local == (2 if name == "nsa" else 1)
+  for b, t, r in np.ndindex(*indices.shape[:3]):
+    own = t // options.block_size
+    listed = [j for j in indices[b, t, r].tolist() if j >= 0]
+    got = set(listed)
+    assert len(got) == len(listed) == min(options.num_blocks, own + 1)
+    must = set(range(max(0, own - options.num_local + 1), own + 1)) | set(range(initial))
+    assert must <= got <= set(range(own + 1))
+    if scores is None:
+      continue
+    want = oracle.choose(scores[b, t, r], t, options, initial)
+    if got != want:  # only blocks that tie to rounding may be swapped
+      at_stake = scores[b, t, r, sorted(got ^ want)]
+      assert np.ptp(at_stake) < 1e-5, (b, t, r, got, want)
+
+
+def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
+  options = methods.RandomBlocks(block_size=4, num_blocks=3)
+  q, k = jnp.zeros((4, 64, 2, 4)), jnp.zeros((4, 64, 2, 4))
+  pick = lambda seed: np.asarray(methods.training_free.select("random", q, k, options,
+                                                              methods.Call(key=jax.random.key(seed))))
+  indices = pick(0)
+  late = indices[:, 60:]  # the last block's queries: their own and 2 of the other 15
+  counts = np.bincount(np.concatenate([pick(s)[:, 60:].ravel() for s in range(8)]), minlength=16)
+  draws = 8 * late.size // 3
+  assert counts[15] == draws
+  expected = draws * 2 / 15
+  assert ((counts[:15] - expected) ** 2 / expected).sum() < 36  # chi-square, 14 degrees of freedom, p = 0.001
+  assert (indices != pick(1)).any() and (late[:, 0] != late[:, 1]).any() and (late[:, :, 0] != late[:, :,
+                                                                                                    1]).any()
+  with pytest.raises(ValueError, match="random key"):
+    methods.training_free.select("random", q, k, options, methods.Call())
+
+
+# --- what holds for whole models ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTING if name != "nsa"])
+def test_enough_blocks_make_it_dense(name):
+  params, tokens = params_of(name), tokens_of()
+  dense = logits_of("dense")(without_method(params), tokens, WHOLE)
+  np.testing.assert_allclose(logits_of(name, num_blocks=T // 8)(params, tokens, WHOLE), dense, rtol=1e-5,
+                             atol=1e-5)
+  few = logits_of(name)(params, tokens, WHOLE)
+  assert np.abs(few - dense).max() > 1e-2  # sparsity is on: no silent dense fallback
+  np.testing.assert_allclose(few[:, :SMALL["block_size"] * 3], dense[:, :SMALL["block_size"] * 3], rtol=1e-5,
+                             atol=1e-5)
+
+
+CALLS = [(name, "sparse") for name in ALL] + [("msa", "warmup"), ("msa", "dense"), ("nsa", "dense")]
+
+
+@pytest.mark.parametrize("name,mode", CALLS)
+def test_no_token_changes_an_earlier_logit_by_a_bit(name, mode):
+  params, tokens, run = params_of(name), tokens_of(), logits_of(name, mode)
+  before = np.asarray(run(params, tokens, WHOLE))
+  for t in (1, 37, T - 1):
+    changed = tokens.copy()
+    changed[:, t] = (changed[:, t] + 1) % V
+    after = np.asarray(run(params, changed, WHOLE))
+    np.testing.assert_array_equal(after[:, :t], before[:, :t])
+    assert (after[:, t] != before[:, t]).any()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
+  config, params, tokens = make_config(METHODS[name]), params_of(name), tokens_of()
+  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
+      config, params, tokens, mode="sparse", key=KEY, losses=False, cache=cache, offset=offset))
+  cache, logits, at = model_lib.init_cache(config, params, B, T), [], 0
+  while at < T:
+    width = 20 if at < 40 else 1  # two chunks of 20, not a multiple of the block; then token by token
+    out = step(params, tokens[:, at:at + width], cache, jnp.int32(at))
+    cache, at = out.cache, at + width
+    logits.append(out.logits)
+  want = logits_of(name)(params, tokens, WHOLE)
+  np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_packed_documents_equal_documents_on_their_own(name):
+  params, tokens, run = params_of(name), tokens_of(), logits_of(name)
+  edges = (0, 24, 40, T)  # multiples of the block
+  packed = np.broadcast_to(np.searchsorted(edges[1:], np.arange(T), side="right"), (B, T)).astype(np.int32)
+  together = np.asarray(run(params, tokens, packed))
+  for i, (first, end) in enumerate(zip(edges[:-1], edges[1:])):
+    # Nothing of the other documents is seen, not by a bit.
+    others = np.where(packed == i, tokens, tokens_of(9))
+    np.testing.assert_array_equal(np.asarray(run(params, others, packed))[:, first:end],
+                                  together[:, first:end])
+    if name == "random":  # draws by absolute position: a document on its own sees other blocks
+      continue
+    alone = tokens_of(11)
+    alone[:, :end - first] = tokens[:, first:end]
+    segments = np.broadcast_to(np.arange(T) >= end - first, (B, T)).astype(np.int32)
+    np.testing.assert_allclose(run(params, alone, segments)[:, :end - first], together[:, first:end],
+                               rtol=1e-5, atol=1e-5)
+
+
+@functools.lru_cache(maxsize=None)
+def gradients_of(name, mode="sparse", **model):
+  """jit: (params, a, b) -> gradients of a * LM loss + b * index KL, and both losses."""
+  config = make_config(METHODS[name], **model)
+  tokens = tokens_of()
+
+  def objective(params, a, b):
+    out = model_lib.forward(config, params, tokens[:, :-1], None, mode=mode, key=KEY)
+    lm = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), tokens[:, 1:, None], -1).mean()
+    kl = out.losses.get("index_kl", 0.0)
+    return a * lm + b * kl, (lm, kl)
+
+  return jax.jit(jax.grad(objective, has_aux=True))
+
+
+def largest_by_group(grads):
+  return {group: max(float(np.abs(g).max()) for g in leaves.values()) for group,
+          leaves in optim.split(grads).items()}
+
+
+@pytest.mark.parametrize("mode", ["sparse", "warmup"])
+def test_kl_trains_the_selector_alone_and_nothing_else_does(mode):
+  params = params_of("msa")
+  of_kl, (_, kl) = gradients_of("msa", mode)(params, 0.0, 1.0)
+  of_lm, _ = gradients_of("msa", mode)(params, 1.0, 0.0)
+  kl_groups, lm_groups = largest_by_group(of_kl), largest_by_group(of_lm)
+  assert kl > 0 and kl_groups["selector"] > 1e-4 and kl_groups["backbone"] == 0
+  assert lm_groups["selector"] == 0 and lm_groups["backbone"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["msa", "nsa"])
+def test_remat_changes_neither_losses_nor_gradients(name):
+  params = params_of(name)
+  grads, losses = gradients_of(name)(params, 1.0, 1.0)
+  again, losses_again = gradients_of(name, remat="layer")(params, 1.0, 1.0)
+  np.testing.assert_allclose(losses_again, losses, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, grads)
+
+
+def leaves_of(params):
+  return {path: leaf for leaves in optim.split(params).values() for path, leaf in leaves.items()}
+
+
+def test_all_arms_start_from_the_same_weights():
+  initial = {name: leaves_of(model_lib.init_params(make_config(METHODS[name]), 5)) for name in ("dense",
+                                                                                                "msa", "nsa")}
+  for name in ("msa", "nsa"):
+    assert set(initial["dense"]) < set(initial[name])
+    for path, leaf in initial["dense"].items():
+      np.testing.assert_array_equal(initial[name][path], leaf, err_msg=path)
+    added = set(initial[name]) - set(initial["dense"])
+    assert all((".selector." if name == "msa" else ".branch.") in path for path in added)
+
+
+@pytest.mark.parametrize("name", ["msa", "nsa"])
+def test_dense_mode_is_the_dense_method_bit_for_bit(name):
+  params = params_of(name)
+  np.testing.assert_array_equal(logits_of(name, "dense")(params, tokens_of(), WHOLE),
+                                logits_of("dense")(without_method(params), tokens_of(), WHOLE))
+
+
+def test_dense_prefix_keeps_the_first_layers_dense():
+  whole, prefixed = params_of("msa"), params_of("msa", dense_layers=1)
+  assert [set(stack["attention"]) & {"method"} for stack in prefixed["stacks"].values()] == [set(),
+                                                                                             {"method"}]
+  # The same weights, in two stacks: layer 1 selects, layer 0 does not.
+  stack = whole["stacks"]["stack0"]
+  first, second = (jax.tree.map(lambda x: x[i:i + 1], stack) for i in (0, 1))
+  params = {**whole, "stacks": {"stack0": without_method(first), "stack1": second}}
+  dense = logits_of("dense")(without_method(whole), tokens_of(), WHOLE)
+  run = logits_of("msa", dense_layers=1)
+  half, both = run(params, tokens_of(), WHOLE), logits_of("msa")(whole, tokens_of(), WHOLE)
+  assert np.abs(half - dense).max() > 1e-2 and np.abs(half - both).max() > 1e-2
+  # With nothing to select from, at the start of a sequence, all three agree.
+  np.testing.assert_allclose(half[:, :24], dense[:, :24], rtol=1e-5, atol=1e-5)
+
+
+def test_output_gate_and_untied_head():
+  gated, params = params_of("dense", output_gate=True), params_of("dense")
+  stack = params["stacks"]["stack0"]
+  attention = {**stack["attention"], "out": 2 * stack["attention"]["out"],
+               "gate": np.zeros_like(gated["stacks"]["stack0"]["attention"]["gate"])}
+  closed = {**params, "stacks": {"stack0": {**stack, "attention": attention}}}
+  plain = np.asarray(logits_of("dense")(params, tokens_of(), WHOLE))
+  run = logits_of("dense", output_gate=True)
+  np.testing.assert_allclose(run(closed, tokens_of(), WHOLE), plain, rtol=1e-5, atol=1e-5)  # sigmoid(0) = 1/2
+  assert np.abs(run(gated, tokens_of(), WHOLE) - plain).max() > 1e-2
+  untied = {**params, "head": params["embed"].T[:, ::-1]}
+  np.testing.assert_allclose(logits_of("dense", tie_embeddings=False)(untied, tokens_of(), WHOLE),
+                             plain[..., ::-1],
+                             rtol=1e-5, atol=1e-5)
+
+
+def test_generate_is_greedy():
+  name = "msa"
+  config, params = make_config(METHODS[name]), params_of(name)
+  prompt = tokens_of()[:, :3]
+  got = np.asarray(model_lib.generate(config, params, prompt, 13))
+  text = np.concatenate([prompt, got], 1)
+  padded = np.concatenate([text, tokens_of()[:, text.shape[1]:]], 1)
+  logits = np.asarray(logits_of(name)(params, padded, WHOLE))
+  best = np.sort(logits, -1)
+  for i in range(13):  # the choice is the best logit, up to rounding between the two programs
+    chosen = np.take_along_axis(logits[:, 2 + i], got[:, i:i + 1], -1)[:, 0]
+    assert (best[:, 2 + i, -1] - chosen < 1e-4).all()
+
+
+def test_nsa_takes_a_prompt_shorter_than_a_compressed_block():
+  config, params, tokens = make_config(METHODS["nsa"]), params_of("nsa"), tokens_of()[:, :3]
+  out = model_lib.forward(config, params, tokens, cache=model_lib.init_cache(config, params, B, 3),
+                          losses=False)
+  want = logits_of("nsa")(params, tokens_of(), WHOLE)[:, :3]
+  np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-4)
+  with pytest.raises(ValueError, match="segment_ids with a cache"):  # the convolution would reach across
+    model_lib.forward(config, params, tokens, WHOLE[:, :3], cache=model_lib.init_cache(config, params, B, 3))

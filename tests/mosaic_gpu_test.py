@@ -1,0 +1,302 @@
+"""Selected attention for Hopper GPUs: what any machine can check, and `gpu` tests for one that has one."""
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import backends
+from pallas_kernels import mosaic_gpu
+from pallas_kernels import reference
+from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels.mosaic_gpu import selected
+
+ON_HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+INTERPRETS = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
+
+
+def h100():
+  try:
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, platform="gpu")
+  except TypeError:  # jax before 0.11 knows no platform of an abstract device
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
+  return AbstractMesh((), (), abstract_device=device)
+
+
+def with_gradients(attend):
+  """attend to (q, k, v, blocks, segments, do, dlse) -> o, lse, dq, dk, dv."""
+  def both(q, k, v, blocks, segments, do, dlse):
+    (o, lse), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, blocks, segment_ids=segments), q, k, v)
+    return (o, lse, *vjp((do.astype(o.dtype), jnp.where(jnp.isfinite(lse), dlse, 0.0))))
+  return jax.jit(both)
+
+
+def make_inputs(rng, B, T, N, K, H, J, block_size, S=None, dtype=jnp.bfloat16, segments=False, blocks=None,
+                magnitude=1.0):
+  S = T if S is None else S
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  if blocks is None:
+    blocks = rng.integers(-1, -(-S // block_size), size=(B, T, K, J))
+  ids = jnp.asarray(np.sort(rng.integers(0, 4, size=(B, S)), axis=1), jnp.int32) if segments else None
+  return (draw(B, T, N, H) * magnitude, draw(B, S, K, H) * magnitude, draw(B, S, K, H),
+          jnp.asarray(blocks, jnp.int32), ids, draw(B, T, N, H),
+          jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32))
+
+
+def raised(inputs):
+  return tuple(x.astype(jnp.float32) for x in inputs[:3]) + inputs[3:]
+
+
+# --- anywhere ------------------------------------------------------------------
+
+
+LOWERED = {
+    "g16": dict(B=1, T=4096, N=64, K=4, H=128, J=16, block_size=64),
+    "g1": dict(B=1, T=4096, N=16, K=16, H=128, J=16, block_size=64),
+    "g4_h64_b32_segments": dict(B=2, T=4001, N=8, K=2, H=64, J=8, block_size=32, dtype=jnp.float16,
+                                segments=True),
+    "g2_b128": dict(B=2, T=300, N=8, K=4, H=64, J=2, block_size=128),
+    "g8_h128_b128": dict(B=1, T=300, N=8, K=1, H=128, J=2, block_size=128),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_h100(name):
+  s = dict(LOWERED[name])
+  dtype, segments, block_size = s.pop("dtype", jnp.bfloat16), s.pop("segments", False), s.pop("block_size")
+  B, T, N, K, H, J = s.values()
+  sds = jax.ShapeDtypeStruct
+  q, k = sds((B, T, N, H), dtype), sds((B, T, K, H), dtype)
+  args = (q, k, k, sds((B, T, K, J), jnp.int32), sds((B, T), jnp.int32) if segments else None, q,
+          sds((B, T, N), jnp.float32))
+  attend = functools.partial(pallas_kernels.selected_attention, block_size=block_size,
+                             implementation="mosaic_gpu")
+  with backends.target_platform("gpu"), jax.sharding.use_abstract_mesh(h100()):
+    text = with_gradients(attend).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  for kernel in ("forward", "combine", "backward", "sum_units"):
+    assert f"selected_attention_{kernel}" in text
+
+
+@pytest.mark.parametrize("G,J,block_size,segments,offset",
+                         [(4, 3, 8, False, 0), (16, 5, 4, True, 7), (64, 1, 16, True, 0)])
+def test_entries_invert_the_selection(G, J, block_size, segments, offset):
+  rng = np.random.default_rng(G)
+  B, T, S, K = 2, 37, 50, 2
+  plan = entry_lists.Plan(B, T, S, K, G, J, block_size, range_size=10, tiles_per_unit=2)
+  blocks = rng.integers(-1, plan.blocks + 2, size=(B, T, K, J))  # some lie past the end
+  blocks[:, :9, 0] = 1  # duplicates, and a hot block
+  ids = np.sort(rng.integers(0, 3, size=(B, S)), axis=1) if segments else np.zeros((B, S), int)
+  entries = jax.jit(lambda blocks, ids: entry_lists.invert(blocks, plan, ids if segments else None, offset))(
+      jnp.asarray(blocks, jnp.int32), jnp.asarray(ids, jnp.int32))
+
+  wanted = {}  # (b, t, r, block) -> keys that the query sees
+  for b, t, r, j in np.ndindex(blocks.shape):
+    block, position = blocks[b, t, r, j], t + offset
+    if 0 <= block < plan.blocks:
+      keys = [key for key in range(block * block_size, min((block + 1) * block_size, S))
+              if key <= position and ids[b, key] == ids[b, min(position, S - 1)]]
+      if keys:
+        wanted[b, t, r, block] = keys
+  position = np.asarray(entries.position)
+  assert (position >= 0).sum() == len(wanted)
+  seen, tiles = set(), set()
+  for first, tokens, tile, b, r, block in np.asarray(entries.units):
+    assert tokens <= plan.unit_tokens
+    for i in range(tokens):
+      row, span = int(entries.rows[first + i]), int(entries.spans[first + i])
+      t = row // K - b * T
+      entry = (b, t, r, block)
+      assert row % K == r and entry not in seen
+      seen.add(entry)
+      assert [k - block * block_size for k in wanted[entry]] == list(range(span >> 16, span & 0xffff))
+      place = tile * plan.tile_tokens + i
+      slot = list(blocks[b, t, r]).index(block)
+      assert position[b, t, r, slot] == place
+      owner = (place // plan.tile_tokens, (b, r, t // plan.range_size, block))
+      tiles.add(owner)
+  assert seen == set(wanted)
+  assert len(tiles) == len({tile for tile, _ in tiles}), "two lists share a tile"
+  assert max(tile for tile, _ in tiles) < plan.max_tiles
+
+
+CASES = {  # for the interpreter: seconds each
+    "g16_b32_segments": dict(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32, segments=True),
+    "g8_slices": dict(B=1, T=24, N=8, K=1, H=64, J=2, block_size=64, S=70),
+}
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  s = CASES[name]
+  if "slices" in name:
+    monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s["J"] * s["N"] * s["H"] * 2)  # 16 queries at a time
+  rng = np.random.default_rng(0)
+  inputs = make_inputs(rng, **s)
+  blocks = np.array(inputs[3])
+  blocks[:, 3] = -1   # an empty row
+  blocks[:, 5:9] = 0  # duplicates
+  inputs = inputs[:3] + (jnp.asarray(blocks),) + inputs[4:]
+  offset = 20 if "S" in s else 0
+  call = dict(block_size=s["block_size"], query_offset=offset)
+  want = with_gradients(functools.partial(reference.selected_attention, **call))(*raised(inputs))
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    got = jax.block_until_ready(
+        with_gradients(functools.partial(mosaic_gpu.selected_attention, interpret=True, **call))(*inputs))
+  assert not interpret_pallas_call.get_races().races_found
+  for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, want):
+    assert x.dtype == (jnp.float32 if what == "lse" else jnp.bfloat16)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y), err_msg=what)
+    finite = np.isfinite(y)
+    error = np.linalg.norm(x[finite] - y[finite]) / np.linalg.norm(y[finite])
+    assert error < (1e-6 if what == "lse" else 4e-3), (what, error)  # a bfloat16 rounds by 2e-3 on average
+  assert not np.asarray(got[2], np.float32)[:, 3].any()
+
+
+def test_supports_says_why_not():
+  ok = dict(q=(1, 64, 8, 64), k=(1, 64, 2, 64), blocks=(1, 64, 2, 4), dtype=jnp.bfloat16, block_size=32)
+
+  def reason(**changes):
+    s = {**ok, **changes}
+    sds = jax.ShapeDtypeStruct
+    return mosaic_gpu.supports(
+        sds(s["q"], s["dtype"]), sds(s["k"], s["dtype"]), sds(s.get("v", s["k"]), s["dtype"]),
+        sds(s["blocks"], jnp.int32), block_size=s["block_size"])
+
+  assert reason() is None
+  assert reason(dtype=jnp.float32).startswith("q.dtype")
+  assert reason(block_size=16).startswith("block_size")
+  assert reason(q=(1, 64, 6, 64)).startswith("q has 3 heads")
+  assert reason(q=(1, 64, 8, 32), k=(1, 64, 2, 32)).startswith("q has head dim")
+  assert reason(v=(1, 64, 2, 128)).startswith("v has head dim")
+  with pytest.raises(NotImplementedError, match="block_size = 16"):
+    x = jnp.zeros((1, 64, 8, 64), jnp.bfloat16)
+    mosaic_gpu.selected_attention(x, x, x, jnp.zeros((1, 64, 8, 1), jnp.int32), block_size=16)
+
+
+def test_plan_bounds_hold_for_long_contexts():
+  plan, slices = selected._slices(1, 1 << 20, 1 << 20, 4, 16, 16, 128, 64)
+  assert plan.queries * slices >= 1 << 20
+  assert plan.max_tiles * entry_lists.TILE_ROWS * 128 * 2 < 2 * selected.PARTIAL_BYTES
+  small = dataclasses.replace(plan, queries=1)
+  assert small.max_tiles <= 2 * small.entries  # decoding: not one tile per list
+
+
+# --- on a Hopper GPU --------------------------------------------------------------
+
+
+def masked_dense(q, k, v, blocks, *, block_size, segment_ids=None, query_offset=0):
+  """What XLA makes of it in q's dtype: the yardstick for the error of a kernel."""
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  position = jnp.arange(T) + query_offset
+  mask = (blocks[..., None] == jnp.arange(-(-S // block_size))).any(axis=-2).transpose(0, 2, 1, 3)
+  mask = jnp.repeat(mask, block_size, axis=-1)[..., :S] & (jnp.arange(S) <= position[:, None])
+  if segment_ids is not None:
+    mask &= (segment_ids[:, jnp.clip(position, 0, S - 1), None] == segment_ids[:, None, :])[:, None]
+  s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
+  s = jnp.where(mask[:, :, None], s * H ** -0.5, -jnp.inf)
+  m = lax.stop_gradient(jnp.maximum(s.max(axis=-1, keepdims=True), -1e30))
+  p = jnp.exp(s - m)
+  total = p.sum(axis=-1, keepdims=True)
+  safe = jnp.where(total > 0, total, 1.0)
+  lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
+  o = jnp.einsum("bkgts,bskh->btkgh", (p / safe).astype(q.dtype), v, preferred_element_type=jnp.float32)
+  return o.astype(q.dtype).reshape(q.shape), lse
+
+
+def everybody(block):
+  return lambda rng, shape, blocks: np.full(shape, block)
+
+
+def half_empty(rng, shape, blocks):
+  return np.where(rng.random(shape[:3] + (1,)) < 0.5, -1, rng.integers(0, blocks, size=shape))
+
+
+ON_DEVICE = {
+    "g16": dict(B=1, T=512, N=32, K=2, H=128, J=4, block_size=64),
+    "g1": dict(B=1, T=640, N=4, K=4, H=128, J=4, block_size=64),
+    "g4_h64_b32": dict(B=2, T=500, N=8, K=2, H=64, J=8, block_size=32),
+    "g2_b128": dict(B=1, T=600, N=4, K=2, H=128, J=3, block_size=128),
+    "g8_h64_b128": dict(B=1, T=600, N=16, K=2, H=64, J=3, block_size=128),
+    "g8_b32": dict(B=1, T=300, N=8, K=1, H=128, J=5, block_size=32),
+    "g1_h64_b64": dict(B=1, T=333, N=2, K=2, H=64, J=4, block_size=64),
+    "float16": dict(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, dtype=jnp.float16),
+    "segments": dict(B=2, T=777, N=8, K=2, H=64, J=8, block_size=32, segments=True),
+    "segments_h128": dict(B=2, T=777, N=8, K=2, H=128, J=8, block_size=64, segments=True),
+    "cache": dict(B=2, T=101, N=8, K=2, H=128, J=6, block_size=64, S=500, offset=333),
+    "one_query": dict(B=4, T=1, N=16, K=2, H=128, J=8, block_size=64, S=700, offset=600),
+    "more_slots_than_blocks": dict(B=1, T=130, N=4, K=1, H=64, J=12, block_size=64),
+    "sink": dict(B=1, T=2048, N=16, K=1, H=128, J=2, block_size=64, blocks=everybody(0)),
+    "late_block": dict(B=1, T=1024, N=4, K=4, H=64, J=2, block_size=32, blocks=everybody(7)),
+    "empty_rows": dict(B=1, T=500, N=8, K=2, H=128, J=4, block_size=64, blocks=half_empty),
+    "all_empty": dict(B=1, T=100, N=8, K=2, H=128, J=4, block_size=64, blocks=everybody(-1)),
+    "huge_logits": dict(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, magnitude=8.0),
+}
+
+
+def on_device_inputs(name, seed):
+  s = dict(ON_DEVICE[name])
+  offset, blocks = s.pop("offset", 0), s.pop("blocks", None)
+  rng = np.random.default_rng(seed)
+  if blocks is not None:
+    blocks = blocks(rng, (s["B"], s["T"], s["K"], s["J"]), -(-s["T"] // s["block_size"]))
+  return make_inputs(rng, **s, blocks=blocks), dict(block_size=s["block_size"], query_offset=offset)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_error_on_device_is_that_of_the_dtype(name):
+  inputs, call = on_device_inputs(name, seed=len(name))
+  got = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
+  with jax.default_device(jax.devices("cpu")[0]):
+    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), inputs)
+    want = with_gradients(functools.partial(reference.selected_attention, **call))(*raised(host))
+    dense = with_gradients(functools.partial(masked_dense, **call))(*host)
+  for what, x, y, z in zip(("o", "lse", "dq", "dk", "dv"), got, dense, want):
+    x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(z), err_msg=what)
+    finite = np.isfinite(z)
+    x, y, z = x[finite], y[finite], z[finite]
+    error, theirs, size = np.linalg.norm(x - z), np.linalg.norm(y - z), np.linalg.norm(z)
+    bar = 2 if what in ("o", "lse") else 3
+    # The floor is float32's: the lse of both is exact but for its rounding.
+    assert error <= bar * theirs + 1e-6 * max(size, 1e-3), (what, error, theirs, size)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("name", ["g16", "segments", "sink"])
+def test_same_bits_over_20_runs(name):
+  inputs, call = on_device_inputs(name, seed=1)
+  run = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))
+  first = [np.asarray(x).view(np.uint8) for x in run(*inputs)]
+  for _ in range(19):
+    for x, y in zip(first, run(*inputs)):
+      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_slices_agree_with_the_whole(monkeypatch):
+  inputs, call = on_device_inputs("g4_h64_b32", seed=2)
+  whole = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
+  monkeypatch.setattr(selected, "PARTIAL_BYTES", 2 ** 20)
+  jax.clear_caches()
+  cut = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
+  for x, y in zip(whole[:3], cut[:3]):  # o, lse, dq: each query alone
+    np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+  for x, y in zip(whole[3:], cut[3:]):
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    assert np.linalg.norm(x - y) < 4e-3 * np.linalg.norm(x)

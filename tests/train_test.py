@@ -1,0 +1,253 @@
+"""Tests of nsa/train.py and nsa/step.py: forks and kills change no bit, first steps are golden, failures speak.
+
+    PYTHONPATH=. python tests/train_test.py --update
+
+writes tests/golden.json anew, after a change that is meant to change numbers.
+"""
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa import checkpoint, config as config_lib, methods, metrics, schedule, sharding, train as train_lib
+from nsa import step as step_lib
+from nsa.config import Stage
+
+pytestmark = pytest.mark.usefixtures("quick_compiles", "compilation_cache")
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = pathlib.Path(__file__).with_name("golden.json")
+ATTENTION = {
+    "dense": methods.Dense(),
+    "msa": methods.MSA(block_size=4, num_blocks=3, index_dim=4),
+    "nsa": methods.NSA(block_size=4, num_blocks=4, compress_len=4, compress_stride=2, window=8),
+}
+TIMING = {"tokens_per_second", "mfu", "seconds"}
+
+
+def make_config(method, plan, seeds=(0,), **options):
+  config = config_lib.Config(
+      arm=method, seeds=seeds, attention=dataclasses.replace(ATTENTION[method]), schedule=plan, log_every=1,
+      model=config_lib.ModelConfig(vocab_size=264, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1,
+                                   head_dim=8,
+                                   mlp_dim=16, short_conv=2),
+      data=config_lib.DataConfig(context=32, global_batch=4, align=4),
+      eval=config_lib.EvalConfig(sequences=0, run_modes=()), checkpoint=config_lib.CheckpointConfig(every=4))
+  plan.learning_rate.peak = 1e-2
+  for name, value in options.items():
+    setattr(config, name, value)
+  return config
+
+
+def run(config, workdir):
+  assert train_lib.train(config, workdir, progress=False) == config.schedule.steps
+  return records(workdir), checkpoint.load_params(workdir)
+
+
+def records(workdir):
+  return [{k: v for k,
+           v in r.items() if k not in TIMING} for r in metrics.read_jsonl(workdir / "metrics.jsonl")]
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- golden first steps --------------------------------------------------------------
+
+
+def first_step(method):
+  config = make_config(method, schedule.dense(1) if method == "dense" else schedule.native(1, 0))
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  rng = np.random.default_rng(0)  # not from the text: the standard library is another one in each Python
+  tokens = rng.integers(0, 256, (4, 33)).astype(np.int32)
+  weights = rng.integers(0, 2, (4, 32)).astype(np.float32)
+  segments = (np.arange(32) >= np.array([0, 4, 16, 28])[:, None]).astype(np.int32)
+  batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segment_ids=segments)
+  batch = jax.device_put(batch, sharding.of_batch(config, mesh))
+  state = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
+  function = step_lib.compile_step(config, schedule.at(config, 0), mesh)
+  _, values = function(state, batch, jnp.float32(1e-3), step_lib.seeds_of(config))
+  return {name: float(value) for name, value in sorted(values.items())}
+
+
+@pytest.mark.parametrize("method", ["dense", "msa", "nsa"])
+def test_first_step_is_golden(method):
+  want = json.loads(GOLDEN.read_text())[method]
+  got = first_step(method)
+  assert set(got) == set(want)
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+# --- forks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method,trunk_method", [("msa", "dense"), ("nsa", "nsa")])
+def test_trunk_and_fork_equal_one_staged_run(tmp_path, method, trunk_method):
+  surgery = dict(selector_warmup=0.5) if method == "msa" else dict(selector_warmup=0, enter="copy_kv")
+  plan = lambda: schedule.retrofit(12, 0.5, **surgery)
+  staged_records, staged = run(make_config(method, plan()), tmp_path / "staged")
+  keep = config_lib.CheckpointConfig(every=0, keep_at=(6,))
+  run(make_config(trunk_method, schedule.dense(12), checkpoint=keep), tmp_path / "trunk")
+  fork = config_lib.ForkConfig(str(tmp_path / "trunk"), 6)
+  fork_records, forked = run(make_config(method, plan(), fork=fork), tmp_path / "fork")
+  assert_same_bits(forked, staged)
+  assert fork_records == staged_records[6:]
+  assert [r["mode"] for r in staged_records] == ["dense"] * 6 + (
+      ["warmup"] * 3 + ["sparse"] * 3 if method == "msa" else ["sparse"] * 6)
+  first = checkpoint.load_params(tmp_path / "trunk", 6)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(first["embed"]),
+                                            jax.tree.leaves(forked["embed"])))
+
+
+def test_fork_errors_name_the_field(tmp_path):
+  run(make_config("dense", schedule.dense(2)), tmp_path / "trunk")
+  fork = lambda **kw: config_lib.ForkConfig(str(tmp_path / "trunk"), **kw)
+  for field, options in [
+      ("fork.workdir", dict(fork=config_lib.ForkConfig(str(tmp_path / "nothing")))),
+      ("fork.step", dict(fork=fork(step=1))),
+      ("seeds", dict(fork=fork(), seeds=(5,)))]:
+    with pytest.raises(config_lib.ConfigError, match=field):
+      train_lib.train(make_config("dense", schedule.dense(4), **options), tmp_path / field, progress=False)
+  wider = make_config("dense", schedule.dense(4), fork=fork())
+  wider.model.mlp_dim = 24
+  with pytest.raises(config_lib.ConfigError, match="mlp"):
+    train_lib.train(wider, tmp_path / "wider", progress=False)
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+  run(make_config("dense", schedule.dense(2)), tmp_path)
+  changed = make_config("dense", schedule.dense(2))
+  changed.optimizer.b2 = 0.9
+  with pytest.raises(config_lib.ConfigError, match="optimizer.*0.9"):
+    train_lib.train(changed, tmp_path, progress=False)
+  assert train_lib.train(make_config("dense", schedule.dense(2), log_every=5), tmp_path, progress=False) == 2
+
+
+# --- kills --------------------------------------------------------------------------------
+
+# Each line of input "kill_at signal workdir" is one run in a process of its own, which gets the
+# signal while it waits for the batch of step `kill_at`.
+KILLER = """
+import os, sys
+import train_test
+from nsa import step as step_lib, train
+real = step_lib.Batches.at
+for line in sys.stdin:
+  kill_at, number, workdir = line.split()
+  if not os.fork():
+    def at(self, step):
+      if step == int(kill_at):
+        os.kill(os.getpid(), int(number))
+      return real(self, step)
+    step_lib.Batches.at = at
+    code = 0
+    try:
+      train.train(train_test.resumable(), workdir, progress=False)
+    except train.Preempted:
+      code = 3
+    os._exit(code)
+  status = os.wait()[1]
+  print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+"""
+
+
+def resumable():
+  return make_config("msa", schedule.native(12, 0.4), checkpoint=config_lib.CheckpointConfig(every=3))
+
+
+def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path, compilation_cache):
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+         "JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+  calm, cut = tmp_path / "calm", tmp_path / "cut"
+  kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
+  # Before the first checkpoint; in the warm-up; after a save that may be under way; SIGTERM; to the end.
+  jobs = [(-1, kill, calm), (2, kill, cut), (5, kill, cut), (7, kill, cut), (9, term, cut), (-1, kill, cut)]
+  done = subprocess.run([sys.executable, "-c", KILLER], input="".join("%d %d %s\n" % job for job in jobs),
+                        text=True,
+                        capture_output=True, env=env, timeout=600)
+  assert [int(x) for x in done.stdout.split()] == [0, -kill, -kill, -kill, 3, 0], done.stderr[-3000:]
+  assert_same_bits(checkpoint.load_params(cut), checkpoint.load_params(calm))
+  assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
+                   checkpoint.load_params(calm, subtree="optimizer"))
+  assert records(cut) == records(calm) and [r["step"] for r in records(cut)] == list(range(1, 13))
+  assert (cut / "DONE").exists()
+
+
+# --- failures -------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_all_that_helps(tmp_path, monkeypatch):
+  config = make_config("dense", schedule.dense(12))
+  real = step_lib.Batches.at
+
+  def poisoned(self, step):
+    batch = real(self, step)
+    return {**batch, "weights": batch["weights"] * np.float32("nan")} if step == 6 else batch
+
+  monkeypatch.setattr(step_lib.Batches, "at", poisoned)
+  with pytest.raises(train_lib.Diverged) as failure:
+    train_lib.train(config, tmp_path, progress=False)
+  message = str(failure.value)
+  assert failure.value.seed == 0 and "not finite at step 6" in message and "loss = nan" in message
+  assert "last good checkpoint is step 4" in message
+  rows = step_lib.Batches(config, sharding.make_mesh(config, jax.devices()[:1])).describe(6, 0)
+  assert rows in message and rows.count("row ") == 4
+  assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  monkeypatch.undo()
+  got, params = run(config, tmp_path)  # the same command goes on from the last good checkpoint
+  calm, want = run(make_config("dense", schedule.dense(12)), tmp_path / "calm")
+  assert got == calm
+  assert_same_bits(params, want)
+
+
+# --- seeds, contexts, learning ----------------------------------------------------------------
+
+
+def test_seeds_trained_together_equal_seeds_trained_alone(tmp_path):
+  both, params = run(make_config("msa", schedule.native(4, 0), seeds=(0, 1)), tmp_path / "both")
+  for replica, seed in enumerate((0, 1)):
+    alone, want = run(make_config("msa", schedule.native(4, 0), seeds=(seed,)), tmp_path / f"s{seed}")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[replica], b, rtol=1e-4, atol=1e-5), params, want)
+    mine = [r for r in both if r["seed"] == seed]
+    assert len(mine) == 4
+    for a, b in zip(mine, alone):
+      np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
+  assert both[0]["loss"] != both[1]["loss"]
+
+
+def test_context_changes_between_stages_at_equal_tokens_per_step(tmp_path):
+  plan = config_lib.ScheduleConfig(6, [Stage(0.5, context=16), Stage(0.5)])
+  got, _ = run(make_config("dense", plan), tmp_path)
+  assert [r["tokens"] for r in got] == [128 * i for i in range(1, 7)]
+  assert [r["stage"] for r in got] == [0, 0, 0, 1, 1, 1]
+  cost = np.diff([r["flops"] for r in got])
+  assert cost[-1] > cost[0]  # longer rows cost more
+
+
+def test_native_training_lowers_the_loss_and_the_selector_learns(tmp_path):
+  plan = schedule.native(80, 0.25)
+  got, _ = run(make_config("msa", plan), tmp_path)
+  bits = [r["bits_per_byte"] for r in got]
+  assert bits[0] > 7.5 and np.mean(bits[-10:]) < 5.5
+  kl = [r["index_kl"] for r in got if r["mode"] == "warmup"]
+  assert np.mean(kl[-5:]) < 0.8 * np.mean(kl[:5])
+
+
+if __name__ == "__main__":
+  if sys.argv[1:] != ["--update"]:
+    sys.exit(__doc__)
+  jax.config.update("jax_platforms", "cpu")
+  GOLDEN.write_text(json.dumps({method: first_step(method) for method in ATTENTION}, indent=2) + "\n")
+  print(f"wrote {GOLDEN}")
