@@ -5,8 +5,12 @@
     python -m launch.train --config=experiments/mqar.py:arm=nsa --workdir=runs/mqar-nsa
 
 Multi-query associative recall (Zoology, arXiv 2312.04927): 256 tokens, 16 key-value pairs, then each
-key once; only the values asked for are learned and scored. Two layers of width 64. The sparse arms see
-8 blocks of 8 tokens of 32 (MSA), or 4 of them, 32 compressed keys and a window of 16 (NSA), from the first step.
+key once; only the values asked for are learned and scored. Two layers of width 64. The sparse arms take
+8 blocks of 8 tokens (of 32 blocks); NSA also has 63 compressed keys and a window of 16.
+
+Result (one H200, reference operations, float32, seed 0, exact match on 256 unseen examples, each arm run as
+it was trained): dense 100 % (first above 95 % at step 1,125), MSA 99.4 % (1,500), NSA 97.4 % (1,125). At a peak of 3e-3 dense
+is there at step 375, NSA ends at 94.4 % and MSA at 88.5 %: its attention moves on before its index branch follows.
 
 Arguments: arm=dense (dense, msa or nsa), steps=1500.
 """

@@ -19,12 +19,12 @@ import statistics
 import sys
 import time
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch import cli
 import pallas_kernels
 from pallas_kernels import arg_specs
 
@@ -119,18 +119,16 @@ def _line(row):
           f"{ratio('both_vs_dense')}{'   LOSES: ' + ', '.join(losing) if losing else ''}")
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}: shapes go into --shapes=a,b")
+def main():
   names = []
   for name in _SHAPES.value:
     found = [known for known in arg_specs.ALL if known == name or known.startswith(name + "_")]
     if not found:
-      raise app.UsageError(f"--shapes: {name!r} is unknown; take some of {', '.join(arg_specs.ALL)}")
+      raise ValueError(f"--shapes: {name!r} is unknown; take some of {', '.join(arg_specs.ALL)}")
     names += found
   unknown = [pattern for pattern in _PATTERNS.value if pattern not in PATTERNS]
   if unknown:
-    raise app.UsageError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}")
+    raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}")
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
   print(f"{_OPERATION.value} on {device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}")
@@ -158,4 +156,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

@@ -6,12 +6,13 @@
 | 1 | an unexpected error, with its traceback | look |
 | 2 | the configuration or the input is wrong; nothing was touched | do not restart |
 | 3 | the run diverged (NaN or infinite loss) | do not restart |
-| 4 | a checkpoint could not be written or read | free the disk, restart |
+| 4 | the disk is full, or a checkpoint could not be written or read | free the disk, restart |
 | 75 | SIGTERM: everything is saved | restart: the same command goes on |
 """
 from __future__ import annotations
 
 import difflib
+import errno
 import logging as python_logging
 import os
 import re
@@ -77,6 +78,10 @@ def _main(main, rest, arguments) -> int:
     _exit(CHECKPOINT, str(error))
   except train.Preempted as error:
     _exit(PREEMPTED, str(error))
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest checkpoint")
   return 0
 
 

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 install_into "${VENV:-.venv-test}" ".[test]"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec "${VENV:-.venv-test}/bin/python" -m pytest "$@"
+exec "${VENV:-.venv-test}/bin/python" -m pytest -n "${WORKERS:-2}" "$@"
