@@ -9,11 +9,11 @@ of 8, 4 of them per query: at most 1/8 of the context is visible). One dense tru
 start; MSA put onto the trunk for the last 6, 12 and 25 % of the steps; the trunk run sparse
 without training. Three seeds each, trained as one vmapped program.
 
-What it can show is that everything works and what a report looks like. At 0.3 million bytes of
+What it can show is that everything works and what a report looks like. At a quarter of a million bytes of
 training no arm has learned to use long context: expect differences near zero, and a verdict
 that says how small an effect this study could have seen.
 
-Arguments: steps=150, seeds=3. Cost and result: see README.
+Arguments: steps=120, seeds=3. Cost and result: see README.
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -25,7 +25,7 @@ BUDGETS = (0.06, 0.12, 0.25)
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, steps=150, seeds=3)
+  a = arguments.parse(arg, steps=120, seeds=3)
   rate = dict(peak=4e-3, warmup=0.05, decay=0.2)
 
   def arm(name, attention, plan, run_modes, fork=None):

@@ -7,6 +7,7 @@
 | 2 | the configuration or the input is wrong; nothing was touched | do not restart |
 | 3 | the run diverged (NaN or infinite loss) | do not restart |
 | 4 | the disk is full, or a checkpoint could not be written or read | free the disk, restart |
+| 5 | some runs of a study failed; the others and the report are done | look |
 | 75 | SIGTERM: everything is saved | restart: the same command goes on |
 """
 from __future__ import annotations
@@ -23,11 +24,12 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
-BAD_INPUT, DIVERGED, CHECKPOINT, PREEMPTED = 2, 3, 4, 75
+BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PREEMPTED = 2, 3, 4, 5, 75
 
 
 def run(main, arguments: bool = False) -> None:
-  """`app.run` with the exit codes above. `main` takes nothing, or the list of arguments that are no flags."""
+  """`app.run` with the exit codes above. `main` takes nothing, or the list of arguments that are no flags,
+  and returns an exit code or None."""
   app.run(lambda argv: _main(main, argv[1:], arguments), flags_parser=_parse)
 
 
@@ -66,7 +68,7 @@ def _main(main, rest, arguments) -> int:
   _quiet_logs()
   from nsa import checkpoint, train
   try:
-    main(*([rest] if arguments else []))
+    return main(*([rest] if arguments else [])) or 0
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     # Our own ValueErrors name the field, the value and the fix; one from elsewhere is a bug, with its traceback.
     if isinstance(error, ValueError) and not _ours(error):
@@ -82,7 +84,6 @@ def _main(main, rest, arguments) -> int:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest checkpoint")
-  return 0
 
 
 def _ours(error) -> bool:

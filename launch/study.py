@@ -30,10 +30,11 @@ def main():
     return
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   began = time.monotonic()
-  study_lib.run(study, workdir, on_job=lambda line: print(line, flush=True))
+  jobs = study_lib.run(study, workdir, on_job=lambda line: print(line, flush=True))
   paths = report.write([workdir], f"{workdir}/report")
   print("\n" + report.verdict_table(workdir))
   print(f"\nreport: {paths.html}\n        {paths.markdown}\nin {time.monotonic() - began:.0f} s")
+  return cli.RUNS_FAILED if any(job.status == "failed" for job in jobs) else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class Checkpoints:
       raise ValueError(f"keep = {keep}: keep at least 1 checkpoint")
     if every < 0:
       raise ValueError(f"every = {every}: steps between checkpoints, 0 for none")
+    # Orbax wants an absolute path; a URL such as gs:// is one already.
+    workdir = os.fspath(workdir) if "://" in os.fspath(workdir) else os.path.abspath(os.fspath(workdir))
     self.directory = epath.Path(workdir) / "checkpoints"
     self._keep, self._keep_at, self._every, self._read_only = keep, frozenset(keep_at), every, read_only
     self._pending = None  # (step, Orbax's response) of the save that is being written

@@ -1,4 +1,5 @@
 """The entry points as a user meets them: commands, messages, exit codes; nothing lost on the way."""
+import atexit
 import json
 import os
 from pathlib import Path
@@ -7,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = tempfile.mkdtemp(prefix="nsa-compiled-")  # these tests compile the same few programs again and again
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32", "--config.data.context=64",
         "--config.data.global_batch=2", "--config.eval.task_examples=2", "--config.eval.batch=2", "--config.eval.every=0",
-        "--config.log_every=1", "--config.data.tasks=('mqar:pairs=4',)", "--compilation_cache="]
+        "--config.log_every=1", "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={CACHE}"]
 
 
 def start(module, *args, **kw):
@@ -36,7 +40,8 @@ def mqar(*args, steps=4, arm="msa"):
 
 def test_train_evaluate_report(tmp_path):
   work = tmp_path / "run"
-  out, err = run("train", *mqar("--workdir", work))
+  relative = os.path.relpath(work, ROOT)  # as a user types it
+  out, err = run("train", *mqar("--workdir", relative))
   assert "4 steps done" in out
   assert "selected_attention: reference (cpu)" in err, "which implementation ran is said once"
   assert {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"} <= {p.name for p in work.iterdir()}
@@ -157,13 +162,13 @@ def get_config(arg=None):
   return study
 """)
   work = tmp_path / "study"
-  out, _ = run("study", f"--config={experiment}", "--workdir", work, "--compilation_cache=")
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, f"--compilation_cache={CACHE}", code=5)
   assert "diverges" in out and "FAILED" in out and "2 of 5 runs done" in out  # both seeds are tried alone
   status = {job["run"]: job["status"] for job in json.loads((work / "study.json").read_text())["jobs"]}
   assert sorted(status.values()) == ["done"] * 2 + ["failed"] * 3
   text = (work / "report/report.md").read_text()
   assert "diverges" in text and "retrofit_msa_25" in text
   first = (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text()
-  out, _ = run("study", f"--config={experiment}", "--workdir", work, "--compilation_cache=")
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, f"--compilation_cache={CACHE}", code=5)
   assert out.count("done before") == 2
   assert (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text() == first
