@@ -47,7 +47,6 @@ class ModelConfig:
   short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
   output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)
   tie_embeddings: bool = True     # the output projection is the embedding, transposed
-  dense_layers: int = 0           # the first layers that stay dense whatever the method
   remat: str = "none"             # "none", or "layer": recompute each layer in the backward pass
   dtype: str = "float32"          # of activations and matmul inputs; parameters stay float32
 
@@ -152,6 +151,8 @@ class Config:
   seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
   model: ModelConfig = field(default_factory=ModelConfig)
   attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
+  layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name; () = attention in all
+  others: dict[str, Any] = field(default_factory=dict)  # options of the other methods in `layers`, by name; absent = their defaults
   schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
   data: DataConfig = field(default_factory=DataConfig)
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -165,6 +166,17 @@ class Config:
   implementation: str = ""        # of the attention operations; "" = the best one for the platform
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 
+  def method_of(self, name: str) -> methods.Method:
+    """The options of the method that `layers` calls `name`. Raises ValueError for an unknown method."""
+    if name == "attention":
+      return self.attention
+    return self.others[name] if name in self.others else methods.get(name)()
+
+  @property
+  def methods(self) -> list[methods.Method]:
+    """The different methods of all layers."""
+    return [self.method_of(name) for name in dict.fromkeys(self.layers or ("attention",))]
+
 
 # --- to and from JSON ---------------------------------------------------------
 
@@ -173,21 +185,28 @@ def to_dict(config: Config) -> dict:
   """The config as JSON-ready nested dicts; `attention` carries its method's name."""
   out = dataclasses.asdict(config)
   out["attention"] = {"method": config.attention.name, **out["attention"]}
+  out["others"] = {name: {"method": config.others[name].name, **options} for name, options in out["others"].items()}
   return json.loads(json.dumps(out))
 
 
 def from_dict(tree: dict) -> Config:
   """The inverse of `to_dict`. Raises ConfigError for an unknown field or method."""
   tree = dict(tree)
-  attention = dict(tree.pop("attention", {"method": "dense"}))
-  name = attention.pop("method", None)
+  attention = _method(tree.pop("attention", {"method": "dense"}), "attention")
+  others = {name: _method(options, f"others.{name}") for name, options in tree.pop("others", {}).items()}
+  config = _build(Config, tree, "")
+  config.attention, config.others = attention, others
+  return config
+
+
+def _method(options: dict, where: str) -> methods.Method:
+  options = dict(options)
+  name = options.pop("method", None)
   try:
     method = methods.get(name)
   except ValueError as error:
-    raise ConfigError([("attention.method", name, str(error))]) from None
-  config = _build(Config, tree, "")
-  config.attention = _build(method, attention, "attention.")
-  return config
+    raise ConfigError([(f"{where}.method", name, str(error))]) from None
+  return _build(method, options, f"{where}.")
 
 
 def _build(cls, tree, prefix):
@@ -242,8 +261,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
   need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
   need(m.short_conv >= 0, "model.short_conv", m.short_conv, "taps of the convolution, 0 for none")
-  need(0 <= m.dense_layers <= m.num_layers, "model.dense_layers", m.dense_layers,
-       f"between 0 and model.num_layers = {m.num_layers}")
+  if unknown := _check_layers(config):
+    raise ConfigError(problems + unknown)  # what follows asks the methods
+  losses = {loss for method in config.methods for loss in method.losses}
+  selector_losses = {loss for method in config.methods for loss in method.selector_losses}
+  enters = {name for method in config.methods for name in method.enters}
   if d.tokenizer == "bytes":
     need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size, "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
   else:
@@ -278,18 +300,20 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     need(stage.fraction >= 0, f"{at}.fraction", stage.fraction, "cannot be negative")
     need(0 <= stage.dense_share <= 1, f"{at}.dense_share", stage.dense_share, "a share between 0 and 1")
     need(stage.learning_rate >= 0, f"{at}.learning_rate", stage.learning_rate, "cannot be negative")
-    need(stage.enter in ("",) + tuple(config.attention.enters), f"{at}.enter", stage.enter,
-         f"{config.attention.name} knows {config.attention.enters or 'none'}")
+    need(stage.enter in {""} | enters, f"{at}.enter", stage.enter,
+         f"{config.attention.name} knows {', '.join(sorted(enters)) or 'none'}")
     for loss in stage.loss_weights:
-      need(loss in config.attention.losses, f"{at}.loss_weights", loss,
-           f"{config.attention.name} has the losses {config.attention.losses}")
+      need(loss in losses, f"{at}.loss_weights", loss,
+           f"{config.attention.name} has the losses {', '.join(sorted(losses)) or 'none'}")
     if stage.mode == "warmup":
-      need(bool(config.attention.losses), f"{at}.mode", stage.mode,
+      need(bool(selector_losses), f"{at}.mode", stage.mode,
            f"{config.attention.name} has no selector loss to warm up: use dense or sparse")
     if stage.train == "selector":
-      need(bool(config.attention.losses), f"{at}.train", stage.train,
+      need(bool(selector_losses), f"{at}.train", stage.train,
            f"{config.attention.name} has no selector parameters with a loss")
-    need(stage.train != "memory", f"{at}.train", stage.train, f"{config.attention.name} has no memory")
+    if stage.train == "memory":
+      need(any(method.memory for method in config.methods), f"{at}.train", stage.train,
+           f"{config.attention.name} has no memory")
     if stage.context:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
            f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay the same")
@@ -303,7 +327,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   # The method's own constraints, at every context it will run at.
   contexts.add(e.context or d.context)
   for context in sorted(contexts):
-    problems += [(f"attention.{n}", v, f) for n, v, f in config.attention.check(m, context)]
+    for name in dict.fromkeys(("attention", *config.layers)):
+      where = name if name == "attention" else f"others.{name}"
+      problems += [(f"{where}.{n}", v, f) for n, v, f in config.method_of(name).check(m, context)]
 
   need(o.name in ("adamw", "muon"), "optimizer.name", o.name, "adamw or muon")
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
@@ -327,9 +353,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
-  grid = getattr(config.attention, "block_size", 1)
-  need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
-       f"must be a multiple of attention.block_size = {grid}; set it alike in all arms, or their batches differ")
+  for name in dict.fromkeys(("attention", *config.layers)):
+    grid = getattr(config.method_of(name), "block_size", 1)
+    where = name if name == "attention" else f"others.{name}"
+    need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
+         f"must be a multiple of {where}.block_size = {grid}; set it alike in all arms, or their batches differ")
   for name in ("b1", "b2"):
     need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
   for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
@@ -375,6 +403,23 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   if problems:
     raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))
   return config
+
+
+def _check_layers(config: Config) -> list[tuple[str, Any, str]]:
+  """Problems of `layers` and `others`."""
+  problems, count = [], config.model.num_layers
+  if len(config.layers) not in (0, count):
+    problems.append(("layers", config.layers,
+                     f"one name for each of the model.num_layers = {count} layers, or () for attention in all"))
+  for name, options in config.others.items():
+    if not isinstance(options, methods.Method) or options.name != name:
+      problems.append((f"others.{name}", options, f"must be the options of the method {name}"))
+  for name in dict.fromkeys(config.layers):
+    try:
+      config.method_of(name)
+    except ValueError as error:
+      problems.append(("layers", name, f'{error}; or "attention", the config\'s own'))
+  return problems
 
 
 def _hashable(value):

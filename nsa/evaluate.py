@@ -63,7 +63,8 @@ def records(config, params, step: int) -> list[dict]:
     if how is None:
       continue
     run_config, mode, selector = how
-    run = _runner(model_lib.Static((_program_config(run_config), mode, selector, e.diagnostics)))
+    # Compiled once for all arms of an architecture.
+    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)))
     for replica, seed in enumerate(config.seeds):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
@@ -100,24 +101,20 @@ def _how(config, run_mode):
   return run, "sparse", selector
 
 
-def _program_config(config):
-  """What the compiled program depends on, and nothing else: all arms of a method share it."""
-  return config_lib.Config(model=config.model, attention=config.attention, implementation=config.implementation)
-
-
 @functools.lru_cache(maxsize=64)
 def _runner(static):
   """jit: (params, batch) -> per token nll and correctness, and diagnostics per layer."""
   config, mode, selector, diagnose = static.value
-  options = config.attention if isinstance(config.attention, blocks.BlockMethod) else None
+  own = config.attention if isinstance(config.attention, blocks.BlockMethod) else None
 
   @jax.jit
   def run(params, batch):
-    def observe(q, k, block_indices, call):
+    def observe(method, q, k, block_indices, call):
+      options = method if isinstance(method, blocks.BlockMethod) else own  # a dense layer beside sparse ones
       return blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
 
     out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
-                            key=jax.random.key(0), losses=False, observe=observe if diagnose and options else None)
+                            key=jax.random.key(0), losses=False, observe=observe if diagnose and own else None)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
     # One dict per layer: those of a dense prefix have fewer diagnostics.

@@ -26,7 +26,7 @@ def forward(config, context: int, mode: str) -> dict[str, float]:
       matrix = decays[group][path] and path not in ("embed", "head") and "compress" not in path
       if group in groups and matrix:
         out["projections"] += 2.0 * leaf.size
-  for method, count in model_lib.layout(config.model, config.attention):
+  for method, count in model_lib.layout(config):
     for branch, cost in method.flops(config.model, context, mode).items():
       out[branch] = out.get(branch, 0.0) + count * cost
   return out
@@ -39,11 +39,12 @@ def training(config, step: schedule.Step) -> dict[str, float]:
   frozen backbone while the selector is distilled) is counted forward only.
   """
   parts = forward(config, step.context, step.mode)
-  for method, count in model_lib.layout(config.model, config.attention):
+  for method, count in model_lib.layout(config):
     for loss, cost in method.loss_flops(config.model, step.context, step.mode).items():
       parts[loss] = parts.get(loss, 0.0) + count * cost
   if step.groups == ("selector",):
-    return {part: cost * (3.0 if part == "index_kl" else 1.0) for part, cost in parts.items()}
+    learns = {loss for method, _ in model_lib.layout(config) for loss in method.selector_losses}
+    return {part: cost * (3.0 if part in learns else 1.0) for part, cost in parts.items()}
   return {part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()}
 
 

@@ -36,20 +36,28 @@ class Attention(nnx.Module):
       self.gate = init.normal("gate", (model.d_model, model.num_heads), ("embed", "heads"), fan_in=model.d_model)
     self.method = method.layer(init.child("method"), model)
 
-  def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
+  def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
+    """These tokens as the method sees them, and their streams."""
     segments = call.query_segments(h.shape[1])
-    q = call.rope(self.q(h, segments, call.tail), offset=call.offset)
-    streams = {"k": call.rope(self.k(h, segments, call.tail), offset=call.offset), "v": self.v(h, segments, call.tail),
-               **self.method.streams(h, call)}
+    q, k = self.q(h, segments, call.tail), self.k(h, segments, call.tail)
+    x = methods.Inputs(h, call.rope(q, offset=call.offset), q, k)
+    return x, {"k": call.rope(k, offset=call.offset), "v": self.v(h, segments, call.tail), **self.method.streams(x, call)}
+
+  def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
+    x, streams = self.project(h, call)
     if cache is not None:
-      streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), call.offset, axis=1)
-                 for name, x in streams.items()}
-    result = self.method(h, q, streams, call)
+      streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)
+                 for name, new in streams.items()}
+      call = dataclasses.replace(call, state=cache.get("state"))
+    result = self.method(x, streams, call)
+    if cache is not None and "state" in cache:
+      state = call.state if result.state is None else result.state
+      streams["state"] = jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache["state"])
     o = result.o
     if hasattr(self, "gate"):
       gate = jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype))
       o = o * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(o.dtype)[..., None]
-    seen = {} if observe is None else observe(q, streams["k"], result.block_indices, call)
+    seen = {} if observe is None else observe(x.q, streams["k"], result.block_indices, call)
     return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams
 
 
@@ -81,10 +89,11 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """All parameters. `stacks["stack<i>"]` holds consecutive layers of one method, stacked on axis 0."""
 
-  def __init__(self, init: layers.Init, model, attention: methods.Method):
+  def __init__(self, init: layers.Init, config):
+    model = config.model
     self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model)
     stacks, first = [], 0  # all layers draw their keys by their own number, whatever the layout
-    for method, count in layout(model, attention):
+    for method, count in layout(config):
       keys = jax.vmap(lambda i: jax.random.fold_in(init.child("layers").key, i))(jnp.arange(first, first + count))
       build = functools.partial(Block, model=model, method=method)
       stacks.append(nnx.vmap(lambda key: build(layers.Init(key)))(keys))
@@ -95,10 +104,21 @@ class Transformer(nnx.Module):
       self.head = init.normal("head", (model.d_model, model.vocab_size), ("embed", "vocab"), fan_in=model.d_model)
 
 
-def layout(model, attention) -> list[tuple[methods.Method, int]]:
-  """Runs of consecutive layers with one method: the first `dense_layers`, then the rest."""
-  runs = [(methods.get("dense")(), model.dense_layers), (attention, model.num_layers - model.dense_layers)]
-  return [(method, count) for method, count in runs if count]
+def layout(config) -> list[tuple[methods.Method, int]]:
+  """Runs of consecutive layers with one method, as `config.layers` says."""
+  runs = []
+  for name in config.layers or ("attention",) * config.model.num_layers:
+    if runs and runs[-1][0] == name:
+      runs[-1][1] += 1
+    else:
+      runs.append([name, 1])
+  return [(config.method_of(name), count) for name, count in runs]
+
+
+def architecture(config):
+  """The part of the config that says which parameters there are and what a forward pass computes."""
+  return type(config)(model=config.model, attention=config.attention, layers=config.layers, others=config.others,
+                      implementation=config.implementation)
 
 
 class Output(NamedTuple):
@@ -124,13 +144,13 @@ class Static:
 
 @functools.lru_cache(maxsize=32)
 def _graph(static):
-  model, attention = copy.deepcopy(static.value)  # the caller may still change its config
-  return nnx.split(nnx.eval_shape(lambda: Transformer(layers.Init(jax.random.key(0)), model, attention)))
+  config = copy.deepcopy(static.value)  # the caller may still change its own
+  return nnx.split(nnx.eval_shape(lambda: Transformer(layers.Init(jax.random.key(0)), config)))
 
 
 def graph(config):
   """(graph definition, abstract nnx state with metadata) of the config's model."""
-  return _graph(Static((config.model, config.attention)))
+  return _graph(Static(architecture(config)))
 
 
 def abstract_params(config) -> dict:
@@ -162,7 +182,7 @@ class Axes(tuple):
 def init_params(config, seed: int | Array) -> dict:
   """Random parameters, float32 nested dict. Pure in (config, seed); jit it with the wanted shardings."""
   init = layers.Init(jax.random.key(seed))
-  return nnx.to_pure_dict(nnx.split(Transformer(init, config.model, config.attention))[1])
+  return nnx.to_pure_dict(nnx.split(Transformer(init, config))[1])
 
 
 def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
@@ -179,7 +199,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     key: random key; only the "random" selector needs one.
     losses: whether to compute the auxiliary losses.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
-    observe: (q, k, block_indices, call) -> dict of arrays, gathered per layer.
+    observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
   """
   model = config.model
@@ -199,13 +219,14 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
                       implementation=config.implementation or None, rope=rotate)
   x = constrain(net.embed[...].astype(dtype)[tokens] * model.d_model ** 0.5, ("batch", "time", None))
   all_losses, seen, new_cache, first = [], [], [], 0
-  for i, (stack, (_, count)) in enumerate(zip(net.stacks.values(), layout(model, config.attention))):
+  for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
     stack_def, stack_state = nnx.split(stack)
+    watch = None if observe is None else functools.partial(observe, method)
 
-    def body(x, layer, stack_def=stack_def):
+    def body(x, layer, stack_def=stack_def, watch=watch):
       state, layer_cache, index = layer
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      x, out = nnx.merge(stack_def, state)(x, dataclasses.replace(call, key=layer_key), layer_cache, observe)
+      x, out = nnx.merge(stack_def, state)(x, dataclasses.replace(call, key=layer_key), layer_cache, watch)
       loss, observed, streams = out
       return constrain(x, ("batch", "time", None)), (loss, observed, None if layer_cache is None else streams)
 
@@ -228,28 +249,33 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
 def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
   """An empty KV cache for `batch` sequences of up to `capacity` tokens: per stack a dict of
-  [layers, batch, capacity, ...] arrays in the compute dtype, and the convolution's tail."""
+  [layers, batch, capacity, ...] arrays in the compute dtype, the convolution's "tail" and, of recurrent
+  methods, the "state" of constant size."""
   model = config.model
   graphdef, _ = graph(config)
+  dtype = jnp.dtype(model.dtype)
+
+  def attention_layers(params):
+    """The first layer of every stack, and how its state begins in each of its layers."""
+    for stack in nnx.merge(graphdef, params).stacks.values():
+      stack_def, state = nnx.split(stack)
+      first = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state)).attention
+      begin = lambda layer: nnx.merge(stack_def, layer).attention.method.initial_state(batch, dtype)
+      yield first, jax.vmap(begin)(state)
 
   def shapes(params):
-    net = nnx.merge(graphdef, params)
-    rotate = lambda x, offset=0, stride=1: x
-    call = methods.Call(losses=False, rope=rotate)
-    out = []
-    for stack in net.stacks.values():
-      stack_def, state = nnx.split(stack)
-      block = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state))
-      h = jnp.zeros((batch, 1, model.d_model), jnp.dtype(model.dtype))
-      attention = block.attention
-      out.append({"k": attention.k(h), "v": attention.v(h), **attention.method.streams(h, call)})
-    return out
+    call = methods.Call(losses=False, rope=lambda x, offset=0, stride=1: x)
+    h = jnp.zeros((batch, 1, model.d_model), dtype)
+    return [first.project(h, call)[1] for first, _ in attention_layers(params)]
 
   cache = []
-  for (_, count), streams in zip(layout(model, config.attention), jax.eval_shape(shapes, params)):
+  states = [state for _, state in attention_layers(params)]
+  for (_, count), streams, state in zip(layout(config), jax.eval_shape(shapes, params), states):
     entry = {name: jnp.zeros((count, batch, capacity) + s.shape[2:], s.dtype) for name, s in streams.items()}
+    if state:
+      entry["state"] = state
     if model.short_conv > 1:
-      entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), jnp.dtype(model.dtype))
+      entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), dtype)
     cache.append(entry)
   return cache
 

@@ -90,7 +90,7 @@ _compiled: dict[Any, Any] = {}  # programs of this process; runs that differ in 
 
 
 def _key(config, mesh):
-  return (repr((config.model, config.attention, config.optimizer, config.implementation)), len(config.seeds), mesh)
+  return (repr((model_lib.architecture(config), config.optimizer)), len(config.seeds), mesh)
 
 
 def compile_init(config, mesh):

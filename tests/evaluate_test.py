@@ -138,7 +138,8 @@ def test_a_dense_model_runs_under_training_free_selectors():
 
 
 def test_a_dense_prefix_is_observed_too():
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), dense_layers=1, run_modes=("sparse",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",))
+  config.layers = ("dense", "attention")
   first, second = of_kind(records(config)[0], "layer")
   assert first["layer"] == 0 and "captured_mass" not in first and first["oracle_mass"] > 0
   assert second["layer"] == 1 and second["captured_mass"] > 0

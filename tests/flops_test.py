@@ -55,7 +55,8 @@ def test_msa_forward_by_hand():
                    "selected": pytest.approx(L * 4 * N * H * mean_over_queries(lambda t: min(t + 1, 24))),
                    "index": pytest.approx(L * 2 * K * Hi * mean_over_queries(lambda t: t + 1))}
   assert flops.forward(config, T, "dense") == flops.forward(make_config(methods.Dense()), T, "dense")
-  prefix = flops.forward(make_config(attention, dense_layers=1), T, "sparse")
+  config.layers = ("dense",) + ("attention",) * (L - 1)
+  prefix = flops.forward(config, T, "sparse")
   assert prefix["index"] == pytest.approx(parts["index"] * 2 / 3) and prefix["dense"] > 0
   assert prefix["projections"] == PROJECTIONS + selector * 2 // 3
 

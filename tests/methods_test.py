@@ -27,13 +27,17 @@ METHODS = {
     "oracle": methods.Oracle(**SMALL),
 }
 ALL = sorted(METHODS)
-SELECTING = [name for name in ALL if name != "dense"]
+# Those of tests/methods_oracle.py; the other methods have a test file with a reference of their own.
+REFERENCED = ["block_topk", "dense", "msa", "nsa", "oracle", "random", "sink_window"]
+SELECTING = [name for name in REFERENCED if name != "dense"]
+# With J at least the number of blocks these are dense attention.
+PRESERVING = [name for name in ALL if name not in ("dense", "nsa")]
 
 
-def make_config(attention, **model):
+def make_config(attention, layers=(), **model):
   shape = dict(vocab_size=V, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16,
                short_conv=3)
-  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention, layers=layers)
 
 
 def random_params(tree, seed=1):
@@ -109,7 +113,7 @@ def mask_of(name, mode, indices):
   return oracle.token_mask(indices, METHODS[name].block_size)
 
 
-LAYERS = [(name, "sparse") for name in ALL] + [("msa", "warmup")]
+LAYERS = [(name, "sparse") for name in REFERENCED] + [("msa", "warmup")]
 
 
 @pytest.mark.parametrize("name,mode", LAYERS)
@@ -188,7 +192,7 @@ def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
 # --- what holds for whole models ----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTING if name != "nsa"])
+@pytest.mark.parametrize("name", PRESERVING)
 def test_enough_blocks_make_it_dense(name):
   params, tokens = params_of(name), tokens_of()
   dense = logits_of("dense")(without_method(params), tokens, WHOLE)
@@ -312,7 +316,7 @@ def test_dense_mode_is_the_dense_method_bit_for_bit(name):
 
 
 def test_dense_prefix_keeps_the_first_layers_dense():
-  whole, prefixed = params_of("msa"), params_of("msa", dense_layers=1)
+  whole, prefixed = params_of("msa"), params_of("msa", layers=("dense", "attention"))
   assert [set(stack["attention"]) & {"method"} for stack in prefixed["stacks"].values()] == [set(),
                                                                                              {"method"}]
   # The same weights, in two stacks: layer 1 selects, layer 0 does not.
@@ -320,7 +324,7 @@ def test_dense_prefix_keeps_the_first_layers_dense():
   first, second = (jax.tree.map(lambda x: x[i:i + 1], stack) for i in (0, 1))
   params = {**whole, "stacks": {"stack0": without_method(first), "stack1": second}}
   dense = logits_of("dense")(without_method(whole), tokens_of(), WHOLE)
-  run = logits_of("msa", dense_layers=1)
+  run = logits_of("msa", layers=("dense", "attention"))
   half, both = run(params, tokens_of(), WHOLE), logits_of("msa")(whole, tokens_of(), WHOLE)
   assert np.abs(half - dense).max() > 1e-2 and np.abs(half - both).max() > 1e-2
   # With nothing to select from, at the start of a sequence, all three agree.

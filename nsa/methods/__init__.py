@@ -14,7 +14,7 @@ import dataclasses
 
 from nsa.methods import blocks
 from nsa.methods.dense import Dense
-from nsa.methods.interface import Call, Layer, Method, Result
+from nsa.methods.interface import Call, Inputs, Layer, Method, Result
 from nsa.methods.msa import MSA
 from nsa.methods.nsa import NSA
 from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, RandomBlocks, SinkWindow

@@ -25,6 +25,7 @@ class Call:
   implementation: str | None = None   # of the attention operations
   rope: Callable = None               # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
+  state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
 
   @property
   def ops(self) -> dict:
@@ -38,23 +39,36 @@ class Call:
     return jax.lax.dynamic_slice_in_dim(self.segment_ids, self.offset, length, axis=1)
 
 
+class Inputs(NamedTuple):
+  """The tokens of this call, as the attention layer has projected them."""
+  h: Float[Array, "B T D"]            # normed hidden state
+  q: Float[Array, "B T N H"]          # after norm, convolution and RoPE
+  q_raw: Float[Array, "B T N H"]      # before RoPE
+  k_raw: Float[Array, "B T K H"]      # before RoPE
+
+
 class Result(NamedTuple):
   o: Float[Array, "B T N H"]
   losses: dict                        # name -> float32 scalar, a mean over queries and KV heads
   block_indices: Int[Array, "B T K J"] | None = None
+  state: dict | None = None           # the new state, like `Layer.initial_state`; needed only with a cache
 
 
 class Layer(nnx.Module):
   """The method's part of one attention layer. This base class is dense attention: it adds nothing."""
 
-  def streams(self, h: Float[Array, "B T D"], call: Call) -> dict[str, Array]:
+  def streams(self, x: Inputs, call: Call) -> dict[str, Array]:
     """What later queries need of these tokens besides k and v; [B, T, ...] each, kept in the KV cache."""
     return {}
 
-  def __call__(self, h: Float[Array, "B T D"], q: Float[Array, "B T N H"], streams: dict[str, Array],
-               call: Call) -> Result:
+  def initial_state(self, batch: int, dtype) -> dict[str, Array]:
+    """What a recurrent method carries from token to token, [batch, ...] each and of constant size, before the
+    first token. It is kept in the cache beside the streams; `Call.state` brings it, `Result.state` returns it."""
+    return {}
+
+  def __call__(self, x: Inputs, streams: dict[str, Array], call: Call) -> Result:
     """Attention of these tokens over the streams ("k" and "v" after RoPE, and the method's own)."""
-    o, _ = pk.attention(q, streams["k"], streams["v"], **call.ops)
+    o, _ = pk.attention(x.q, streams["k"], streams["v"], **call.ops)
     return Result(o, {})
 
 
@@ -63,6 +77,8 @@ class Method:
   """Base of all methods' options. Class attributes say what its schedules may ask for."""
   name: ClassVar[str] = ""
   losses: ClassVar[tuple[str, ...]] = ()   # auxiliary losses that its layers return
+  selector_losses: ClassVar[tuple[str, ...]] = ()  # those of them that train the group "selector"
+  memory: ClassVar[bool] = False           # whether it has parameters of the group "memory"
   enters: ClassVar[tuple[str, ...]] = ()   # weight surgery that a stage may ask for on entry
 
   def check(self, model, context: int) -> list[tuple[str, Any, str]]:

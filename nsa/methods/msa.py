@@ -35,6 +35,7 @@ class MSA(blocks.BlockMethod):
   """Defaults: the released M3 geometry (block 128, J 16, index width 128, own block forced)."""
   name: ClassVar[str] = "msa"
   losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  selector_losses: ClassVar[tuple[str, ...]] = ("index_kl",)
   block_size: int = 128           # tokens
   num_blocks: int = 16            # J, forced blocks included
   num_initial: int = 0            # forced first blocks
@@ -86,14 +87,14 @@ class MSALayer(interface.Layer):
     self.options = options
     self.selector = IndexBranch(init.child("selector"), model, options)
 
-  def streams(self, h, call):
-    return {"k_idx": call.rope(self.selector.k(jax.lax.stop_gradient(h)), offset=call.offset)[:, :, 0]}
+  def streams(self, x, call):
+    return {"k_idx": call.rope(self.selector.k(jax.lax.stop_gradient(x.h)), offset=call.offset)[:, :, 0]}
 
-  def __call__(self, h, q, streams, call):
-    k, v, k_idx = streams["k"], streams["v"], streams["k_idx"]
+  def __call__(self, x, streams, call):
     if call.mode == "dense":
-      return super().__call__(h, q, streams, call)
-    q_idx = call.rope(self.selector.q(jax.lax.stop_gradient(h)), offset=call.offset)
+      return super().__call__(x, streams, call)
+    q, k, v, k_idx = x.q, streams["k"], streams["v"], streams["k_idx"]
+    q_idx = call.rope(self.selector.q(jax.lax.stop_gradient(x.h)), offset=call.offset)
     size = self.options.block_size
     if call.mode == "warmup":
       o, lse = pk.attention(q, k, v, **call.ops)

@@ -138,16 +138,16 @@ class NSALayer(interface.Layer):
     self.options = options
     self.branch = Branches(init.child("branch"), model, options)
 
-  def streams(self, h, call):
-    b, seg = self.branch, call.query_segments(h.shape[1])
+  def streams(self, x, call):
+    h, b, seg = x.h, self.branch, call.query_segments(x.h.shape[1])
     k_win = call.rope(b.k_win(h, seg, call.tail), offset=call.offset)
     return {"k_cmp": b.k_cmp(h, seg, call.tail), "v_cmp": b.v_cmp(h, seg, call.tail),
             "k_win": k_win, "v_win": b.v_win(h, seg, call.tail)}
 
-  def __call__(self, h, q, streams, call):
+  def __call__(self, x, streams, call):
     if call.mode == "dense":
-      return super().__call__(h, q, streams, call)
-    o, b = self.options, self.branch
+      return super().__call__(x, streams, call)
+    h, q, o, b = x.h, x.q, self.options, self.branch
     strides = dict(block_len=o.compress_len, block_stride=o.compress_stride)
     k_cmp = b.compress_k(streams["k_cmp"], o.compress_len, o.compress_stride)
     v_cmp = b.compress_v(streams["v_cmp"], o.compress_len, o.compress_stride)

@@ -75,12 +75,12 @@ class SelectorLayer(interface.Layer):
   def __init__(self, options, selector: str):
     self.options, self.selector = options, selector
 
-  def __call__(self, h, q, streams, call):
+  def __call__(self, x, streams, call):
     if call.mode == "dense":
-      return super().__call__(h, q, streams, call)
+      return super().__call__(x, streams, call)
     name = self.selector if call.selector == "own" else call.selector
-    block_indices = select(name, q, streams["k"], self.options, call)
-    o, _ = pk.selected_attention(q, streams["k"], streams["v"], block_indices,
+    block_indices = select(name, x.q, streams["k"], self.options, call)
+    o, _ = pk.selected_attention(x.q, streams["k"], streams["v"], block_indices,
                                  block_size=self.options.block_size, **call.ops)
     return interface.Result(o, {}, block_indices)
 
