@@ -17,6 +17,7 @@ import typing
 from typing import Any
 
 from nsa import methods, tasks
+from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
 TRAINABLE = ("all", "selector", "memory")
@@ -257,6 +258,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   if m.num_kv_heads > 0:
     need(m.num_heads % m.num_kv_heads == 0, "model.num_heads", m.num_heads,
          f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
+  need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "base of the rotary wavelengths, above 0")
   need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
   need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
   need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
@@ -274,6 +276,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
   need(0 <= d.task_share <= 1, "data.task_share", d.task_share, "a share between 0 and 1")
+  for name in ("answer_weight", "filler_weight"):
+    need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
   need(d.source != "tasks" or d.task_share == 1, "data.task_share", d.task_share,
        'data.source = "tasks" has no text: set data.task_share = 1')
@@ -369,7 +373,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(end > first or s.stages[i].fraction == 0, f"schedule.stages[{i}].fraction", s.stages[i].fraction,
            f"rounds to no step of schedule.steps = {s.steps}: take more steps, a larger share, or leave the stage out")
   need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds, "one or more different seeds")
-  need(not config.profile or len(config.profile) == 2, "profile", config.profile, "(first step, last step)")
+  need(not config.profile or len(config.profile) == 2 and 0 <= config.profile[0] <= config.profile[1], "profile",
+       config.profile, "(first step, last step)")
+  names = {"", "reference"} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
+  need(config.implementation in names, "implementation", config.implementation,
+       f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")

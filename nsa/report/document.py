@@ -93,7 +93,8 @@ def _table(table):
     return "<tr>" + "".join(f"<{tag}{' class=left' if i < table.left else ''}>{_inline(c)}</{tag}>"
                             for i, c in enumerate(cells)) + "</tr>"
   caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
-  return ('<div class="scroll"><table>' + caption + "<thead>" + row(table.header, "th") + "</thead><tbody>"
+  wide = ' class="wide"' if len(table.header) > 6 else ""
+  return (f'<div class="scroll"><table{wide}>' + caption + "<thead>" + row(table.header, "th") + "</thead><tbody>"
           + "\n".join(row(r, "td") for r in table.rows) + "</tbody></table></div>")
 
 
@@ -133,6 +134,8 @@ p.verdict { max-width: none; background: #f3f6f9; border-left: 4px solid #0072b2
 p.note { color: #555; font-size: .92rem; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table.wide { font-size: .78rem; }
+table.wide th, table.wide td { padding-right: .55rem; }
 caption { text-align: left; color: #555; padding-bottom: .4rem; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #ececec; }

@@ -164,8 +164,8 @@ def budget(study, table, found: list[Comparison], gallery: Gallery) -> list:
 def modes(study, table, size, gallery) -> list:
   """(7) Rows are what was trained, columns how it is run."""
   shown = [r for r in table if r.size == size and (r.status == "done" or not study.finished)]
-  columns = [m for m in ("dense", "sparse", "oracle", "block_topk", "sink_window", "random")
-             if any(r.run_mode == m for r in shown)]
+  first = ("dense", "sparse", "oracle", "random")
+  columns = sorted({r.run_mode for r in shown}, key=lambda m: (first.index(m) if m in first else len(first), m))
   blocks = []
   for metric in (METRIC[study.primary], METRIC[study.secondary]):
     lines = []
