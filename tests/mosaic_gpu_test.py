@@ -14,7 +14,9 @@ import pallas_kernels
 from pallas_kernels import backends
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import reference
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import selected
 
 ON_HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
@@ -82,6 +84,7 @@ def test_lowers_for_h100(name):
     text = with_gradients(attend).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
   for kernel in ("forward", "combine", "backward", "sum_units"):
     assert f"selected_attention_{kernel}" in text
+  assert ("selected_attention_common" in text) == (name in ("g16", "g8_h128_b128"))
 
 
 @pytest.mark.parametrize("G,J,block_size,segments,offset",
@@ -161,6 +164,53 @@ def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
     error = np.linalg.norm(x[finite] - y[finite]) / np.linalg.norm(y[finite])
     assert error < (1e-6 if what == "lse" else 4e-3), (what, error)  # a bfloat16 rounds by 2e-3 on average
   assert not np.asarray(got[2], np.float32)[:, 3].any()
+
+
+@pytest.mark.parametrize("G,J", [(16, 5), (4, 4), (1, 3)])
+def test_common_blocks_and_the_rest_are_the_selection(G, J):
+  rng = np.random.default_rng(G)
+  B, T, K, S = 2, 150, 2, 80
+  plan = entry_lists.Plan(B, T, S, K, G, J, 8, range_size=10, tiles_per_unit=2)
+  blocks = rng.integers(-1, 12, size=(B, T, K, J))  # some lie past the end
+  blocks[..., 0] = 3
+  tiles, rest = jax.jit(lambda blocks: common.split(blocks, plan, None, 30))(jnp.asarray(blocks, jnp.int32))
+  tokens, count = common.tokens_of(plan), np.asarray(tiles.count).reshape(B, K, -1)
+  listed = np.asarray(tiles.blocks).reshape(B, K, -1, common.SLOTS)
+  words = np.asarray(tiles.words).view(np.uint32).reshape(B, K, -1, G)[..., 0]
+  for b, t, r in np.ndindex(B, T, K):
+    tile = t // tokens
+    blocks_of = {int(x) % common.SLOTS: int(x) // common.SLOTS for x in listed[b, r, tile, :count[b, r, tile]]}
+    taken = [blocks_of[i] for i in range(common.SLOTS) if words[b, r, t] >> i & 1]
+    left = [int(x) for x in np.asarray(rest)[b, t, r] if x >= 0]
+    assert sorted(taken + left) == sorted({int(x) for x in blocks[b, t, r] if 0 <= x < plan.blocks})
+    assert 3 in blocks_of.values() or (tile + 1) * tokens > T
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
+@pytest.mark.parametrize("segments", [False, True])
+def test_interpreted_tiles_agree_and_do_not_race(segments):
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  rng = np.random.default_rng(0)
+  B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
+  q, k, v, blocks, ids, _, _ = make_inputs(rng, B, T, N, K, 64, J, size, S=S, segments=segments)
+  plan, _ = selected._plan_of(q, k, blocks, size)
+  tiles, rest = common.split(blocks, plan, ids, offset)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    o, lse = jax.block_until_ready(common.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
+                                                 segmented=segments, interpret=True))
+  assert not interpret_pallas_call.get_races().races_found
+  word = tiles.words.reshape(B, T, K, N)[..., :1]
+  listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, common.SLOTS), common.tokens_of(plan), axis=1)
+  used = jnp.arange(common.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), common.tokens_of(plan), axis=1)
+  taken = jnp.where(used & ((word >> listed % common.SLOTS) & 1 != 0), listed // common.SLOTS, -1)
+  assert (taken >= 0).any() and (rest >= 0).any()
+  want, want_lse = reference.selected_attention(
+      *raised((q, k, v, taken)), block_size=size, scale=0.125, segment_ids=ids, query_offset=offset)
+  none = jnp.full((B, T, K, J), -1)
+  merged, merged_lse = forward.merge(jnp.zeros((1, N, 64), o.dtype), jnp.full((N,), -jnp.inf), none, plan, (o, lse))
+  np.testing.assert_allclose(merged_lse.reshape(want_lse.shape), want_lse, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(np.asarray(merged, np.float32).reshape(want.shape), want, rtol=0.03, atol=0.03)
 
 
 def test_supports_says_why_not():

@@ -108,7 +108,7 @@ def _segment_starts(segment_ids):
   return lax.cummax(jnp.where(new, at, 0), axis=1)
 
 
-def _visible_keys(plan, segment_ids, query_offset):
+def visible_keys(plan, segment_ids, query_offset):
   """int32[B, T] pair (first, end): the keys that each query sees, as far as causality and segments go."""
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (plan.batch,))
   position = offset[:, None] + jnp.arange(plan.queries, dtype=jnp.int32)
@@ -125,7 +125,7 @@ def _span(first, end, block, plan):
   return jnp.clip(first - first_key, 0, plan.block_size), jnp.clip(end - first_key, 0, plan.block_size)
 
 
-def _chosen(block_indices, plan):
+def chosen(block_indices, plan):
   """bool[B, T, K, J]: the slots that name a block, each block once."""
   same = block_indices[..., :, None] == block_indices[..., None, :]
   earlier = np.tril(np.ones((plan.slots, plan.slots), bool), -1)
@@ -145,9 +145,9 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
     Entries.
   """
   B, T, K, J = block_indices.shape
-  first, end = _visible_keys(plan, segment_ids, query_offset)
+  first, end = visible_keys(plan, segment_ids, query_offset)
   start, stop = _span(first[:, :, None, None], end[:, :, None, None], block_indices, plan)
-  seen = _chosen(block_indices, plan) & (stop > start)
+  seen = chosen(block_indices, plan) & (stop > start)
   head = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32))[:, None, :, None]
   which = (jnp.arange(T, dtype=jnp.int32) // plan.range_size)[None, :, None, None]
   key = (head * plan.ranges + which) * plan.blocks + block_indices

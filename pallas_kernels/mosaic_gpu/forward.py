@@ -193,17 +193,24 @@ def visible(span, shape, segmented, first_key=0):
   return inside
 
 
-def merge(o, lse, position, plan):
+def merge(o, lse, position, plan, shared=None):
   """Combines the partial results of each query.
 
   Args:
     o: [1, max_tiles * 64, H] and lse of `partial_attention`.
     position: Entries.position.
+    shared: rows and lse of `common.attend`, one more slot of every query, or None.
 
   Returns:
     o [B, T, K, G, H] of the dtype of o and lse float32[B, T, K, G], natural log.
   """
   G = plan.group
+  if shared is not None:
+    B, T, K, _ = position.shape
+    begin = o.shape[1] // G
+    o, lse = jnp.concatenate([o, shared[0][None]], axis=1), jnp.concatenate([lse, shared[1]])
+    row = jnp.arange(shared[1].size // G, dtype=jnp.int32).reshape(B, K, -1)[:, :, :T].transpose(0, 2, 1)
+    position = jnp.concatenate([position, begin + row[..., None]], axis=3)
   valid = (position >= 0)[..., None]
   at = jnp.maximum(position, 0)
   lse = jnp.where(valid, lse.reshape(-1, G)[at], -jnp.inf)  # [B, T, K, J, G]

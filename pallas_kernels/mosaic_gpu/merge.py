@@ -12,6 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu import ptx
 
 LN2 = 0.6931471805599453
@@ -19,7 +20,7 @@ VECTOR = 8  # numbers per thread
 NAMES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 
 
-def combine(rows, lse, position, plan, *, scale=1.0):
+def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
   """Sums the rows of each query over its slots and parts.
 
   Args:
@@ -29,6 +30,7 @@ def combine(rows, lse, position, plan, *, scale=1.0):
     position: Entries.position, int32[B, T, K, J].
     plan: Plan.
     scale: factor of the result.
+    shared: rows [tiles * 128, H] and lse of `common.attend`, one more slot of every query, or None; needs lse.
 
   Returns:
     [B, T, K, G, H] of the dtype of rows; with lse also float32[B, T, K, G], the natural
@@ -46,6 +48,8 @@ def combine(rows, lse, position, plan, *, scale=1.0):
   if lse is not None:
     outputs.append(jax.ShapeDtypeStruct((queries * G,), jnp.float32))
     inputs.append(lse)
+  if shared is not None:
+    inputs += shared
 
   def body(*refs):
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), [plgpu.RefType()] * len(refs)))
@@ -53,6 +57,7 @@ def combine(rows, lse, position, plan, *, scale=1.0):
       del ctx
       addresses = list(map(ptx.global_address, refs))
       rows, position, out = addresses[0], addresses[1], addresses[len(inputs)]
+      sources = [rows] * J
       block = ptx.wide(block.registers.item())
       thread = ptx.add(ptx.mul(block, ptx.THREADS), arith.extui(ptx.i64(), ptx.thread()))
       # Threads past the end do the last one's work again.
@@ -69,16 +74,25 @@ def combine(rows, lse, position, plan, *, scale=1.0):
           valid = arith.cmpi(arith.CmpIPredicate.sge, place, ptx.constant(0))
           at = ptx.add(ptx.mul(ptx.choose(valid, token, 0), G), member)
           sums.append(arith.select(valid, _load_f32(ptx.byte(addresses[2], at, 4)), none))
+        if shared is not None:
+          head, token = ptx.rem(query, K), ptx.div(query, K)
+          batch, token = ptx.div(token, T), ptx.rem(token, T)
+          row = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), common.tiles_of(plan) * common.tokens_of(plan)), token)
+          sums.append(_load_f32(ptx.byte(addresses[4], ptx.add(ptx.mul(row, G), member), 4)))
+          empty = arith.cmpf(arith.CmpFPredicate.OEQ, sums[-1], none)
+          sources.append(addresses[3])
+          tokens.append(row)
+          places.append(ptx.choose(empty, ptx.constant(-1), 0))
         weights, total, log_sum = _softmax(sums)
         # Every thread of a row writes the same number.
         at = ptx.byte(addresses[-1], ptx.add(ptx.mul(query, G), member), 4)
         ptx.effect("st.global.f32 [$0], $1;", "l,f", at, log_sum)
         factor = arith.divf(factor, total)
       result = [ptx.constant(0.0)] * VECTOR
-      for j in range(J):
+      for j, source in enumerate(sources):
         for part in range(parts):
           at = ptx.add(ptx.mul(tokens[j], G * H), ptx.mul(piece, VECTOR), part * padded_rows * H)
-          for n, x in enumerate(_load_vector(ptx.byte(rows, at, 2), places[j], dtype)):
+          for n, x in enumerate(_load_vector(ptx.byte(source, at, 2), places[j], dtype)):
             result[n] = arith.addf(result[n], x) if lse is None else _fma(x, weights[j], result[n])
       result = [arith.mulf(x, factor) for x in result]
       ptx.effect("st.global.v4.u32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r",

@@ -1,13 +1,14 @@
 """Selected attention on Hopper: what `pallas_kernels.api.selected_attention` runs on an H100 or H200.
 
-Forward: sort the selection by block (entries.py), attend entry by entry with the block on
-chip (forward.py), combine each query's partial results (merge.py). Backward: the same lists,
-one kernel for dQ, dK and dV (backward.py). Partial results take J * N * H numbers per token;
-above `PARTIAL_BYTES` the queries go through in slices, one after the other.
+Forward: attend to what a tile of neighbouring queries has in common with the queries on chip
+(common.py), sort the rest of the selection by block (entries.py), attend entry by entry with
+the block on chip (forward.py), combine each query's partial results (merge.py). Backward: lists
+of the whole selection, one kernel for dQ, dK and dV (backward.py). Partial results take
+J * N * H numbers per token; above `PARTIAL_BYTES` the queries go through in slices, one after
+the other.
 
-The cost does not depend on which blocks neighbours share. Its floor is the traffic of J partial
-rows per query row, written once and read once; on one H200 the forward pass of 64 heads over
-32,768 tokens took 1.45 times that.
+Where neighbours share nothing, the floor is the traffic of J partial rows per query row, written
+once and read once; on one H200 the forward pass of 64 heads over 32,768 tokens took 1.45 times that.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mosaic_gpu import backward
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu import entries as entry_lists
 from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import merge
@@ -169,25 +171,29 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
 
   def one(args):
     q, block_indices, first = args
+    rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
+    shared = None
+    if not interpret and common.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
+      tiles, block_indices = common.split(block_indices, plan, segment_ids, offset + first)
+      shared = common.attend(rows, keys, values, tiles, plan, **how)
     entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
     parts, part_lse = forward.partial_attention(
-        q.reshape(-1, q.shape[-1]), keys, values, entries, plan, scale=scale,
-        segmented=segment_ids is not None, buffers=forward_buffers(plan, q.shape[-1]), interpret=interpret)
+        rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
-    o, lse = combine(parts[None], part_lse, entries.position, plan)
-    return o.reshape(q.shape), lse.reshape(q.shape[:3]), entries
+    o, lse = combine(parts[None], part_lse, entries.position, plan, shared=shared)
+    return o.reshape(q.shape), lse.reshape(q.shape[:3])
 
   if slices == 1:
-    o, lse, entries = one((q, block_indices, 0))
+    o, lse = one((q, block_indices, 0))
   else:
     firsts = jnp.arange(slices, dtype=jnp.int32) * plan.queries
-    o, lse, entries = lax.map(one, (_cut(q, plan, slices), _cut(block_indices, plan, slices, -1), firsts))
+    o, lse = lax.map(one, (_cut(q, plan, slices), _cut(block_indices, plan, slices, -1), firsts))
     o, lse = _join(o, q.shape[1]), _join(lse, q.shape[1])
-  return (o, lse), (q, k, v, o, lse, entries, segment_ids, offset, block_indices)
+  return (o, lse), (q, k, v, o, lse, segment_ids, offset, block_indices)
 
 
 def _backward(block_size, scale, interpret, residuals, cotangents):
-  q, k, v, o, lse, entries, segment_ids, offset, block_indices = residuals
+  q, k, v, o, lse, segment_ids, offset, block_indices = residuals
   do, dlse = cotangents
   plan, slices = _plan_of(q, k, block_indices, block_size)
   H = q.shape[-1]
@@ -198,7 +204,8 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   delta = jnp.where(jnp.isfinite(delta), delta, 0.0)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
-  def one(q, do, lse, delta, entries):
+  def one(q, do, lse, delta, block_indices, first):
+    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
     dq, dk, dv = backward.partial_gradients(
         q.reshape(-1, H), keys, values, do.reshape(-1, H), lse.reshape(-1), delta.reshape(-1), entries, plan,
         scale=scale, segmented=segment_ids is not None, interpret=interpret)
@@ -209,15 +216,16 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
     return dq.reshape(q.shape), backward.sum_units(dk, dv, entries.unit_start, plan)
 
   if slices == 1:
-    dq, (dk, dv) = one(q, do, lse, delta, entries)
+    dq, (dk, dv) = one(q, do, lse, delta, block_indices, 0)
   else:
     def step(sums, args):
       dq, more = one(*args)
       return jax.tree.map(jnp.add, sums, more), dq
 
-    cut = [_cut(x, plan, slices) for x in (q, do, lse, delta)]
-    first, more = one(*jax.tree.map(lambda x: x[0], (*cut, entries)))
-    (dk, dv), dq = lax.scan(step, more, jax.tree.map(lambda x: x[1:], (*cut, entries)))
+    cut = [*(_cut(x, plan, slices) for x in (q, do, lse, delta)), _cut(block_indices, plan, slices, -1),
+           jnp.arange(slices, dtype=jnp.int32) * plan.queries]
+    first, more = one(*(x[0] for x in cut))
+    (dk, dv), dq = lax.scan(step, more, tuple(x[1:] for x in cut))
     dq = _join(jnp.concatenate([first[None], dq]), q.shape[1])
 
   def tokens_first(x, factor):
