@@ -1,0 +1,15 @@
+"""Kernels for TPUs (v5e, v5p, v6e, tpu7x) in Pallas Mosaic: VMEM tiles, copies by hand, the matrix unit.
+
+Importing registers them; it works without a TPU. No TPU was at hand when they were written: numbers are
+checked in the interpreter on a CPU, and libtpu compiles every kernel for each chip (`aot`).
+"""
+from __future__ import annotations
+
+from pallas_kernels import backends
+
+KERNELS = {  # operation -> its module, which has a function of that name and `supports` of the same arguments
+}
+
+for _operation, _module in KERNELS.items():
+  backends.register(_operation, "mosaic_tpu", getattr(_module, _operation), platforms=("tpu",),
+                    supports=lambda arguments, _module=_module: _module.supports(**arguments))
