@@ -21,6 +21,8 @@ METHODS = {
     "msa": methods.MSA(index_dim=4, **SMALL),
     # Blocks of 4 strides, compressed blocks of 2: the weights are 1, 2, 2, 2, 1 as in the paper's geometry.
     "nsa": methods.NSA(block_size=8, num_blocks=4, compress_len=4, compress_stride=2, window=12),
+    "dsa": methods.DSA(index_heads=2, index_dim=4, **SMALL),
+    "seer": methods.Seer(gate_dim=4, **SMALL),
     "block_topk": methods.BlockTopK(**SMALL),
     "sink_window": methods.SinkWindow(**SMALL),
     "random": methods.RandomBlocks(**SMALL),

@@ -1,12 +1,19 @@
 """Attention methods, one file each, and their registry.
 
-| method | what it adds to dense | how gradient reaches the selector | file |
-|---|---|---|---|
-| dense | nothing | - | dense.py |
-| msa | index query per KV head, one index key | KL to the main attention's own distribution | msa.py |
-| nsa | K, V per branch, compression MLP, gates | through the compressed branch's output | nsa.py |
-| block_topk | nothing (mean-pooled keys) | none: keys and queries learn through the blocks that were chosen | training_free.py |
-| sink_window, random, oracle | nothing | none | training_free.py |
+| method | learns besides q, k, v | gradient to the selector | selector's FLOPs | a retrofit adds | source |
+|---|---|---|---|---|---|
+| dense | nothing | - | - | - | 1706.03762 |
+| msa | index query per KV head, one index key | KL to the attention of the group | 2 K Hi t | selector | 2606.13392 |
+| nsa | K, V per branch, compression MLP, gates | LM loss, by the compressed branch | 6 N H t / d + MLP | branch | 2502.11089 |
+| dsa | ReLU-weighted index heads, one index key | KL to the attention of all heads | 2 HI (dI + 1) t | selector | 2512.02556 |
+| seer | gate per KV head on q and pooled k | KL to the blocks' largest attention | 2 K d t / block | selector | 2506.08889 |
+| block_topk | nothing (mean-pooled keys) | none; q and k learn in chosen blocks | 2 K H t / block | nothing | 2502.13189 |
+| sink_window, random, oracle | nothing | none | 0, 0, 2 N H t | nothing | training_free.py |
+
+Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and strides. FLOPs are per query and layer,
+forward, t being the tokens that the query may see; the attention over what was selected costs 4 N H J block besides,
+dense attention 4 N H t. "A retrofit adds" names the parameter group that a dense trunk lacks (nsa/optim.py): it keeps
+its initial values until the fork. Sources are arXiv numbers.
 """
 from __future__ import annotations
 
@@ -14,12 +21,14 @@ import dataclasses
 
 from nsa.methods import blocks
 from nsa.methods.dense import Dense
+from nsa.methods.dsa import DSA
 from nsa.methods.interface import Call, Inputs, Layer, Method, Result
 from nsa.methods.msa import MSA
 from nsa.methods.nsa import NSA
+from nsa.methods.seer import Seer
 from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, RandomBlocks, SinkWindow
 
-_METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, BlockTopK, SinkWindow, RandomBlocks, Oracle)}
+_METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, BlockTopK, SinkWindow, RandomBlocks, Oracle)}
 
 # Ways to run a trained model: dense, with its own selector, or with a training-free one in its place.
 RUN_MODES = ("dense", "sparse") + tuple(SELECTORS)

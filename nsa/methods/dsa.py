@@ -1,0 +1,213 @@
+"""DSA, DeepSeek Sparse Attention (arXiv 2512.02556, section 2.1): a lightning indexer picks tokens, KL trains it.
+
+Indexer, per layer, on the detached hidden state x:
+
+  q_idx = rope(x Wq)             [T, HI, dI]   HI index heads
+  k_idx = rope(LayerNorm(x Wk))  [S, dI]       one index key
+  w     = x Ww / sqrt(HI * dI)   [T, HI]
+  I[t, s] = sum over j of w[t, j] * relu(<q_idx[t, j], k_idx[s]>)
+
+Every query attends to the tokens with the best I, `num_blocks * block_size` of them, all heads of the layer to
+the same ones; nothing is forced, not even the query itself. Two options make it comparable with block methods:
+
+* `level = "block"`: I is max-pooled over each block's visible tokens, the best `num_blocks` blocks are taken, and
+  `num_initial` and `num_local` blocks are forced as everywhere else (at level "token" these two do nothing).
+* `per_group = True`: HI index heads, and so a set, for each KV head.
+
+Losses (eqs. 3 and 4 there), with p the attention probabilities summed over all heads (of the group, with
+`per_group`) and L1-normalised, held constant: warm-up KL(p || softmax(I)) over all previous tokens; in sparse
+steps the same over the chosen tokens alone, where p comes from the sparse attention, normalised over them (the
+paper does not say). The KL reaches the indexer and nothing else, and nothing else reaches the indexer.
+
+The paper's model has MLA: there q_idx comes from the query latent, RoPE turns 64 of the 128 dimensions, and both
+sides are Hadamard-rotated and quantised to FP8. Here q_idx comes from x, RoPE turns all dimensions (halves, not
+interleaved), and scores are float32 sums.
+
+Scores, top-k and losses are plain jnp in chunks of queries (nsa/methods/distillation.py): no operation of
+pallas_kernels covers ReLU-weighted index heads. They take every key, causally hidden or not.
+"""
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import pallas_kernels as pk
+from nsa import layers
+from nsa.methods import blocks, distillation, interface, training_free
+
+LEVELS = ("token", "block")
+
+
+@dataclasses.dataclass
+class DSA(blocks.BlockMethod):
+  """Defaults: the paper's budget of 2,048 tokens, and an indexer for small models (the paper: 64 heads of 128)."""
+  name: ClassVar[str] = "dsa"
+  losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  selector_losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  block_size: int = 64            # tokens; at level "token" only a factor of the budget
+  num_blocks: int = 32            # J; the budget is num_blocks * block_size tokens
+  num_initial: int = 0            # forced first blocks, level "block" only
+  num_local: int = 1              # forced last blocks, the query's own included, level "block" only
+  level: str = "token"            # token | block: what is selected
+  per_group: bool = False         # one set per KV head instead of one for all
+  index_heads: int = 4            # HI, index heads of one set
+  index_dim: int = 64             # dI, width of an index query and of the index key
+
+  def sets(self, model) -> int:
+    """R, sets of tokens per query."""
+    return model.num_kv_heads if self.per_group else 1
+
+  def check(self, model, context):
+    problems = super().check(model, context)
+    if self.level not in LEVELS:
+      problems.append(("level", self.level, f"one of {', '.join(LEVELS)}"))
+    if self.index_heads < 1:
+      problems.append(("index_heads", self.index_heads, "at least 1"))
+    if self.index_dim < 2 or self.index_dim % 2:
+      problems.append(("index_dim", self.index_dim, "RoPE rotates pairs: take an even number, 2 or more"))
+    return problems
+
+  def layer(self, init, model):
+    return DSALayer(init, model, self)
+
+  def _index_flops(self, model, keys: float) -> float:
+    """Of I over `keys` tokens: each head's dot product, then its weighted sum."""
+    return 2.0 * self.sets(model) * self.index_heads * (self.index_dim + 1) * keys
+
+  def flops(self, model, context, mode):
+    if mode != "sparse":  # a warm-up's index scores belong to its loss
+      return {"dense": interface.dense_flops(model, context)}
+    return {"selected": blocks.selected_flops(self, model, context),
+            "index": self._index_flops(model, (context + 1) / 2)}
+
+  def loss_flops(self, model, context, mode):
+    if mode == "dense":
+      return {}
+    visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
+    return {"index_kl": self._index_flops(model, visible),
+            "teacher": 2.0 * model.num_heads * model.head_dim * visible}
+
+  def reads(self, model, context):
+    # The one index key head is read once for all K heads and has no value.
+    share = self.index_dim / (2 * model.head_dim * model.num_kv_heads)
+    return {"selected": self.tokens_visible(context), "index": context * share}
+
+
+def layer_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], bias: Float[Array, "D"], eps: float = 1e-6):
+  """(x - mean) / standard deviation * gain + bias, computed in float32, returned in x.dtype (arXiv 1607.06450)."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return (x32 * scale * gain + bias).astype(x.dtype)
+
+
+class Indexer(nnx.Module):
+  """The lightning indexer's projections; their parameters are the group "selector"."""
+
+  def __init__(self, init, model, options: DSA):
+    self.sets, self.heads = options.sets(model), options.index_heads
+    count, axis = self.sets * self.heads, "kv_heads" if options.per_group else None
+    self.q = layers.HeadProjection(init.child("q"), model.d_model, count, options.index_dim, axis=axis)
+    self.k = layers.HeadProjection(init.child("k"), model.d_model, 1, options.index_dim, axis=None)
+    self.k_norm = init.constant((options.index_dim,), (None,), 1.0)
+    self.k_norm_bias = init.constant((options.index_dim,), (None,), 0.0)
+    self.weights = init.normal("weights", (model.d_model, count), ("embed", axis), fan_in=model.d_model)
+    self.scale = (options.index_heads * options.index_dim) ** -0.5
+
+  def keys(self, h, call) -> Float[Array, "B T dI"]:
+    k = layer_norm(self.k(h), self.k_norm[...], self.k_norm_bias[...])
+    return call.rope(k, offset=call.offset)[:, :, 0]
+
+  def queries(self, h, call) -> tuple[Float[Array, "B T R HI dI"], Float[Array, "B T R HI"]]:
+    """The index queries of each set and their weights."""
+    B, T, _ = h.shape
+    q = call.rope(self.q(h), offset=call.offset)
+    w = jnp.einsum("btd,dj->btj", h, self.weights[...].astype(h.dtype)) * self.scale
+    return q.reshape(B, T, self.sets, self.heads, -1), w.reshape(B, T, self.sets, self.heads)
+
+
+def index_scores(q_idx: Float[Array, "B t R HI dI"], w: Float[Array, "B t R HI"],
+                 k_idx: Float[Array, "B S dI"]) -> Float[Array, "B t R S"]:
+  """I[t, s] (eq. 1), float32."""
+  dots = jnp.einsum("btrjd,bsd->btrjs", q_idx, k_idx, preferred_element_type=jnp.float32,
+                    precision=jax.lax.Precision.HIGHEST)
+  return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(dots), axis=3)
+
+
+class DSALayer(interface.Layer):
+
+  def __init__(self, init, model, options: DSA):
+    self.options = options
+    self.selector = Indexer(init.child("selector"), model, options)
+
+  def streams(self, x, call):
+    return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
+
+  def select(self, q_idx, w, k_idx, call):
+    """(lists int32[B, T, R, J] of the chosen blocks or tokens, tokens of one entry). No gradient."""
+    o = self.options
+    q_idx, w, k_idx = map(jax.lax.stop_gradient, (q_idx, w, k_idx))
+    S = k_idx.shape[1]
+    count = -(-S // o.block_size)
+    if o.level == "token":
+      geometry = dict(block_size=1, num_blocks=min(o.num_blocks * o.block_size, S), num_initial=0, num_local=0)
+    else:
+      geometry = o.geometry
+
+    def choose(position, segments, q_idx, w):
+      scores = index_scores(q_idx, w, k_idx)
+      if o.level == "block":
+        seen = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
+        scores = jnp.pad(jnp.where(seen, scores, -jnp.inf), [(0, 0)] * 3 + [(0, count * o.block_size - S)],
+                         constant_values=-jnp.inf)
+        scores = scores.reshape(scores.shape[:3] + (count, o.block_size)).max(-1)
+      return pk.block_top_k(scores, **geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],
+                            implementation=call.implementation)
+
+    lists = distillation.over_queries(choose, call, self._scores_per_query(k_idx), q_idx, w)
+    return checkpoint_name(lists, "block_indices"), geometry["block_size"]  # named once more, outside the chunks
+
+  def __call__(self, x, streams, call):
+    if call.mode == "dense":
+      return super().__call__(x, streams, call)
+    q, k, v, k_idx = x.q, streams["k"], streams["v"], streams["k_idx"]
+    q_idx, w = self.selector.queries(jax.lax.stop_gradient(x.h), call)
+    size, lists = 1, None
+    if call.mode == "warmup":
+      o, lse = pk.attention(q, k, v, **call.ops)
+    else:
+      if call.selector == "own":
+        lists, size = self.select(q_idx, w, k_idx, call)
+      else:
+        lists, size = training_free.select(call.selector, q, k, self.options, call), self.options.block_size
+      per_head = jnp.broadcast_to(lists, lists.shape[:2] + (k.shape[2],) + lists.shape[3:])
+      o, lse = pk.selected_attention(q, k, v, per_head, block_size=size, **call.ops)
+    losses = {"index_kl": self._index_kl(q, k, lse, q_idx, w, k_idx, lists, size, call)} if call.losses else {}
+    # Result takes blocks of `block_size`; lists of tokens would be misread as such.
+    blocks_chosen = per_head if lists is not None and size == self.options.block_size else None
+    return interface.Result(o, losses, blocks_chosen)
+
+  def _index_kl(self, q, k, lse, q_idx, w, k_idx, lists, size, call):
+    """KL(p || softmax(I)), a mean over queries and sets; `lists` None takes all visible tokens."""
+    S = k.shape[1]
+
+    def one(position, segments, q, lse, q_idx, w, lists):
+      mask = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
+      if lists is not None:
+        mask = mask & distillation.selected_tokens(lists, size, S)
+      p = distillation.probabilities(q, k, lse, mask)
+      if self.options.per_group:
+        target = p.sum(3)
+      else:  # over all heads; a control in the selector's place may have given each KV head a set of its own
+        target, mask = p.sum((2, 3))[:, :, None], mask.any(2, keepdims=True)
+      return distillation.kl(target, index_scores(q_idx, w, k_idx), mask)
+
+    return jnp.mean(distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w,
+                                              lists))
+
+  def _scores_per_query(self, k_idx, heads: int = 0) -> int:
+    return k_idx.shape[0] * k_idx.shape[1] * max(heads, self.selector.sets * self.selector.heads)

@@ -1,0 +1,292 @@
+"""Tests of nsa/methods/seer.py against a slow float64 reference written from the papers' formulas."""
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import methods_oracle as oracle
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, optim, schedule
+from nsa.methods import distillation
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, T, V, D, N, K, H = 2, 44, 32, 12, 6, 2, 4  # the last block has 4 tokens of 8
+VARIANTS = {
+    "seer": methods.Seer(block_size=8, num_blocks=3, gate_dim=6),
+    "bare": methods.Seer(block_size=8, num_blocks=3, num_initial=1, gate_dim=6, gate_norm=False),
+}
+PACKED = np.searchsorted((5, 29, T), np.arange(T), side="right") * np.ones((B, 1), int)  # not on the block grid
+
+
+def segments_of(packed):
+  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
+
+
+CASES = [(name, mode, packed) for name in VARIANTS for mode in ("sparse", "warmup") for packed in (False, True)
+         if mode == "sparse" or name == "seer"]
+
+
+def make_config(attention, **model):
+  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
+  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+
+
+def random_params(tree, seed=1):
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):  # no norm is trivial
+    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@functools.lru_cache(maxsize=None)
+def attention_of(name):
+  options = VARIANTS[name]
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
+  return graph, random_params(nnx.to_pure_dict(state))
+
+
+def objective(name, mode, params, h, weights, segments):
+  """<output, weights> + KL of one layer, and (output, KL, chosen blocks)."""
+  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
+  call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+  seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
+  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
+  return jnp.sum(out * weights) + losses["gate_kl"], (out, losses["gate_kl"], seen.get("indices"))
+
+
+@functools.lru_cache(maxsize=None)
+def gradient_of(name, mode):
+  return jax.jit(jax.grad(functools.partial(objective, name, mode), argnums=(0, 1), has_aux=True))
+
+
+@functools.lru_cache(maxsize=None)
+def run_layer(name, mode, packed):
+  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
+  return h, weights, jax.device_get(gradient_of(name, mode)(attention_of(name)[1], h, weights, segments_of(packed)))
+
+
+# --- the reference -----------------------------------------------------------------
+
+
+def sees(packed, b, t, s):
+  return s <= t and (not packed or PACKED[b, s] == PACKED[b, t])
+
+
+def blocks_of(packed, b, t, size=8):
+  """(blocks with a token that the query sees, those of them that are complete at the query)."""
+  some = sorted({s // size for s in range(t + 1) if sees(packed, b, t, s)})
+  return some, [j for j in some if sees(packed, b, t, (j + 1) * size - 1)]
+
+
+def gate_scores(xp, p, h, options, packed):
+  """{(b, t): [K, complete blocks]} of every query that has complete blocks, `h` being constant."""
+  heads = lambda x, w: xp.einsum("...ki,kio->...ko", x, w["inner"])
+  norm = lambda x, w: oracle.rms_norm(xp, x, w["norm"]) if options.gate_norm else x
+  q, k = oracle.project(xp, p["q"], h), oracle.project(xp, p["k"], h)
+  gate = p["method"]["selector"]
+  q = norm(heads(q.reshape(B, T, K, N // K * H), gate["q"]), gate["q"])
+  q = oracle.rope(xp, q, np.arange(T))
+  out = {}
+  for b, t in np.ndindex(B, T):
+    _, complete = blocks_of(packed, b, t)
+    if complete:
+      tokens = [[s for s in range(j * 8, j * 8 + 8) if sees(packed, b, t, s)] for j in complete]
+      pooled = xp.stack([xp.concatenate([k[b, at].max(0), k[b, at].min(0), k[b, at].mean(0)], -1)
+                         for at in map(np.asarray, tokens)])
+      keys = norm(heads(pooled, gate["compress_k"]), gate["compress_k"])
+      keys = oracle.rope(xp, keys[None], np.asarray(complete) * 8)[0]
+      out[b, t] = xp.einsum("kd,ckd->kc", q[b, t], keys) / np.sqrt(options.gate_dim)
+  return out
+
+
+def token_mask(packed, indices):
+  mask = oracle.causal_mask(B, T, K) if indices is None else oracle.token_mask(indices, 8)
+  return mask & (PACKED[:, :, None] == PACKED[:, None])[:, :, None] if packed else mask
+
+
+def reference(xp, options, p, h, packed, indices, stop=lambda x: x):
+  """(output, KL): softmax attention over the chosen blocks (all without), and the loss of 2506.08889, section 2.2."""
+  q, k = (oracle.rope(xp, oracle.project(xp, p[x], h), np.arange(T)) for x in "qk")
+  o, prob = oracle.attend(xp, q, k, oracle.project(xp, p["v"], h), token_mask(packed, indices))
+  selector = p["method"]["selector"]
+  frozen = {**{x: {name: stop(w) for name, w in p[x].items()} for x in "qk"}, "method": {"selector": selector}}
+  losses = []
+  for (b, t), scores in gate_scores(xp, frozen, stop(h), options, packed).items():
+    _, complete = blocks_of(packed, b, t)
+    for r in range(K):
+      mine = [i for i, j in enumerate(complete) if indices is None or j in indices[b, t, r]]
+      if mine:
+        largest = xp.stack([prob[b, t, r, :, complete[i] * 8:complete[i] * 8 + 8].max() for i in mine])
+        target = stop(largest / largest.sum())
+        e = xp.exp(scores[r, np.asarray(mine)])
+        losses.append((target * (xp.log(target) - xp.log(e / e.sum()))).sum())
+  return xp.einsum("btnh,nhd->btd", o, p["out"]), sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name,mode,packed", CASES)
+def test_layer_values_equal_the_reference(name, mode, packed):
+  h, _, (_, (out, kl, indices)) = run_layer(name, mode, packed)
+  want, want_kl = reference(np, VARIANTS[name], oracle.as_float64(attention_of(name)[1]), h.astype(np.float64),
+                            packed, indices)
+  assert (indices is None) == (mode == "warmup") and kl > 0.01
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+  np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
+
+
+@functools.lru_cache(maxsize=None)
+def slow_gradient():
+  def slow(params, h, mask, weights):
+    q, k = (oracle.rope(jnp, oracle.project(jnp, params[x], h), np.arange(T)) for x in "qk")
+    o, _ = oracle.attend(jnp, q, k, oracle.project(jnp, params["v"], h), mask)
+    return jnp.sum(jnp.einsum("btnh,nhd->btd", o, params["out"]) * weights)
+
+  return jax.jit(jax.grad(slow, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("name,mode,packed", CASES)
+def test_gradients_equal_the_reference(name, mode, packed):
+  """LM part: autodiff of the masked dense reference. KL: central differences of the float64 reference."""
+  h, weights, (grads, (_, _, indices)) = run_layer(name, mode, packed)
+  params, mask = attention_of(name)[1], token_mask(packed, indices)
+
+  want, of_h = slow_gradient()(params, h, mask, weights)
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-3)
+  close(grads[1], of_h, atol=2e-4 * np.abs(of_h).max())  # the KL adds nothing to h and to the backbone
+  for x in ("q", "k", "v", "out"):
+    jax.tree.map(lambda a, b: close(a, b, atol=2e-4 * np.abs(b).max()), grads[0][x], want[x])
+  exact, rng = oracle.as_float64(params), np.random.default_rng(3)
+  gate = grads[0]["method"]["selector"]
+  for part in ("q", "compress_k"):
+    for leaf, got in gate[part].items():
+      direction = rng.standard_normal(got.shape)
+
+      def moved(step):
+        selector = exact["method"]["selector"]
+        there = {**selector, part: {**selector[part], leaf: selector[part][leaf] + step * direction}}
+        return reference(np, VARIANTS[name], {**exact, "method": {"selector": there}}, h.astype(np.float64), packed,
+                         indices)[1]
+
+      slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
+      close(np.sum(got * direction), slope, atol=1e-5)
+      assert np.abs(got).max() > 1e-4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_selected_sets_are_those_of_the_slow_gate(name, packed):
+  h, _, (_, (_, _, indices)) = run_layer(name, "sparse", packed)
+  options = VARIANTS[name]
+  scores = gate_scores(np, oracle.as_float64(attention_of(name)[1]), h.astype(np.float64), options, packed)
+  swapped = 0
+  for b, t, r in np.ndindex(B, T, K):
+    some, complete = blocks_of(packed, b, t)
+    value = dict(zip(complete, scores[b, t][r])) if complete else {}
+    forced = {t // 8} | set(some[:options.num_initial])
+    rest = sorted(set(some) - forced, key=lambda j: (-value[j], j))
+    want = forced | set(rest[:options.num_blocks - len(forced)])
+    got = {j for j in indices[b, t, r].tolist() if j >= 0}
+    assert len(got) == len(want) and forced <= got
+    assert got == want or np.ptp([value[j] for j in got ^ want]) < 1e-5, (b, t, r)
+    swapped += set(some[-len(want):]) != got
+  assert swapped > 10  # the gate chooses more than the latest blocks
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+  h, weights, (grads, (out, kl, _)) = run_layer("seer", "sparse", True)
+  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * T * N)  # 7 queries, the last chunk padded
+  run = jax.jit(jax.grad(functools.partial(objective, "seer", "sparse"), argnums=(0, 1), has_aux=True))
+  arguments = attention_of("seer")[1], h, weights, segments_of(True)
+  assert "scan" in str(run.trace(*arguments).jaxpr)
+  grads_2, (out_2, kl_2, _) = run(*arguments)
+  np.testing.assert_allclose(out_2, out, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(kl_2, kl, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads_2, grads)
+
+
+# --- whole models --------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def params_of(name):
+  return random_params(model_lib.abstract_params(make_config(VARIANTS[name])))
+
+
+def tokens(seed=0):
+  return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+
+
+def forward(name, **kw):
+  return jax.jit(functools.partial(model_lib.forward, make_config(VARIANTS[name]), **kw))
+
+
+def test_dense_output_where_the_mode_says_so():
+  params = params_of("seer")
+  stack = params["stacks"]["stack0"]
+  attention = {k: v for k, v in stack["attention"].items() if k != "method"}
+  plain = {**params, "stacks": {"stack0": {**stack, "attention": attention}}}
+  want = jax.jit(functools.partial(model_lib.forward, make_config(methods.Dense())))(plain, tokens())
+  dense, warmup = (forward("seer", mode=mode)(params, tokens()) for mode in ("dense", "warmup"))
+  np.testing.assert_array_equal(dense.logits, want.logits)
+  assert not dense.losses and set(warmup.losses) == {"gate_kl"}
+  np.testing.assert_allclose(warmup.logits, want.logits, rtol=1e-6, atol=1e-6)
+  assert np.abs(forward("seer")(params, tokens()).logits - want.logits).max() > 1e-2
+
+
+def test_kl_trains_the_gate_alone_and_nothing_else_does():
+  config = make_config(VARIANTS["seer"], remat="layer")
+
+  def both(params, of_lm, of_kl):
+    out = model_lib.forward(config, params, tokens()[:, :-1])
+    lm = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), tokens()[:, 1:, None], -1).mean()
+    return of_lm * lm + of_kl * out.losses["gate_kl"]
+
+  grad = jax.jit(jax.grad(both))
+  largest = lambda *weights: {group: max(float(np.abs(g).max()) for g in leaves.values()) for group, leaves in
+                              optim.split(grad(params_of("seer"), *weights)).items()}
+  of_lm, of_kl = largest(1.0, 0.0), largest(0.0, 1.0)
+  assert of_kl["selector"] > 1e-4 and of_kl["backbone"] == 0
+  assert of_lm["selector"] == 0 and of_lm["backbone"] > 1e-4
+
+
+def test_no_complete_block_means_no_loss_and_no_gradient():
+  h, weights, segments = np.ones((B, 7, D), np.float32), np.zeros((B, 7, D), np.float32), np.zeros((B, 7), np.int32)
+  grads, (_, kl, _) = gradient_of("seer", "sparse")(attention_of("seer")[1], h, weights, segments)
+  assert kl == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+# --- cost and options ------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+  options, context = methods.Seer(block_size=8, num_blocks=3, gate_dim=6), 50
+  config = make_config(options)
+  config.schedule, config.data.context, config.data.global_batch = schedule.native(10, 0.5), context, 2
+  mean = lambda count: sum(count(t) for t in range(context)) / context
+  complete = lambda t: (t + 1) // 8
+  chosen = lambda t: min(t // 8 + 1, 3) - ((t + 1) % 8 > 0)  # without the unfinished own block
+  parts = flops.forward(config, context, "sparse")
+  key = 2 * 2 * K * 3 * H * 6 / 8  # one pooled key of 3 H per block and head
+  score = 2 * 2 * K * 6
+  assert parts["scores"] == pytest.approx(score * mean(complete) + key)
+  assert parts["selected"] == pytest.approx(2 * 4 * N * H * mean(lambda t: min(t + 1, 24)))
+  assert parts["projections"] - flops.forward(config, context, "dense")["projections"] == 2 * 2 * K * (N // K * H) * 6
+  warmup = flops.training(config, schedule.at(config, 0))
+  assert warmup["gate_kl"] == pytest.approx(3 * (score * mean(complete) + key)) and "scores" not in warmup
+  assert warmup["teacher"] == pytest.approx(2 * 2 * N * H * 8 * mean(complete))
+  sparse = flops.training(config, schedule.at(config, 9))
+  assert sparse["gate_kl"] == pytest.approx(3 * (score * mean(chosen) + key))
+  assert sparse["teacher"] == pytest.approx(2 * 2 * N * H * 8 * mean(chosen))
+  assert options.reads(config.model, 48) == {"selected": 24, "scores": 6 * 6 / (2 * H)}
+
+
+def test_check_names_the_field():
+  config = make_config(dataclasses.replace(VARIANTS["seer"], gate_dim=5), vocab_size=320)
+  with pytest.raises(config_lib.ConfigError, match=r"attention\.gate_dim = 5"):
+    config_lib.validate(config)
