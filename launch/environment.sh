@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: finds a Python and installs the project.
 
 # Prints the first Python on the PATH that the project supports; $PYTHON overrides.
@@ -19,10 +20,10 @@ install_into() {
   local venv=$1 what=$2 python stamp
   stamp="$venv/.installed-$(cksum < setup.cfg | cut -d' ' -f1)-$(printf '%s' "$what" | cksum | cut -d' ' -f1)"
   [ -e "$stamp" ] && return
-  python=$(find_python)
+  python=$(find_python) || return
   echo "installing into $venv with $("$python" --version) (about a minute) ..."
-  "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e "$what"
-  touch "$stamp"
+  "$python" -m venv "$venv" &&
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip &&
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e "$what" &&
+    touch "$stamp"  # whether or not the caller has set -e
 }
