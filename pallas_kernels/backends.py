@@ -24,7 +24,8 @@ OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_to
 
 # Platform -> (implementation, module) in order of preference; the module registers under that name.
 BACKENDS = {
-    "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu")],
+    "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu"), ("cudnn", "pallas_kernels.cudnn"),
+            ("triton", "pallas_kernels.triton")],
     "tpu": [],
     "cpu": [],
 }

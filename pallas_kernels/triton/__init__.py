@@ -1,0 +1,17 @@
+"""Kernels for Ampere and Hopper GPUs in Triton, called through jax-triton.
+
+Importing registers them; it needs triton, but neither a GPU nor jax-triton, without which `supports` refuses.
+"""
+from __future__ import annotations
+
+from pallas_kernels import backends
+from pallas_kernels.triton import ranged
+from pallas_kernels.triton import top_k
+
+for _operation, _function, _supports in (
+    ("attention", ranged.attention, ranged.supports_attention),
+    ("compressed_attention", ranged.compressed_attention, ranged.supports_compressed_attention),
+    ("compressed_top_k", top_k.compressed_top_k, top_k.supports_compressed_top_k),
+    ("index_top_k", top_k.index_top_k, top_k.supports_index_top_k),
+):
+  backends.register(_operation, "triton", _function, platforms=("gpu",), supports=_supports)

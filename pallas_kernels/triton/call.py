@@ -1,0 +1,169 @@
+"""How the kernels of this backend are called: jax-triton in either spelling, under vmap, with visible keys.
+
+jax-triton 0.3 (jax 0.10, Python 3.11) names the results `out_shape`, 0.4 names them `out_type`; `kernel_call`
+is the only place that knows. A differentiable operation is a `jax.custom_vjp` whose forward and backward
+rules call functions wrapped by `batched`; vmap of a custom_vjp maps the rules, and `batched` folds the mapped
+axis into the batch axis of the arrays.
+
+With TRITON_INTERPRET=1 in the environment before triton is imported, kernels run in its interpreter on the
+host, on torch tensors: how their arithmetic is tested without a GPU.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
+LOG2E = 1.4426950408889634
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def unavailable():
+  """None, or why no kernel of this backend can run here: for `supports`."""
+  if INTERPRET:
+    return None
+  try:
+    import jax_triton
+  except Exception as error:  # it raises what it likes where jaxlib has no CUDA plugin
+    return f"jax-triton does not import ({type(error).__name__}: {error})"
+  if not hasattr(jax_triton, "triton_call"):
+    return "jax-triton has no triton_call"
+  device = jax.devices()[0]
+  if device.platform == "gpu" and capability() < 80:
+    return f"q is on {device.device_kind}: the kernels need compute capability 8.0 or more"
+  return None
+
+
+def capability():
+  """Compute capability of the default GPU times ten, e.g. 90; ASSUMED_CAPABILITY without a GPU."""
+  text = str(getattr(jax.devices()[0], "compute_capability", ""))
+  major, _, minor = text.partition(".")
+  return 10 * int(major) + int(minor or 0) if major.isdigit() else ASSUMED_CAPABILITY
+
+
+def processors():
+  """Multiprocessors of the default GPU; those of an H100 without one."""
+  return int(getattr(jax.devices()[0], "core_count", 0) or 132) if jax.devices()[0].platform == "gpu" else 132
+
+
+def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=2, **constants):
+  """Runs a Triton kernel.
+
+  Args:
+    kernel: a triton.jit function of the pointers of `inputs`, the pointers of `outputs`, then constexprs.
+      Numbers are constexprs as well: jax-triton 0.3 would pass a float as float64.
+    inputs: arrays, C-contiguous inside the kernel. None is not allowed: pass any array and a constant that
+      says that it is not read.
+    outputs: jax.ShapeDtypeStruct or a list or tuple of them. Memory comes uninitialised.
+    grid: up to three ints; the first may be as large as 2^31 - 1, the others 65,535.
+    name: in profiles and in lowered text.
+    num_warps, num_stages: of the Triton compiler.
+    **constants: the kernel's constexprs.
+
+  Returns:
+    Arrays as `outputs`.
+  """
+  if INTERPRET:
+    return _interpret(kernel, inputs, outputs, grid, constants)
+  import jax_triton
+  results = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+  return jax_triton.triton_call(
+      *inputs, kernel=kernel, grid=tuple(grid), name=name, num_warps=num_warps, num_stages=num_stages,
+      compute_capability=capability(), **{results: outputs}, **constants)
+
+
+def _interpret(kernel, inputs, outputs, grid, constants):
+  import torch
+  listed = [outputs] if hasattr(outputs, "shape") else list(outputs)
+
+  def tensor(x):
+    if x.dtype == jnp.bfloat16:
+      return torch.from_numpy(np.array(x).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(x))
+
+  def run(*arrays):
+    # Poisoned: what a kernel forgets to write shows.
+    results = [tensor(np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -7, x.dtype))
+               for x in listed]
+    kernel[tuple(grid)](*map(tensor, arrays), *results, **constants)
+    back = lambda t, x: t.view(torch.int16).numpy().view(x.dtype) if x.dtype == jnp.bfloat16 else t.numpy()
+    return tuple(back(t, x) for t, x in zip(results, listed))
+
+  out = jax.pure_callback(run, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in listed), *inputs)
+  return out[0] if hasattr(outputs, "shape") else list(out)
+
+
+def batched(function):
+  """`function` with a batching rule: a mapped axis is folded into the first axis of every array.
+
+  Args:
+    function: of arrays (pytrees, None allowed) that all have a first axis of the same length B, to arrays
+      that have it too, where results of one batch entry depend on that entry alone.
+
+  Returns:
+    The same function; arrays that vmap does not map are repeated.
+  """
+  @jax.custom_batching.custom_vmap
+  def call(*args):
+    return function(*args)
+
+  @call.def_vmap
+  def rule(axis_size, in_batched, *args):
+    def fold(x, mapped):
+      x = x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+      return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+    results = call(*jax.tree.map(fold, args, tuple(in_batched)))
+    results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+    return results, jax.tree.map(lambda _: True, results)
+
+  return call
+
+
+def next_power_of_2(n):
+  return 1 << (n - 1).bit_length()
+
+
+def visible_tokens(B, T, query_offset=0, segment_ids=None):
+  """The tokens that each query sees, as far as causality and segments go: int32[B, T] pair (first, position).
+
+  Query t of batch b sees the tokens first .. position, both included, where `position` is its own.
+
+  Args:
+    B, T: ints.
+    query_offset: int32 scalar or [B], position of the first query.
+    segment_ids: int32[B, S] in contiguous runs, or None.
+  """
+  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
+  position = offset[:, None] + jnp.arange(T, dtype=jnp.int32)
+  if segment_ids is None:
+    return jnp.zeros_like(position), position
+  S = segment_ids.shape[1]
+  new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  start = lax.cummax(jnp.where(new, jnp.arange(S, dtype=jnp.int32), 0), axis=1)
+  return jnp.take_along_axis(start, jnp.clip(position, 0, S - 1), axis=1), position
+
+
+def segment_ends(B, T, S, query_offset=0, segment_ids=None):
+  """int32[B, T]: one past the last token of each query's segment."""
+  if segment_ids is None:
+    return jnp.full((B, T), S, jnp.int32)
+  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
+  position = jnp.clip(offset[:, None] + jnp.arange(T, dtype=jnp.int32), 0, S - 1)
+  last = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+  end = lax.cummin(jnp.where(last, jnp.arange(1, S + 1, dtype=jnp.int32), S), axis=1, reverse=True)
+  return jnp.take_along_axis(end, position, axis=1)
+
+
+def compressed_run(first, position, C, block_len, block_stride):
+  """The compressed blocks low .. high - 1 that lie inside the tokens first .. position: int32[B, T] pair."""
+  low = -(-first // block_stride)
+  high = jnp.where(position >= block_len - 1, (position - (block_len - 1)) // block_stride + 1, 0)
+  return low, jnp.minimum(high, C)
