@@ -18,24 +18,15 @@ cli.define_common()
 
 
 def main():
-  from etils import epath
-  from nsa import checkpoint, config as config_lib, evaluate, metrics
-  workdir = epath.Path(_WORKDIR.value)
-  if not (workdir / "config.json").exists():
-    raise config_lib.ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
-  config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  from nsa import config as config_lib, evaluate
+  config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   e = config.eval
   e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
   e.sequences = e.sequences if _SEQUENCES.value < 0 else _SEQUENCES.value
   config_lib.validate(config)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
-  steps = checkpoint.Checkpoints(workdir, read_only=True).steps()
-  if not steps or (_STEP.value >= 0 and _STEP.value not in steps):
-    raise config_lib.ConfigError([("--step", _STEP.value, f"{workdir} has checkpoints at {steps}")])
-  step = steps[-1] if _STEP.value < 0 else _STEP.value
-  params = checkpoint.load_params(workdir, step)
-  rows = evaluate.write(config, params, workdir, step)
+  rows = evaluate.write(config, params, _WORKDIR.value, step)
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
     for seed in config.seeds:
       text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]
@@ -46,7 +37,7 @@ def main():
       if recall:
         parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
       print("  ".join(parts))
-  print(f"{len(rows)} records in {workdir / 'eval'}")
+  print(f"{len(rows)} records in {_WORKDIR.value}/eval")
 
 
 if __name__ == "__main__":

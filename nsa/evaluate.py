@@ -21,13 +21,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import data, methods, metrics, model as model_lib, tasks
+from nsa import checkpoint, data, methods, metrics, model as model_lib, tasks
 from nsa import step as step_lib
 from nsa.methods import blocks
 
 # All arms and seeds are tested on the same examples.
 _TASK_SEED = 20_26
 _MAX_HEAT = 64  # cells per side of a stored heat map
+
+
+def open_run(workdir, step: int = -1):
+  """(config, params, step) of a run directory's checkpoint; step -1 is the newest.
+
+  Raises ConfigError if there is no such run or checkpoint.
+  """
+  workdir = epath.Path(workdir)
+  if not (workdir / "config.json").exists():
+    raise config_lib.ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
+  config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  steps = checkpoint.Checkpoints(workdir, read_only=True).steps()
+  if not steps or (step >= 0 and step not in steps):
+    raise config_lib.ConfigError([("--step", step, f"{workdir} has checkpoints at {steps}")])
+  step = steps[-1] if step < 0 else step
+  return config, checkpoint.load_params(workdir, step), step
 
 
 def write(config, params, workdir, step: int) -> list[dict]:
@@ -59,10 +75,10 @@ def records(config, params, step: int) -> list[dict]:
                for name in (e.tasks or config.data.tasks)}
   out = []
   for run_mode in e.run_modes:
-    how = _how(config, run_mode)
-    if how is None:
+    found = how(config, run_mode)
+    if found is None:
       continue
-    run_config, mode, selector = how
+    run_config, mode, selector = found
     # Compiled once for all arms of an architecture.
     run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)))
     for replica, seed in enumerate(config.seeds):
@@ -77,11 +93,11 @@ def records(config, params, step: int) -> list[dict]:
 
 def geometry(config, run_mode: str):
   """The attention options that a run mode uses; None if the model has no such mode."""
-  how = _how(config, run_mode)
-  return None if how is None else how[0].attention
+  found = how(config, run_mode)
+  return None if found is None else found[0].attention
 
 
-def _how(config, run_mode):
+def how(config, run_mode: str):
   """(config to run with, mode, selector), or None where the run mode has no meaning."""
   name, options = methods.parse_run_mode(run_mode)
   if name == "dense":

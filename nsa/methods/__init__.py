@@ -34,6 +34,17 @@ _METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, BlockTopK, Sin
 RUN_MODES = ("dense", "sparse") + tuple(SELECTORS)
 
 
+def register(cls: type[Method]) -> type[Method]:
+  """Makes a method known by its name, so that configs, checkpoints and reports find it; usable as a decorator.
+
+  Raises ValueError if it has no name of its own.
+  """
+  if not cls.name or _METHODS.get(cls.name, cls).__qualname__ != cls.__qualname__:
+    raise ValueError(f"{cls.__name__}.name = {cls.name!r}: empty or taken; give the method a name of its own")
+  _METHODS[cls.name] = cls
+  return cls
+
+
 def get(name: str) -> type[Method]:
   """The options dataclass of a method. Raises ValueError for an unknown name."""
   if name not in _METHODS:
