@@ -61,7 +61,7 @@ class Stage:
   context: int = 0                # tokens per sequence; 0 = data.context. Tokens per step stay the same
   learning_rate: float = 1.0      # factor on the schedule's learning rate
   dense_share: float = 0.5        # mixed only: share of the steps that run dense
-  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = 1
+  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = the method's default, 1 or its paper's
   enter: str = ""                 # what happens to the weights at the first step, e.g. "copy_kv" (see nsa/schedule.py)
 
 

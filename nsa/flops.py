@@ -39,7 +39,7 @@ def training(config, step: schedule.Step) -> dict[str, float]:
   frozen backbone while the selector is distilled) is counted forward only.
   """
   parts = forward(config, step.context, step.mode)
-  for method, count in model_lib.layout(config):
+  for method, count in model_lib.layout(config) if step.losses else ():
     for loss, cost in method.loss_flops(config.model, step.context, step.mode).items():
       parts[loss] = parts.get(loss, 0.0) + count * cost
   if step.groups == ("selector",):

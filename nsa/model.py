@@ -40,23 +40,26 @@ class Attention(nnx.Module):
     """These tokens as the method sees them, and their streams."""
     segments = call.query_segments(h.shape[1])
     q, k = self.q(h, segments, call.tail), self.k(h, segments, call.tail)
-    x = methods.Inputs(h, call.rope(q, offset=call.offset), q, k)
+    gate = None
+    if hasattr(self, "gate"):
+      gate = jax.nn.sigmoid(jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype)).astype(jnp.float32))
+    x = methods.Inputs(h, call.rope(q, offset=call.offset), q, k, gate)
     return x, {"k": call.rope(k, offset=call.offset), "v": self.v(h, segments, call.tail), **self.method.streams(x, call)}
 
   def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
+    if cache is not None:
+      call = dataclasses.replace(call, state=cache.get("state"))
     x, streams = self.project(h, call)
     if cache is not None:
       streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)
                  for name, new in streams.items()}
-      call = dataclasses.replace(call, state=cache.get("state"))
     result = self.method(x, streams, call)
     if cache is not None and "state" in cache:
       state = call.state if result.state is None else result.state
       streams["state"] = jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache["state"])
     o = result.o
-    if hasattr(self, "gate"):
-      gate = jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype))
-      o = o * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(o.dtype)[..., None]
+    if x.gate is not None:
+      o = o * x.gate.astype(o.dtype)[..., None]
     seen = {} if observe is None else observe(x.q, streams["k"], result.block_indices, call)
     return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams
 

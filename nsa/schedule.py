@@ -34,6 +34,7 @@ class Step:
   context: int                        # tokens per sequence
   batch: int                          # sequences over all devices
   loss_weights: tuple[tuple[str, float], ...]
+  losses: bool                        # whether auxiliary losses are computed: not in stages of mode "dense"
   learning_rate: float
   enter: str                          # weight surgery before this step, "" for none
 
@@ -53,8 +54,10 @@ def at(config: config_lib.Config, step: int) -> Step:
     mode = "dense" if _coin(step) < stage.dense_share else "sparse"
   groups = GROUPS_OF[mode] if stage.train == "all" else (stage.train,)
   context = stage.context or config.data.context
+  weights = {name: weight for method in config.methods for name, weight in method.loss_weights.items()}
   return Step(index, mode, groups, context, config.data.global_batch * config.data.context // context,
-              tuple(sorted(stage.loss_weights.items())), learning_rate(config.schedule, step) * stage.learning_rate,
+              tuple(sorted({**weights, **stage.loss_weights}.items())), stage.mode != "dense",
+              learning_rate(config.schedule, step) * stage.learning_rate,
               stage.enter if step == edges[index][0] else "")
 
 
@@ -152,8 +155,14 @@ def selector_only(steps: int, budget: float, **kw) -> ScheduleConfig:
 
 
 def mixed(steps: int, dense_share: float = 0.5, **kw) -> ScheduleConfig:
-  """Every step dense or sparse for the whole model, at random (SSA, arXiv 2511.20102, without its loss)."""
+  """Every step dense or sparse for the whole model, at random (SSA, arXiv 2511.20102; its loss is its method's)."""
   return ScheduleConfig(steps, [Stage(1.0, "mixed", dense_share=dense_share)], LearningRate(**kw))
+
+
+def mixed_retrofit(steps: int, budget: float, dense_share: float = 0.5, **kw) -> ScheduleConfig:
+  """Dense for 1 - budget of the steps, then `mixed`: SSA put onto a dense model."""
+  return ScheduleConfig(steps, [Stage(1 - budget, "dense"), Stage(budget, "mixed", dense_share=dense_share)],
+                        LearningRate(**kw))
 
 
 def sparse_to_dense(steps: int, dense_budget: float, **kw) -> ScheduleConfig:

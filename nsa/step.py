@@ -50,7 +50,7 @@ def abstract_state(config, mesh) -> TrainState:
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
-                          constrain=constrain)
+                          losses=step.losses, constrain=constrain)
   nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)

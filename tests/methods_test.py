@@ -23,6 +23,10 @@ METHODS = {
     "nsa": methods.NSA(block_size=8, num_blocks=4, compress_len=4, compress_stride=2, window=12),
     "dsa": methods.DSA(index_heads=2, index_dim=4, **SMALL),
     "seer": methods.Seer(gate_dim=4, **SMALL),
+    "moba": methods.MoBA(**SMALL),
+    # As in the paper's geometry: a max-pool of kernel 5, stride 4 and padding 1.
+    "infllm_v2": methods.InfLLMV2(pool_len=4, pool_stride=2, num_initial=0, num_local=1, **SMALL),
+    "ssa": methods.SSA(**SMALL),
     "block_topk": methods.BlockTopK(**SMALL),
     "sink_window": methods.SinkWindow(**SMALL),
     "random": methods.RandomBlocks(**SMALL),

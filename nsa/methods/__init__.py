@@ -3,11 +3,14 @@
 | method | learns besides q, k, v | gradient to the selector | selector's FLOPs | a retrofit adds | source |
 |---|---|---|---|---|---|
 | dense | nothing | - | - | - | 1706.03762 |
-| msa | index query per KV head, one index key | KL to the attention of the group | 2 K Hi t | selector | 2606.13392 |
-| nsa | K, V per branch, compression MLP, gates | LM loss, by the compressed branch | 6 N H t / d + MLP | branch | 2502.11089 |
-| dsa | ReLU-weighted index heads, one index key | KL to the attention of all heads | 2 HI (dI + 1) t | selector | 2512.02556 |
-| seer | gate per KV head on q and pooled k | KL to the blocks' largest attention | 2 K d t / block | selector | 2506.08889 |
-| block_topk | nothing (mean-pooled keys) | none; q and k learn in chosen blocks | 2 K H t / block | nothing | 2502.13189 |
+| msa | index query per KV head, index key | KL to attention of the group | 2 K Hi t | selector | 2606.13392 |
+| nsa | K, V per branch, compression, gates | LM loss by compressed branch | 6 N H t / d + MLP | branch | 2502.11089 |
+| dsa | ReLU-weighted index heads, index key | KL to attention of all heads | 2 HI (dI + 1) t | selector | 2512.02556 |
+| seer | gate per KV head on q, pooled k | KL to a block's largest attention | 2 K d t / block | selector | 2506.08889 |
+| moba | nothing (option: taps on keys) | none; q, k learn in chosen blocks | 2 N H t / block | nothing | 2502.13189 |
+| infllm_v2 | nothing (overlapping mean keys) | none; q, k learn in chosen blocks | 4 N H t / s | nothing | 2509.24663 |
+| ssa | nothing (mean keys) | none; a loss draws dense and sparse together | 2 K H t / block | nothing | 2511.20102 |
+| block_topk | nothing (mean keys) | none; q, k learn in chosen blocks | 2 K H t / block | nothing | 2502.13189 |
 | sink_window, random, oracle | nothing | none | 0, 0, 2 N H t | nothing | training_free.py |
 
 Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and strides. FLOPs are per query and layer,
@@ -22,13 +25,17 @@ import dataclasses
 from nsa.methods import blocks
 from nsa.methods.dense import Dense
 from nsa.methods.dsa import DSA
+from nsa.methods.infllm_v2 import InfLLMV2
 from nsa.methods.interface import Call, Inputs, Layer, Method, Result
+from nsa.methods.moba import MoBA
 from nsa.methods.msa import MSA
 from nsa.methods.nsa import NSA
 from nsa.methods.seer import Seer
+from nsa.methods.ssa import SSA
 from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, RandomBlocks, SinkWindow
 
-_METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, BlockTopK, SinkWindow, RandomBlocks, Oracle)}
+_METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow,
+                                       RandomBlocks, Oracle)}
 
 # Ways to run a trained model: dense, with its own selector, or with a training-free one in its place.
 RUN_MODES = ("dense", "sparse") + tuple(SELECTORS)

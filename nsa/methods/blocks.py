@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from nsa.methods import interface
@@ -88,9 +88,28 @@ def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array,
   return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)
 
 
+def mean_keys(k: Float[Array, "B S K H"], block_size: int, segment_ids=None) -> Float[Array, "B blocks K H"]:
+  """float32 mean key of each block.
+
+  With segments over the tokens of the segment that the block's last token is in: a query that sees the block and
+  comes after it is of that segment. A last block that the sequence does not fill is padded with zeros; those that
+  see it lie in it.
+  """
+  B, S, K, H = k.shape
+  count = -(-S // block_size)
+  extra = count * block_size - S
+  k = jnp.pad(k.astype(jnp.float32), ((0, 0), (0, extra), (0, 0), (0, 0))).reshape(B, count, block_size, K, H)
+  if segment_ids is None:
+    return k.mean(2)
+  ids = jnp.pad(segment_ids, ((0, 0), (0, extra)), mode="edge").reshape(B, count, block_size, 1, 1)
+  mine = ids == ids[:, :, -1:]
+  return jnp.sum(jnp.where(mine, k, 0.0), 2) / mine.sum(2)
+
+
 def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod, rows=None) -> dict[str, Array]:
   """Per KV head float32[K], means over the queries that had more blocks than they could take; NaN without such.
 
+  Where each query head has a set of its own (`block_indices` [B, T, N, J]), per query head float32[N].
   `rows`, float32[B] or None: 0 leaves a sequence out (copies that fill up a batch), 1 takes it.
 
   captured_mass   dense attention mass on the chosen blocks (AttnSparsity, SSA Def. 1)
@@ -106,6 +125,8 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   Without chosen blocks (a dense run) only oracle_mass, entropy and queries_limited are there.
   """
   size, J = options.block_size, options.num_blocks
+  if block_indices is not None:
+    k = jnp.repeat(k, block_indices.shape[2] // k.shape[2], axis=2)
   _, lse = pk.attention(q, k, k, **call.ops)
   mass, entropy = pk.block_mass(q, k, lse, block_size=size, **call.ops)
   B, T, K, blocks = mass.shape

@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
   q: Float[Array, "B T N H"]          # after norm, convolution and RoPE
   q_raw: Float[Array, "B T N H"]      # before RoPE
   k_raw: Float[Array, "B T K H"]      # before RoPE
+  gate: Float[Array, "B T N"] | None = None  # the output gate, float32, that multiplies the method's output; None = none
 
 
 class Result(NamedTuple):
@@ -78,6 +79,7 @@ class Method:
   name: ClassVar[str] = ""
   losses: ClassVar[tuple[str, ...]] = ()   # auxiliary losses that its layers return
   selector_losses: ClassVar[tuple[str, ...]] = ()  # those of them that train the group "selector"
+  loss_weights: ClassVar[dict[str, float]] = {}  # their weights where `Stage.loss_weights` says nothing; absent = 1
   memory: ClassVar[bool] = False           # whether it has parameters of the group "memory"
   enters: ClassVar[tuple[str, ...]] = ()   # weight surgery that a stage may ask for on entry
 
@@ -95,7 +97,7 @@ class Method:
     return {"dense": dense_flops(model, context)}
 
   def loss_flops(self, model, context: int, mode: str) -> dict[str, float]:
-    """The same for auxiliary losses, which training alone pays."""
+    """The same for auxiliary losses, which training alone pays; stages of mode "dense" have none."""
     return {}
 
   def reads(self, model, context: int) -> dict[str, float]:

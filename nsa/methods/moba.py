@@ -1,0 +1,140 @@
+"""MoBA, Mixture of Block Attention (arXiv 2502.13189): every query head picks blocks by their mean keys.
+
+  s[t, n, b] = <q[t, n], mean of the keys of block b>     keys after RoPE, float32 (eq. 6)
+
+Each query head attends to its own block, which takes one of the J slots, and to the J - 1 previous blocks with the
+best s, in one exact softmax over their tokens. Nothing is learned: a hard choice passes no gradient, and keys and
+queries learn to be found only because the LM loss changes them in the blocks that were chosen. With J at least the
+number of blocks it is dense attention, so a retrofit begins where the dense model is; but the authors' own
+retrofit took another 100B tokens and full attention in the last layers (`config.layers`), and their best native
+recipe ends with dense steps (`schedule.sparse_to_dense`).
+
+One set per query head, not per group: `selected_attention` takes a set per KV head, so K and V are repeated to N
+heads. That holds G times the keys and values in memory, and a kernel loads every block for one head's queries
+alone instead of for the group's. A decoding step reads the union of its heads' sets from the cache; `reads` counts
+the worst case, sets that share nothing but the forced blocks. Controls in the selector's place
+(`Call.selector`) choose one set per group.
+
+`key_conv` is FlashMoBA's short convolution (arXiv 2511.11571), meant to gather a block's signal into its mean key:
+
+  k'[t] = k[t] + silu(sum over w < key_conv of taps[w] * k[t - w])     per KV head and channel
+
+UNCERTAIN: that it is depthwise and causal, has 3 to 5 taps, SiLU and a residual is known at second hand; its exact
+form and place are unverified. Here it acts on the normed keys before RoPE, in every mode, because it is part of the
+keys that attention uses, and its taps begin at zero, where k' = k to the bit. They are the group "branch": they learn
+in sparse steps.
+"""
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from nsa import layers
+from nsa.methods import blocks, distillation, interface, training_free
+
+
+@dataclasses.dataclass
+class MoBA(blocks.BlockMethod):
+  """Defaults: the paper's scaling-law runs at 8,192 tokens (blocks of 512, J 3), without FlashMoBA's convolution."""
+  name: ClassVar[str] = "moba"
+  block_size: int = 512           # tokens; FlashMoBA: 128, its kernel takes multiples of 64
+  num_blocks: int = 3             # J, the query's own block included
+  num_initial: int = 0            # forced first blocks
+  num_local: int = 1              # forced last blocks, the query's own included
+  key_conv: int = 0               # taps of the convolution on keys; 0 = none. FlashMoBA: 3 to 5
+
+  def check(self, model, context):
+    problems = super().check(model, context)
+    if self.key_conv < 0:
+      problems.append(("key_conv", self.key_conv, "taps of the convolution on keys, 0 for none"))
+    return problems
+
+  def layer(self, init, model):
+    return MoBALayer(init, model, self)
+
+  def flops(self, model, context, mode):
+    out = super().flops(model, context, mode)
+    if mode != "dense":
+      out["scores"] = model.num_heads * model.head_dim * (context + 1) / self.block_size
+    if self.key_conv:
+      out["key_conv"] = 2.0 * self.key_conv * model.num_kv_heads * model.head_dim
+    return out
+
+  def reads(self, model, context):
+    forced = min(self.num_initial + self.num_local, self.num_blocks)
+    chosen = model.num_heads // model.num_kv_heads * (self.num_blocks - forced)
+    return {"selected": float(min((forced + chosen) * self.block_size, context)),
+            "scores": context / self.block_size / 2}  # a mean key has no value
+
+
+class KeyConv(nnx.Module):
+  """FlashMoBA's convolution on the keys of one layer."""
+
+  def __init__(self, model, taps: int):
+    value = jnp.zeros((taps, model.num_kv_heads, model.head_dim))
+    self.taps = nnx.Param(value, axes=(None, "kv_heads", None), decay=False)
+
+  def __call__(self, k_BTKH, segment_ids):
+    return k_BTKH + jax.nn.silu(layers.short_conv(k_BTKH, self.taps[...], segment_ids))
+
+
+class MoBALayer(interface.Layer):
+
+  def __init__(self, init, model, options: MoBA):
+    self.options = options
+    self.past_shape = (max(options.key_conv - 1, 0), model.num_kv_heads, model.head_dim)
+    if options.key_conv:
+      self.branch = KeyConv(model, options.key_conv)
+
+  def initial_state(self, batch, dtype):
+    return {"k_past": jnp.zeros((batch, *self.past_shape), dtype)} if self.past_shape[0] else {}
+
+  def _keys(self, x, call):
+    """The raw keys that the convolution of these tokens reaches, [B, W - 1 + T, K, H]; without a cache these alone."""
+    if call.state is None:
+      return x.k_raw
+    if call.segment_ids is not None:
+      raise ValueError(f"segment_ids with a cache and attention.key_conv = {self.options.key_conv}: the keys that the "
+                       "convolution still reaches know no segments; decode each document by itself")
+    return jnp.concatenate([call.state["k_past"].astype(x.k_raw.dtype), x.k_raw], axis=1)
+
+  def streams(self, x, call):
+    if not self.options.key_conv:
+      return {}
+    T = x.k_raw.shape[1]
+    k = self.branch(self._keys(x, call), call.query_segments(T))[:, -T:]
+    return {"k": call.rope(k, offset=call.offset)}  # in place of the model's own
+
+  def __call__(self, x, streams, call):
+    state = None if call.state is None else {"k_past": self._keys(x, call)[:, -self.past_shape[0]:]}
+    if call.mode == "dense":
+      return super().__call__(x, streams, call)._replace(state=state)
+    q, k, v, size = x.q, streams["k"], streams["v"], self.options.block_size
+    if call.selector == "own":
+      block_indices = self.select(q, k, call)
+      k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
+    else:
+      block_indices = training_free.select(call.selector, q, k, self.options, call)
+    o, _ = pk.selected_attention(q, k, v, block_indices, block_size=size, **call.ops)
+    return interface.Result(o, {}, block_indices, state)
+
+  def select(self, q, k, call):
+    """block_indices int32[B, T, N, J] for q [B, T, N, H] and k [B, S, K, H]. No gradient."""
+    q, k = map(jax.lax.stop_gradient, (q, k))
+    B, _, N, H = q.shape
+    S, K = k.shape[1:3]
+    mean = blocks.mean_keys(k, self.options.block_size, call.segment_ids)
+
+    def choose(position, segments, q):
+      q = q.astype(jnp.float32).reshape(B, -1, K, N // K, H)
+      scores = jnp.einsum("btkgh,bckh->btkgc", q, mean, precision=jax.lax.Precision.HIGHEST)
+      return pk.block_top_k(scores.reshape(B, -1, N, mean.shape[1]), **self.options.geometry, keys=S,
+                            segment_ids=call.segment_ids, query_offset=position[:, 0],
+                            implementation=call.implementation)
+
+    lists = distillation.over_queries(choose, call, B * N * mean.shape[1], q)
+    return checkpoint_name(lists, "block_indices")

@@ -1,0 +1,181 @@
+"""Tests of nsa/methods/infllm_v2.py against a slow float64 reference written from the paper's formulas."""
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import methods_oracle as oracle
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, flops, layers, methods, model as model_lib
+from nsa.methods import distillation
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, T, D, N, K, H = 2, 60, 12, 6, 2, 4  # the last block has 4 tokens of 8
+BLOCKS = dict(block_size=8, num_blocks=4)
+VARIANTS = {
+    # Kernel 5, stride 4, padding 1, as in the paper; kernel 5, stride 2, padding 3.
+    "paper": methods.InfLLMV2(pool_len=4, pool_stride=2, num_initial=1, num_local=2, **BLOCKS),
+    "coarse": methods.InfLLMV2(pool_len=8, pool_stride=4, num_initial=0, num_local=1, coarse_lse=True, **BLOCKS),
+}
+PACKED = np.searchsorted((24, 32, T), np.arange(T), side="right") * np.ones((B, 1), int)
+CASES = [(name, packed) for name in VARIANTS for packed in (False, True)]
+
+
+def segments_of(packed):
+  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
+
+
+def make_config(attention, **model):
+  shape = dict(vocab_size=320, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
+  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+  config.data.context = 60
+  return config
+
+
+@functools.lru_cache(maxsize=None)
+def attention_of(name):
+  options, rng = VARIANTS[name], np.random.default_rng(1)
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
+  draw = lambda path, x: (0.5 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+  return graph, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state))
+
+
+def objective(name, params, h, weights, segments):
+  """<output, weights> of one layer, and (output, chosen blocks)."""
+  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
+  call = methods.Call(rope=rotate, segment_ids=segments)
+  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, lambda q, k, indices, call: {
+      "indices": indices})
+  assert not losses
+  return jnp.sum(out * weights), (out, seen["indices"])
+
+
+@functools.lru_cache(maxsize=None)
+def run_layer(name, packed):
+  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
+  return h, weights, jax.device_get(gradient_of(name)(attention_of(name)[1], h, weights, segments_of(packed)))
+
+
+@functools.lru_cache(maxsize=None)
+def gradient_of(name):
+  return jax.jit(jax.grad(functools.partial(objective, name), argnums=(0, 1), has_aux=True))
+
+
+# --- the reference -----------------------------------------------------------------
+
+
+def reference(xp, p, h, mask):
+  q, k = (oracle.rope(xp, oracle.project(xp, p[x], h), np.arange(T)) for x in "qk")
+  o, _ = oracle.attend(xp, q, k, oracle.project(xp, p["v"], h), mask)
+  return xp.einsum("btnh,nhd->btd", o, p["out"])
+
+
+@functools.lru_cache(maxsize=None)
+def slow_gradient():
+  return jax.jit(jax.grad(lambda p, h, mask, weights: jnp.sum(reference(jnp, p, h, mask) * weights), argnums=(0, 1)))
+
+
+def token_mask(indices, segments):
+  return oracle.token_mask(indices, 8) & (segments[:, :, None] == segments[:, None])[:, :, None]
+
+
+def pooled(k, segments, t, length, stride):
+  """{first token: mean key [K, H]} of the pooled keys that query t sees, of one sequence."""
+  inside = lambda c: c + length - 1 <= t and (segments[c:c + length] == segments[t]).all()
+  return {c: k[c:c + length].mean(0) for c in range(0, T, stride) if inside(c)}
+
+
+def block_scores(options, q, k, segments, t):
+  """[K, blocks] of query t of one sequence: q [N, H], k [S, K, H]."""
+  keys = pooled(k, segments, t, options.pool_len, options.pool_stride)
+  factor = 4 if options.coarse_lse else 1
+  normaliser = pooled(k, segments, t, factor * options.pool_len, factor * options.pool_stride)
+  out = np.zeros((K, -(-T // 8)))
+  if not normaliser:
+    return out
+  for r in range(K):
+    heads = q[r * N // K:(r + 1) * N // K] / np.sqrt(H)
+    total = sum(np.exp(heads @ key[r]) for key in normaliser.values())
+    for c, key in keys.items():
+      mass = (np.exp(heads @ key[r]) / total).sum()
+      for j in {s // 8 for s in range(c, c + options.pool_len)}:
+        out[r, j] = max(out[r, j], mass)
+  return out
+
+
+@pytest.mark.parametrize("name,packed", CASES)
+def test_layer_equals_the_masked_reference(name, packed):
+  h, weights, (grads, (out, indices)) = run_layer(name, packed)
+  params, mask = attention_of(name)[1], token_mask(indices, segments_of(packed))
+  want = reference(np, oracle.as_float64(params), h.astype(np.float64), mask)
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, np.abs(b).max())),
+               grads, slow_gradient()(params, h, mask, weights))
+
+
+@pytest.mark.parametrize("name,packed", CASES)
+def test_selected_sets_are_those_of_the_slow_scores(name, packed):
+  h, _, (_, (_, indices)) = run_layer(name, packed)
+  p, options, segments = oracle.as_float64(attention_of(name)[1]), VARIANTS[name], segments_of(packed)
+  q, k = (oracle.rope(np, oracle.project(np, p[x], h.astype(np.float64)), np.arange(T)) for x in "qk")
+  swapped = 0
+  for b, t in np.ndindex(B, T):
+    scores = block_scores(options, q[b, t], k[b], segments[b], t)
+    visible = sorted({s // 8 for s in range(t + 1) if segments[b, s] == segments[b, t]})
+    forced = set(visible[:options.num_initial]) | set(range(max(visible[0], t // 8 - options.num_local + 1), t // 8 + 1))
+    for r in range(K):
+      rest = sorted(set(visible) - forced, key=lambda j: (-scores[r, j], j))
+      want = forced | set(rest[:4 - len(forced)])
+      got = {j for j in indices[b, t, r].tolist() if j >= 0}
+      assert len(got) == len(want) and forced <= got <= set(visible)
+      assert got == want or np.ptp([scores[r, j] for j in got ^ want]) < 1e-6, (b, t, r)
+      swapped += set(visible[-4:]) != got
+  assert swapped > 20 or packed
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+  h, weights, (_, (_, indices)) = run_layer("paper", True)
+  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * N * 29)  # 7 queries, the last chunk padded
+  run = jax.jit(lambda *xs: objective("paper", *xs)[1][1])
+  arguments = attention_of("paper")[1], h, weights, segments_of(True)
+  assert "scan" in str(run.trace(*arguments).jaxpr)
+  np.testing.assert_array_equal(run(*arguments), indices)
+
+
+def test_the_defaults_are_the_papers_pooling():
+  options = methods.InfLLMV2()
+  shared = [c for c in range(40) if any(s // 64 == 3 for s in range(c * 16, c * 16 + 32))]
+  assert shared == [4 * 3 - 1 + i for i in range(5)]  # kernel 5, stride 4, padding 1
+  assert (options.pool_len, options.pool_stride, options.block_size) == (32, 16, 64)
+  assert options.num_blocks - options.num_initial - options.num_local == 63
+
+
+# --- cost and options ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_by_hand(name):
+  options, context, config = VARIANTS[name], 50, make_config(VARIANTS[name])
+  parts, dense = flops.forward(config, context, "sparse"), flops.forward(config, context, "dense")
+  mean = lambda count: sum(count(t) for t in range(context)) / context
+  keys = lambda length, stride: mean(lambda t: sum(c + length - 1 <= t for c in range(0, context, stride)))
+  second = keys(4, 2) if name == "paper" else keys(32, 16)
+  assert parts["selected"] == pytest.approx(2 * 4 * N * H * mean(lambda t: min(t + 1, 32)))
+  assert parts["scores"] == pytest.approx(2 * 2 * N * H * (keys(options.pool_len, options.pool_stride) + second))
+  assert parts["projections"] == dense["projections"] and "scores" not in dense
+  assert options.reads(config.model, 48) == {"selected": 32, "scores": 12 if name == "paper" else 7.5}
+
+
+@pytest.mark.parametrize("field,value", [("pool_stride", 0), ("pool_len", 3), ("pool_stride", 3), ("pool_len", 64),
+                                         ("coarse_lse", True)])
+def test_check_names_the_field(field, value):
+  few = {"pool_len": 16} if field == "coarse_lse" else {}
+  config = make_config(dataclasses.replace(VARIANTS["paper"], **{**few, field: value}))
+  named = "pool_len = 4" if (field, value) == ("pool_stride", 3) else f"{field} = {value}"
+  with pytest.raises(config_lib.ConfigError, match=rf"attention\.{named}"):
+    config_lib.validate(config)

@@ -1,0 +1,217 @@
+"""Tests of nsa/methods/moba.py against a slow float64 reference written from the papers' formulas."""
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import methods_oracle as oracle
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, optim
+from nsa.methods import blocks, distillation
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, T, V, D, N, K, H = 2, 44, 32, 12, 4, 2, 4  # the last block has 4 tokens of 8
+VARIANTS = {"plain": methods.MoBA(block_size=8, num_blocks=2), "conv": methods.MoBA(block_size=8, num_blocks=2, key_conv=3)}
+PACKED = np.searchsorted((5, 29, T), np.arange(T), side="right") * np.ones((B, 1), int)  # not on the block grid
+CASES = [(name, packed) for name in VARIANTS for packed in (False, True)]
+
+
+def segments_of(packed):
+  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
+
+
+def make_config(attention, **model):
+  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
+  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+
+
+def random_params(tree, seed=1):
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):  # no norm is trivial
+    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@functools.lru_cache(maxsize=None)
+def attention_of(name):
+  options = VARIANTS[name]
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
+  return graph, random_params(nnx.to_pure_dict(state))
+
+
+def objective(name, params, h, weights, segments):
+  """<output, weights> of one layer, and (output, chosen blocks, diagnostics)."""
+  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
+  call = methods.Call(rope=rotate, segment_ids=segments)
+  seen = lambda q, k, indices, call: {
+      "indices": indices, "diagnostics": blocks.diagnostics(q, k, indices, call, VARIANTS[name])}
+  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
+  assert not losses
+  return jnp.sum(out * weights), (out, seen["indices"], seen["diagnostics"])
+
+
+@functools.lru_cache(maxsize=None)
+def gradient_of(name):
+  return jax.jit(jax.grad(functools.partial(objective, name), argnums=(0, 1), has_aux=True))
+
+
+@functools.lru_cache(maxsize=None)
+def run_layer(name, packed):
+  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
+  return h, weights, jax.device_get(gradient_of(name)(attention_of(name)[1], h, weights, segments_of(packed)))
+
+
+# --- the reference -----------------------------------------------------------------
+
+
+def queries_and_keys(xp, p, h, segments):
+  """q and k, both [B, T, N, H]: each query head with the keys of its group, after the convolution and RoPE."""
+  q, k = oracle.project(xp, p["q"], h), oracle.project(xp, p["k"], h)
+  if "method" in p:
+    past, inner = xp.concatenate([0 * k[:, :2], k], 1), 0.0
+    ids = xp.concatenate([np.full((B, 2), -1), segments], 1)
+    for w, tap in enumerate(p["method"]["branch"]["taps"]):
+      same = ids[:, 2 - w:T + 2 - w] == segments
+      inner = inner + tap * xp.where(same[:, :, None, None], past[:, 2 - w:T + 2 - w], 0.0)
+    k = k + inner / (1 + xp.exp(-inner))
+  q, k = (oracle.rope(xp, x, np.arange(T)) for x in (q, k))
+  return q, xp.repeat(k, N // K, axis=2)
+
+
+def reference(xp, p, h, mask, segments):
+  """Softmax attention over mask bool[B, T, N, S], a set per query head."""
+  q, k = queries_and_keys(xp, p, h, segments)
+  o, prob = oracle.attend(xp, q, k, xp.repeat(oracle.project(xp, p["v"], h), N // K, axis=2), mask)
+  return xp.einsum("btnh,nhd->btd", o, p["out"]), prob
+
+
+@functools.lru_cache(maxsize=None)
+def slow_gradient(name):
+  return jax.jit(jax.grad(lambda p, h, mask, segments, weights: jnp.sum(reference(jnp, p, h, mask, segments)[0] * weights),
+                          argnums=(0, 1)))
+
+
+def token_mask(indices, segments):
+  return oracle.token_mask(indices, 8) & (segments[:, :, None] == segments[:, None])[:, :, None]
+
+
+@pytest.mark.parametrize("name,packed", CASES)
+def test_layer_equals_the_masked_reference(name, packed):
+  h, weights, (grads, (out, indices, _)) = run_layer(name, packed)
+  params, segments = attention_of(name)[1], segments_of(packed)
+  mask = token_mask(indices, segments)
+  want, _ = reference(np, oracle.as_float64(params), h.astype(np.float64), mask, segments)
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+  slow = slow_gradient(name)(params, h, mask, segments, weights)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, np.abs(b).max())),
+               grads, slow)
+  assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name,packed", CASES)
+def test_selected_sets_are_those_of_the_slow_gate(name, packed):
+  h, _, (_, (_, indices, _)) = run_layer(name, packed)
+  segments = segments_of(packed)
+  q, k = queries_and_keys(np, oracle.as_float64(attention_of(name)[1]), h.astype(np.float64), segments)
+  assert indices.shape == (B, T, N, 2)
+  apart = 0
+  for b, t, n in np.ndindex(B, T, N):
+    mine = [s for s in range(T) if s <= t and segments[b, s] == segments[b, t]]
+    value = {}
+    for j in sorted({s // 8 for s in mine} - {t // 8}):  # previous blocks, with the tokens of the query's segment
+      value[j] = q[b, t, n] @ k[b, [s for s in mine if s // 8 == j], n].mean(0)
+    want = {t // 8} | set(sorted(value, key=lambda j: -value[j])[:1])
+    got = {j for j in indices[b, t, n].tolist() if j >= 0}
+    assert got == want or t // 8 in got and np.ptp([value[j] for j in got ^ want]) < 1e-5, (b, t, n)
+    apart += n % 2 and set(indices[b, t, n]) != set(indices[b, t, n - 1])
+  assert apart > 20  # heads of a group choose for themselves
+
+
+def test_diagnostics_are_per_query_head():
+  h, _, (_, (_, indices, got)) = run_layer("plain", False)
+  segments = segments_of(False)
+  params = oracle.as_float64(attention_of("plain")[1])
+  _, prob = reference(np, params, h.astype(np.float64), oracle.causal_mask(B, T, N), segments)
+  limited = np.arange(T) >= 16  # three blocks and more, J = 2
+  captured = np.where(token_mask(indices, segments), prob[:, :, :, 0], 0.0).sum(-1)
+  np.testing.assert_allclose(got["captured_mass"], captured[:, limited].mean((0, 1)), rtol=1e-4)
+  assert got["captured_mass"].shape == (N,) and (got["oracle_mass"] >= got["captured_mass"] - 1e-5).all()
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+  h, weights, (_, (_, indices, _)) = run_layer("plain", True)
+  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * N * 6)  # 7 queries, the last chunk padded
+  run = jax.jit(lambda *xs: objective("plain", *xs)[1][1])
+  arguments = attention_of("plain")[1], h, weights, segments_of(True)
+  assert "scan" in str(run.trace(*arguments).jaxpr)
+  np.testing.assert_array_equal(run(*arguments), indices)
+
+
+def test_the_convolution_begins_as_the_identity_and_learns():
+  h, weights, (_, (want, _, _)) = run_layer("plain", False)
+  params = attention_of("plain")[1]
+  params = {**params, "method": {"branch": {"taps": np.zeros((3, K, H), np.float32)}}}
+  grads, (out, _, _) = gradient_of("conv")(params, h, weights, segments_of(False))
+  np.testing.assert_array_equal(out, want)
+  assert (np.abs(grads[0]["method"]["branch"]["taps"]).max((1, 2)) > 1e-3).all()
+
+
+# --- whole models --------------------------------------------------------------------
+
+
+def tokens(seed=0):
+  return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+
+
+def test_decoding_with_the_convolution_equals_the_parallel_pass():
+  config = make_config(VARIANTS["conv"], short_conv=2)
+  params = random_params(model_lib.abstract_params(config))
+  assert [path for path in optim.split(params)["branch"]] == ["stacks.stack0.attention.method.branch.taps"]
+  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
+      config, params, tokens, losses=False, cache=cache, offset=offset))
+  cache, logits, at = model_lib.init_cache(config, params, B, T), [], 0
+  while at < T:
+    width = 19 if at < 38 else 1  # one token is less than the convolution reaches
+    out = step(params, tokens()[:, at:at + width], cache, jnp.int32(at))
+    cache, at = out.cache, at + width
+    logits.append(out.logits)
+  whole = lambda config, **kw: jax.jit(functools.partial(model_lib.forward, config, **kw))(params, tokens()).logits
+  np.testing.assert_allclose(np.concatenate(logits, 1), whole(config), rtol=1e-4, atol=1e-4)
+  # With blocks enough it is dense attention over the convolved keys.
+  enough = make_config(dataclasses.replace(VARIANTS["conv"], num_blocks=6), short_conv=2)
+  dense = whole(config, mode="dense")
+  np.testing.assert_allclose(whole(enough), dense, rtol=1e-5, atol=1e-5)
+  assert np.abs(whole(config) - dense).max() > 1e-2
+  config.model.short_conv = 0
+  params = random_params(model_lib.abstract_params(config))
+  with pytest.raises(ValueError, match="segment_ids with a cache and attention.key_conv = 3"):
+    model_lib.forward(config, params, tokens(), np.zeros((B, T), np.int32), cache=model_lib.init_cache(config, params, B, T))
+
+
+# --- cost and options ------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+  context, config = 50, make_config(VARIANTS["conv"])
+  parts, dense = flops.forward(config, context, "sparse"), flops.forward(config, context, "dense")
+  mean = lambda count: sum(count(t) for t in range(context)) / context
+  assert parts["selected"] == pytest.approx(2 * 4 * N * H * mean(lambda t: min(t + 1, 16)))
+  assert parts["scores"] == pytest.approx(2 * 2 * N * H * mean(lambda t: t + 1) / 8)
+  assert parts["key_conv"] == dense["key_conv"] == 2 * 2 * 3 * K * H
+  assert parts["projections"] == dense["projections"]
+  # Two heads per group: their own block, and one each of their own choice.
+  assert VARIANTS["conv"].reads(config.model, 48) == {"selected": 24, "scores": 3}
+  assert VARIANTS["conv"].tokens_visible(48) == 16
+
+
+def test_check_names_the_field():
+  config = make_config(dataclasses.replace(VARIANTS["conv"], key_conv=-1), vocab_size=320)
+  with pytest.raises(config_lib.ConfigError, match=r"attention\.key_conv = -1"):
+    config_lib.validate(config)

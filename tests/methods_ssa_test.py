@@ -1,0 +1,183 @@
+"""Tests of nsa/methods/ssa.py against a slow float64 reference written from the paper's formulas."""
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import methods_oracle as oracle
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule, step as step_lib
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, T, V, D, N, K, H = 2, 44, 320, 12, 4, 2, 4  # the last block has 4 tokens of 8
+OPTIONS = methods.SSA(block_size=8, num_blocks=2)
+PACKED = np.searchsorted((16, 24, T), np.arange(T), side="right") * np.ones((B, 1), int)
+CASES = [(mode, packed) for mode in ("dense", "sparse") for packed in (False, True)]
+
+
+def segments_of(packed):
+  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
+
+
+def make_config(plan=None, attention=OPTIONS, **model):
+  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16,
+               output_gate=True)
+  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention,
+                             schedule=plan or schedule.mixed(10))
+  config.data.context = T
+  return config
+
+
+def random_params(tree, seed=1):
+  rng = np.random.default_rng(seed)
+  draw = lambda path, x: (0.8 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@functools.lru_cache(maxsize=None)
+def attention():
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config().model, OPTIONS, 1.0)))
+  return graph, random_params(nnx.to_pure_dict(state))
+
+
+@functools.lru_cache(maxsize=None)
+def gradient_of(mode):
+  """Gradients of <output, weights> + alpha * alignment of one layer, and (output, alignment, chosen blocks)."""
+  def objective(params, h, weights, alpha, segments):
+    rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
+    call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+    seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
+    out, losses, seen, _ = nnx.merge(attention()[0], params)(h, call, None, seen)
+    return jnp.sum(out * weights) + alpha * losses["alignment"], (out, losses["alignment"], seen.get("indices"))
+
+  return jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
+
+
+@functools.lru_cache(maxsize=None)
+def run_layer(mode, packed, alpha=10.0, scale=1.0):
+  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
+  weights = weights * np.float32(scale)
+  return h, weights, jax.device_get(gradient_of(mode)(attention()[1], h, weights, alpha, segments_of(packed)))
+
+
+# --- the reference -----------------------------------------------------------------
+
+
+def reference(xp, p, h, full_mask, mask, dense, stop=lambda x: x):
+  """(output, alignment, |differences|) of a layer whose step passes on dense (1.0) or sparse (0.0) attention."""
+  q, k = (oracle.rope(xp, oracle.project(xp, p[x], h), np.arange(T)) for x in "qk")
+  gate = 1 / (1 + xp.exp(-xp.einsum("btd,dn->btn", h, p["gate"])))[..., None]
+  full, sparse = (gate * oracle.attend(xp, q, k, oracle.project(xp, p["v"], h), m)[0] for m in (full_mask, mask))
+
+  def smooth(a, b):
+    d = xp.abs(a - b)
+    return xp.where(d < 1, d * d / 2, d - 0.5).mean()
+
+  loss = smooth(full, stop(sparse)) + smooth(sparse, stop(full))
+  return xp.einsum("btnh,nhd->btd", dense * full + (1 - dense) * sparse, p["out"]), loss, xp.abs(full - sparse)
+
+
+@functools.lru_cache(maxsize=None)
+def slow_gradient():
+  def objective(p, h, full_mask, mask, dense, weights, alpha):
+    out, loss, _ = reference(jnp, p, h, full_mask, mask, dense, jax.lax.stop_gradient)
+    return jnp.sum(out * weights) + alpha * loss
+
+  return jax.jit(jax.grad(objective, argnums=(0, 1)))
+
+
+def masks(indices, packed):
+  own = segments_of(packed)
+  full = oracle.causal_mask(B, T, K) & (own[:, :, None] == own[:, None])[:, :, None]
+  return full, oracle.token_mask(indices, 8) & full
+
+
+@pytest.mark.parametrize("mode,packed", CASES)
+def test_layer_equals_the_masked_reference(mode, packed):
+  h, weights, (grads, (out, loss, indices)) = run_layer(mode, packed)
+  assert (indices is None) == (mode == "dense")  # a dense step passes on no sparse attention
+  params, dense = attention()[1], float(mode == "dense")
+  full, mask = masks(run_layer("sparse", packed)[2][1][2], packed)
+  want, want_loss, apart = reference(np, oracle.as_float64(params), h.astype(np.float64), full, mask, dense)
+  assert (apart > 1).any() and ((apart > 0.01) & (apart < 1)).any()  # both branches of SmoothL1
+  np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, np.abs(b).max())),
+               grads, slow_gradient()(params, h, full, mask, dense, weights, 10.0))
+
+
+def test_the_alignment_loss_moves_the_backbone_alike_in_both_modes():
+  (dense, _), (sparse, _) = (run_layer(mode, False, 10.0, 0.0)[2][0] for mode in ("dense", "sparse"))
+  assert all(np.abs(g).max() > 1e-3 for name in ("q", "k", "v", "gate") for g in jax.tree.leaves(dense[name]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), dense, sparse)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_selected_sets_are_the_best_mean_keys(packed):
+  h, _, (_, (_, _, indices)) = run_layer("sparse", packed)
+  p = oracle.as_float64(attention()[1])
+  scores, own = oracle.block_scores("block_topk", {**p, "method": {}}, h, OPTIONS), segments_of(packed)
+  for b, t, r in np.ndindex(B, T, K):
+    visible = {s // 8 for s in range(t + 1) if own[b, s] == own[b, t]}
+    rest = sorted(visible - {t // 8}, key=lambda j: -scores[b, t, r, j])
+    got = {j for j in indices[b, t, r].tolist() if j >= 0}
+    want = {t // 8} | set(rest[:1])
+    assert got == want or np.ptp([scores[b, t, r, j] for j in got ^ want]) < 1e-5, (b, t, r)
+
+
+# --- whole models --------------------------------------------------------------------
+
+
+def test_steps_of_a_retrofit():
+  config = config_lib.validate(make_config(schedule.mixed_retrofit(40, 0.5)))
+  trunk, steps = schedule.at(config, 0), [schedule.at(config, i) for i in range(20, 40)]
+  kinds = {step.mode: step for step in steps}
+  assert set(kinds) == {"dense", "sparse"} and trunk.mode == "dense" and not trunk.losses
+  assert kinds["dense"].losses and dict(kinds["dense"].loss_weights) == {"alignment": 10.0}
+  config.schedule.stages[1].loss_weights = {"alignment": 3.0}
+  assert dict(schedule.at(config, 30).loss_weights) == {"alignment": 3.0}
+  assert {step.program for step in schedule.programs(config)} == {
+      schedule.at(config, i).program for i in range(40)}
+
+  params = random_params(model_lib.abstract_params(config))
+  inputs = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+  batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32), "segment_ids": segments_of(False)}
+
+  def run(step, attention=OPTIONS):
+    f = lambda params: step_lib.loss_and_metrics(make_config(attention=attention), params, batch, None, step,
+                                                 lambda x, axes: x)
+    return jax.jit(f)(params)
+
+  plain, of_dense_method = run(trunk), run(trunk, methods.Dense())
+  np.testing.assert_array_equal(plain[0], of_dense_method[0])
+  assert "alignment" not in plain[1]
+  objective, metrics = run(kinds["dense"])
+  np.testing.assert_allclose(metrics["loss"], plain[0], rtol=1e-6)
+  assert metrics["alignment"] > 1e-3
+  np.testing.assert_allclose(objective, metrics["loss"] + 10 * metrics["alignment"], rtol=1e-6)
+  again = run(kinds["sparse"])[1]
+  assert abs(again["loss"] - plain[0]) > 1e-3 and again["alignment"] > 1e-3
+
+
+# --- cost ---------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+  config = make_config(schedule.mixed_retrofit(40, 0.5))
+  mean = lambda count: sum(count(t) for t in range(T)) / T
+  dense, scores = 2 * 4 * N * H * mean(lambda t: t + 1), 2 * 2 * K * H * mean(lambda t: t + 1) / 8
+  selected = 2 * 4 * N * H * mean(lambda t: min(t + 1, 16))
+  attention_of = lambda parts: {name: parts[name] for name in parts if name not in ("projections", "unembedding")}
+  trunk = attention_of(flops.training(config, schedule.at(config, 0)))
+  assert trunk == {"dense": pytest.approx(3 * dense)}
+  kinds = {schedule.at(config, i).mode: attention_of(flops.training(config, schedule.at(config, i))) for i in range(20, 40)}
+  assert kinds["dense"] == {"dense": pytest.approx(3 * dense), "counterpart": pytest.approx(3 * selected),
+                            "scores": pytest.approx(scores)}
+  assert kinds["sparse"] == {"selected": pytest.approx(3 * selected), "scores": pytest.approx(scores),
+                             "counterpart": pytest.approx(3 * dense)}
+  assert OPTIONS.reads(config.model, 48) == {"selected": 16, "scores": 3}
+  assert (methods.SSA().block_size, methods.SSA().tokens_visible(8192)) == (16, 256)
