@@ -5,7 +5,9 @@ Importing registers them; it needs triton, but neither a GPU nor jax-triton, wit
 from __future__ import annotations
 
 from pallas_kernels import backends
+from pallas_kernels.triton import kl
 from pallas_kernels.triton import ranged
+from pallas_kernels.triton import selected
 from pallas_kernels.triton import top_k
 
 for _operation, _function, _supports in (
@@ -13,5 +15,7 @@ for _operation, _function, _supports in (
     ("compressed_attention", ranged.compressed_attention, ranged.supports_compressed_attention),
     ("compressed_top_k", top_k.compressed_top_k, top_k.supports_compressed_top_k),
     ("index_top_k", top_k.index_top_k, top_k.supports_index_top_k),
+    ("selected_attention", selected.selected_attention, selected.supports_selected_attention),
+    ("index_kl", kl.index_kl, kl.supports_index_kl),
 ):
   backends.register(_operation, "triton", _function, platforms=("gpu",), supports=_supports)

@@ -179,13 +179,13 @@ def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   splits = max(1, min(-(-8 * call.processors() // (B * K * blocks)), tiles // 4, 32))
   parts = jax.ShapeDtypeStruct((B, splits, C, K, H), jnp.float32)
   dk, dv = call.kernel_call(
-      range_kernels.dkv_kernel, (q, k, v, *rest, _who_sees(low, high, C, tuned.block)), [parts, parts],
+      range_kernels.dkv_kernel, (q, k, v, *rest, who_sees(low, high, C, tuned.block)), [parts, parts],
       grid=(B * K * blocks * splits,), name="range_attention_dkv", num_warps=tuned.warps, num_stages=tuned.stages,
       FACTOR=sizes.scale, SPLITS=splits, ROWS=rows, BLOCK=tuned.block, **sizes.constants(B))
   return dq, dk.sum(axis=1).astype(k.dtype), dv.sum(axis=1).astype(v.dtype)
 
 
-def _who_sees(low, high, C, block):
+def who_sees(low, high, C, block):
   """int32[B, blocks, 4]: per block of keys the tokens [0] .. [1] - 1 that see some of it, [2] .. [3] - 1 all."""
   start = jnp.arange(0, C, block, dtype=jnp.int32)
   stop = jnp.minimum(start + block, C)

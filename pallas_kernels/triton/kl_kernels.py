@@ -1,0 +1,231 @@
+"""Triton kernels of `index_kl`; kl.py calls them.
+
+P, the mean over a group's heads of exp(score - lse), and the index scores are made for a tile of tokens and a block
+of keys at a time, head after head: so the tensor core has 64 tokens on one side at any group size, and the mean needs
+no exchange between threads. Scores are in base 2 for P (SCALE and the lse have a factor log2(e)), natural for the index.
+
+Over selected blocks a kernel keeps one block of keys and gathers the tokens that chose it (entries.py); over all
+visible tokens it keeps a tile of tokens (forward) or a block of keys (backward).
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.triton.range_kernels import blocks_of
+from pallas_kernels.triton.range_kernels import load_block
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _target(q, lse, row, ok, keys, G: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr,
+            BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+  """P, unmasked, float32[TOKENS, BLOCK]; `row` counts (batch, token, KV head)."""
+  p = tl.zeros((TOKENS, BLOCK), tl.float32)
+  for g in range(G):
+    at = row * G + g
+    queries = tl.load(q + at[:, None] * H + tl.arange(0, H)[None, :], mask=ok[:, None], other=0.0)
+    norm = tl.load(lse + at, mask=ok, other=float("-inf")) * LOG2E
+    norm = tl.where(norm == float("-inf"), float("inf"), norm)
+    p += tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE - norm[:, None])
+  return p * (1.0 / G)
+
+
+@triton.jit
+def _index_rows(q_idx, row, ok, HI: tl.constexpr):
+  return tl.load(q_idx + row[:, None] * HI + tl.arange(0, HI)[None, :], mask=ok[:, None], other=0.0)
+
+
+@triton.jit
+def _moments(p, s, top):
+  """Of a block: sum of exp(s - top), of P, of P log P and of P s; s is -inf outside the mask, P 0."""
+  shift = tl.where(top == float("-inf"), 0.0, top)
+  e = tl.exp2((s - shift[:, None]) * LOG2E)
+  log = tl.log(tl.where(p > 0, p, 1.0))
+  cross = p * tl.where(s == float("-inf"), 0.0, s)
+  return e, tl.sum(e, axis=1), tl.sum(p, axis=1), tl.sum(p * log, axis=1), tl.sum(cross, axis=1)
+
+
+@triton.jit
+def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, S: tl.constexpr, K: tl.constexpr,
+                            G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
+                            PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
+                            TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+  """`moments` float32[5, PLACES]: the maximum of the index scores and the `_moments` of each entry."""
+  unit = units + tl.program_id(0) * 6
+  first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
+  b, r, block = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 5)
+  start = tl.cast(b, tl.int64) * S
+  keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
+  index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
+  c = tl.arange(0, SIZE)
+  for begin in range(0, count, TOKENS):
+    i = begin + tl.arange(0, TOKENS)
+    ok = i < count
+    row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
+    span = tl.load(spans + first + i, mask=ok, other=0)
+    seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
+    p = tl.where(seen, _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
+    s = tl.dot(_index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+    s = tl.where(seen, s, float("-inf"))
+    top = tl.max(s, axis=1)
+    _, norm, total, entropy, cross = _moments(p, s, top)
+    place = tile.to(tl.int64) * TOKENS + i
+    tl.store(moments + place, top, mask=ok)
+    tl.store(moments + PLACES + place, norm, mask=ok)
+    tl.store(moments + 2 * PLACES + place, total, mask=ok)
+    tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
+    tl.store(moments + 4 * PLACES + place, cross, mask=ok)
+
+
+@triton.jit
+def _score_gradient(p, s, seen, index_lse, factor, weight):
+  """d loss / d (unscaled index score): (P_idx - P / total) * weight."""
+  shift = tl.where(index_lse == float("-inf"), 0.0, index_lse)
+  chosen = tl.exp2((s - shift[:, None]) * LOG2E)
+  return tl.where(seen, (chosen - p * factor[:, None]) * weight[:, None], 0.0)
+
+
+@triton.jit
+def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, rows, spans, units, dq_parts,
+                             dk_parts, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+                             HI: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
+                             TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+  """What a block of keys gives to dq_idx, [PLACES, HI], one row per entry, and dk_idx, float32[units, SIZE, HI].
+
+  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE.
+  """
+  unit = units + tl.program_id(0) * 6
+  first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
+  b, r, block = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 5)
+  start = tl.cast(b, tl.int64) * S
+  keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
+  index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
+  c = tl.arange(0, SIZE)
+  dk = tl.zeros((SIZE, HI), tl.float32)
+  for begin in range(0, count, TOKENS):
+    i = begin + tl.arange(0, TOKENS)
+    ok = i < count
+    row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
+    span = tl.load(spans + first + i, mask=ok, other=0)
+    seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
+    p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION)
+    queries = _index_rows(q_idx, row, ok, HI)
+    s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+    ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
+                         tl.load(factor + row, mask=ok, other=0.0), tl.load(weight + row, mask=ok, other=0.0))
+    ds = ds.to(queries.dtype)
+    dk = tl.dot(tl.trans(ds), queries, dk, input_precision=PRECISION)
+    dq = tl.dot(ds, index_keys, input_precision=PRECISION)
+    place = tile.to(tl.int64) * TOKENS + i
+    tl.store(dq_parts + place[:, None] * HI + tl.arange(0, HI)[None, :], dq.to(dq_parts.dtype.element_ty),
+             mask=ok[:, None])
+  if count > 0:
+    at = tl.program_id(0).to(tl.int64) * (SIZE * HI) + c[:, None] * HI + tl.arange(0, HI)[None, :]
+    tl.store(dk_parts + at, dk)
+
+
+@triton.jit
+def sum_units_kernel(parts, unit_start, out, K: tl.constexpr, RANGES: tl.constexpr, BLOCKS: tl.constexpr,
+                     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+  """out[b, head, block, :] = sum of parts [units, SIZE] over the units of a block, in their order.
+
+  HEADS neighbouring KV heads are summed into one.
+  """
+  CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
+  i = tl.program_id(0) % CHUNKS * CHUNK + tl.arange(0, CHUNK)
+  item = tl.program_id(0) // CHUNKS
+  block, group = item % BLOCKS, item // BLOCKS  # group counts (batch, head of the result)
+  acc = tl.zeros((CHUNK,), tl.float32)
+  for n in range(HEADS * RANGES):
+    at = unit_start + (group * (HEADS * RANGES) + n) * BLOCKS + block
+    for unit in range(tl.load(at), tl.load(at + 1)):
+      acc += tl.load(parts + tl.cast(unit, tl.int64) * SIZE + i, mask=i < SIZE, other=0.0)
+  tl.store(out + tl.cast(item, tl.int64) * SIZE + i, acc, mask=i < SIZE)
+
+
+@triton.jit
+def dense_forward_kernel(q, k, lse, q_idx, k_idx, low, high, moments, dq, B: tl.constexpr, T: tl.constexpr,
+                         S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr,
+                         SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+                         PRECISION: tl.constexpr):
+  """Over all visible tokens: `moments` float32[5, B, T, K], and dq_idx for a loss of weight 1, float32."""
+  TILES: tl.constexpr = (T + TOKENS - 1) // TOKENS
+  tile = TILES - 1 - tl.program_id(0) // (B * K)
+  b, r = tl.program_id(0) % (B * K) // K, tl.program_id(0) % K
+  token = tile * TOKENS + tl.arange(0, TOKENS)
+  ok = token < T
+  at = tl.cast(b, tl.int64) * T
+  first = tl.load(low + at + token, mask=ok, other=0)
+  stop = tl.load(high + at + token, mask=ok, other=0)
+  begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
+  row = (at + token) * K + r
+  start = tl.cast(b, tl.int64) * S
+  queries = _index_rows(q_idx, row, ok, HI)
+  top = tl.full((TOKENS,), float("-inf"), tl.float32)
+  norm = tl.zeros((TOKENS,), tl.float32)
+  total = tl.zeros((TOKENS,), tl.float32)
+  entropy = tl.zeros((TOKENS,), tl.float32)
+  cross = tl.zeros((TOKENS,), tl.float32)
+  chosen = tl.zeros((TOKENS, HI), tl.float32)
+  wanted = tl.zeros((TOKENS, HI), tl.float32)
+  for block in range(begin, end):
+    keys = load_block(k + (start * K + r) * H, block, S, K * H, H, BLOCK, True)
+    index_keys = load_block(k_idx + start * HI, block, S, HI, HI, BLOCK, True)
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    seen = (c[None, :] >= first[:, None]) & (c[None, :] < stop[:, None])
+    p = tl.where(seen, _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION), 0.0)
+    s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, axis=1))
+    e, n, a, h, x = _moments(p, s, new)
+    decay = tl.exp2((top - tl.where(new == float("-inf"), 0.0, new)) * LOG2E)
+    norm = norm * decay + n
+    total += a
+    entropy += h
+    cross += x
+    chosen = tl.dot(e.to(index_keys.dtype), index_keys, chosen * decay[:, None], input_precision=PRECISION)
+    wanted = tl.dot(p.to(index_keys.dtype), index_keys, wanted, input_precision=PRECISION)
+    top = new
+  size: tl.constexpr = B * T * K
+  tl.store(moments + row, top, mask=ok)
+  tl.store(moments + size + row, norm, mask=ok)
+  tl.store(moments + 2 * size + row, total, mask=ok)
+  tl.store(moments + 3 * size + row, entropy, mask=ok)
+  tl.store(moments + 4 * size + row, cross, mask=ok)
+  both = chosen / tl.where(norm > 0, norm, 1.0)[:, None] - wanted / tl.where(total > 0, total, 1.0)[:, None]
+  tl.store(dq + row[:, None] * HI + tl.arange(0, HI)[None, :], both * INDEX_SCALE, mask=ok[:, None])
+
+
+@triton.jit
+def dense_dk_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, low, high, ranges, dk, B: tl.constexpr,
+                    T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+                    HI: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr, TOKENS: tl.constexpr,
+                    BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+  """dk_idx of a block of keys from the queries of one KV head, float32[B, K, S, HI]."""
+  BLOCKS: tl.constexpr = (S + BLOCK - 1) // BLOCK
+  b, r = tl.program_id(0) % (B * K) // K, tl.program_id(0) % K
+  block = tl.program_id(0) // (B * K)
+  start = tl.cast(b, tl.int64) * S
+  keys = load_block(k + (start * K + r) * H, block, S, K * H, H, BLOCK, True)
+  index_keys = load_block(k_idx + start * HI, block, S, HI, HI, BLOCK, True)
+  c = block * BLOCK + tl.arange(0, BLOCK)
+  bounds = ranges + (b * BLOCKS + block) * 4
+  at = tl.cast(b, tl.int64) * T
+  acc = tl.zeros((BLOCK, HI), tl.float32)
+  for tile in range(tl.load(bounds) // TOKENS, (tl.load(bounds + 1) + TOKENS - 1) // TOKENS):
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    ok = token < T
+    first = tl.load(low + at + token, mask=ok, other=0)
+    stop = tl.load(high + at + token, mask=ok, other=0)
+    seen = (c[None, :] >= first[:, None]) & (c[None, :] < stop[:, None])
+    row = (at + token) * K + r
+    p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION)
+    queries = _index_rows(q_idx, row, ok, HI)
+    s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+    ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
+                         tl.load(factor + row, mask=ok, other=0.0), tl.load(weight + row, mask=ok, other=0.0))
+    acc = tl.dot(tl.trans(ds.to(queries.dtype)), queries, acc, input_precision=PRECISION)
+  out = (tl.cast(b * K + r, tl.int64) * S + c[:, None]) * HI + tl.arange(0, HI)[None, :]
+  tl.store(dk + out, acc, mask=c[:, None] < S)

@@ -1,0 +1,132 @@
+"""`selected_attention` of `pallas_kernels.api` for Ampere and later, and for decoding.
+
+On Hopper the kernels of mosaic_gpu/ are faster wherever there are many queries; for one token these are, because
+nothing is sorted and the slots of a token are split over programs.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels.triton import call
+from pallas_kernels.triton import kl
+from pallas_kernels.triton import ranged
+from pallas_kernels.triton import selected_kernels
+from pallas_kernels.triton import tuning
+
+
+def supports_selected_attention(a):
+  q, k, indices, size = a["q"], a["k"], a["block_indices"], a["block_size"]
+  reason = ranged.reasons(q, k, a["v"], a["scale"])
+  if reason:
+    return reason
+  if size not in (16, 32, 64, 128):
+    return f"block_size = {size}: the kernels take 16, 32, 64, 128"
+  if q.shape[3] > 128:
+    return f"q has head dim {q.shape[3]}: the kernels take up to 128"
+  plan = _plan(q, k, indices.shape[3], size)
+  if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
+    return f"block_indices {indices.shape} has more entries than int32 counts"
+  return None
+
+
+def selected_attention(q, k, v, block_indices, *, block_size, scale, segment_ids, query_offset):
+  """See `pallas_kernels.api.selected_attention`."""
+  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
+  how = (block_size, float(scale), "ieee" if q.dtype == jnp.float32 else "tf32")
+  return _attend(q, k, v, (block_indices, segment_ids, offset), how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, rest, how):
+  return call.batched(functools.partial(_forward, how=how))(q, k, v, rest)
+
+
+def _attend_forward(q, k, v, rest, how):
+  o, lse = _attend(q, k, v, rest, how)
+  return (o, lse), (q, k, v, rest, o, lse)
+
+
+def _attend_backward(how, residuals, cotangents):
+  q, k, v, rest, o, lse = residuals
+  grads = call.batched(functools.partial(_backward, how=how))(q, k, v, rest, o, lse, *cotangents)
+  return *grads, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rest)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _plan(q, k, J, block_size):
+  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  GP = call.next_power_of_2(N // K)
+  range_size = max(kl.RANGE_BYTES // (GP * H * 2), 8 * (64 // GP) * -(-S // block_size) // J, 1)
+  return entry_lists.Plan(B, T, S, K, GP, J, block_size, min(range_size, T), tiles_per_unit=32)
+
+
+def _constants(q, k, J, how, kernel):
+  (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  block_size, scale, precision = how
+  tuned = tuning.get(kernel, head_dim=H, dtype=q.dtype)
+  return dict(S=S, K=K, G=N // K, GP=call.next_power_of_2(N // K), H=H, SIZE=block_size, SCALE=scale * call.LOG2E,
+              PRECISION=precision, num_warps=tuned.warps, num_stages=tuned.stages)
+
+
+def _slots(q, k, rest, how):
+  """Block indices with each block once, and the keys that each token sees: what forward and dQ read."""
+  block_indices, segment_ids, offset = rest
+  low, position = call.visible_tokens(*q.shape[:2], offset, segment_ids)
+  once = entry_lists.chosen(block_indices, _plan(q, k, block_indices.shape[3], how[0]))
+  return jnp.where(once, block_indices, -1).astype(jnp.int32), low, jnp.minimum(position + 1, k.shape[1])
+
+
+def _per_token(constants):
+  return dict(constants, GP=max(constants["GP"], ranged.MIN_ROWS))
+
+
+def _forward(q, k, v, rest, *, how):
+  B, T, N, H = q.shape
+  K, J = k.shape[2], rest[0].shape[3]
+  items = B * T * K
+  splits = max(1, min(2 * call.processors() // items, J))
+  o, lse = call.kernel_call(
+      selected_kernels.forward_kernel, (q, k, v, *_slots(q, k, rest, how)),
+      [jax.ShapeDtypeStruct((splits, B, T, N, H), q.dtype if splits == 1 else jnp.float32),
+       jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)],
+      grid=(items * splits,), name="selected_attention_forward", ITEMS=items, T=T, J=J, SPLITS=splits,
+      **_per_token(_constants(q, k, J, how, "selected_forward")))
+  return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
+
+
+def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
+  B, T, N, H = q.shape
+  (S, K), J = k.shape[1:3], rest[0].shape[3]
+  do = do.astype(q.dtype)
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+  seen = lse > -jnp.inf
+  delta, lse = jnp.where(seen, delta, 0.0), jnp.where(seen, lse * call.LOG2E, 0.0)
+  constants = _constants(q, k, J, how, "selected_forward")
+  dq = call.kernel_call(
+      selected_kernels.dq_kernel, (q, k, v, do, lse, delta, *_slots(q, k, rest, how)),
+      jax.ShapeDtypeStruct(q.shape, q.dtype), grid=(B * T * K,), name="selected_attention_dq", ITEMS=B * T * K, T=T,
+      J=J, FACTOR=how[1], **_per_token(constants))
+  plan = _plan(q, k, J, how[0])
+  block_indices, segment_ids, offset = rest
+  entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
+  parts = jax.ShapeDtypeStruct((plan.max_units, how[0], H), jnp.float32)
+  constants = _constants(q, k, J, how, "selected_dkv")
+  if how[0] * H > 64 * 64:  # two float32 accumulators of this size
+    constants["num_warps"] = max(constants["num_warps"], 8)
+  dk, dv = call.kernel_call(
+      selected_kernels.dkv_kernel, (q, k, v, do, lse, delta, entries.rows, entries.spans, entries.units),
+      [parts, parts], grid=(plan.max_units,), name="selected_attention_dkv", FACTOR=how[1],
+      TOKENS=plan.tile_tokens, **constants)
+
+  def tokens_first(x):
+    x = kl.sum_units(x, entries.unit_start, plan, heads=1)  # B, K, blocks, keys, H
+    return x.reshape(B, K, -1, H)[:, :, :S].transpose(0, 2, 1, 3).astype(k.dtype)
+
+  return dq, tokens_first(dk), tokens_first(dv)
