@@ -26,7 +26,7 @@ OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_to
 BACKENDS = {
     "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu"), ("cudnn", "pallas_kernels.cudnn"),
             ("triton", "pallas_kernels.triton")],
-    "tpu": [],
+    "tpu": [("mosaic_tpu", "pallas_kernels.mosaic_tpu")],
     "cpu": [],
 }
 
