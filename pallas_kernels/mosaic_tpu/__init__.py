@@ -6,8 +6,10 @@ checked in the interpreter on a CPU, and libtpu compiles every kernel for each c
 from __future__ import annotations
 
 from pallas_kernels import backends
+from pallas_kernels.mosaic_tpu import selected
 
 KERNELS = {  # operation -> its module, which has a function of that name and `supports` of the same arguments
+    "selected_attention": selected,
 }
 
 for _operation, _module in KERNELS.items():

@@ -1,0 +1,317 @@
+"""Selected attention on TPUs: what `pallas_kernels.api.selected_attention` runs there.
+
+Forward: flash attention of a tile of neighbouring queries over the union of their blocks, each row masked to its
+own (union.py, walk.py). Backward: the same walk again. The gradients of a range of keys, as many as fit VMEM in
+float32, stay there while the grid goes through all tiles in order; if that range is all keys, one pass makes dQ,
+dK and dV with five products per block, else a pass per range makes dK and dV and one more makes dQ. Nothing of
+the size of the selection is written but the lists, at most as large as `block_indices`.
+
+The work is that of the union: where neighbours share little (G = 1, blocks drawn at random) a tile of 128 rows
+attends to many blocks for the sake of a few rows each.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic_tpu import union
+from pallas_kernels.mosaic_tpu import walk
+from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (32, 64, 128)
+MAX_GROUP = 16
+MAX_SLOTS = 64
+MAX_RANGES = 128  # of keys, whose bounds end each list
+
+
+def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offset=0, scale=None):
+  """None, or why these arguments need another implementation; begins with the argument's name.
+
+  Reads shapes and dtypes only.
+  """
+  del segment_ids, query_offset
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  J = block_indices.shape[3]
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"q.dtype = {q.dtype}: the kernels take bfloat16 and float32"
+  if k.dtype != q.dtype or v.dtype != q.dtype:
+    return f"k.dtype, v.dtype = {k.dtype}, {v.dtype}: the kernels need that of q, {q.dtype}"
+  if H not in HEAD_DIMS:
+    return f"q has head dim {H}: the kernels take {_listed(HEAD_DIMS)}"
+  if block_size not in BLOCK_SIZES:
+    return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
+  if N // K > MAX_GROUP:
+    return f"q has {N // K} heads per KV head: the kernels take up to {MAX_GROUP}"
+  if J > MAX_SLOTS:
+    return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
+  if scale is not None and not isinstance(scale, (int, float, np.floating)):
+    return "scale is traced: the kernels need a number"
+  if min(B, T, S, J) == 0:
+    return f"block_indices {block_indices.shape}, q {q.shape} or k {k.shape} is empty"
+  if make_plan(q, k, block_indices, block_size).ranges > MAX_RANGES:
+    return f"k has {S} keys: the backward kernel takes {MAX_RANGES} times what fits VMEM"
+  return None
+
+
+def _listed(numbers):
+  return ", ".join(map(str, numbers))
+
+
+def make_plan(q, k, block_indices, block_size):
+  """The sizes of a call."""
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  return union.Plan(B, T, S, K, N // K, block_indices.shape[3], block_size, H, H)
+
+
+def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
+                       interpret=False):
+  """Softmax attention over the visible tokens of each query's selected blocks.
+
+  See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through both results.
+
+  Args:
+    q: [B, T, N, H], bfloat16 or float32.
+    k, v: [B, S, K, H].
+    block_indices: int32[B, T, K, J].
+    block_size: tokens.
+    scale: of the scores, a number; None is H ** -0.5.
+    segment_ids: int32[B, S] in contiguous runs, or None.
+    query_offset: int32 scalar or [B], position of the first query.
+    interpret: of `pl.pallas_call`, to run on a CPU.
+
+  Returns:
+    o [B, T, N, H] in q.dtype and lse float32[B, T, N].
+
+  Raises:
+    NotImplementedError: for arguments outside `supports`.
+  """
+  reason = supports(q, k, v, block_indices, block_size=block_size, scale=scale)
+  if reason is not None:
+    raise NotImplementedError(f"selected_attention: {reason}; take implementation = None for one that can")
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
+  return _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret):
+  return _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)[0]
+
+
+def _by_head(plan, x):
+  """[B, T, N, ...] to [B, T, K, G, ...]."""
+  return x.reshape(plan.batch, plan.queries, plan.kv_heads, plan.group, *x.shape[3:])
+
+
+def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret):
+  plan = make_plan(q, k, block_indices, block_size)
+  picks = union.seen_picks(plan, block_indices, segment_ids, offset)
+  lists = union.make_lists(plan, picks)
+  numbers = union.row_numbers(plan, picks, segment_ids, offset)
+  queries = union.query_rows(plan, _by_head(plan, q))
+  if plan.packed:
+    queries = union.pair(plan, queries, None)
+  pairs = union.pair(plan, union.key_blocks(plan, k), union.key_blocks(plan, v))
+  o, lse = attend(plan, queries, pairs, lists, numbers, scale=scale, interpret=interpret)
+  o = union.from_rows(plan, o[:, :, -plan.right:] if plan.packed else o[:, :, :plan.right])
+  o = o.reshape(q.shape)
+  lse = union.from_rows(plan, lse).reshape(q.shape[:3])
+  return (o, lse), (q, k, v, o, lse, block_indices, lists, segment_ids, offset)
+
+
+def _backward(block_size, scale, interpret, residuals, cotangents):
+  q, k, v, o, lse, block_indices, lists, segment_ids, offset = residuals
+  do, dlse = cotangents
+  plan = make_plan(q, k, block_indices, block_size)
+  do = do.astype(q.dtype)
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+  # A row that sees nothing is in nobody's mask; 0 keeps what is masked finite.
+  seen = lse > -jnp.inf
+  sums = jnp.stack([jnp.where(seen, lse * LOG2E, 0.0), jnp.where(seen, delta, 0.0)], axis=-1)
+  sums = union.query_rows(plan, _by_head(plan, sums)).transpose(0, 1, 3, 2)
+  picks = union.seen_picks(plan, block_indices, segment_ids, offset)
+  numbers = union.row_numbers(plan, picks, segment_ids, offset)
+  queries = union.query_rows(plan, _by_head(plan, union.pair(plan, q, do)))
+  pairs = union.pair(plan, union.key_blocks(plan, k), union.key_blocks(plan, v))
+  one = functools.partial(gradients, plan, queries, sums, pairs, lists, numbers, scale=scale, interpret=interpret)
+  if plan.ranges == 1:
+    dq, dkv = one(of_queries=True, of_keys=True)
+  else:
+    dq, dkv = one(of_queries=True, of_keys=False)[0], one(of_queries=False, of_keys=True)[1]
+  dq = union.from_rows(plan, dq[:, :, :plan.left]).reshape(q.shape)
+  dkv = union.from_blocks(plan, dkv)
+  dk = (dkv[..., :plan.left] * scale).astype(k.dtype)
+  dv = dkv[..., plan.start:plan.start + plan.right].astype(v.dtype)
+  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+  return dq, dk, dv, nothing(block_indices), nothing(segment_ids), nothing(offset)
+
+
+_selected_attention.defvjp(_forward, _backward)
+
+
+# --- the kernels --------------------------------------------------------------
+
+
+def list_specs(plan):
+  """Block specs of the lists, taken twice: a tile's own and the next one's."""
+  shape = (1, 1, 1, plan.list_length)
+  return [pl.BlockSpec(shape, lambda head, span, tile: (head, tile, 0, 0), memory_space=pltpu.SMEM),
+          pl.BlockSpec(shape, lambda head, span, tile: (head, jnp.minimum(tile + 1, plan.tiles - 1), 0, 0),
+                       memory_space=pltpu.SMEM)]
+
+
+def tile_spec(plan, *shape):
+  """Block spec of [B * K, tiles, *shape]."""
+  return pl.BlockSpec((1, 1, *shape), lambda head, span, tile: (head, tile, 0, 0))
+
+
+def stream_scratch(plan, dtype):
+  """What `walk.over_list` needs: buffer, arrived, parity."""
+  return [pltpu.VMEM((2, plan.step_blocks * plan.block_size, plan.width), dtype),
+          pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)]
+
+
+def compiler_params(*semantics):
+  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=union.VMEM_BYTES)
+
+
+def attend(plan, queries, pairs, lists, numbers, *, scale, interpret=False):
+  """Attention of tiles over their lists.
+
+  Args:
+    queries: [B * K, tiles, rows, lanes of `walk.left_keys`].
+    pairs: [B * K, blocks, block_size, width] of k and v.
+    lists, numbers: of `union.make_lists` and `union.row_numbers`.
+    scale: float.
+
+  Returns:
+    o [B * K, tiles, lanes of `walk.right_keys`, rows] of queries.dtype and lse float32[B * K, tiles, 1, rows];
+    0 and -inf in rows that see nothing.
+  """
+  heads, tiles = queries.shape[:2]
+  height, dtype = walk.height(plan, right=True), queries.dtype
+
+  def body(lists, following, numbers, queries, pairs, o, lse, sums, buffer, arrived, parity):
+    head, tile = pl.program_id(0), pl.program_id(2)
+    sums[...] = jnp.zeros_like(sums)
+
+    def step(blocks, pairs, carry):
+      top, total = carry
+      s = walk.scores(walk.left_keys(plan, pairs), queries[0, 0]) * (scale * LOG2E)
+      s = jnp.where(walk.mask(plan, blocks, numbers[0, 0]), s, -jnp.inf)
+      new = jnp.maximum(top, s.max(axis=0, keepdims=True))
+      shift = jnp.where(new == -jnp.inf, 0.0, new)
+      p = jnp.exp2(s - shift)
+      decay = jnp.exp2(top - shift)
+      values = walk.right_keys(plan, pairs)
+      sums[...] = sums[...] * decay + walk.product(values, p.astype(dtype), (0, 0))
+      return new, total * decay + p.sum(axis=0, keepdims=True)
+
+    row = lambda value: jnp.full((1, plan.rows), value, jnp.float32)
+    top, total = walk.over_list(
+        plan, step, (row(-jnp.inf), row(0.0)), whole=True, head=head, span=0, tile=tile, lists=lists,
+        following=following, source=pairs, buffer=buffer, arrived=arrived, parity=parity)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    o[0, 0] = (sums[...] / safe).astype(dtype)
+    lse[0, 0] = jnp.where(some, top * LN2 + jnp.log(safe), -jnp.inf)
+
+  return pl.pallas_call(
+      body, grid=(heads, 1, tiles),
+      in_specs=[*list_specs(plan), tile_spec(plan, *numbers.shape[2:]), tile_spec(plan, *queries.shape[2:]),
+                pl.BlockSpec(memory_space=pl.ANY)],
+      out_specs=[tile_spec(plan, height, plan.rows), tile_spec(plan, 1, plan.rows)],
+      out_shape=[jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype),
+                 jax.ShapeDtypeStruct((heads, tiles, 1, plan.rows), jnp.float32)],
+      scratch_shapes=[pltpu.VMEM((height, plan.rows), jnp.float32), *stream_scratch(plan, dtype)],
+      compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"), interpret=interpret,
+      name="selected_attention_forward")(lists, lists, numbers, queries, pairs)
+
+
+def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, of_keys, interpret=False):
+  """Gradients of tiles and of their blocks.
+
+  Args:
+    queries: [B * K, tiles, rows, width], pairs of q and do.
+    sums: float32[B * K, tiles, 2, rows], the base-2 log-sum-exp and rowsum(o * do) less the cotangent of lse.
+    pairs: [B * K, blocks, block_size, width] of k and v.
+    lists, numbers: of `union.make_lists` and `union.row_numbers`.
+    scale: float.
+    of_queries, of_keys: which gradients to make; both at once only if all keys are one range.
+
+  Returns:
+    dq [B * K, tiles, lanes of `walk.left_keys`, rows] of queries.dtype and float32[B * K, ranges * range_blocks *
+    block_size, width], the pair of dk and dv, dk without the factor `scale`; None for what was not wanted.
+  """
+  assert plan.ranges == 1 or not (of_queries and of_keys)
+  heads, tiles = queries.shape[:2]
+  height, dtype, size = walk.height(plan, right=False), queries.dtype, plan.block_size
+  ranges, range_keys = plan.ranges if of_keys else 1, plan.range_blocks * plan.block_size
+
+  def body(lists, following, numbers, queries, sums, pairs, *refs):
+    refs = list(refs)
+    dq = refs.pop(0) if of_queries else None
+    dkv = refs.pop(0) if of_keys else None
+    q_sums = refs.pop(0) if of_queries else None
+    kv_sums = refs.pop(0) if of_keys else None
+    buffer, arrived, parity = refs
+    head, span, tile = (pl.program_id(axis) for axis in range(3))
+    if of_queries:
+      q_sums[...] = jnp.zeros_like(q_sums)
+    if of_keys:
+      @pl.when(tile == 0)
+      def _():
+        @pl.loop(0, plan.range_blocks)
+        def _(i):
+          kv_sums[pl.ds(i * size, size)] = jnp.zeros((size, plan.width), jnp.float32)
+
+    def step(blocks, pairs, carry):
+      rows = queries[0, 0]
+      q, do = walk.left_queries(plan, rows), walk.right_queries(plan, rows)
+      keys, values = walk.left_keys(plan, pairs), walk.right_keys(plan, pairs)
+      s = walk.scores(keys, q) * (scale * LOG2E) - sums[0, 0, 0:1]
+      p = jnp.where(walk.mask(plan, blocks, numbers[0, 0]), jnp.exp2(s), 0.0)
+      ds = p * (walk.scores(values, do) - sums[0, 0, 1:2])
+      p, ds = p.astype(dtype), ds.astype(dtype)
+      if of_queries:
+        q_sums[...] += walk.product(keys, ds, (0, 0))
+      if of_keys:
+        dk, dv = walk.product(ds, q, (1, 0)), walk.product(p, do, (1, 0))
+        more = dk + dv if plan.packed else jnp.concatenate([dk, dv], axis=1)
+        for i, block in enumerate(blocks):
+          at = pl.multiple_of(jnp.maximum(block - span * plan.range_blocks, 0) * size, size)
+          kv_sums[pl.ds(at, size)] += more[i * size:(i + 1) * size]  # zeros if there is no such block
+      return carry
+
+    walk.over_list(plan, step, 0, whole=not of_keys, head=head, span=span, tile=tile, lists=lists,
+                   following=following, source=pairs, buffer=buffer, arrived=arrived, parity=parity)
+    if of_queries:
+      dq[0, 0] = (q_sums[...] * scale).astype(dtype)
+    if of_keys:
+      @pl.when(tile == tiles - 1)
+      def _():
+        pltpu.sync_copy(kv_sums, dkv.at[head, pl.ds(span * range_keys, range_keys)])
+
+  of = lambda wanted, *x: list(x) if wanted else []
+  out = pl.pallas_call(
+      body, grid=(heads, ranges, tiles),
+      in_specs=[*list_specs(plan), tile_spec(plan, *numbers.shape[2:]), tile_spec(plan, *queries.shape[2:]),
+                tile_spec(plan, *sums.shape[2:]), pl.BlockSpec(memory_space=pl.ANY)],
+      out_specs=of(of_queries, tile_spec(plan, height, plan.rows)) + of(of_keys, pl.BlockSpec(memory_space=pl.ANY)),
+      out_shape=of(of_queries, jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype))
+      + of(of_keys, jax.ShapeDtypeStruct((heads, ranges * range_keys, plan.width), jnp.float32)),
+      scratch_shapes=of(of_queries, pltpu.VMEM((height, plan.rows), jnp.float32))
+      + of(of_keys, pltpu.VMEM((range_keys, plan.width), jnp.float32)) + stream_scratch(plan, dtype),
+      compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"), interpret=interpret,
+      name="selected_attention_backward")(lists, lists, numbers, queries, sums, pairs)
+  out = list(out)
+  return out.pop(0) if of_queries else None, out.pop(0) if of_keys else None
