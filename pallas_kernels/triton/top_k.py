@@ -13,7 +13,7 @@ from pallas_kernels.triton import top_k_kernels
 from pallas_kernels.triton import tuning
 
 MAX_SLOTS = 128
-PER_PROCESSOR = 2  # thread blocks that stay on a multiprocessor
+GROUP = 16         # neighbouring blocks of which the largest score decides first
 FEW = 2            # tiles per multiprocessor up to which the keys of a tile are split
 
 
@@ -49,12 +49,14 @@ class _OneHead:
     self.shape, self.dtype = (*x.shape[:2], 1, x.shape[2]), x.dtype
 
 
-def _choice(tile_lines, BLOCKS, num_blocks, num_initial, num_local, warps):
-  """Constants of the choice: as many lines at once as give a thread 32 scores."""
+def _choice(tile_lines, BLOCKS, num_blocks, num_initial, num_local, warps, width=1):
+  """Constants of the choice: as many lines at once as give a thread 32 numbers; `width` are read per block."""
   sweep = min(call.next_power_of_2(BLOCKS), 1024)
-  select = max(1, min(tile_lines, warps * 32 * 32 // sweep))
-  return dict(BLOCKS=BLOCKS, J=num_blocks, JP=call.next_power_of_2(num_blocks), INITIAL=num_initial, LOCAL=num_local,
-              SELECT=select, SWEEP=sweep)
+  select = max(1, min(tile_lines, warps * 32 * 32 // (sweep * max(1, width // 2))))
+  slots = call.next_power_of_2(num_blocks)
+  group = GROUP if sweep >= 3 * slots * GROUP else 0
+  return dict(BLOCKS=BLOCKS, J=num_blocks, JP=slots, INITIAL=num_initial, LOCAL=num_local, SELECT=select, SWEEP=sweep,
+              GROUP=group)
 
 
 def _last_block(position_bound, size):
@@ -83,11 +85,11 @@ def _compressed_top_k(q, k, lse, first, position, *, LEN, STRIDE, SIZE, BLOCKS, 
   width = -(-C // tuned.block) * tuned.block
   items = B * K * -(-T // tokens)
   scoring = dict(LEN=LEN, STRIDE=STRIDE, ROWS=rows, BLOCK=tuned.block, WIDTH=width, **sizes.constants(B))
-  chosen = _choice(tokens, BLOCKS, *choice, tuned.warps)
+  chosen = _choice(tokens, BLOCKS, *choice, tuned.warps, SIZE // STRIDE)
   how = dict(num_warps=tuned.warps, num_stages=tuned.stages)
   indices = jax.ShapeDtypeStruct((B, T, K, choice[0]), jnp.int32)
   if items > FEW * call.processors():
-    programs = min(items, PER_PROCESSOR * call.processors())
+    programs = min(items, tuned.resident * call.processors())
     return call.kernel_call(
         top_k_kernels.compressed_top_k_kernel, (q, k, lse, first, position),
         [indices, jax.ShapeDtypeStruct((programs, tokens, width), jnp.float32)], grid=(programs,),
@@ -99,8 +101,8 @@ def _compressed_top_k(q, k, lse, first, position, *, LEN, STRIDE, SIZE, BLOCKS, 
       SPLITS=splits, **how, **scoring)
   return call.kernel_call(
       top_k_kernels.choose_kernel, (scores, first, position), indices, grid=(items,), name="compressed_choose",
-      B=B, T=T, C=C, K=K, KP=1, HEADS=K, LINES=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE, SIZE=SIZE,
-      BLOCK=tuned.block, **how, **chosen)
+      B=B, T=T, C=C, K=K, KP=1, HEADS=K, LINES=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE, SUB=1,
+      SIZE=SIZE, BLOCK=tuned.block, **how, **chosen)
 
 
 def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local, scale, segment_ids, query_offset):
@@ -116,9 +118,9 @@ def _index_top_k(q, k, first, position, *, SIZE, choice, scale):
   KP = call.next_power_of_2(K)
   tuned = tuning.get("index_scores", head_dim=H, dtype=q.dtype)
   rows = max(min(tuned.rows, call.next_power_of_2(T) * KP), KP, ranged.MIN_ROWS)
-  block = max(tuned.block, SIZE)
-  BLOCKS = -(-S // SIZE)
-  width = -(-S // block) * (block // SIZE)
+  block, BLOCKS = tuned.block, -(-S // SIZE)
+  SUB = max(1, SIZE // block)
+  width = -(-S // max(block, SIZE)) * max(block // SIZE, SUB)
   items = B * -(-T // (rows // KP))
   scoring = dict(B=B, T=T, S=S, K=K, KP=KP, H=H, SIZE=SIZE, SCALE=scale, ROWS=rows, BLOCK=block, WIDTH=width,
                  PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
@@ -126,22 +128,17 @@ def _index_top_k(q, k, first, position, *, SIZE, choice, scale):
   how = dict(num_warps=tuned.warps, num_stages=tuned.stages)
   indices = jax.ShapeDtypeStruct((B, T, K, choice[0]), jnp.int32)
   if items > FEW * call.processors():
-    programs = min(items, PER_PROCESSOR * call.processors())
+    programs = min(items, tuned.resident * call.processors())
     return call.kernel_call(
         top_k_kernels.index_top_k_kernel, (q, k, first, position),
         [indices, jax.ShapeDtypeStruct((programs, rows, width), jnp.float32)], grid=(programs,), name="index_top_k",
-        PROGRAMS=programs, **how, **scoring, **chosen)[0]
+        PROGRAMS=programs, SUB=SUB, **how, **scoring, **chosen)[0]
   splits = max(1, min(4 * call.processors() // items, S // (2 * block)))
   scores = call.kernel_call(
       top_k_kernels.index_scores_kernel, (q, k, first, position),
       jax.ShapeDtypeStruct((items, rows, width), jnp.float32), grid=(items * splits,), name="index_scores",
       SPLITS=splits, **how, **scoring)
-  return _choose_lines(scores, first, position, indices, items=items, KP=KP, lines=rows, width=width, C=S, SIZE=SIZE,
-                       block=block, chosen=chosen, how=how)
-
-
-def _choose_lines(scores, first, position, indices, *, items, KP, lines, width, C, SIZE, block, chosen, how):
-  B, T, K, _ = indices.shape
   return call.kernel_call(
-      top_k_kernels.choose_kernel, (scores, first, position), indices, grid=(items,), name="choose_blocks", B=B, T=T,
-      C=C, K=K, KP=KP, HEADS=1, LINES=lines, WIDTH=width, LEN=0, STRIDE=0, SIZE=SIZE, BLOCK=block, **how, **chosen)
+      top_k_kernels.choose_kernel, (scores, first, position), indices, grid=(items,), name="index_choose", B=B, T=T,
+      C=S, K=K, KP=KP, HEADS=1, LINES=rows, WIDTH=width, LEN=0, STRIDE=0, SUB=SUB, SIZE=SIZE, BLOCK=block, **how,
+      **chosen)

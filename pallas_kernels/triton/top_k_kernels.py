@@ -86,7 +86,7 @@ def _index_step(out, q, k, block, low, high, S, H: tl.constexpr, SIZE: tl.conste
                 ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
                 MASKED: tl.constexpr):
   """Best scores of the selection blocks inside a block of keys."""
-  PER: tl.constexpr = BLOCK // SIZE
+  PER: tl.constexpr = BLOCK // SIZE if BLOCK > SIZE else 1
   keys = load_block(k, block, S, H, H, BLOCK, MASKED)
   s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
   if MASKED:
@@ -123,14 +123,54 @@ def _index_scores(out, q, k, first, position, tile, b, part, T: tl.constexpr, S:
 
 
 @triton.jit
+def _block_scores(row, j, ok, begin_block, own_block, written_begin, written_end, LEN: tl.constexpr,
+                  STRIDE: tl.constexpr, SUB: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+                  INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+  """Scores of the blocks `j` [lines or 1, n] from the lines at `row`, +inf if forced, -inf if invisible."""
+  if STRIDE == 0:  # SUB parts of a block, the best one counts
+    value = (j * 0).to(tl.float32) + float("-inf")
+    for n in tl.static_range(SUB):
+      part = j * SUB + n
+      here = (part >= written_begin) & (part < written_end) & ok[:, None]
+      value = tl.maximum(value, tl.load(row + part, mask=here, other=float("-inf")))
+  else:
+    RATIO: tl.constexpr = SIZE // STRIDE
+    EARLIER: tl.constexpr = (LEN - 1) // STRIDE  # compressed blocks that begin before and reach into it
+    if RATIO & (RATIO - 1) == 0:  # those that begin in it, with one wide load
+      nth = tl.arange(0, RATIO)
+      c = (j * RATIO)[:, :, None] + nth[None, None, :]
+      weight = tl.minimum(nth * STRIDE + LEN, SIZE) - nth * STRIDE
+      here = (c >= written_begin) & (c < written_end) & ok[:, None, None]
+      own = tl.load(row[:, :, None] + c, mask=here, other=0.0)
+      value = tl.sum(own * (weight.to(tl.float32) / STRIDE)[None, None, :], axis=2)
+      START: tl.constexpr = 0
+    else:
+      value = (j * 0).to(tl.float32) + tl.where(ok, 0.0, 0.0)[:, None]
+      START: tl.constexpr = RATIO
+    for n in tl.static_range(EARLIER + START):
+      c = j * RATIO + n - EARLIER
+      shared = tl.minimum((n - EARLIER) * STRIDE + LEN, SIZE) - tl.maximum((n - EARLIER) * STRIDE, 0)
+      here = (c >= written_begin) & (c < written_end) & ok[:, None]
+      value += tl.load(row + c, mask=here, other=0.0) * (shared / STRIDE)
+  value = tl.minimum(tl.maximum(value, -FLOAT32_MAX), FLOAT32_MAX)
+  forced = (j < begin_block[:, None] + INITIAL) | (j > own_block[:, None] - LOCAL)
+  visible = (j >= begin_block[:, None]) & (j <= own_block[:, None]) & (j < BLOCKS)
+  return tl.where(visible, tl.where(forced, float("inf"), value), float("-inf"))
+
+
+@triton.jit
 def _choose(scores, indices, first, position, tile, b, r, written_begin, written_end, T: tl.constexpr,
             K: tl.constexpr, KP: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, LEN: tl.constexpr,
-            STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, J: tl.constexpr, JP: tl.constexpr,
-            INITIAL: tl.constexpr, LOCAL: tl.constexpr, SELECT: tl.constexpr, SWEEP: tl.constexpr):
+            STRIDE: tl.constexpr, SUB: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, J: tl.constexpr,
+            JP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SELECT: tl.constexpr,
+            SWEEP: tl.constexpr, GROUP: tl.constexpr):
   """indices[b, t, r, :] of a tile from its lines of `scores`, SELECT lines at a time.
 
-  A line has one score per selection block if STRIDE = 0, else one per compressed block, each of which counts
+  A line has SUB scores per selection block if STRIDE = 0, else one per compressed block, each of which counts
   for a selection block by the strides they share. Past written_begin .. written_end - 1 lies rubbish.
+
+  With GROUP > 0 the J groups of GROUP neighbouring blocks with the largest scores are found first. They hold the
+  J best blocks: each group that comes before another one has a block that comes before all blocks of the other.
   """
   at = tl.cast(b, tl.int64) * T
   for chunk in range(LINES // SELECT):
@@ -146,34 +186,34 @@ def _choose(scores, indices, first, position, tile, b, r, written_begin, written
     kept_block = tl.full((SELECT, JP), -1, tl.int32)
     last = tl.minimum(tl.max(own_block, axis=0) + 1, BLOCKS)
     for sweep in range(tl.minimum(tl.min(begin_block, axis=0), last - 1) // SWEEP, (last + SWEEP - 1) // SWEEP):
-      j = sweep * SWEEP + tl.arange(0, SWEEP)
-      if STRIDE == 0:
-        here = (j >= written_begin) & (j < written_end)
-        value = tl.load(row + j[None, :], mask=here[None, :] & ok[:, None], other=0.0)
-      else:
-        RATIO: tl.constexpr = SIZE // STRIDE
-        EARLIER: tl.constexpr = (LEN - 1) // STRIDE  # compressed blocks that begin before and reach into it
-        value = tl.zeros((SELECT, SWEEP), tl.float32)
-        for n in tl.static_range(RATIO + EARLIER):
-          c = j * RATIO + n - EARLIER
-          shared = tl.minimum((n - EARLIER) * STRIDE + LEN, SIZE) - tl.maximum((n - EARLIER) * STRIDE, 0)
-          here = (c >= written_begin) & (c < written_end)
-          value += tl.load(row + c[None, :], mask=here[None, :] & ok[:, None], other=0.0) * (shared / STRIDE)
-      value = tl.minimum(tl.maximum(value, -FLOAT32_MAX), FLOAT32_MAX)
-      forced = (j[None, :] < begin_block[:, None] + INITIAL) | (j[None, :] > own_block[:, None] - LOCAL)
-      visible = (j[None, :] >= begin_block[:, None]) & (j[None, :] <= own_block[:, None]) & (j[None, :] < BLOCKS)
-      value = tl.where(visible, tl.where(forced, float("inf"), value), float("-inf"))
+      j = (sweep * SWEEP + tl.arange(0, SWEEP))[None, :]
+      value = _block_scores(row, j, ok, begin_block, own_block, written_begin, written_end, LEN, STRIDE, SUB, SIZE,
+                            BLOCKS, INITIAL, LOCAL)
+      if GROUP > 0:
+        peaks = tl.max(tl.reshape(value, (SELECT, SWEEP // GROUP, GROUP)), axis=2)
+        group = tl.arange(0, SWEEP // GROUP)[None, :]
+        picked = tl.full((SELECT, JP), 2 ** 20, tl.int32)
+        for n in range(J):
+          top = tl.max(peaks, axis=1)
+          which = tl.min(tl.where(peaks == top[:, None], group, NO_BLOCK), axis=1)
+          peaks = tl.where(group == which[:, None], float("-inf"), peaks)
+          which = tl.where(top > float("-inf"), which, 2 ** 20)
+          picked = tl.where(slot[None, :] == n, which[:, None], picked)
+        j = sweep * SWEEP + picked[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+        j = tl.reshape(j, (SELECT, JP * GROUP))
+        value = _block_scores(row, j, ok, begin_block, own_block, written_begin, written_end, LEN, STRIDE, SUB, SIZE,
+                              BLOCKS, INITIAL, LOCAL)
       best = tl.full((SELECT, JP), float("-inf"), tl.float32)
       best_block = tl.full((SELECT, JP), -1, tl.int32)
       for n in range(J):
         top = tl.max(value, axis=1)
         if SWEEP < BLOCKS:
           top = tl.maximum(top, tl.max(kept, axis=1))
-        which = tl.min(tl.where(value == top[:, None], j[None, :], NO_BLOCK), axis=1)
+        which = tl.min(tl.where(value == top[:, None], j, NO_BLOCK), axis=1)
         if SWEEP < BLOCKS:
           which = tl.minimum(which, tl.min(tl.where(kept == top[:, None], kept_block, NO_BLOCK), axis=1))
           kept = tl.where(kept_block == which[:, None], float("-inf"), kept)
-        value = tl.where(j[None, :] == which[:, None], float("-inf"), value)
+        value = tl.where(j == which[:, None], float("-inf"), value)
         best = tl.where(slot[None, :] == n, top[:, None], best)
         chosen = tl.where(top > float("-inf"), which, -1)
         best_block = tl.where(slot[None, :] == n, chosen[:, None], best_block)
@@ -194,7 +234,8 @@ def _written(first, position, tile, b, T: tl.constexpr, C: tl.constexpr, TOKENS:
     low = tl.load(first + at + token, mask=ok, other=0)
     high = tl.minimum(tl.load(position + at + token, mask=ok, other=-1) + 1, C)
     begin, end, _, _ = blocks_of(low, high, ok, BLOCK)
-    return begin * (BLOCK // SIZE), end * (BLOCK // SIZE)
+    PER: tl.constexpr = BLOCK // SIZE if BLOCK > SIZE else 1
+    return begin * PER, end * PER
   low, high = _compressed_run(first + at, position + at, token, ok, C, LEN, STRIDE)
   begin, end, _, _ = blocks_of(low, high, ok, BLOCK)
   return begin * BLOCK, end * BLOCK
@@ -228,15 +269,15 @@ def index_scores_kernel(q, k, first, position, scores, B: tl.constexpr, T: tl.co
 @triton.jit
 def choose_kernel(scores, first, position, indices, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
                   K: tl.constexpr, KP: tl.constexpr, HEADS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
-                  LEN: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                  LEN: tl.constexpr, STRIDE: tl.constexpr, SUB: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
                   BLOCKS: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, INITIAL: tl.constexpr,
-                  LOCAL: tl.constexpr, SELECT: tl.constexpr, SWEEP: tl.constexpr):
+                  LOCAL: tl.constexpr, SELECT: tl.constexpr, SWEEP: tl.constexpr, GROUP: tl.constexpr):
   """The choice alone; HEADS tiles of the same tokens lie beside each other (K for compressed scores, else 1)."""
   item = tl.program_id(0)
   tile, b, r = item // (B * HEADS), item % (B * HEADS) // HEADS, item % HEADS
   begin, end = _written(first, position, tile, b, T, C, LINES // KP, LEN, STRIDE, SIZE, BLOCK)
   _choose(scores + tl.cast(item, tl.int64) * (LINES * WIDTH), indices, first, position, tile, b, r, begin, end, T, K, KP,
-          LINES, WIDTH, LEN, STRIDE, SIZE, BLOCKS, J, JP, INITIAL, LOCAL, SELECT, SWEEP)
+          LINES, WIDTH, LEN, STRIDE, SUB, SIZE, BLOCKS, J, JP, INITIAL, LOCAL, SELECT, SWEEP, GROUP)
 
 
 @triton.jit
@@ -245,7 +286,7 @@ def compressed_top_k_kernel(q, k, lse, first, position, indices, scores, B: tl.c
                             LEN: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
                             J: tl.constexpr, JP: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
                             SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-                            SELECT: tl.constexpr, SWEEP: tl.constexpr, PROGRAMS: tl.constexpr,
+                            SELECT: tl.constexpr, SWEEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
                             PRECISION: tl.constexpr):
   """Tile after tile, the longest first; `scores` float32[PROGRAMS, TOKENS, WIDTH] is scratch."""
   TOKENS: tl.constexpr = ROWS // GP
@@ -257,8 +298,8 @@ def compressed_top_k_kernel(q, k, lse, first, position, indices, scores, B: tl.c
                        BLOCK, WIDTH, 1, PRECISION)
     tl.debug_barrier()  # the choice reads what other threads stored
     begin, end = _written(first, position, tile, b, T, C, TOKENS, LEN, STRIDE, SIZE, BLOCK)
-    _choose(mine, indices, first, position, tile, b, r, begin, end, T, K, 1, TOKENS, WIDTH, LEN, STRIDE, SIZE, BLOCKS,
-            J, JP, INITIAL, LOCAL, SELECT, SWEEP)
+    _choose(mine, indices, first, position, tile, b, r, begin, end, T, K, 1, TOKENS, WIDTH, LEN, STRIDE, 1, SIZE,
+            BLOCKS, J, JP, INITIAL, LOCAL, SELECT, SWEEP, GROUP)
     tl.debug_barrier()  # the next tile writes where the choice reads
 
 
@@ -267,8 +308,8 @@ def index_top_k_kernel(q, k, first, position, indices, scores, B: tl.constexpr, 
                        K: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr,
                        BLOCKS: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, INITIAL: tl.constexpr,
                        LOCAL: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                       WIDTH: tl.constexpr, SELECT: tl.constexpr, SWEEP: tl.constexpr, PROGRAMS: tl.constexpr,
-                       PRECISION: tl.constexpr):
+                       WIDTH: tl.constexpr, SUB: tl.constexpr, SELECT: tl.constexpr, SWEEP: tl.constexpr,
+                       GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PRECISION: tl.constexpr):
   """Like `compressed_top_k_kernel`; `scores` float32[PROGRAMS, ROWS, WIDTH]."""
   TOKENS: tl.constexpr = ROWS // KP
   TILES: tl.constexpr = (T + TOKENS - 1) // TOKENS
@@ -279,6 +320,6 @@ def index_top_k_kernel(q, k, first, position, indices, scores, B: tl.constexpr, 
                   PRECISION)
     tl.debug_barrier()
     begin, end = _written(first, position, tile, b, T, S, TOKENS, 0, 0, SIZE, BLOCK)
-    _choose(mine, indices, first, position, tile, b, 0, begin, end, T, K, KP, ROWS, WIDTH, 0, 0, SIZE, BLOCKS, J, JP,
-            INITIAL, LOCAL, SELECT, SWEEP)
+    _choose(mine, indices, first, position, tile, b, 0, begin, end, T, K, KP, ROWS, WIDTH, 0, 0, SUB, SIZE, BLOCKS, J,
+            JP, INITIAL, LOCAL, SELECT, SWEEP, GROUP)
     tl.debug_barrier()

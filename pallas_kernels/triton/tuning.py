@@ -1,11 +1,12 @@
 """Block shapes of the Triton kernels: measured ones per device kind, heuristics where there are none.
 
-`pallas_kernels/tuned/<device kind>.json` maps "kernel/head dim" to [rows, block, warps, stages];
+`pallas_kernels/tuned/<device kind>.json` maps "kernel/head dim" to the fields of `Tuned`;
 `python -m launch.tune` writes it. Another shape changes the order of sums and with it the last bits of results,
 so nothing is timed at run time.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -22,6 +23,7 @@ class Tuned(NamedTuple):
   block: int   # keys of a block
   warps: int
   stages: int  # of the compiler's software pipeline
+  resident: int = 2  # thread blocks per multiprocessor of a kernel that goes from tile to tile
 
 
 # Where no entry exists: for 227 KiB of shared memory, and for the 99 KiB of small Ampere chips.
@@ -37,7 +39,17 @@ DEFAULTS = {
     "index_kl": Tuned(64, 64, 4, 2),
 }
 
-_overrides: dict[str, Tuned] = {}  # of launch.tune, while it measures
+_overrides: dict[str, Tuned] = {}
+
+
+@contextlib.contextmanager
+def override(kernel, tuned):
+  """`get` gives `tuned` for a kernel inside the block: for measuring. Compiled functions keep what they have."""
+  _overrides[kernel] = tuned
+  try:
+    yield
+  finally:
+    del _overrides[kernel]
 
 
 def device_file(kind):
