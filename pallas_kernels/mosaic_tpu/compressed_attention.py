@@ -1,0 +1,31 @@
+"""Attention over compressed blocks of keys on TPUs; nothing of the size queries x blocks reaches HBM."""
+from __future__ import annotations
+
+from pallas_kernels.mosaic_tpu import flash
+from pallas_kernels.mosaic_tpu import intervals
+
+
+def supports(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None, segment_ids=None, query_offset=0):
+  """None, or why these arguments need another implementation; begins with the argument's name."""
+  del block_len, block_stride, segment_ids, query_offset
+  return flash.refuses(q, k_cmp, v_cmp, scale, k_name="k_cmp") or flash.refuses_tables(q, k_cmp)
+
+
+def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None, segment_ids=None,
+                         query_offset=0, tiles=None, interpret=False):
+  """Attention over compressed blocks; see `pallas_kernels.api.compressed_attention`.
+
+  Args:
+    tiles, interpret: as in `flash.attend`.
+
+  Raises:
+    NotImplementedError: for arguments outside `supports`.
+  """
+  reason = supports(q, k_cmp, v_cmp, block_len=block_len, block_stride=block_stride, scale=scale)
+  if reason is not None:
+    raise NotImplementedError(f"compressed_attention: {reason}; take implementation = None for one that can")
+  pos = intervals.positions(q.shape[1], query_offset, q.shape[0])
+  begin, end = intervals.of_compressed(pos, k_cmp.shape[1], segment_ids, block_len=block_len,
+                                       block_stride=block_stride)
+  return flash.attend(q, k_cmp, v_cmp, begin, end, scale=q.shape[3] ** -0.5 if scale is None else scale,
+                      tiles=tiles, interpret=interpret)

@@ -1,0 +1,291 @@
+"""Attention and selection for TPUs, as far as a CPU can tell: numbers, races, and that libtpu compiles them."""
+import functools
+
+from hypothesis import example
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+import kernels_oracle as oracle
+import numpy as np
+from pallas_kernels import backends
+from pallas_kernels import reference
+from pallas_kernels.mosaic_tpu import aot
+from pallas_kernels.mosaic_tpu import attention
+from pallas_kernels.mosaic_tpu import compressed_attention
+from pallas_kernels.mosaic_tpu import compressed_top_k
+from pallas_kernels.mosaic_tpu import index_top_k
+import pytest
+
+FUNCTIONS = dict(attention=attention.attention, compressed_attention=compressed_attention.compressed_attention,
+                 compressed_top_k=compressed_top_k.compressed_top_k, index_top_k=index_top_k.index_top_k)
+H = 16
+COMPRESSED = dict(block_len=8, block_stride=4)
+jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)
+few = functools.partial(settings, deadline=None, database=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+
+
+@functools.cache
+def both(operation, options, tiles):
+  """Jitted (q, k, v, do, dlse, segment_ids, query_offset) -> o, lse, dq, dk, dv of the kernels and the truth."""
+  def of(f):
+    def run(q, k, v, do, dlse, segment_ids, query_offset):
+      (o, lse), vjp = jax.vjp(lambda q, k, v: f(q, k, v, **dict(options), segment_ids=segment_ids,
+                                                query_offset=query_offset), q, k, v)
+      return o, lse, *vjp((do.astype(o.dtype), dlse))
+    return jit(run)
+  kernels = functools.partial(FUNCTIONS[operation], tiles=tiles, interpret=True)
+  return of(kernels), of(getattr(reference, operation))
+
+
+def draw(seed, T, S, N, K, C=None, dtype=jnp.float32, B=2, integers=False):
+  """q, k, v, do, dlse, segment_ids, query_offset; offsets may lie past the last key."""
+  rng = np.random.default_rng(seed)
+  new = lambda *shape: rng.integers(-2, 3, shape) if integers else rng.normal(size=shape)
+  array = lambda *shape: jnp.asarray(new(*shape), dtype)
+  keys = S if C is None else C
+  ids = np.cumsum(rng.random((B, S)) < rng.choice([0.0, 0.03, 0.3]), axis=1).astype(np.int32)
+  offset = rng.choice([0, 1, S - T, S - T // 2, S + 5], B).astype(np.int32)
+  return (array(B, T, N, H), array(B, keys, K, H), array(B, keys, K, H), array(B, T, N, H),
+          jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32), jnp.asarray(ids), jnp.asarray(offset))
+
+
+ATTENTIONS = {
+    "window": ("attention", (("window", 21),), (16, 16), dict(T=37, S=61, N=4, K=2)),
+    "dense_g3": ("attention", (), (16, 32), dict(T=33, S=64, N=3, K=1)),
+    "everything": ("attention", (("causal", False), ("scale", 0.3)), (32, 16), dict(T=21, S=40, N=2, K=2)),
+    "compressed": ("compressed_attention", tuple(COMPRESSED.items()), (16, 8), dict(T=40, S=70, N=4, K=1, C=16)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_the_references(name):
+  operation, options, tiles, shape = ATTENTIONS[name]
+  kernels, truth = both(operation, options, tiles)
+
+  @few(max_examples=6)
+  @given(seeds)
+  def check(seed):
+    inputs = draw(seed, **shape)
+    for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), kernels(*inputs), truth(*inputs)):
+      np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=what)  # compares -inf with -inf
+
+  check()
+
+
+def test_bfloat16_errs_as_bfloat16_does():
+  operation, options, tiles, shape = ATTENTIONS["window"]
+  kernels, truth = both(operation, options, tiles)
+  inputs = draw(0, **shape, dtype=jnp.bfloat16)
+  got = kernels(*inputs)
+  want = truth(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs))
+  for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, want):
+    assert x.dtype == (jnp.float32 if what == "lse" else jnp.bfloat16)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+    finite = np.isfinite(y)
+    error = np.linalg.norm(x[finite] - y[finite]) / np.linalg.norm(y[finite])
+    assert error < (1e-6 if what == "lse" else 5e-3), (what, error)  # a bfloat16 rounds by 2e-3 on average
+
+
+def test_huge_logits():
+  """o and lse hold; P of the backward pass is exp(s - lse), and a lse of 1e5 is 0.01 coarse in float32."""
+  operation, options, tiles, shape = ATTENTIONS["window"]
+  kernels, truth = both(operation, options, tiles)
+  q, *rest = draw(1, **shape, integers=True)  # scores are exact
+  got, want = kernels(q * 1e4, *rest), truth(q * 1e4, *rest)
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
+  assert all(np.isfinite(x).all() for x in got[2:])
+
+
+# --- selections ---------------------------------------------------------------
+
+SELECTIONS = {  # block_size, num_blocks, num_initial, num_local
+    "free": (16, 3, 0, 0), "forced": (8, 4, 1, 2), "all": (16, 9, 1, 1)}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_index_top_k_is_the_references(name):
+  block_size, num_blocks, num_initial, num_local = SELECTIONS[name]
+  options = dict(block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local)
+  kernel = jit(functools.partial(index_top_k.index_top_k, **options, tiles=(128, 8 * block_size, 1), interpret=True))
+  truth = jit(functools.partial(reference.index_top_k, **options))
+
+  @few(max_examples=5)
+  @given(seeds, st.booleans())
+  @example(0, True)
+  def check(seed, coarse):
+    q, k, *_, ids, offset = draw(seed, T=40, S=200, N=2, K=1, integers=coarse)  # coarse scores tie
+    where = dict(segment_ids=ids, query_offset=offset)
+    got = np.asarray(kernel(q, k[:, :, 0], **where))
+    if coarse:  # exact: the lower block wins every tie, and the order is the reference's too
+      np.testing.assert_array_equal(got, truth(q, k[:, :, 0], **where))
+    else:
+      check_selection(got, truth(q, k[:, :, 0], **where), seed)
+
+  check()
+
+
+def check_selection(got, want, seed):
+  """Equal selections; scores that differ by a rounding may swap, which none of these seeds does."""
+  np.testing.assert_array_equal(np.sort(got, axis=-1), np.sort(np.asarray(want), axis=-1), err_msg=f"seed {seed}")
+
+
+LENGTHS = {"nsa": (8, 4, 16, 4), "wide": (24, 4, 8, 3), "mean": (16, 16, 16, 5)}  # len, stride, block_size, J
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_compressed_top_k_is_the_references(name):
+  block_len, block_stride, block_size, num_blocks = LENGTHS[name]
+  lengths = dict(block_len=block_len, block_stride=block_stride)
+  options = dict(lengths, block_size=block_size, num_blocks=num_blocks, num_initial=1, num_local=1)
+  S = 90
+  C = (S - block_len) // block_stride + 1
+  attend = jit(functools.partial(reference.compressed_attention, **lengths))
+  kernel = jit(functools.partial(compressed_top_k.compressed_top_k, **options,
+                                 tiles=(128, 8 * block_size // block_stride), interpret=True))
+
+  @few(max_examples=3)
+  @given(seeds, st.booleans())
+  @example(0, True)
+  def check(seed, packed):
+    q, k, v, *_, ids, offset = draw(seed, T=10, S=S, N=2, K=1, C=C)
+    where = dict(segment_ids=ids if packed else None, query_offset=np.minimum(offset, S - 10))
+    got = np.asarray(kernel(q, k, attend(q, k, v, **where)[1], **where))
+    scores = oracle.compressed_block_scores(q, k, block_len, block_stride, block_size, S, H ** -0.5, **where)
+    oracle.check_selection(got, scores, num_blocks, 1, 1, block_size, where["query_offset"])
+
+  check()
+
+
+def test_no_mass_anywhere_goes_to_the_lower_blocks():
+  """Queries too early for a compressed block: every score is 0, and ties go to the lower block."""
+  q, k, v, *_ = draw(3, T=7, S=70, N=4, K=2, C=16)
+  options = dict(COMPRESSED, block_size=4, num_blocks=2, num_initial=0, num_local=0)
+  lse = jnp.full(q.shape[:3], -jnp.inf)
+  kernel = functools.partial(compressed_top_k.compressed_top_k, tiles=(128, 16), interpret=True, **options)
+  got = jit(kernel)(q, k, lse)
+  np.testing.assert_array_equal(got, jit(functools.partial(reference.compressed_top_k, **options))(q, k, lse))
+  assert np.asarray(got)[:, 4:].tolist() == [[[[0, 1]] * 2] * 3] * 2
+
+
+# --- races ---------------------------------------------------------------------
+
+
+def strictly(function, *args, **options):
+  """The result under the interpreter that simulates copies, memory that begins as NaN, and watches for races."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+  params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+  got = jax.block_until_ready(jit(functools.partial(function, interpret=params, **options))(*args))
+  assert not interpret_pallas_call.races.races_found
+  return got
+
+
+def test_attention_does_not_race():
+  q, k, v, do, dlse, ids, _ = draw(0, T=48, S=48, N=2, K=1, B=1)
+  offset = jnp.zeros((1,), jnp.int32)
+
+  def run(q, k, v, do, dlse, **options):
+    attend = lambda q, k, v: attention.attention(q, k, v, window=20, segment_ids=ids, query_offset=offset, **options)
+    (o, lse), vjp = jax.vjp(attend, q, k, v)
+    return o, lse, *vjp((do, dlse))
+
+  got = strictly(run, q, k, v, do, dlse, tiles=(32, 16))
+  want = both("attention", (("window", 20),), (32, 16))[1](q, k, v, do, dlse, ids, offset)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+def test_selections_do_not_race():
+  q, k, v, *_, ids, _ = draw(0, T=40, S=200, N=2, K=1, C=49, B=1)
+  options = dict(block_size=8, num_blocks=2, num_initial=0, num_local=1, segment_ids=ids, query_offset=150)
+  truth = lambda f, **options: jit(functools.partial(f, **options))
+  _, lse = truth(reference.compressed_attention, **COMPRESSED, segment_ids=ids, query_offset=150)(q, k, v)
+  got = strictly(compressed_top_k.compressed_top_k, q, k, lse, **COMPRESSED, **options, tiles=(128, 16))
+  want = truth(reference.compressed_top_k, **COMPRESSED, **options)(q, k, lse)
+  np.testing.assert_array_equal(got, want)
+  q, k, *_ = draw(0, T=40, S=200, N=2, K=1, B=1)
+  got = strictly(index_top_k.index_top_k, q, k[:, :, 0], **options, tiles=(128, 64, 2))
+  np.testing.assert_array_equal(got, truth(reference.index_top_k, **options)(q, k[:, :, 0]))
+
+
+# --- compilation and dispatch ---------------------------------------------------
+
+
+def branches(q, k, v, k_cmp, q_idx, k_idx, do):
+  """The four operations of an NSA and an MSA layer, with gradients."""
+  import pallas_kernels as pk
+  lengths = dict(block_len=32, block_stride=16)
+
+  def attend(q, k, v, k_cmp):
+    o, _ = pk.attention(q, k, v, window=512)
+    o_cmp, lse = pk.compressed_attention(q, k_cmp, k_cmp, **lengths)
+    return o + o_cmp, lse
+
+  (o, lse), vjp = jax.vjp(attend, q, k, v, k_cmp)
+  chosen = pk.compressed_top_k(q, k_cmp, lse, **lengths, block_size=64, num_blocks=16)
+  return o, vjp((do, lse)), chosen, pk.index_top_k(q_idx, k_idx, block_size=64, num_blocks=16)
+
+
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_libtpu_compiles_the_kernels(chip):
+  B, T, N, K, head_dim = 1, 1024, 8, 2, 128
+  sds = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  q, k = sds(B, T, N, head_dim), sds(B, T, K, head_dim)
+  compiled = aot.compile_for(chip, branches, q, k, k, sds(B, T // 16 - 1, K, head_dim), sds(B, T, K, 64),
+                             sds(B, T, 64), q)
+  kernels = " ".join(aot.kernels_of(compiled))
+  for name in ("attention_forward", "attention_backward_q", "attention_backward_kv", "compressed_top_k",
+               "index_top_k"):
+    assert name in kernels
+  assert aot.facts(compiled)["vmem_bytes"] < 16 * 2**20
+  # Q, O and their gradients a few times over; 
+  assert aot.facts(compiled)["temporary_bytes"] < 20 * T * N * head_dim * 2
+
+
+@pytest.mark.parametrize("operation", FUNCTIONS)
+def test_calls_on_a_tpu_come_here(operation):
+  sds = jax.ShapeDtypeStruct
+  q, k = sds((1, 64, 4, 64), jnp.bfloat16), sds((1, 64, 2, 64), jnp.bfloat16)
+  selection = dict(block_size=32, num_blocks=2, num_initial=0, num_local=1)
+  arguments = {
+      "attention": dict(q=q, k=k, v=k, causal=True, window=None),
+      "compressed_attention": dict(q=q, k_cmp=k, v_cmp=k, **COMPRESSED),
+      "compressed_top_k": dict(q=q, k_cmp=k, lse=sds((1, 64, 4), jnp.float32), **COMPRESSED, **selection),
+      "index_top_k": dict(q_idx=q, k_idx=sds((1, 64, 64), jnp.bfloat16), **selection),
+  }[operation]
+  common = dict(scale=0.5, segment_ids=None, query_offset=0)
+  with backends.target_platform("tpu"):
+    assert backends.choose(operation, None, {**arguments, **common}).name == "mosaic_tpu"
+
+
+def test_supports_says_why_not():
+  sds = jax.ShapeDtypeStruct
+  bf16 = lambda *shape: sds(shape, jnp.bfloat16)
+  q, k, lse = bf16(1, 64, 4, 64), bf16(1, 64, 2, 64), sds((1, 64, 4), jnp.float32)
+  half = lambda x: sds(x.shape, jnp.float16)
+  assert attention.supports(q, k, k) is None
+  assert attention.supports(half(q), k, k).startswith("q.dtype")
+  assert attention.supports(q, half(k), k).startswith("k.dtype")
+  assert attention.supports(bf16(1, 64, 4, 40), bf16(1, 64, 2, 40), bf16(1, 64, 2, 40)).startswith("q has head dim 40")
+  assert attention.supports(bf16(1, 64, 512, 64), k, k).startswith("q has 256 heads")
+  assert attention.supports(q, bf16(1, 0, 2, 64), bf16(1, 0, 2, 64)).endswith("is empty")
+  assert attention.supports(q, k, k, scale=jnp.ones(())).startswith("scale")
+  assert "SMEM" in attention.supports(bf16(1, 2**26, 4, 64), k, k)
+  selection = dict(block_size=32, num_blocks=2)
+  assert compressed_top_k.supports(q, k, lse, **COMPRESSED, **selection) is None
+  assert compressed_top_k.supports(q, k, lse, block_len=8, block_stride=5, **selection).startswith("block_size = 32")
+  assert compressed_top_k.supports(q, k, lse, block_len=8, block_stride=1, block_size=64, num_blocks=2).startswith(
+      "block_len = 8")
+  q_idx, k_idx = bf16(1, 64, 2, 64), bf16(1, 64, 64)
+  assert index_top_k.supports(q_idx, k_idx, **selection) is None
+  assert index_top_k.supports(q_idx, k_idx, block_size=12, num_blocks=2).startswith("block_size = 12")
+  assert index_top_k.supports(q_idx, k_idx, block_size=32, num_blocks=65).startswith("num_blocks = 65")
+  assert index_top_k.supports(q_idx, bf16(1, 2**23, 64), **selection).startswith("the scores of 262144 blocks")
+  with pytest.raises(NotImplementedError, match="head dim 8"):
+    attention.attention(*[jnp.zeros((1, 16, 2, 8))] * 3)
