@@ -32,6 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from nsa import fingerprint
 
 _TEMPORARY = (".orbax-checkpoint-tmp", ".deleted")  # directories that a killed save or deletion leaves
+_DAMAGED = ".damaged"  # what `restore` sets aside
 _FORMAT = 1  # of the manifest below
 
 
@@ -174,7 +175,7 @@ class Checkpoints:
     if jax.process_index() == 0 and self.directory.exists():
       for path in self.directory.iterdir():
         number = path.name.split(".")[0]
-        if not number.isdecimal() or (only is not None and int(number) != only):
+        if not number.isdecimal() or _DAMAGED in path.name or (only is not None and int(number) != only):
           continue
         if any(mark in path.name for mark in _TEMPORARY) or not ocp_path.step.is_path_finalized(path):
           logging.warning("removing %s, which an interrupted save or deletion left", path)
@@ -190,8 +191,9 @@ class Checkpoints:
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct, each with a sharding.
       step: the step to restore; None = the newest.
-      fall_back: if that checkpoint is damaged, warn and restore the newest good one before it.
-        Nothing is deleted.
+      fall_back: if that checkpoint is damaged, warn and restore the newest good one before it. Nothing is
+        deleted; unless `read_only`, the damaged ones are renamed to <step>.damaged, so that the run saves
+        those steps again.
 
     Returns:
       The state, with the structure of `abstract_state`.
@@ -223,7 +225,19 @@ class Checkpoints:
             "takes it and deletes nothing).") from error
       skipped = [step] + [s for s in older if s > good]
       logging.warning("skipped damaged checkpoints %s and restored step %d instead: %s", skipped, good, error)
+      if not self._read_only:
+        self._set_aside(skipped)
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted])
+
+  def _set_aside(self, steps) -> None:
+    """Renames checkpoints, so that they are neither listed nor in the way of new ones."""
+    if jax.process_index() == 0:
+      taken = {p.name for p in self.directory.iterdir()}
+      for step in steps:
+        names = (f"{step}{_DAMAGED}{f'-{again}' * (again > 1)}" for again in range(1, len(taken) + 2))
+        (self.directory / str(step)).rename(self.directory / next(name for name in names if name not in taken))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("nsa.checkpoint.set_aside")
 
   def describe(self, step: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
     """Leaf path -> (shape, dtype name) of a checkpoint (None = the newest).

@@ -27,29 +27,33 @@ class JsonlWriter:
   """Appends records to a JSON Lines file, one line per record.
 
   Each record is handed to the operating system in one call before `write` returns: a killed process loses
-  at most the line that is being written. The file is synced to the disk at most every `sync_seconds`: a
-  machine that loses power may lose the records since then. Opening a file whose last line was cut drops
-  that line.
+  at most the line that is being written. The file is synced to the disk every `sync_seconds` when records
+  come, and by `sync`: a machine that loses power may lose the records since then. Opening a file whose last
+  line was cut drops that line.
+
+  Object stores cannot append: on `gs://` and its like a sync replaces the whole object, and a killed process
+  loses the records since the last one.
 
   Floats are written with the fewest digits that give back the same value in their own type; nan and
   infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back.
 
   Args:
-    path: the file, on a local or mounted file system (object stores cannot append).
-    tensorboard: mirror the numbers into `tensorboard/` beside the file; needs the package tensorboardX.
-    sync_seconds: see above.
+    path: the file.
+    tensorboard: mirror the numbers into `tensorboard/` beside the file, which has to be on a file system;
+      needs the package tensorboardX.
+    sync_seconds: see above; None = 5, and 30 on an object store.
   """
 
-  def __init__(self, path: str | os.PathLike, *, tensorboard: bool = False, sync_seconds: float = 5.0):
-    if "://" in os.fspath(path):
-      raise ValueError(f"metrics path = {os.fspath(path)!r}: records are appended, which object stores "
-                       "cannot do; use a local or mounted directory")
-    self.path = pathlib.Path(path)
+  def __init__(self, path: str | os.PathLike, *, tensorboard: bool = False, sync_seconds: float | None = None):
+    self.path = epath.Path(path)
+    remote = "://" in os.fspath(path)
+    if remote and tensorboard:
+      raise ValueError(f"tensorboard = True: event files are appended, which {os.fspath(path)} cannot be; set it to False")
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._sync_seconds, self._synced = sync_seconds, time.monotonic()
-    self._tensorboard = None
+    self._sync_seconds = sync_seconds if sync_seconds is not None else 30.0 if remote else 5.0
+    self._synced, self._tensorboard = time.monotonic(), None
     self._summary_writer = _summary_writer_class() if tensorboard else None
-    self._open()
+    self._file = _Object(self.path) if remote else _File(pathlib.Path(path))
     self._open_tensorboard(None)
 
   def write(self, record: dict[str, Any]) -> None:
@@ -58,15 +62,7 @@ class JsonlWriter:
     Raises ValueError for anything else, naming the key.
     """
     values = {key: _encode(value, key) for key, value in record.items()}
-    line = (json.dumps(values, allow_nan=False) + "\n").encode()
-    try:
-      written = 0
-      while written < len(line):
-        written += self._file.write(line[written:])
-    except OSError:
-      os.ftruncate(self._file.fileno(), self._size)  # a full disk must not leave half a line between two
-      raise
-    self._size += len(line)
+    self._file.append((json.dumps(values, allow_nan=False) + "\n").encode())
     if time.monotonic() - self._synced >= self._sync_seconds:
       self.sync()
     if self._tensorboard is not None:
@@ -77,30 +73,26 @@ class JsonlWriter:
 
     Records without a step stay. The file is replaced atomically, and its remaining lines keep every byte.
     """
-    self._file.close()
     kept, dropped = [], False
-    for number, line in _lines(self.path):
+    for number, line in _lines(self._file.read()):
       if _parse(line, number, self.path).get("step", step) > step:
         dropped = True
       else:
         kept.append(line + b"\n")
     if dropped:
-      _replace(self.path, b"".join(kept))
-    self._open()
+      self._file.replace(b"".join(kept))
     self._open_tensorboard(step + 1)
 
   def sync(self) -> None:
-    """Returns when everything written so far is on the disk."""
-    os.fsync(self._file.fileno())
+    """Returns when everything written so far is on the disk, or in the object."""
+    self._file.sync()
     self._synced = time.monotonic()
     if self._tensorboard is not None:
       self._tensorboard.flush()
 
   def close(self) -> None:
     """Syncs and closes; closing twice is harmless."""
-    if not self._file.closed:
-      self.sync()
-      self._file.close()
+    self._file.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
       self._tensorboard = None
@@ -110,18 +102,6 @@ class JsonlWriter:
 
   def __exit__(self, *_):
     self.close()
-
-  def _open(self):
-    self._file = open(self.path, "ab", buffering=0)
-    self._size = self._file.seek(0, os.SEEK_END)
-    with open(self.path, "rb") as f:
-      data = f.read()
-    tail = data[data.rfind(b"\n") + 1:]
-    if tail and _is_record(tail):  # whole, only its line end is missing
-      self._size += self._file.write(b"\n")
-    elif tail:
-      self._size -= len(tail)
-      os.ftruncate(self._file.fileno(), self._size)
 
   def _open_tensorboard(self, purge_step):
     if self._summary_writer is None:
@@ -141,6 +121,84 @@ class JsonlWriter:
           self._tensorboard.add_scalar(name + suffix, value, step)
 
 
+class _File:
+  """A file on a file system, appended to without a buffer of our own."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._open()
+
+  def _open(self):
+    self._file = open(self._path, "ab", buffering=0)
+    self._size = self._file.seek(0, os.SEEK_END)
+    whole = _repaired(data := self.read())
+    if len(whole) > len(data):
+      self.append(whole[len(data):])
+    elif len(whole) < len(data):
+      self._size = len(whole)
+      os.ftruncate(self._file.fileno(), self._size)
+
+  def read(self) -> bytes:
+    return self._path.read_bytes()
+
+  def append(self, data: bytes) -> None:
+    try:
+      written = 0
+      while written < len(data):
+        written += self._file.write(data[written:])
+    except OSError:
+      os.ftruncate(self._file.fileno(), self._size)  # a full disk must not leave half a line between two
+      raise
+    self._size += len(data)
+
+  def replace(self, data: bytes) -> None:
+    self._file.close()
+    _replace(self._path, data)
+    self._open()
+
+  def sync(self) -> None:
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if not self._file.closed:
+      self.sync()
+      self._file.close()
+
+
+class _Object:
+  """An object of a store, kept in memory and put whole."""
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._data = _repaired(path.read_bytes()) if path.exists() else b""
+    self._put = self._data if path.exists() else None
+
+  def read(self) -> bytes:
+    return self._data
+
+  def append(self, data: bytes) -> None:
+    self._data += data
+
+  def replace(self, data: bytes) -> None:
+    self._data = data
+    self.sync()
+
+  def sync(self) -> None:
+    if self._put != self._data:
+      self._path.write_bytes(self._data)
+      self._put = self._data
+
+  close = sync
+
+
+def _repaired(data: bytes) -> bytes:
+  """`data` without a cut last line; a whole one gets the line end that is missing."""
+  tail = data[data.rfind(b"\n") + 1:]
+  if tail and _is_record(tail):
+    return data + b"\n"
+  return data[:len(data) - len(tail)]
+
+
 def read_jsonl(path: str | os.PathLike, *,
                dedupe: tuple[str, ...] = ("step", "seed")) -> list[dict[str, Any]]:
   """Reads the records of a JSON Lines file.
@@ -156,21 +214,16 @@ def read_jsonl(path: str | os.PathLike, *,
     FileNotFoundError: there is no such file.
   """
   records = {}
-  for number, line in _lines(path):
+  for number, line in _lines(epath.Path(path).read_bytes()):
     record = _decode(_parse(line, number, path))
     key = json.dumps([record.get(k) for k in dedupe])
     records[key if any(k in record for k in dedupe) else number] = record
   return list(records.values())
 
 
-def _lines(path):
+def _lines(data):
   """(number from 1, bytes) of every line, without a cut last one."""
-  with open(path, "rb") as f:
-    data = f.read()
-  *lines, tail = data.split(b"\n")
-  if tail and _is_record(tail):
-    lines.append(tail)
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(_repaired(data).split(b"\n"), 1):
     if line.strip():
       yield number, line
 

@@ -3,7 +3,7 @@
     train(config, workdir) -> the step it reached, with workdir holding
     config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE
 
-A run that was cut (kill, SIGTERM, full disk) goes on from its newest checkpoint when the same
+A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh.
 """
 from __future__ import annotations
@@ -78,6 +78,9 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
 
   seeds = step_lib.seeds_of(config)
   with _sigterm() as preempted, writer:
+    if start and _evaluates(config, start) and not (workdir / f"eval/{start}.json").exists() and start in checkpoints.steps():
+      with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
+        evaluate.write(config, state.params, workdir, start)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
@@ -98,13 +101,14 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
 
       done = index + 1
       stop = preempted()
-      evaluating = done == total or (config.eval.every and done % config.eval.every == 0)
+      evaluating = _evaluates(config, done)
       saving = done == total or checkpoints.should_save(done)
       if stop or evaluating or saving:
         log.step(*pending, batches, checkpoints)    # a state that is not finite is never saved
         pending = None
       if stop or saving:
         with bar.pause("checkpoint"):
+          writer.sync()                # a checkpoint never is ahead of the records
           checkpoints.save(done, state, wait=stop)
       if stop:
         raise Preempted(f"{workdir}: saved at step {done} of {total}; the same command goes on from there")
@@ -115,6 +119,11 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   checkpoints.close()
   metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
   return total
+
+
+def _evaluates(config, done: int) -> bool:
+  """Whether an evaluation follows the first `done` steps."""
+  return done == config.schedule.steps or bool(config.eval.every) and done % config.eval.every == 0
 
 
 # --- the run directory ------------------------------------------------------------
@@ -151,10 +160,10 @@ def versions() -> dict:
 
 
 def initial_state(config, mesh, checkpoints) -> tuple[step_lib.TrainState, int]:
-  """The newest checkpoint; else the fork point; else fresh weights. Returns (state, step)."""
+  """The newest good checkpoint; else the fork point; else fresh weights. Returns (state, step)."""
   abstract = step_lib.abstract_state(config, mesh)
   if checkpoints.latest() is not None:
-    state = checkpoints.restore(abstract)
+    state = checkpoints.restore(abstract, fall_back=True)
     return state, int(state.step)
   fresh = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
   if not config.fork.workdir:

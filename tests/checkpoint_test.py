@@ -275,7 +275,15 @@ def test_damage_is_an_error_with_a_fix(workdir, kind):
     assert_same(checkpoints.restore(abstract(make_state()), fall_back=True), make_state(100))
   shown = [call.args[0] % call.args[1:] for call in warning.call_args_list]
   assert any("skipped damaged checkpoints [200] and restored step 100" in line for line in shown)
-  assert files(workdir) == before  # nothing is deleted
+  aside = workdir / "checkpoints" / "200.damaged"
+  assert [aside / p.relative_to(directory) if directory in p.parents else p for p in before] == files(workdir)
+  checkpoints.save(200, make_state(200), wait=True)  # the run gets there again
+  assert_same(checkpoints.restore(abstract(make_state())), make_state(200))
+  DAMAGE[kind](directory)
+  assert_same(Checkpoints(workdir, read_only=True).restore(abstract(make_state()), fall_back=True), make_state(100))
+  assert directory.exists()  # who only reads changes nothing
+  assert_same(checkpoints.restore(abstract(make_state()), fall_back=True), make_state(100))
+  assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["100", "200.damaged", "200.damaged-2"]
 
 
 def test_fall_back_skips_several_and_gives_up(workdir):

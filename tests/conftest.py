@@ -1,4 +1,6 @@
 """What the test modules share."""
+import sys
+
 import jax
 import pytest
 
@@ -27,3 +29,24 @@ def compilation_cache(tmp_path_factory):
   for name, value in old.items():
     jax.config.update(name, value)
   cache.reset_cache()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """gs://... in memory, by the same calls of etils.epath and fsspec that reach a real bucket."""
+  import fsspec  # noqa: F401, loads its registry
+  from fsspec.implementations import memory
+  from etils.epath import backend
+
+  class Bucket(memory.MemoryFileSystem):
+    protocol, cachable = ("gs", "gcs"), False
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.removeprefix("gs://"))
+
+  monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)  # fsspec.registry is a mapping
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  yield Bucket
+  backend.fsspec_backend._get_filesystem.cache_clear()

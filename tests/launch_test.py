@@ -102,19 +102,30 @@ def test_another_config_in_the_same_directory_is_refused(tmp_path):
   assert "optimizer" in err and "another --workdir" in err
 
 
-def test_corrupt_checkpoint_is_named_and_nothing_is_deleted(tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(tmp_path):
   work = tmp_path / "run"
-  run("train", *mqar("--workdir", work, "--config.checkpoint.every=2", "--config.checkpoint.keep=2"))
+  args = mqar("--workdir", work, "--config.checkpoint.every=2", "--config.checkpoint.keep=2")
+  run("train", *args)
+
+  def damage(step):
+    data = max((p for p in (work / f"checkpoints/{step}").rglob("*") if p.is_file() and "/d/" in p.as_posix()),
+               key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:data.stat().st_size // 2])
+
+  first = (work / "eval/4.json").read_text()
+  damage(4)
   (work / "DONE").unlink()
-  data = max((p for p in (work / "checkpoints/4").rglob("*") if p.is_file() and "/d/" in p.as_posix()), key=lambda p: p.stat().st_size)
-  content = bytearray(data.read_bytes())
-  content[len(content) // 2:] = b""
-  data.write_bytes(content)
-  _, err = run("train", *mqar("--workdir", work, "--config.checkpoint.every=2"), code=4)
-  assert "checkpoints/4" in err and "step 2" in err
+  (work / "eval/4.json").unlink()
+  _, err = run("train", *args)
+  assert "skipped damaged checkpoints [4] and restored step 2" in err
+  assert sorted(p.name for p in (work / "checkpoints").iterdir()) == ["2", "4", "4.damaged"]
+  assert (work / "eval/4.json").read_text() == first
+  damage(2)
+  damage(4)
+  (work / "DONE").unlink()
+  _, err = run("train", *args, code=4)  # starting anew would throw a run away: that is for somebody to decide
+  assert "No earlier checkpoint is good" in err and "checkpoints/4" in err
   assert (work / "checkpoints/4").exists() and (work / "checkpoints/2").exists()
-  shutil.rmtree(work / "checkpoints/4")  # the fix that the message names
-  run("train", *mqar("--workdir", work, "--config.checkpoint.every=2"))
 
 
 def test_divergence_stops_with_step_rows_and_last_good_checkpoint(tmp_path):

@@ -49,9 +49,24 @@ def test_bad_values_name_the_key(tmp_path, value):
   assert metrics.read_jsonl(tmp_path / "m.jsonl") == [{"loss": 1}]
 
 
-def test_object_store_is_refused():
-  with pytest.raises(ValueError, match="gs://bucket/m.jsonl.*mounted"):
-    metrics.JsonlWriter("gs://bucket/m.jsonl")
+def test_object_store(bucket):
+  """A sync puts the whole object; what a killed process loses are the records since then."""
+  path = "gs://bucket/run/m.jsonl"
+  killed = metrics.JsonlWriter(path, sync_seconds=1e9)
+  write(killed, range(3))
+  killed.sync()
+  write(killed, range(3, 5))
+  assert [r["step"] for r in metrics.read_jsonl(path)] == [0, 1, 2]
+  with metrics.JsonlWriter(path) as writer:
+    writer.truncate_after(1)
+    write(writer, range(2, 4))
+  assert [r["step"] for r in metrics.read_jsonl(path)] == [0, 1, 2, 3] and len(bucket.store) == 1
+  bucket.store["/bucket/run/m.jsonl"].truncate(len(bucket.store["/bucket/run/m.jsonl"].getvalue()) - 3)
+  with metrics.JsonlWriter(path, sync_seconds=0.0) as writer:
+    write(writer, [7])
+    assert [r["step"] for r in metrics.read_jsonl(path)] == [0, 1, 2, 7]
+  with pytest.raises(ValueError, match="tensorboard.*gs://bucket"):
+    metrics.JsonlWriter(path, tensorboard=True)
 
 
 def test_every_cut_of_the_last_line(tmp_path):
@@ -119,10 +134,10 @@ def test_full_disk_leaves_no_half_line(tmp_path):
       def __getattr__(self, name):
         return getattr(self.file, name)
 
-    real, writer._file = writer._file, HalfFull(writer._file)
+    real, writer._file._file = writer._file._file, HalfFull(writer._file._file)
     with pytest.raises(OSError, match="No space left"):
       writer.write({"step": 2})
-    writer._file = real
+    writer._file._file = real
     writer.write({"step": 3})
   assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
 

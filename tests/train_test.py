@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,7 @@ def run(config, workdir):
 
 
 def records(workdir):
-  return [{k: v for k,
-           v in r.items() if k not in TIMING} for r in metrics.read_jsonl(workdir / "metrics.jsonl")]
+  return [{k: v for k, v in r.items() if k not in TIMING} for r in metrics.read_jsonl(f"{workdir}/metrics.jsonl")]
 
 
 def assert_same_bits(a, b):
@@ -162,27 +162,92 @@ for line in sys.stdin:
 """
 
 
+def environment(compilation_cache):
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+          "JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+          "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
 def resumable():
   return make_config("msa", schedule.native(12, 0.4), checkpoint=config_lib.CheckpointConfig(every=3))
 
 
 def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path, compilation_cache):
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-         "JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
   calm, cut = tmp_path / "calm", tmp_path / "cut"
   kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
   # Before the first checkpoint; in the warm-up; after a save that may be under way; SIGTERM; to the end.
   jobs = [(-1, kill, calm), (2, kill, cut), (5, kill, cut), (7, kill, cut), (9, term, cut), (-1, kill, cut)]
   done = subprocess.run([sys.executable, "-c", KILLER], input="".join("%d %d %s\n" % job for job in jobs),
-                        text=True,
-                        capture_output=True, env=env, timeout=600)
+                        text=True, capture_output=True, env=environment(compilation_cache), timeout=600)
   assert [int(x) for x in done.stdout.split()] == [0, -kill, -kill, -kill, 3, 0], done.stderr[-3000:]
   assert_same_bits(checkpoint.load_params(cut), checkpoint.load_params(calm))
   assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
                    checkpoint.load_params(calm, subtree="optimizer"))
   assert records(cut) == records(calm) and [r["step"] for r in records(cut)] == list(range(1, 13))
   assert (cut / "DONE").exists()
+
+
+def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
+  config = lambda: make_config("dense", schedule.dense(4), eval=config_lib.EvalConfig(every=2, sequences=2, run_modes=("dense",)),
+                               checkpoint=config_lib.CheckpointConfig(every=2))
+  run(config(), tmp_path / "calm")
+  for last in (2, 4):
+    work = tmp_path / f"cut{last}"
+
+    class Killed(BaseException):
+      pass
+
+    def write(config, params, workdir, step):
+      if step == last and not killed:
+        killed.append(step)
+        raise Killed
+      return real(config, params, workdir, step)
+
+    killed, real = [], train_lib.evaluate.write
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train_lib.evaluate, "write", write)
+      with pytest.raises(Killed):
+        train_lib.train(config(), work, progress=False)
+    while not (work / f"checkpoints/{last}").is_dir():  # its thread goes on writing
+      time.sleep(0.05)
+    run(config(), work)
+    for step in (2, 4):
+      assert (work / f"eval/{step}.json").read_text() == (tmp_path / f"calm/eval/{step}.json").read_text()
+
+
+def test_a_kill_loses_at_most_one_logging_interval(tmp_path, compilation_cache):
+  """SIGKILL while the batch of step 9 is made: step 8 runs, and what was logged by then is in the file."""
+  code = ("import os, train_test\nfrom nsa import schedule, step, train\nreal = step.Batches.at\n"
+          "def at(self, index):\n  if index == 9: os.kill(os.getpid(), 9)\n  return real(self, index)\n"
+          "step.Batches.at = at\n"
+          f"train.train(train_test.make_config('dense', schedule.dense(12), log_every=3), {str(tmp_path)!r}, progress=False)")
+  done = subprocess.run([sys.executable, "-c", code], env=environment(compilation_cache), capture_output=True, text=True)
+  assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+  assert [r["step"] for r in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [3, 6]
+
+
+def test_a_run_directory_in_a_bucket(tmp_path, bucket, monkeypatch):
+  """Everything but the checkpoints, which the library that writes them reaches by itself, goes through one code."""
+  real = checkpoint.Checkpoints
+  monkeypatch.setattr(train_lib.checkpoint, "Checkpoints",
+                      lambda workdir, **kw: real(tmp_path / os.fspath(workdir).removeprefix("gs://"), **kw))
+  config = lambda: make_config("dense", schedule.dense(6), eval=config_lib.EvalConfig(every=3, sequences=2),
+                                     checkpoint=config_lib.CheckpointConfig(every=3))
+  at = step_lib.Batches.at
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(step_lib.Batches, "at", lambda self, step: os.kill(os.getpid(), signal.SIGTERM) or at(self, step)
+                  if step == 5 else at(self, step))
+    with pytest.raises(train_lib.Preempted, match="gs://bucket/run: saved at step 5"):
+      train_lib.train(config(), "gs://bucket/run", progress=False)
+  assert train_lib.train(config(), "gs://bucket/run", progress=False) == 6
+  assert sorted(bucket.store) == [f"/bucket/run/{name}" for name in (
+      "DONE", "config.json", "eval/3.json", "eval/6.json", "metrics.jsonl", "versions.json")]
+  train_lib.train(config(), tmp_path / "local", progress=False)
+  assert records("gs://bucket/run") == records(tmp_path / "local")
+  changed = config()
+  changed.optimizer.b2 = 0.9
+  with pytest.raises(config_lib.ConfigError, match="gs://bucket/run was started with"):
+    train_lib.train(changed, "gs://bucket/run", progress=False)
 
 
 # --- failures -------------------------------------------------------------------------------
