@@ -52,6 +52,7 @@ def test_bad_values_name_the_key(tmp_path, value):
 def test_object_store(bucket):
   """A sync puts the whole object; what a killed process loses are the records since then."""
   path = "gs://bucket/run/m.jsonl"
+  write = lambda writer, steps: [writer.write({"step": step}) for step in steps]
   killed = metrics.JsonlWriter(path, sync_seconds=1e9)
   write(killed, range(3))
   killed.sync()
