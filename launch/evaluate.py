@@ -32,10 +32,16 @@ def main():
       text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]
       recall = [r["exact_match"] for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("task", run_mode, seed)]
       parts = [f"{run_mode:24s} seed {seed}"]
-      if text:
-        parts.append(f"{sum(r['bits_per_byte'] * r['bytes'] for r in text) / sum(r['bytes'] for r in text):.4f} bits/byte")
+      for name, weight, unit in (("bits_per_byte", "bytes", "bits/byte"),
+                                 ("second_half_bits_per_byte", "second_half_bytes", "in the second half")):
+        if text and name in text[0]:  # a method that chooses once per prompt is scored behind the prompt alone
+          parts.append(f"{sum(r[name] * r[weight] for r in text) / sum(r[weight] for r in text):.4f} {unit}")
       if recall:
         parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
+      seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible" in r]
+      if seen:
+        parts.append("{:.0f} of {:.0f} tokens per query".format(
+            *(sum(r[name] for r in seen) / len(seen) for name in ("tokens_visible", "tokens_causal"))))
       print("  ".join(parts))
   print(f"{len(rows)} records in {_WORKDIR.value}/eval")
 

@@ -123,7 +123,7 @@ class EvalConfig:
   sequences: int = 32             # windows of `context` tokens, drawn evenly over the documents
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
-  run_modes: tuple[str, ...] = ("dense", "sparse")  # also: oracle, random, block_topk, sink_window; "sparse:num_blocks=8"
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks
   task_examples: int = 32         # per task
@@ -315,6 +315,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     if stage.train == "selector":
       need(bool(selector_losses), f"{at}.train", stage.train,
            f"{config.attention.name} has no selector parameters with a loss")
+    if stage.mode in ("sparse", "mixed"):
+      once = [method.name for method in config.methods if isinstance(method, methods.PromptMethod)]
+      need(not once, f"{at}.mode", stage.mode, f"{', '.join(once)} chooses once per prompt and would leak in training: "
+           "train dense and name it in eval.run_modes")
     if stage.train == "memory":
       need(any(method.memory for method in config.methods), f"{at}.train", stage.train,
            f"{config.attention.name} has no memory")
@@ -345,9 +349,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     except ValueError as error:
       need(False, "eval.run_modes", mode, str(error))
       continue
-    options = {n: v for n, v in {**e.blocks, **options}.items() if n in GEOMETRY}
-    if name != "dense" and options:
-      own = isinstance(config.attention, methods.blocks.BlockMethod)
+    known = methods.run_mode_fields(name)
+    options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
+    once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
+    if name != "dense" and (options or once or name == "quest"):
+      own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
       if own or name != "sparse":
         run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
         for n, v, f in run.check(m, e.context or d.context):

@@ -4,9 +4,19 @@ Every record carries its seed, arm, size, step and run mode. Text windows and ta
 the same for all arms and seeds, so that differences are paired.
 
 A run mode is "dense", "sparse" (the method's own selector) or a training-free selector in its
-place ("oracle", "random", "block_topk", "sink_window"), optionally with another geometry:
+place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally with another geometry:
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
-own: give it in `eval.blocks`.
+own: give it in `eval.blocks` or with the run mode (quest has the paper's).
+
+Methods that choose once per prompt (methods/prompt.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
+...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
+out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
+has no bits_per_byte but that of the second half; a task's prompt ends where its first answer begins.
+
+Records of a layer say how many tokens a query attended to and what that costs: tokens_visible, tokens_causal
+(dense), and attention_flops per query, the selection's own included. They are means over all queries; of a
+method that chooses once per prompt, over the prompt's (prefill methods) or over the others (snapkv, whose one
+selection per prompt is not among them).
 """
 from __future__ import annotations
 
@@ -21,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, methods, metrics, model as model_lib, tasks
+from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, tasks
 from nsa import step as step_lib
 from nsa.methods import blocks
 
@@ -83,8 +93,11 @@ def records(config, params, step: int) -> list[dict]:
     run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)))
     for replica, seed in enumerate(config.seeds):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
+      if isinstance(run_config.attention, methods.PromptMethod):
+        one = model_lib.backbone(one)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = _text_records(run, one, windows, e, context)
+      rows = _text_records(run, one, windows, e, context, run_config.attention)
+      _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
         rows += _task_records(run, one, name, examples, e)
       out += [{**row, **base} for row in rows]
@@ -102,17 +115,24 @@ def how(config, run_mode: str):
   name, options = methods.parse_run_mode(run_mode)
   if name == "dense":
     return config, "dense", "own"
-  options = {**config.eval.blocks, **options}
+  run = copy.copy(config)
+  known = methods.run_mode_fields(name)
+  options = {n: v for n, v in {**config.eval.blocks, **options}.items() if n in known}
   own = config.attention
+  if name != "sparse" and issubclass(methods.get(name), methods.PromptMethod):
+    if any(method.memory for method in config.methods):
+      logging.info("%s has no run mode %s: it is not the same model without its memory", config.arm, run_mode)
+      return None
+    run.attention, run.layers, run.others = methods.get(name)(**options), (), {}
+    return run, "sparse", "own"
   if isinstance(own, blocks.BlockMethod):
     attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
-  elif name != "sparse" and config.eval.blocks:
+  elif name != "sparse" and (options or name == "quest"):
     attention, selector = methods.get(name)(**options), "own"
   else:
     logging.info("%s has no run mode %s: %s", config.arm, run_mode,
                  "it has no selector" if name == "sparse" else "eval.blocks gives no geometry")
     return None
-  run = copy.copy(config)
   run.attention = attention
   return run, "sparse", selector
 
@@ -121,21 +141,26 @@ def how(config, run_mode: str):
 def _runner(static):
   """jit: (params, batch) -> per token nll and correctness, and diagnostics per layer."""
   config, mode, selector, diagnose = static.value
-  own = config.attention if isinstance(config.attention, blocks.BlockMethod) else None
+  own = config.attention if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)) else None
 
   @jax.jit
   def run(params, batch):
     def observe(method, q, k, block_indices, call):
+      if isinstance(own, methods.PromptMethod):
+        return {}  # it measures itself
       options = method if isinstance(method, blocks.BlockMethod) else own  # a dense layer beside sparse ones
       return blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
 
     out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
-                            key=jax.random.key(0), losses=False, observe=observe if diagnose and own else None)
+                            key=jax.random.key(0), losses=False, prompt=batch["prompt"], observe=observe if diagnose and own else None)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
     # One dict per layer: those of a dense prefix have fewer diagnostics.
     seen = [{name: x[i] for name, x in stack.items()} for stack in out.layers
             for i in range(len(next(iter(stack.values()), ())))]
+    if isinstance(own, methods.PromptMethod):  # [B, K] each
+      weight = batch["rows"] / batch["rows"].sum()
+      seen = [{name: jnp.einsum("bk,b->k", x, weight) for name, x in layer.items()} for layer in seen]
     return nll, correct, seen
 
   return run
@@ -149,15 +174,18 @@ def _batches(arrays: dict[str, np.ndarray], size: int):
   count = len(arrays["inputs"])
   for first in range(0, count, size):
     rows = np.minimum(np.arange(first, first + size), count - 1)
-    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids")}
+    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids", "prompt")}
     batch["rows"] = (np.arange(first, first + size) < count).astype(np.float32)
     yield batch, slice(first, min(first + size, count))
 
 
-def _text_records(run, params, windows, e, context):
+def _text_records(run, params, windows, e, context, method):
   if not windows:
     return []
+  half = context // 2
+  scored = half if isinstance(method, methods.PromptMethod) else 0  # from which position on
   arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
+  arrays["prompt"] = np.full(len(windows), half, np.int32)
   nll = np.zeros((len(windows), context))
   seen, weights = [], []
   for batch, rows in _batches(arrays, e.batch):
@@ -167,13 +195,15 @@ def _text_records(run, params, windows, e, context):
     weights.append(rows.stop - rows.start)
   bits = nll / step_lib.LN2 * (arrays["targets"] < 256)
   real = arrays["targets"] < 256
-  half = context // 2
   rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
-           "bits_per_byte": float(bits[i].sum() / real[i].sum()), "bytes": int(real[i].sum()),
+           **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
+           "bytes": int(real[i, scored:].sum()),
            "second_half_bits_per_byte": float(bits[i, half:].sum() / real[i, half:].sum()),
            "second_half_bytes": int(real[i, half:].sum())} for i, w in enumerate(windows)]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
+    if first < scored:
+      continue
     rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
                  "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
   return rows + _layer_records(seen, weights, windows[0].document)
@@ -192,6 +222,16 @@ def _layer_records(seen, weights, document):
   return rows
 
 
+def _count_flops(rows, config, selector, context):
+  """Adds what the measured number of visible tokens costs to the records of layers."""
+  method = config.attention
+  if selector != "own":
+    method = methods.get(selector)(**method.geometry)
+  for row in rows:
+    if row["kind"] == "layer" and "tokens_visible" in row:
+      row["attention_flops"] = flops.measured(method, config.model, context, row["tokens_visible"])
+
+
 def _shrink(heat):
   """Averages cells until no side is longer than _MAX_HEAT."""
   factor = -(-max(heat.shape) // _MAX_HEAT)
@@ -204,6 +244,8 @@ def _shrink(heat):
 def _task_records(run, params, name, examples, e):
   count = len(examples["inputs"])
   nll, correct = np.zeros(examples["inputs"].shape), np.zeros(examples["inputs"].shape, bool)
+  # The input at the first answer's target is the prompt's last token.
+  examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
   for batch, rows in _batches(examples, e.batch):
     values, right, _ = run(params, batch)
     keep = rows.stop - rows.start

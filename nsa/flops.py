@@ -86,6 +86,20 @@ def attention_reduction(attention_options: methods.Method, model, context: int) 
   return dense / sum(attention_options.flops(model, context, "sparse").values())
 
 
+def measured(method: methods.Method, model, context: int, visible: float) -> float:
+  """Attention FLOPs per query and layer, forward, of a query that attended to `visible` tokens (as measured).
+
+  The selection is counted as for a causal sequence of `context` tokens; of a method that chooses once per prompt,
+  for a prompt of half of that, and not at all for answers that an eviction serves.
+  """
+  attended = 4.0 * model.num_heads * model.head_dim * visible
+  if isinstance(method, methods.PromptMethod):
+    choosing = method.selection_flops(model, context // 2) if method.phase == "prefill" else {}
+    return attended + sum(choosing.values())
+  parts = method.flops(model, context, "sparse")
+  return attended + sum(cost for part, cost in parts.items() if part != "selected")
+
+
 def read_reduction(attention_options: methods.Method, model, context: int) -> float:
   """Positions that dense attention reads at decode over those that the method reads (NSA, table 4)."""
   return context / sum(attention_options.reads(model, context).values())

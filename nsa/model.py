@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     o = result.o
     if x.gate is not None:
       o = o * x.gate.astype(o.dtype)[..., None]
-    seen = {} if observe is None else observe(x.q, streams["k"], result.block_indices, call)
+    seen = {} if observe is None else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})}
     return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams
 
 
@@ -122,6 +122,19 @@ def architecture(config):
   """The part of the config that says which parameters there are and what a forward pass computes."""
   return type(config)(model=config.model, attention=config.attention, layers=config.layers, others=config.others,
                       implementation=config.implementation)
+
+
+def backbone(params: dict) -> dict:
+  """The parameters of the model without its methods' own: those of the same model with dense attention in every layer.
+
+  Layers of different methods are joined to one stack. Nothing is copied where there is nothing to drop or join.
+  """
+  def strip(tree):
+    return {name: strip(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "method"}
+
+  stacks = [strip(params["stacks"][f"stack{i}"]) for i in range(len(params["stacks"]))]
+  whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=0), *stacks)
+  return {**params, "stacks": {"stack0": whole}}
 
 
 class Output(NamedTuple):
@@ -190,7 +203,7 @@ def init_params(config, seed: int | Array) -> dict:
 
 def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
-            cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0,
+            cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0, prompt: Int[Array, "B"] | int | None = None,
             observe: Callable | None = None, constrain: Callable = lambda x, axes: x) -> Output:
   """Logits for the next token at every position.
 
@@ -202,6 +215,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     key: random key; only the "random" selector needs one.
     losses: whether to compute the auxiliary losses.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
+    prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
+      (methods/prompt.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
   """
@@ -218,7 +233,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     positions = capacity if stride == 1 else -(-capacity // stride)
     return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride), offset)
 
-  call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses,
+  call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
                       implementation=config.implementation or None, rope=rotate)
   x = constrain(net.embed[...].astype(dtype)[tokens] * model.d_model ** 0.5, ("batch", "time", None))
   all_losses, seen, new_cache, first = [], [], [], 0
@@ -288,7 +303,7 @@ def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
   config = config_box.value
   B, T = tokens.shape
   cache = init_cache(config, params, B, T + num_tokens)
-  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache)
+  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache, prompt=T)
 
   def step(carry, i):
     cache, token = carry

@@ -127,6 +127,10 @@ def block_scores(name, p, h, options):
       elif name == "block_topk":
         mean = k[b, j * size:(j + 1) * size, r].mean(0)
         out[b, t, r, j] = sum(q[b, t, r * G + g] @ mean for g in range(G))
+      elif name == "quest":  # the bound of every query of the group, coordinate by coordinate
+        page = k[b, j * size:(j + 1) * size, r]
+        out[b, t, r, j] = sum(max(x * low, x * high) for g in range(G)
+                              for x, low, high in zip(q[b, t, r * G + g], page.min(0), page.max(0)))
       elif name == "oracle":
         out[b, t, r, j] = mass[b, t, r, list(tokens)].sum()
       elif name == "nsa":

@@ -31,10 +31,11 @@ METHODS = {
     "sink_window": methods.SinkWindow(**SMALL),
     "random": methods.RandomBlocks(**SMALL),
     "oracle": methods.Oracle(**SMALL),
+    "quest": methods.Quest(**SMALL),
 }
 ALL = sorted(METHODS)
 # Those of tests/methods_oracle.py; the other methods have a test file with a reference of their own.
-REFERENCED = ["block_topk", "dense", "msa", "nsa", "oracle", "random", "sink_window"]
+REFERENCED = ["block_topk", "dense", "msa", "nsa", "oracle", "quest", "random", "sink_window"]
 SELECTING = [name for name in REFERENCED if name != "dense"]
 # With J at least the number of blocks these are dense attention.
 PRESERVING = [name for name in ALL if name not in ("dense", "nsa")]

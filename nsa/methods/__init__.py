@@ -12,11 +12,18 @@
 | ssa | nothing (mean keys) | none; a loss draws dense and sparse together | 2 K H t / block | nothing | 2511.20102 |
 | block_topk | nothing (mean keys) | none; q, k learn in chosen blocks | 2 K H t / block | nothing | 2502.13189 |
 | sink_window, random, oracle | nothing | none | 0, 0, 2 N H t | nothing | training_free.py |
+| quest | nothing (smallest and largest keys of pages) | as block_topk | 4 K H t / block | nothing | 2406.10774 |
+| minference_blocks | nothing; once per prompt | no training | 2 K H t / block^2 | nothing | 2407.02490 |
+| vertical_slash | nothing; once per prompt | no training | 2 N H W | nothing | 2407.02490 |
+| flexprefill | nothing; once per prompt, adaptive | no training | 2 N H W | nothing | 2502.20766 |
+| xattention | nothing; once per prompt, adaptive | no training | 2 N H t / stride | nothing | 2503.16428 |
+| snapkv | nothing; evicts at the prompt's end | no training | 2 N H W | nothing | 2404.14469 |
 
 Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and strides. FLOPs are per query and layer,
 forward, t being the tokens that the query may see; the attention over what was selected costs 4 N H J block besides,
 dense attention 4 N H t. "A retrofit adds" names the parameter group that a dense trunk lacks (nsa/optim.py): it keeps
-its initial values until the fork. Sources are arXiv numbers.
+its initial values until the fork. Sources are arXiv numbers. What chooses once per prompt (with its last W queries)
+runs trained models and does not train: prompt.py says why.
 """
 from __future__ import annotations
 
@@ -25,20 +32,27 @@ import dataclasses
 from nsa.methods import blocks
 from nsa.methods.dense import Dense
 from nsa.methods.dsa import DSA
+from nsa.methods.flexprefill import FlexPrefill
 from nsa.methods.infllm_v2 import InfLLMV2
 from nsa.methods.interface import Call, Inputs, Layer, Method, Result
+from nsa.methods.minference import MInferenceBlocks, VerticalSlash
 from nsa.methods.moba import MoBA
 from nsa.methods.msa import MSA
 from nsa.methods.nsa import NSA
+from nsa.methods.prompt import PromptMethod
 from nsa.methods.seer import Seer
+from nsa.methods.snapkv import SnapKV
 from nsa.methods.ssa import SSA
-from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, RandomBlocks, SinkWindow
+from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, Quest, RandomBlocks, SinkWindow
+from nsa.methods.xattention import XAttention
 
 _METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow,
-                                       RandomBlocks, Oracle)}
+                                       RandomBlocks, Oracle, Quest, MInferenceBlocks, VerticalSlash, FlexPrefill,
+                                       XAttention, SnapKV)}
 
-# Ways to run a trained model: dense, with its own selector, or with a training-free one in its place.
-RUN_MODES = ("dense", "sparse") + tuple(SELECTORS)
+# Ways to run a trained model: dense, with its own selector, with a training-free one in its place, or with dense
+# attention thinned out by a method that chooses once per prompt.
+RUN_MODES = ("dense", "sparse") + tuple(SELECTORS) + tuple(n for n, cls in _METHODS.items() if issubclass(cls, PromptMethod))
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -59,18 +73,28 @@ def get(name: str) -> type[Method]:
   return _METHODS[name]
 
 
-def parse_run_mode(text: str) -> tuple[str, dict[str, int]]:
+def run_mode_fields(name: str) -> dict[str, type]:
+  """The options that a run mode takes, and their types: a prompt method's own, or the geometry of blocks."""
+  cls = _METHODS.get(name)
+  cls = cls if cls is not None and issubclass(cls, PromptMethod) else blocks.BlockMethod
+  return {f.name: f.type for f in dataclasses.fields(cls)}
+
+
+def parse_run_mode(text: str) -> tuple[str, dict[str, int | float]]:
   """"sparse:num_blocks=8" -> ("sparse", {"num_blocks": 8}). Raises ValueError naming what is wrong."""
   name, _, rest = text.partition(":")
   if name not in RUN_MODES:
     raise ValueError(f"one of {', '.join(RUN_MODES)}, not {name!r}")
-  fields = {f.name for f in dataclasses.fields(blocks.BlockMethod)}
+  fields = run_mode_fields(name)
   options = {}
   for part in filter(None, rest.split(",")):
     key, _, value = part.partition("=")
-    if key not in fields or not value.isdecimal():
-      raise ValueError(f"{part!r} is no option; write name=number with {', '.join(sorted(fields))}")
-    options[key] = int(value)
+    try:
+      if key not in fields or value[:1] == "-":
+        raise ValueError
+      options[key] = fields[key](value)
+    except ValueError:
+      raise ValueError(f"{part!r} is no option; write name=number with {', '.join(sorted(fields))}") from None
   if name == "dense" and options:
     raise ValueError("a dense run has no geometry")
   return name, options

@@ -71,16 +71,20 @@ def selected_flops(options: BlockMethod, model, context: int) -> float:
 
 def visible_blocks(call: interface.Call, batch: int, queries: int, keys: int, block_size: int):
   """bool[B or 1, T, blocks]: does the block hold a token that the query may attend to?"""
+  return visible_tokens(call, batch, queries, keys, block_size) > 0
+
+
+def visible_tokens(call: interface.Call, batch: int, queries: int, keys: int, block_size: int):
+  """int32[B or 1, T, blocks]: how many tokens of the block the query may attend to."""
   blocks = -(-keys // block_size)
   position = call.offset + jnp.arange(queries)
-  causal = (jnp.arange(blocks) * block_size)[None, None] <= position[None, :, None]
   if call.segment_ids is None:
-    return causal
+    return jnp.clip(position[None, :, None] + 1 - jnp.arange(blocks) * block_size, 0, block_size)
   padded = jnp.pad(call.segment_ids, ((0, 0), (0, blocks * block_size - keys)), constant_values=-1)
   mine = call.query_segments(queries)[:, :, None]
   grid = padded.reshape(batch, 1, blocks, block_size)
   token = (jnp.arange(blocks * block_size).reshape(blocks, block_size)[None, None] <= position[None, :, None, None])
-  return jnp.any((grid == mine[..., None]) & token, axis=-1)
+  return jnp.sum((grid == mine[..., None]) & token, axis=-1)
 
 
 def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array, "B T K blocks"]:
@@ -118,6 +122,8 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   score_recall    mass on the blocks both best and chosen (MSA section 5.2)
   entropy         of the dense attention over tokens, nats
   overlap         share of a query's blocks that the next query also chose
+  tokens_visible  tokens attended to (over all queries)
+  tokens_causal   tokens that dense attention would attend to (over all queries)
   queries_limited share of queries with more visible blocks than J (over all queries)
   heat            float32[K, query blocks, key blocks]: of the first sequence, how many of a
                   query block's queries chose the key block, as a share
@@ -130,7 +136,8 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   _, lse = pk.attention(q, k, k, **call.ops)
   mass, entropy = pk.block_mass(q, k, lse, block_size=size, **call.ops)
   B, T, K, blocks = mass.shape
-  visible = jnp.broadcast_to(visible_blocks(call, B, T, k.shape[1], size), (B, T, blocks))
+  tokens = jnp.broadcast_to(visible_tokens(call, B, T, k.shape[1], size), (B, T, blocks))
+  visible = tokens > 0
   rows = jnp.ones(B) if rows is None else rows
   limited = (visible.sum(-1) > J).astype(jnp.float32)[..., None] * rows[:, None, None]
   weight = limited / limited.sum()  # 0 / 0: where every query takes all its blocks there is nothing to say
@@ -151,6 +158,9 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   out["block_recall"] = mean(both.sum(-1) / jnp.maximum(best.sum(-1), 1))
   shared = (chosen[:, :-1] & chosen[:, 1:]).sum(-1) / jnp.maximum(chosen[:, :-1].sum(-1), 1)
   out["overlap"] = mean(jnp.pad(shared, ((0, 0), (0, 1), (0, 0)), mode="edge"))
+  every = rows[:, None, None] / jnp.maximum(rows.sum() * T, 1.0)
+  out["tokens_visible"] = jnp.sum((tokens[:, :, None] * chosen).sum(-1) * every, axis=(0, 1))
+  out["tokens_causal"] = jnp.broadcast_to(jnp.sum(tokens.sum(-1, keepdims=True) * every), (K,))
   grid = jnp.pad(chosen[0].astype(jnp.float32), ((0, -T % size), (0, 0), (0, 0)))
   filled = jnp.clip(T - jnp.arange(grid.shape[0] // size) * size, 1, size)
   heat = grid.reshape(-1, size, K, blocks).sum(1) / filled[:, None, None]

@@ -24,6 +24,7 @@ class Call:
   losses: bool = True                 # whether auxiliary losses are computed
   implementation: str | None = None   # of the attention operations
   rope: Callable = None               # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
+  prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods that choose once per prompt (prompt.py)
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
 
@@ -53,6 +54,7 @@ class Result(NamedTuple):
   losses: dict                        # name -> float32 scalar, a mean over queries and KV heads
   block_indices: Int[Array, "B T K J"] | None = None
   state: dict | None = None           # the new state, like `Layer.initial_state`; needed only with a cache
+  measured: dict | None = None        # name -> float32[B, K], what the layer measured of itself: means over its sparse queries
 
 
 class Layer(nnx.Module):

@@ -6,9 +6,12 @@
 | block_topk | best <sum of the group's queries, mean key of the block> | MoBA without training, arXiv 2502.13189 eq. 6, one set per group |
 | oracle | most true attention mass | the ceiling of any frozen backbone |
 | random | uniform | the floor, and the proof that sparsity is on |
+| quest | largest bound of <q, k> over the block's keys, summed over the group's queries | Quest, arXiv 2406.10774, eq. 2 |
 
 None has parameters, so each can be trained through (gradient flows in the chosen blocks) or
-put on any model that has q, k and v.
+put on any model that has q, k and v. All are causal: a query chooses by itself, from blocks that lie
+wholly before it or hold it, and its own block is forced. Selections that are made once per prompt are
+in prompt.py.
 """
 import dataclasses
 from typing import ClassVar
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from nsa.methods import blocks, interface
 
-SELECTORS = ("oracle", "random", "block_topk", "sink_window")
+SELECTORS = ("oracle", "random", "block_topk", "sink_window", "quest")
 
 
 def select(selector: str, q, k, options: blocks.BlockMethod, call: interface.Call):
@@ -38,6 +41,8 @@ def select(selector: str, q, k, options: blocks.BlockMethod, call: interface.Cal
     mean = padded.reshape(B, count, size, K, H).mean(axis=2)
     group = q.astype(jnp.float32).reshape(B, T, K, N // K, H).sum(axis=3)
     scores = jnp.einsum("btkh,bckh->btkc", group, mean, precision=jax.lax.Precision.HIGHEST)
+  elif selector == "quest":
+    scores = page_bounds(q, k, size)
   elif selector == "sink_window":
     initial = max(initial, 1)
     scores = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32), (B, T, K, count))
@@ -48,6 +53,22 @@ def select(selector: str, q, k, options: blocks.BlockMethod, call: interface.Cal
   local = min(options.num_local, options.num_blocks - initial) or 1
   return pk.block_top_k(scores, block_size=size, num_blocks=options.num_blocks,
                         num_initial=min(initial, options.num_blocks - local), num_local=local, keys=S, **call.ops)
+
+
+def page_bounds(q, k, size: int):
+  """Upper bounds of <q, k> over the keys of each page, summed over the group's queries: float32[B, T, K, pages].
+
+  sum_d max(q_d min_d, q_d max_d), with min and max over the page's keys (Quest, arXiv 2406.10774, eq. 2). What a
+  query may not see yet lies in its own page, which is forced.
+  """
+  B, T, N, H = q.shape
+  S, K = k.shape[1], k.shape[2]
+  pad = ((0, 0), (0, -S % size), (0, 0), (0, 0))
+  pages = jnp.pad(k.astype(jnp.float32), pad, mode="edge").reshape(B, -1, size, K, H)
+  group = q.astype(jnp.float32).reshape(B, T, K, N // K, H)
+  # Where q_d is positive the largest product is with max_d, else with min_d: the group sums up before the product.
+  parts = ((jnp.maximum(group, 0).sum(3), pages.max(2)), (jnp.minimum(group, 0).sum(3), pages.min(2)))
+  return sum(jnp.einsum("btkh,bckh->btkc", x, y, precision=jax.lax.Precision.HIGHEST) for x, y in parts)
 
 
 def _random_scores(call, B, T, K, count):
@@ -104,6 +125,26 @@ class BlockTopK(_TrainingFree):
 
   def reads(self, model, context):
     return {**super().reads(model, context), "scores": context / self.block_size / 2}
+
+
+@dataclasses.dataclass
+class Quest(_TrainingFree):
+  """Bounds from each page's smallest and largest keys (arXiv 2406.10774). Defaults: pages of 16, 1,024 tokens.
+
+  The paper chooses per query head, at decode alone, and keeps the first two layers dense (`Config.layers` can).
+  """
+  name: ClassVar[str] = "quest"
+  block_size: int = 16            # tokens of a page
+  num_blocks: int = 64            # J, forced pages included
+
+  def flops(self, model, context, mode):
+    out = super().flops(model, context, mode)
+    if mode != "dense":  # two products per page
+      out["scores"] = 2.0 * model.num_kv_heads * model.head_dim * (context + 1) / self.block_size
+    return out
+
+  def reads(self, model, context):
+    return {**super().reads(model, context), "scores": context / self.block_size}
 
 
 @dataclasses.dataclass

@@ -86,7 +86,7 @@ def rows(study: Study) -> list[Row]:
         study.problems.append(f"`{row.run}` and `{found[key].run}` both have {', '.join(map(str, key))}: "
                               "the first named counts")
       found[key] = row
-      if row.windows and not math.isfinite(row.bits_per_byte):
+      if row.windows and not math.isfinite(row.bits_per_byte) and not math.isfinite(row.second_half_bits_per_byte):
         study.problems.append(f"`{row.run}`: seed {row.seed}, run {row.run_mode}: bits per byte is not "
                               "finite, left out")
   order = {a: i for i, a in enumerate(study.arms)}
