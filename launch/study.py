@@ -34,7 +34,15 @@ def main():
   paths = report.write([workdir], f"{workdir}/report")
   print("\n" + report.verdict_table(workdir))
   print(f"\nreport: {paths.html}\n        {paths.markdown}\nin {time.monotonic() - began:.0f} s")
-  return cli.RUNS_FAILED if any(job.status == "failed" for job in jobs) else 0
+  return exit_code(jobs)
+
+
+def exit_code(jobs) -> int:
+  """A run whose checkpoint could not be written may yet be finished, by a restart; other failures are final."""
+  failed = [job.error for job in jobs if job.status == "failed"]
+  if any(error.startswith("CheckpointError") for error in failed):
+    return cli.CHECKPOINT
+  return cli.RUNS_FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from launch import cli, clusters
+from launch import cli, clusters, study
 from launch_test import TINY
+from nsa import study as study_lib
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ("launch.train", "--config=experiments/native.py:method=msa", "--workdir=/shared/runs/a b")
@@ -110,6 +111,14 @@ def test_a_jobset_retries_no_wrong_configuration():
   assert not {cli.PREEMPTED, cli.CHECKPOINT, 134, 137, 143} & final
   several = json.loads(script("gke", nodes=2).text)
   assert '"values": [2, 3, 5, 126, 127]' in json.dumps(several), "a node's death may be an error (1) of its peers"
+
+
+def test_a_study_comes_back_if_a_restart_can_help():
+  jobs = lambda *errors: [study_lib.Job(None, "run", status="failed" if error else "done", error=error) for error in errors]
+  assert study.exit_code(jobs("", "")) == 0
+  assert study.exit_code(jobs("", "Diverged: seed 0")) == cli.RUNS_FAILED
+  assert study.exit_code(jobs("CorruptCheckpointError: none is good")) == cli.RUNS_FAILED
+  assert study.exit_code(jobs("Diverged: seed 0", "CheckpointError: the disk is full")) == cli.CHECKPOINT
 
 
 # A stand-in for an entry point: ends with the first code of the file `codes`, and takes it away.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # native: runs until it is done.
 set -u
-again() {  # exit codes of launch/cli.py: 75 preempted, 4 a checkpoint failed; above 128 a signal ended it
-  [ "$1" -eq 75 ] || [ "$1" -eq 4 ] || [ "$1" -gt 128 ]
+again() {  # exit codes of launch/cli.py: 75 preempted, 4 a checkpoint or 6 a process failed; above 128: a signal
+  case "$1" in 75 | 4 | 6) true ;; *) [ "$1" -gt 128 ] ;; esac
 }
 watch() {  # waits for process $1 although signals end `wait`; its exit code is left in $code
   while interrupted=""; wait "$1"; code=$?; [ -n "$interrupted" ]; do :; done

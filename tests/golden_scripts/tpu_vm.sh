@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # native on v5litepod-8: runs until it is done, through preemptions.
 set -u
-again() {  # exit codes of launch/cli.py: 75 preempted, 4 a checkpoint failed; above 128 a signal ended it
-  [ "$1" -eq 75 ] || [ "$1" -eq 4 ] || [ "$1" -gt 128 ]
+again() {  # exit codes of launch/cli.py: 75 preempted, 4 a checkpoint or 6 a process failed; above 128: a signal
+  case "$1" in 75 | 4 | 6) true ;; *) [ "$1" -gt 128 ] ;; esac
 }
 tpu=(native --zone=us-west4-a --project=p)
 tpu_vm() { gcloud compute tpus tpu-vm "$1" "${tpu[@]}" "${@:2}" --quiet; }

@@ -1,0 +1,126 @@
+"""What a training step waits for besides the devices: the loop, its input, its checkpoints.
+
+    python -m launch.overhead --config=experiments/native.py:method=dense --config.data.global_batch=4
+    python -m launch.overhead --config=... --steps=200 --out=overhead.json
+
+bare: the compiled step again and again on one batch that lies on the devices, milliseconds per step.
+loop: the same step in `nsa.train.train`, with its input, records and progress line; from the times of its records,
+  compilation, evaluation and checkpoints excluded. Bare and loop are taken `--repeats` times in turn; medians count.
+input: one `batch_at` and its way to the devices. It runs while the devices work, so it costs nothing until it takes
+  longer than a step.
+checkpoint: how long `save` holds up the loop, and how long the writing behind it takes.
+"""
+import json
+import statistics
+import tempfile
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a run.", lock_config=True)
+_STEPS = flags.DEFINE_integer("steps", 200, "Steps per timing.", lower_bound=20)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timings of each kind.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints are written; none: a temporary directory.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the numbers.")
+flags.mark_flag_as_required("config")
+cli.define_common()
+
+
+def bare(config, mesh, steps: int) -> float:
+  """Milliseconds per step of the compiled step alone."""
+  import jax
+  import jax.numpy as jnp
+  from nsa import schedule, step as step_lib
+  what = schedule.at(config, config.schedule.steps - 1)
+  seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
+  program, rate = step_lib.compile_step(config, what, mesh), jnp.float32(what.learning_rate)
+  state = step_lib.compile_init(config, mesh)(seeds)
+  for _ in range(5):
+    state, _ = program(state, batch, rate, seeds)
+  jax.block_until_ready(state)
+  began = time.perf_counter()
+  for _ in range(steps):
+    state, _ = program(state, batch, rate, seeds)
+  jax.block_until_ready(state)
+  return (time.perf_counter() - began) / steps * 1e3
+
+
+def loop(config, workdir) -> float:
+  """Milliseconds per step of a whole run, from its second record to its last."""
+  from nsa import metrics, train
+  train.train(config, workdir, progress=False)
+  rows = metrics.read_jsonl(f"{workdir}/metrics.jsonl")
+  return (rows[-1]["seconds"] - rows[1]["seconds"]) / (rows[-1]["step"] - rows[1]["step"]) * 1e3
+
+
+def inputs(config, mesh, steps: int) -> dict[str, float]:
+  """Milliseconds of one batch, on the host alone and up to the devices."""
+  import jax
+  from nsa import schedule, step as step_lib
+  batches = step_lib.Batches(config, mesh)
+  batches.at(0)
+  host, whole = [], []
+  for step in range(1, steps + 1):
+    what = schedule.at(config, min(step, config.schedule.steps - 1))
+    began = time.perf_counter()
+    for source in batches.sources:
+      source.batch_at(step, context=what.context, batch=what.batch)
+    host.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    jax.block_until_ready(batches.at(min(step, config.schedule.steps - 1)))
+    whole.append(time.perf_counter() - began)
+  return {"host_ms": statistics.median(host) * 1e3, "host_max_ms": max(host) * 1e3, "to_devices_ms": statistics.median(whole) * 1e3}
+
+
+def saving(config, mesh, workdir) -> dict[str, float]:
+  """Seconds that `save` holds up its caller, and until the checkpoint is complete; medians of 5 after a first one."""
+  import jax
+  from nsa import checkpoint, step as step_lib
+  state = jax.block_until_ready(step_lib.compile_init(config, mesh)(step_lib.seeds_of(config)))
+  checkpoints = checkpoint.Checkpoints(workdir, keep=1)
+  held, complete = [], []
+  for step in range(6):
+    began = time.perf_counter()
+    checkpoints.save(step, state)
+    held.append(time.perf_counter() - began)
+    checkpoints.wait()
+    complete.append(time.perf_counter() - began)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  return {"state_mb": size / 1e6, "held_up_s": statistics.median(held[1:]), "complete_s": statistics.median(complete[1:])}
+
+
+def main():
+  from nsa import config as config_lib, sharding, train
+  import jax
+  config = config_lib.validate(_CONFIG.value)
+  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  config.schedule.steps = _STEPS.value
+  # One program: what is timed is one step, not a schedule.
+  config.schedule.stages = config.schedule.stages[-1:]
+  config.schedule.stages[0].fraction = 1.0
+  config.eval.sequences, config.eval.run_modes, config.eval.every = 0, (), 0
+  config.checkpoint.every, config.checkpoint.keep_at = 0, ()
+  config_lib.validate(config, jax.device_count())
+  mesh = sharding.make_mesh(config)
+  alone, looped = [], []
+  with tempfile.TemporaryDirectory(dir=_WORKDIR.value) as directory:
+    for number in range(_REPEATS.value):
+      alone.append(bare(config, mesh, _STEPS.value))
+      looped.append(loop(config, f"{directory}/{number}"))
+    out = {"config": config_lib.to_dict(config), "versions": train.versions(), "bare_ms": alone, "loop_ms": looped,
+           "overhead": statistics.median(looped) / statistics.median(alone) - 1,
+           "input": inputs(config, mesh, 30), "checkpoint": saving(config, mesh, f"{directory}/saving")}
+  if _OUT.value:
+    with open(_OUT.value, "w") as file:
+      json.dump(out, file, indent=1)
+  text = lambda values: " ".join(f"{value:.2f}" for value in values)
+  print(f"bare {text(alone)} ms, loop {text(looped)} ms per step: {out['overhead']:+.2%}")
+  print("input " + ", ".join(f"{name} {value:.2f}" for name, value in out["input"].items()))
+  print("checkpoint " + ", ".join(f"{name} {value:.3f}" for name, value in out["checkpoint"].items()))
+
+
+if __name__ == "__main__":
+  cli.run(main)
