@@ -4,7 +4,7 @@
     python -m launch.soak --workdir=runs/soak --study=experiments/soak.py:seeds=1 --seed=7
 
 Writes WORKDIR/runs.csv (one row per run: what was done to it, and what agrees), WORKDIR/events.csv (what was done when)
-and WORKDIR/summary.txt. Exits with 0 if all agree, with 1 if not.
+and WORKDIR/summary.txt. A finished undisturbed study (WORKDIR/calm) is used again. Exits with 0 if all agree, with 1 if not.
 """
 import collections
 import csv
@@ -20,7 +20,7 @@ from absl import flags
 from launch import cli
 
 _STUDY = flags.DEFINE_string("study", "experiments/soak.py", "Experiment file of a study, with its arguments.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of both studies, new.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of both studies.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the kills and damages; their moments also depend on the machine.")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Mean time between the first sign of progress and a kill.")
 _EARLY = flags.DEFINE_float("early", 0.15, "Share of kills that do not wait for progress: imports, restore, compilation.")
@@ -117,9 +117,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def main():
   work = Path(_WORKDIR.value)
-  if work.exists():
-    raise ValueError(f"--workdir={work}: is there already; take a new one, or remove it")
-  work.mkdir(parents=True)
+  if (work / "cut").exists():
+    raise ValueError(f"--workdir={work}: has been soaked already; take a new one, or remove {work / 'cut'}")
+  work.mkdir(parents=True, exist_ok=True)
   rng, began = random.Random(_SEED.value), time.monotonic()
   with open(work / "log.txt", "w") as log:
     if code := study(work / "calm", log).wait():
