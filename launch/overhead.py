@@ -23,6 +23,7 @@ from launch import cli
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a run.", lock_config=True)
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps per timing.", lower_bound=20)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timings of each kind.", lower_bound=1)
+_PARTS = flags.DEFINE_list("parts", ["loop", "input", "checkpoint"], "What to measure.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints are written; none: a temporary directory.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the numbers.")
 flags.mark_flag_as_required("config")
@@ -105,21 +106,27 @@ def main():
   config.checkpoint.every, config.checkpoint.keep_at = 0, ()
   config_lib.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config)
-  alone, looped = [], []
+  out = {"config": config_lib.to_dict(config), "versions": train.versions()}
+  text = lambda values: ", ".join(f"{name} {value:.3f}" for name, value in values.items())
   with tempfile.TemporaryDirectory(dir=_WORKDIR.value) as directory:
-    for number in range(_REPEATS.value):
-      alone.append(bare(config, mesh, _STEPS.value))
-      looped.append(loop(config, f"{directory}/{number}"))
-    out = {"config": config_lib.to_dict(config), "versions": train.versions(), "bare_ms": alone, "loop_ms": looped,
-           "overhead": statistics.median(looped) / statistics.median(alone) - 1,
-           "input": inputs(config, mesh, 30), "checkpoint": saving(config, mesh, f"{directory}/saving")}
+    if "loop" in _PARTS.value:
+      alone, looped = [], []
+      for number in range(_REPEATS.value):
+        alone.append(bare(config, mesh, _STEPS.value))
+        looped.append(loop(config, f"{directory}/{number}"))
+      share = statistics.median(looped) / statistics.median(alone) - 1
+      out.update(bare_ms=alone, loop_ms=looped, overhead=share)
+      row = lambda values: " ".join(f"{value:.2f}" for value in values)
+      print(f"bare {row(alone)} ms, loop {row(looped)} ms per step: {share:+.2%}", flush=True)
+    if "input" in _PARTS.value:
+      out["input"] = inputs(config, mesh, 30)
+      print(f"input {text(out['input'])}", flush=True)
+    if "checkpoint" in _PARTS.value:
+      out["checkpoint"] = saving(config, mesh, f"{directory}/saving")
+      print(f"checkpoint {text(out['checkpoint'])}", flush=True)
   if _OUT.value:
     with open(_OUT.value, "w") as file:
       json.dump(out, file, indent=1)
-  text = lambda values: " ".join(f"{value:.2f}" for value in values)
-  print(f"bare {text(alone)} ms, loop {text(looped)} ms per step: {out['overhead']:+.2%}")
-  print("input " + ", ".join(f"{name} {value:.2f}" for name, value in out["input"].items()))
-  print("checkpoint " + ", ".join(f"{name} {value:.3f}" for name, value in out["checkpoint"].items()))
 
 
 if __name__ == "__main__":
