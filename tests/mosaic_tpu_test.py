@@ -14,6 +14,7 @@ import pallas_kernels
 from pallas_kernels import backends
 from pallas_kernels import reference
 from pallas_kernels.mosaic_tpu import aot
+from pallas_kernels.mosaic_tpu import kl
 from pallas_kernels.mosaic_tpu import selected
 from pallas_kernels.mosaic_tpu import union
 
@@ -153,6 +154,68 @@ def test_selected_attention_does_not_race(name, case, monkeypatch):
       np.testing.assert_array_equal(x, y)
 
 
+# --- the loss of an index -----------------------------------------------------
+
+
+def kl_with_gradients(loss_of):
+  """loss_of to (q, k, lse, q_idx, k_idx, blocks, segments, offset, dloss) -> loss, dq_idx, dk_idx."""
+  def both(q, k, lse, q_idx, k_idx, blocks, segments, offset, dloss):
+    loss, vjp = jax.vjp(lambda q_idx, k_idx: loss_of(q, k, lse, q_idx, k_idx, blocks, segment_ids=segments,
+                                                     query_offset=offset), q_idx, k_idx)
+    return (loss, *vjp(dloss))
+  return jax.jit(both)
+
+
+@functools.cache
+def kl_program(name, careful):
+  size = SHAPES[name]["block_size"]
+  mine = functools.partial(kl.index_kl, block_size=size, interpret=CAREFUL if careful else True)
+  return kl_with_gradients(mine), kl_with_gradients(functools.partial(reference.index_kl, block_size=size))
+
+
+def check_kl(name, index_dim, careful=False, magnitude=1.0, seed=0, **case):
+  q, k, v, blocks, ids, offset, _, _ = make_inputs(name, magnitude=magnitude, **case)
+  rng = np.random.default_rng(seed)
+  (B, T, S, _, K, *_), dtype = SHAPES[name].values(), q.dtype
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  lse = truth(name)(*(x.astype(jnp.float32) for x in (q, k, v)), blocks, ids, offset, q, jnp.zeros(q.shape[:3]))[1]
+  inputs = (q, k, lse, draw(B, T, K, index_dim) * magnitude, draw(B, S, index_dim), blocks, ids, offset,
+            jnp.asarray(rng.normal(size=(B, T, K)), jnp.float32))
+  mine, theirs = kl_program(name, careful)
+  got = jax.block_until_ready(mine(*inputs))
+  want = theirs(*(x.astype(jnp.float32) for x in inputs[:5]), *inputs[5:])
+  for what, x, y in zip(("loss", "dq_idx", "dk_idx"), got, want):
+    assert x.dtype == (jnp.float32 if what == "loss" else dtype)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    # The target is summed over heads with 16 bits where q is bfloat16.
+    bar = 1e-5 if what == "loss" else 2e-6 * magnitude if dtype == jnp.float32 else 4e-3
+    assert np.isfinite(x).all()
+    assert np.linalg.norm(x - y) <= bar * np.linalg.norm(y), (what, np.linalg.norm(x - y) / np.linalg.norm(y))
+  if careful:
+    assert not races_found()
+  return got
+
+
+@pytest.mark.parametrize("case", ["random", "segments", "half_empty", "sink", "huge_logits", "all_empty"])
+def test_index_kl_equals_the_reference(case):
+  loss, dq, dk = check_kl("packed", 32, **CASES[case])
+  if case == "all_empty":
+    assert not (loss.any() or dq.any() or dk.any())
+
+
+def test_index_kl_does_not_race():
+  check_kl("g16", 64, careful=True, offset=380, segments=True, blocks=half_empty)
+
+
+def test_index_kl_in_ranges_of_keys_and_groups_that_straddle(monkeypatch):
+  monkeypatch.setattr(union, "SUMS_BYTES", 3 * 32 * 128 * 4)
+  monkeypatch.setattr(union, "STEP_KEYS", 2 * 32)
+  check_kl("g3", 64, offset=250, blocks=with_duplicates_and_strangers)
+
+
+# --- lists of blocks ----------------------------------------------------------
+
+
 def test_a_block_that_is_not_there_raises():
   plan = union.Plan(batch=1, queries=8, keys=256, kv_heads=1, group=16, slots=1, block_size=128, left=128, right=128)
   lists = jnp.zeros((1, 1, 1, plan.list_length), jnp.int32).at[..., 0].set(plan.blocks).at[..., -1].set(1)
@@ -198,16 +261,22 @@ def test_lists_name_what_tiles_see(group, slots, block_size, segments):
 
 
 @needs_libtpu
-def test_libtpu_compiles_selected_attention():
+def test_libtpu_compiles_the_kernels():
   B, T, N, K, H, J, size = 1, 256, 8, 2, 64, 4, 32
   shape = jax.ShapeDtypeStruct
-  q, k = shape((B, T, N, H), jnp.bfloat16), shape((B, T, K, H), jnp.bfloat16)
-  call = with_gradients(functools.partial(pallas_kernels.selected_attention, block_size=size,
-                                          implementation="mosaic_tpu"))
-  compiled = aot.compile_for("v6e", call, q, k, k, shape((B, T, K, J), jnp.int32), shape((B, T), jnp.int32),
-                             shape((), jnp.int32), q, shape((B, T, N), jnp.float32))
+  q, k, index = (shape((B, T, heads, H), jnp.bfloat16) for heads in (N, K, 1))
+  selection = shape((B, T, K, J), jnp.int32), shape((B, T), jnp.int32), shape((), jnp.int32)
+  named = dict(block_size=size, implementation="mosaic_tpu")
+  attend = with_gradients(functools.partial(pallas_kernels.selected_attention, **named))
+  loss_of = kl_with_gradients(functools.partial(pallas_kernels.index_kl, **named))
+
+  def both(q, k, q_idx, k_idx, selection, lse):
+    return attend(q, k, k, *selection, q, lse), loss_of(q, k, lse, q_idx, k_idx[:, :, 0], *selection, lse[..., :K])
+
+  compiled = aot.compile_for("v6e", both, q, k, k, index, selection, shape((B, T, N), jnp.float32))
   kernels = " ".join(aot.kernels_of(compiled))
-  assert "selected_attention_forward" in kernels and "selected_attention_backward" in kernels
+  for operation in ("selected_attention", "index_kl"):
+    assert f"{operation}_forward" in kernels and f"{operation}_backward" in kernels
   assert 0 < aot.facts(compiled)["vmem_bytes"] < union.VMEM_BYTES
 
 

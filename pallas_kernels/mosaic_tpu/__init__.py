@@ -10,6 +10,7 @@ from pallas_kernels.mosaic_tpu import attention
 from pallas_kernels.mosaic_tpu import compressed_attention
 from pallas_kernels.mosaic_tpu import compressed_top_k
 from pallas_kernels.mosaic_tpu import index_top_k
+from pallas_kernels.mosaic_tpu import kl
 from pallas_kernels.mosaic_tpu import selected
 
 KERNELS = {  # operation -> its module, which has a function of that name and `supports` of the same arguments
@@ -18,6 +19,7 @@ KERNELS = {  # operation -> its module, which has a function of that name and `s
     "compressed_top_k": compressed_top_k,
     "index_top_k": index_top_k,
     "selected_attention": selected,
+    "index_kl": kl,
 }
 
 for _operation, _module in KERNELS.items():

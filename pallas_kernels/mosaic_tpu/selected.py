@@ -37,13 +37,20 @@ def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offs
   Reads shapes and dtypes only.
   """
   del segment_ids, query_offset
+  if v.dtype != q.dtype:
+    return f"v.dtype = {v.dtype}: the kernels need that of q, {q.dtype}"
+  return unserved(q, k, block_indices, block_size, scale)
+
+
+def unserved(q, k, block_indices, block_size, scale):
+  """`supports` for the arguments that all walks over selected blocks share."""
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   J = block_indices.shape[3]
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     return f"q.dtype = {q.dtype}: the kernels take bfloat16 and float32"
-  if k.dtype != q.dtype or v.dtype != q.dtype:
-    return f"k.dtype, v.dtype = {k.dtype}, {v.dtype}: the kernels need that of q, {q.dtype}"
+  if k.dtype != q.dtype:
+    return f"k.dtype = {k.dtype}: the kernels need that of q, {q.dtype}"
   if H not in HEAD_DIMS:
     return f"q has head dim {H}: the kernels take {_listed(HEAD_DIMS)}"
   if block_size not in BLOCK_SIZES:
@@ -161,29 +168,6 @@ _selected_attention.defvjp(_forward, _backward)
 # --- the kernels --------------------------------------------------------------
 
 
-def list_specs(plan):
-  """Block specs of the lists, taken twice: a tile's own and the next one's."""
-  shape = (1, 1, 1, plan.list_length)
-  return [pl.BlockSpec(shape, lambda head, span, tile: (head, tile, 0, 0), memory_space=pltpu.SMEM),
-          pl.BlockSpec(shape, lambda head, span, tile: (head, jnp.minimum(tile + 1, plan.tiles - 1), 0, 0),
-                       memory_space=pltpu.SMEM)]
-
-
-def tile_spec(plan, *shape):
-  """Block spec of [B * K, tiles, *shape]."""
-  return pl.BlockSpec((1, 1, *shape), lambda head, span, tile: (head, tile, 0, 0))
-
-
-def stream_scratch(plan, dtype):
-  """What `walk.over_list` needs: buffer, arrived, parity."""
-  return [pltpu.VMEM((2, plan.step_blocks * plan.block_size, plan.width), dtype),
-          pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)]
-
-
-def compiler_params(*semantics):
-  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=union.VMEM_BYTES)
-
-
 def attend(plan, queries, pairs, lists, numbers, *, scale, interpret=False):
   """Attention of tiles over their lists.
 
@@ -225,15 +209,14 @@ def attend(plan, queries, pairs, lists, numbers, *, scale, interpret=False):
     o[0, 0] = (sums[...] / safe).astype(dtype)
     lse[0, 0] = jnp.where(some, top * LN2 + jnp.log(safe), -jnp.inf)
 
+  shapes = [jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype),
+            jax.ShapeDtypeStruct((heads, tiles, 1, plan.rows), jnp.float32)]
   return pl.pallas_call(
       body, grid=(heads, 1, tiles),
-      in_specs=[*list_specs(plan), tile_spec(plan, *numbers.shape[2:]), tile_spec(plan, *queries.shape[2:]),
-                pl.BlockSpec(memory_space=pl.ANY)],
-      out_specs=[tile_spec(plan, height, plan.rows), tile_spec(plan, 1, plan.rows)],
-      out_shape=[jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype),
-                 jax.ShapeDtypeStruct((heads, tiles, 1, plan.rows), jnp.float32)],
-      scratch_shapes=[pltpu.VMEM((height, plan.rows), jnp.float32), *stream_scratch(plan, dtype)],
-      compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"), interpret=interpret,
+      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries), walk.LEFT_IN_HBM],
+      out_specs=walk.tile_specs(plan, *shapes), out_shape=shapes,
+      scratch_shapes=[pltpu.VMEM((height, plan.rows), jnp.float32), *walk.stream_scratch(plan, dtype)],
+      compiler_params=walk.compiler_params(), interpret=interpret,
       name="selected_attention_forward")(lists, lists, numbers, queries, pairs)
 
 
@@ -254,7 +237,7 @@ def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, 
   """
   assert plan.ranges == 1 or not (of_queries and of_keys)
   heads, tiles = queries.shape[:2]
-  height, dtype, size = walk.height(plan, right=False), queries.dtype, plan.block_size
+  height, dtype = walk.height(plan, right=False), queries.dtype
   ranges, range_keys = plan.ranges if of_keys else 1, plan.range_blocks * plan.block_size
 
   def body(lists, following, numbers, queries, sums, pairs, *refs):
@@ -268,11 +251,7 @@ def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, 
     if of_queries:
       q_sums[...] = jnp.zeros_like(q_sums)
     if of_keys:
-      @pl.when(tile == 0)
-      def _():
-        @pl.loop(0, plan.range_blocks)
-        def _(i):
-          kv_sums[pl.ds(i * size, size)] = jnp.zeros((size, plan.width), jnp.float32)
+      walk.clear(plan, kv_sums, tile)
 
     def step(blocks, pairs, carry):
       rows = queries[0, 0]
@@ -286,10 +265,7 @@ def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, 
         q_sums[...] += walk.product(keys, ds, (0, 0))
       if of_keys:
         dk, dv = walk.product(ds, q, (1, 0)), walk.product(p, do, (1, 0))
-        more = dk + dv if plan.packed else jnp.concatenate([dk, dv], axis=1)
-        for i, block in enumerate(blocks):
-          at = pl.multiple_of(jnp.maximum(block - span * plan.range_blocks, 0) * size, size)
-          kv_sums[pl.ds(at, size)] += more[i * size:(i + 1) * size]  # zeros if there is no such block
+        walk.add(plan, kv_sums, dk + dv if plan.packed else jnp.concatenate([dk, dv], axis=1), blocks, span)
       return carry
 
     walk.over_list(plan, step, 0, whole=not of_keys, head=head, span=span, tile=tile, lists=lists,
@@ -302,16 +278,16 @@ def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, 
         pltpu.sync_copy(kv_sums, dkv.at[head, pl.ds(span * range_keys, range_keys)])
 
   of = lambda wanted, *x: list(x) if wanted else []
+  dq_shape = jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype)
   out = pl.pallas_call(
       body, grid=(heads, ranges, tiles),
-      in_specs=[*list_specs(plan), tile_spec(plan, *numbers.shape[2:]), tile_spec(plan, *queries.shape[2:]),
-                tile_spec(plan, *sums.shape[2:]), pl.BlockSpec(memory_space=pl.ANY)],
-      out_specs=of(of_queries, tile_spec(plan, height, plan.rows)) + of(of_keys, pl.BlockSpec(memory_space=pl.ANY)),
-      out_shape=of(of_queries, jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype))
+      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries, sums), walk.LEFT_IN_HBM],
+      out_specs=of(of_queries, *walk.tile_specs(plan, dq_shape)) + of(of_keys, walk.LEFT_IN_HBM),
+      out_shape=of(of_queries, dq_shape)
       + of(of_keys, jax.ShapeDtypeStruct((heads, ranges * range_keys, plan.width), jnp.float32)),
       scratch_shapes=of(of_queries, pltpu.VMEM((height, plan.rows), jnp.float32))
-      + of(of_keys, pltpu.VMEM((range_keys, plan.width), jnp.float32)) + stream_scratch(plan, dtype),
-      compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"), interpret=interpret,
+      + of(of_keys, pltpu.VMEM((range_keys, plan.width), jnp.float32)) + walk.stream_scratch(plan, dtype),
+      compiler_params=walk.compiler_params(), interpret=interpret,
       name="selected_attention_backward")(lists, lists, numbers, queries, sums, pairs)
   out = list(out)
   return out.pop(0) if of_queries else None, out.pop(0) if of_keys else None

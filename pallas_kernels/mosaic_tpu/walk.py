@@ -15,6 +15,31 @@ from pallas_kernels.mosaic_tpu import union
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+LEFT_IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
+
+
+def list_specs(plan):
+  """Block specs of the lists, taken twice: a tile's own and the next one's."""
+  shape = (1, 1, 1, plan.list_length)
+  return [pl.BlockSpec(shape, lambda head, span, tile: (head, tile, 0, 0), memory_space=pltpu.SMEM),
+          pl.BlockSpec(shape, lambda head, span, tile: (head, jnp.minimum(tile + 1, plan.tiles - 1), 0, 0),
+                       memory_space=pltpu.SMEM)]
+
+
+def tile_specs(plan, *arrays):
+  """Block specs of arrays [B * K, tiles, ...]: what belongs to a tile."""
+  return [pl.BlockSpec((1, 1, *x.shape[2:]), lambda head, span, tile: (head, tile, 0, 0)) for x in arrays]
+
+
+def stream_scratch(plan, dtype):
+  """What `over_list` needs: buffer, arrived, parity."""
+  return [pltpu.VMEM((2, plan.step_blocks * plan.block_size, plan.width), dtype),
+          pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)]
+
+
+def compiler_params():
+  return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                              vmem_limit_bytes=union.VMEM_BYTES)
 
 
 def product(x, y, contract):
@@ -74,6 +99,23 @@ def mask(plan, blocks, numbers):
     stop = jnp.where((chose > 0) & (block >= 0), end - at, 0)
     out.append((key < stop) & (key >= first - at))
   return jnp.concatenate(out, axis=0)
+
+
+def clear(plan, sums, tile):
+  """Zeros in the sums of a range of keys, before its first tile."""
+  @pl.when(tile == 0)
+  def _():
+    @pl.loop(0, plan.range_blocks)
+    def _(i):
+      sums[pl.ds(i * plan.block_size, plan.block_size)] = jnp.zeros((plan.block_size, sums.shape[1]), sums.dtype)
+
+
+def add(plan, sums, more, blocks, span):
+  """Adds the rows of a step's blocks to the sums of the range of keys `span`; zeros where there is no block."""
+  size = plan.block_size
+  for i, block in enumerate(blocks):
+    at = pl.multiple_of(jnp.maximum(block - span * plan.range_blocks, 0) * size, size)
+    sums[pl.ds(at, size)] += more[i * size:(i + 1) * size]
 
 
 def over_list(plan, step, init, *, whole, head, span, tile, lists, following, source, buffer, arrived, parity):
