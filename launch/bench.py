@@ -2,6 +2,7 @@
 
   python -m launch.bench --operation=selected_attention --out=results.json
   python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform
+  python -m launch.bench --model --chip=v5p      # every operation, predicted from data sheets: no device
 
 A row is a shape of `pallas_kernels.arg_specs` and a pattern of block indices.
 Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on
@@ -25,8 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import cli
+from launch import model_bench
 import pallas_kernels
 from pallas_kernels import arg_specs
+from pallas_kernels import cost
 
 PATTERNS = {
     "uniform": arg_specs.uniform,
@@ -42,6 +45,8 @@ _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Name, or None for
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 _CALLS = flags.DEFINE_integer("calls", 4, "Calls per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
+_MODEL = flags.DEFINE_boolean("model", False, "Predict the least times on --chip instead of measuring.")
+_CHIP = flags.DEFINE_enum("chip", "v5p", list(cost.CHIPS), "For --model.")
 _SEED = flags.DEFINE_integer("seed", None, "Of inputs and patterns; None takes the clock.")
 
 
@@ -129,6 +134,8 @@ def main():
   unknown = [pattern for pattern in _PATTERNS.value if pattern not in PATTERNS]
   if unknown:
     raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}")
+  if _MODEL.value:
+    return model_bench.main(names, {name: PATTERNS[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
   print(f"{_OPERATION.value} on {device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}")
