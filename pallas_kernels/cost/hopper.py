@@ -11,6 +11,9 @@ import numpy as np
 from pallas_kernels.cost import counts
 from pallas_kernels.cost.chips import Kernel
 
+# Query rows of a tile, keys of a block, stages: the defaults of pallas_kernels.triton.tuning, which needs Triton.
+TRITON = {"range_forward": (128, 64, 3), "range_dq": (128, 64, 2), "compressed_scores": (64, 128, 2),
+          "index_scores": (128, 128, 3)}
 SORT_BYTES = 80  # per choice: passes of a radix sort over key and payload, and the lists made of it
 
 
@@ -29,16 +32,15 @@ def run_attention(spec, chip, operation, backward):
   """Dense attention is cuDNN's, counted at its best (tiles of 128 x 128, five products backward); the window and
   compressed attention are Triton's, whose backward pass computes the scores twice."""
   del chip
-  from pallas_kernels.triton import tuning
   dense = operation == "dense"
-  tuned = tuning.DEFAULTS["range_dq" if backward else "range_forward"]
-  tile = (128, 128) if dense else (max(1, tuned.rows // spec.G), tuned.block)
+  rows, block, stages = TRITON["range_dq" if backward else "range_forward"]
+  tile = (128, 128) if dense else (max(1, rows // spec.G), block)
   scores, keys = _scores(spec, operation, *tile)
   size = _size(spec)
   q, k = size * spec.B * spec.T * spec.N * spec.H, size * spec.B * keys * spec.K * spec.H
   name = ("cudnn_" if dense else "range_attention_") + ("backward" if backward else "forward")
   per_row = size * spec.H  # on chip: a tile of queries, and K and V as deep as the pipeline (cuDNN does not say)
-  how = dict(on_chip=0 if dense else per_row * (tuned.rows * (2 if backward else 1) + 2 * tuned.stages * tuned.block))
+  how = dict(on_chip=0 if dense else per_row * (rows * (2 if backward else 1) + 2 * stages * block))
   if backward:
     return [Kernel(name, flops=(10 if dense else 14) * scores * spec.H, bytes=(4 if dense else 7) * q + 4 * k,
                    vector=(1 if dense else 2) * scores, **how)]
@@ -47,23 +49,21 @@ def run_attention(spec, chip, operation, backward):
 
 def compressed_top_k(spec, chip):
   del chip
-  from pallas_kernels.triton import tuning
-  tuned = tuning.DEFAULTS["compressed_scores"]
-  scores, keys = _scores(spec, "compressed", max(1, tuned.rows // spec.G), tuned.block)
+  rows, block, stages = TRITON["compressed_scores"]
+  scores, keys = _scores(spec, "compressed", max(1, rows // spec.G), block)
   size = _size(spec)
   return [Kernel("compressed_top_k", flops=2 * scores * spec.H, vector=scores,
-                 on_chip=size * spec.H * (tuned.rows + tuned.stages * tuned.block),
+                 on_chip=size * spec.H * (rows + stages * block),
                  bytes=size * spec.B * spec.H * (spec.T * spec.N + keys * spec.K) + 4 * spec.B * spec.T * spec.K * spec.J)]
 
 
 def index_top_k(spec, chip):
   del chip
-  from pallas_kernels.triton import tuning
-  tuned = tuning.DEFAULTS["index_scores"]
-  scores = _scores(spec, "dense", max(1, tuned.rows // spec.K), tuned.block)[0] / spec.G
+  rows, block, stages = TRITON["index_scores"]
+  scores = _scores(spec, "dense", max(1, rows // spec.K), block)[0] / spec.G
   size = _size(spec)
   return [Kernel("index_top_k", flops=2 * scores * spec.index_dim,
-                 on_chip=size * spec.index_dim * (tuned.rows + tuned.stages * tuned.block),
+                 on_chip=size * spec.index_dim * (rows + stages * block),
                  bytes=size * spec.B * spec.T * spec.index_dim * (spec.K + 1) + 4 * spec.B * spec.T * spec.K * spec.J)]
 
 
