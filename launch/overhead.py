@@ -133,7 +133,7 @@ def main():
   config.schedule.stages = config.schedule.stages[-1:]
   config.schedule.stages[0].fraction = 1.0
   config.eval.sequences, config.eval.run_modes, config.eval.every = 0, (), 0
-  config.checkpoint.every, config.checkpoint.keep_at = 0, ()
+  config.checkpoint.every, config.checkpoint.keep_at, config.checkpoint.keep_period = 0, (), 0
   config_lib.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config)
   device = contextlib.nullcontext()

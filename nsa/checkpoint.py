@@ -51,12 +51,13 @@ class Checkpoints:
     workdir: the run directory, local or `gs://...`.
     keep: how many of the newest checkpoints stay, at least 1.
     keep_at: steps that are saved and never deleted (fork points).
+    keep_period: checkpoints at multiples of it are never deleted either; 0 = none.
     every: steps between checkpoints; 0 = only at `keep_at`.
     read_only: `save` is an error; nothing on disk is ever changed.
   """
 
-  def __init__(self, workdir: str | epath.Path, *, keep: int = 2, keep_at: Sequence[int] = (), every: int = 0,
-               read_only: bool = False):
+  def __init__(self, workdir: str | epath.Path, *, keep: int = 2, keep_at: Sequence[int] = (), keep_period: int = 0,
+               every: int = 0, read_only: bool = False):
     if keep < 1:
       raise ValueError(f"keep = {keep}: keep at least 1 checkpoint")
     if every < 0:
@@ -65,6 +66,7 @@ class Checkpoints:
     workdir = os.fspath(workdir) if "://" in os.fspath(workdir) else os.path.abspath(os.fspath(workdir))
     self.directory = epath.Path(workdir) / "checkpoints"
     self._keep, self._keep_at, self._every, self._read_only = keep, frozenset(keep_at), every, read_only
+    self._keep_period = keep_period
     self._pending = None  # (step, Orbax's response) of the save that is being written
 
   def should_save(self, step: int) -> bool:
@@ -149,7 +151,8 @@ class Checkpoints:
       raise CheckpointError(f"the checkpoint of step {step} vanished from {self.directory} as it was saved")
     if jax.process_index() == 0:
       for old in set(steps[:-self._keep]) - self._keep_at - {step}:
-        _delete(self.directory / str(old))
+        if not self._keep_period or old % self._keep_period:
+          _delete(self.directory / str(old))
     self._discard_leftovers()
 
   def close(self) -> None:

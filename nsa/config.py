@@ -135,6 +135,7 @@ class CheckpointConfig:
   every: int = 200                # steps between checkpoints; the last step is always saved
   keep: int = 2                   # newest checkpoints that stay
   keep_at: tuple[int, ...] = ()   # steps saved and never deleted (fork points)
+  keep_period: int = 0            # checkpoints at multiples of this many steps are never deleted; 0 = all may be
 
 
 @dataclass
@@ -387,6 +388,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")
+  every, period = config.checkpoint.every, config.checkpoint.keep_period
+  need(period == 0 or period > 0 and every > 0 and period % every == 0, "checkpoint.keep_period", period,
+       f"0, or a multiple of checkpoint.every = {every}: only what is saved can stay")
   need(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "at least 1")
   need(config.log_every >= 1, "log_every", config.log_every, "at least 1 step")
 

@@ -59,7 +59,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_at=config.checkpoint.keep_at,
-                                       every=config.checkpoint.every)
+                                       keep_period=config.checkpoint.keep_period, every=config.checkpoint.every)
   if (workdir / "DONE").exists() and (checkpoints.latest() or 0) >= total:
     logging.info("%s is done", workdir)
     return total

@@ -193,6 +193,14 @@ def test_policy(tmp_path):
   assert checkpoints.steps() == [5, 15, 30, 40]
 
 
+def test_a_period_stays(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1, keep_period=4, every=2)
+  for step in range(2, 15, 2):
+    checkpoints.save(step, {"w": jnp.ones(3)})
+  checkpoints.close()
+  assert checkpoints.steps() == [4, 8, 12, 14]
+
+
 def test_old_ones_go_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path, keep=1)
   checkpoints.save(1, {"w": jnp.ones(3)}, wait=True)

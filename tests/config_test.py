@@ -119,6 +119,7 @@ WRONG = [
     ("fork.step", 1000, "fork.step", "schedule.steps = 1000"),
     ("checkpoint.keep_at", (1001,), "checkpoint.keep_at", "schedule.steps = 1000"),
     ("checkpoint.keep", 0, "checkpoint.keep", "at least 1"),
+    ("checkpoint.keep_period", 300, "checkpoint.keep_period", "multiple of checkpoint.every"),
     ("log_every", 0, "log_every", "at least 1"),
     ("eval.run_modes", ("sparse:num_blocks=0",), "eval.run_modes", "at least 1"),
     ("eval.blocks", {"block_size": 4096}, "eval.run_modes", "context of 1024"),
