@@ -1,22 +1,25 @@
-"""Times an operation against cuDNN's dense attention on the device it runs on.
+"""Times operations, whole layers and decoding against cuDNN's dense attention on the device it runs on.
 
   python -m launch.bench --operation=selected_attention --out=results.json
-  python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform
+  python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:blocks.npy
+  python -m launch.bench --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
+  python -m launch.bench --operation=decode --shapes=length_64k,msa_64k --batches=1,8,64
   python -m launch.bench --model --chip=v5p      # every operation, predicted from data sheets: no device
 
-A row is a shape of `pallas_kernels.arg_specs` and a pattern of block indices.
-Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on
-inputs that differ between calls. TFLOP/s count the visible tokens of the selected
-blocks and nothing else: 4 H FLOPs per (query head, visible key) forward, 14 H
-forward and backward. "vs dense" is the time of `jax.nn.dot_product_attention` with
-implementation="cudnn" over the same queries and keys, causal, from the same run,
-divided by ours; rows below 1.0 lose and are marked.
+A row is an operation, a shape of `pallas_kernels.arg_specs`, a pattern of block indices where those come from outside
+(launch/bench_cases.py), and an implementation. `file:PATH` reads int32[B or 1, T, K, J] that were dumped with np.save.
+
+Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on inputs that differ between calls.
+TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
+over the rates in `CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
+queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from which
+length on an operation wins.
 """
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
-import statistics
 import sys
 import time
 
@@ -25,9 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch import bench_cases
 from launch import cli
 from launch import model_bench
-import pallas_kernels
+from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
 
@@ -36,13 +40,20 @@ PATTERNS = {
     "neighbours80": functools.partial(arg_specs.neighbours, share=0.8),
     "stripes": arg_specs.stripes,
 }
+CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
+    "NVIDIA H200": (790e12, 4.3e12),
+    "NVIDIA H100 80GB HBM3": (778e12, 3.0e12),
+}
 
-_OPERATION = flags.DEFINE_enum("operation", "selected_attention", ["selected_attention"], "What to time.")
+_OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
+                               f"Of {', '.join(bench_cases.OPERATIONS)}, decode, or all.")
 _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
-_PATTERNS = flags.DEFINE_list("patterns", list(PATTERNS), f"Of {', '.join(PATTERNS)}.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Name, or None for the best one.")
+_PATTERNS = flags.DEFINE_list("patterns", list(PATTERNS), f"Of {', '.join(PATTERNS)}, or file:PATH.")
+_IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
+_PLOT = flags.DEFINE_string("plot", None, "Picture of the speed-up over the length.")
 _CALLS = flags.DEFINE_integer("calls", 4, "Calls per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
 _MODEL = flags.DEFINE_boolean("model", False, "Predict the least times on --chip instead of measuring.")
@@ -50,116 +61,188 @@ _CHIP = flags.DEFINE_enum("chip", "v5p", list(cost.CHIPS), "For --model.")
 _SEED = flags.DEFINE_integer("seed", None, "Of inputs and patterns; None takes the clock.")
 
 
-def milliseconds(function, argument_sets, calls, repeats):
-  """Median time of a call, in ms, over inputs that take turns; compilation excluded."""
-  for arguments in argument_sets:
-    jax.block_until_ready(function(*arguments))
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    for i in range(calls):
-      out = function(*argument_sets[i % len(argument_sets)])
-    jax.block_until_ready(out)
-    times.append((time.perf_counter() - start) / calls * 1e3)
-  return statistics.median(times)
+def draw_pattern(name, spec, seed):
+  """int32[B, T, K, J] of a pattern by name. Raises ValueError for a file of another shape."""
+  if not name.startswith("file:"):
+    return PATTERNS[name](spec, seed=seed)
+  blocks = np.load(name[len("file:"):])
+  if blocks.shape[1:] != (spec.T, spec.K, spec.J):
+    raise ValueError(f"--patterns: {name} holds {blocks.shape}; {spec.name} needs [B or 1, T, K, J] = "
+                     f"[{spec.B} or 1, {spec.T}, {spec.K}, {spec.J}]")
+  return np.broadcast_to(blocks[:spec.B], (spec.B, *blocks.shape[1:])).astype(np.int32)
 
 
-def with_gradients(function):
-  """function(q, k, v, ...) -> o to (q, k, v, do, ...) -> o, dq, dk, dv."""
-  def both(q, k, v, do, *rest):
-    o, vjp = jax.vjp(lambda q, k, v: function(q, k, v, *rest), q, k, v)
-    return o, vjp(do)
-  return jax.jit(both)
-
-
-def visible_keys(indices, spec):
-  """Keys that the queries of all KV heads see in their selected blocks."""
-  position = np.arange(spec.T)[None, :, None, None]
-  keys = np.clip(np.minimum(position + 1, spec.T) - indices * spec.block_size, 0, spec.block_size)
-  return float(np.where(indices >= 0, keys, 0).sum(dtype=np.float64))
-
-
-def time_dense(spec, seed, calls, repeats):
-  """ms of cuDNN's causal attention, forward and forward + backward; None where it cannot run."""
-  sets = [_inputs(spec, seed + i) for i in range(2)]
-  dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-  forward = jax.jit(lambda q, k, v, do: dense(q, k, v))
+def _try(what, function):
   try:
-    return tuple(milliseconds(f, sets, calls, repeats) for f in (forward, with_gradients(dense)))
-  except Exception as error:  # cuDNN is missing, or refuses the shape
-    print(f"cudnn dense, {spec.name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-    return None, None
+    return function()
+  except Exception as error:  # memory, a shape that an implementation refuses; other rows go on
+    print(f"{what}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    return None
 
 
-def _inputs(spec, seed):
-  arrays = arg_specs.arrays(spec, seed)
-  return tuple(arrays[name] for name in ("q", "k", "v", "do"))
+def time_dense(spec, seed):
+  """ms of cuDNN's causal attention, forward and forward + backward; None where it cannot run."""
+  dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+  case = bench_cases.Case(lambda x, blocks: dense(x["q"], x["k"], x["v"]), (), ("q", "k", "v"), (0.0, 0.0))
+  sets = [(bench_cases.arrays(spec, seed + i), None) for i in range(2)]
+  run = lambda: [timing.milliseconds(f, sets, _CALLS.value, _REPEATS.value) for f in bench_cases.functions(case)]
+  return _try(f"cudnn dense, {spec.name}", run) or (None, None)
 
 
-def selected_functions(spec, implementation):
-  """Jitted (q, k, v, do, blocks) -> o and -> o, dq, dk, dv; all patterns of a shape share them."""
-  attend = lambda q, k, v, blocks: pallas_kernels.selected_attention(
-      q, k, v, blocks, block_size=spec.block_size, implementation=implementation)[0]
-  return jax.jit(lambda q, k, v, do, blocks: attend(q, k, v, blocks)), with_gradients(attend)
+def time_case(operation, spec, pattern, implementation, seed):
+  """Columns of a row: ms, TFLOP/s and the fraction of the limit, forward and with gradients."""
+  sets, keys = [], []
+  patterned = bench_cases.make(operation, spec).patterned
+  for i in range(2):
+    blocks = draw_pattern(pattern, spec, seed + i) if patterned else None
+    keys += [bench_cases.visible_keys(blocks, spec)] if patterned else []
+    sets.append((bench_cases.arrays(spec, seed + i), None if blocks is None else jnp.asarray(blocks, jnp.int32)))
+  case = bench_cases.make(operation, spec, implementation, float(np.mean(keys)) if patterned else None)
+  least = bench_cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
+  return _columns(case, bench_cases.functions(case), least, sets)
 
 
-def time_selected(spec, pattern, functions, seed, calls, repeats):
-  """One row: ms and TFLOP/s of `pallas_kernels.selected_attention`."""
-  indices = [PATTERNS[pattern](spec, seed=seed + i) for i in range(2)]
-  sets = [(*_inputs(spec, seed + i), jnp.asarray(indices[i], jnp.int32)) for i in range(2)]
-  forward, both = (milliseconds(function, sets, calls, repeats) for function in functions)
-  pairs = np.mean([visible_keys(i, spec) for i in indices]) * spec.G
-  return dict(
-      shape=spec.name, pattern=pattern, forward_ms=forward, both_ms=both,
-      forward_tflops=4 * spec.H * pairs / forward / 1e9, both_tflops=14 * spec.H * pairs / both / 1e9,
-      B=spec.B, T=spec.T, N=spec.N, K=spec.K, H=spec.H, J=spec.J, block_size=spec.block_size,
-      dtype=spec.dtype)
+def _columns(case, functions, least, sets, steps=1):
+  flop_rate, byte_rate = CEILINGS.get(jax.devices()[0].device_kind, (None, None))
+  row = {}
+  for part, function, flops, data in zip(("forward", "both"), functions, case.flops, least):
+    ms = None if function is None else timing.milliseconds(function, sets, _CALLS.value, _REPEATS.value) / steps
+    limit = None if ms is None or flop_rate is None else max((flops or 0) / flop_rate, data / byte_rate) * 1e3
+    row |= {f"{part}_ms": ms, f"{part}_tflops": ms and flops and flops / ms / 1e9, f"{part}_limit_ms": limit,
+            f"{part}_of_limit": limit and limit / ms}
+  return row
+
+
+def time_decode(operation, spec, batch, implementation):
+  case, x = bench_cases.decode(operation, spec, batch, implementation)
+  steps = bench_cases.DECODE_STEPS
+  row = _columns(case, (jax.jit(case.function), None), (case.bytes, None), [(x, None)], steps)
+  dense = lambda: timing.milliseconds(jax.jit(bench_cases.dense_decode), [(x, None)], _CALLS.value,
+                                      _REPEATS.value) / steps
+  return row, _try(f"cudnn decode, {spec.name}", dense)
 
 
 def _line(row):
-  ratio = lambda name: "   n/a" if row[name] is None else f"{row[name]:5.2f}x"
+  number = lambda name, form, width: f"{row[name]:{form}}" if row[name] is not None else " " * (width - 1) + "-"
   losing = [part for part in ("forward", "both") if row[f"{part}_vs_dense"] and row[f"{part}_vs_dense"] < 1]
-  return (f"{row['shape']:<16} {row['pattern']:<13} {row['forward_ms']:9.3f} {row['both_ms']:9.3f} "
-          f"{row['forward_tflops']:8.1f} {row['both_tflops']:8.1f}   {ratio('forward_vs_dense')}  "
-          f"{ratio('both_vs_dense')}{'   LOSES: ' + ', '.join(losing) if losing else ''}")
+  return (f"{row['operation']:<21} {row['shape']:<13} {row['pattern']:<12} {row['implementation']:<10} "
+          f"{number('forward_ms', '9.3f', 9)} {number('both_ms', '9.3f', 9)} {number('forward_tflops', '6.0f', 6)} "
+          f"{number('both_tflops', '6.0f', 6)} {number('forward_of_limit', '6.2f', 6)} "
+          f"{number('both_of_limit', '6.2f', 6)} {number('forward_vs_dense', '7.2f', 7)} "
+          f"{number('both_vs_dense', '7.2f', 7)}{'  LOSES: ' + ', '.join(losing) if losing else ''}")
 
 
-def main():
+def crossovers(rows):
+  """Lines: per operation, heads and pattern, the shortest measured length from which on it beats dense attention."""
+  found = {}
+  for row in rows:
+    key = tuple(row[name] for name in ("operation", "pattern", "implementation", "N", "K", "H", "block_size", "J"))
+    found.setdefault(key, []).append(row)
+  lines = []
+  for (operation, pattern, implementation, N, K, H, size, J), group in found.items():
+    for part in ("forward", "both"):
+      ratios = sorted((row["T"], row[f"{part}_vs_dense"]) for row in group if row[f"{part}_vs_dense"])
+      if operation.startswith("decode") or len(ratios) < 2:
+        continue
+      losing = [T for T, ratio in ratios if ratio < 1]
+      winning = [T for T, _ in ratios if not losing or T > max(losing)]
+      start = f"from {min(winning):,} tokens" if winning else f"not up to {ratios[-1][0]:,} tokens"
+      lines.append(f"{operation} {pattern} {implementation} {N}/{K} heads of {H}, block {size} x {J}, {part}: wins "
+                   f"{start}{'' if losing else ' (the shortest measured)'}")
+  return lines
+
+
+def plot(rows, path):
+  """Speed-up over cuDNN's dense attention, by length."""
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+  groups = {}
+  for row in rows:
+    if not row["operation"].startswith("decode"):
+      name = " ".join(filter(None, (row["operation"], row["pattern"], row["implementation"])))
+      groups.setdefault((name, row["N"], row["K"], row["H"], row["block_size"], row["J"]), []).append(row)
+  for ax, part in zip(axes, ("forward", "both")):
+    for (name, N, K, H, _, J), group in groups.items():
+      points = sorted((row["T"], row[f"{part}_vs_dense"]) for row in group if row[f"{part}_vs_dense"])
+      if len(points) > 1:
+        ax.plot(*zip(*points), marker="o", label=f"{name}, {N}/{K} of {H}, J {J}")
+    ax.axhline(1.0, color="black", linewidth=0.8)
+    ax.set(xscale="log", yscale="log", xlabel="tokens", title={"forward": "forward", "both": "forward + backward"}[part])
+    ax.set_xscale("log", base=2)
+  axes[0].set_ylabel("times as fast as cuDNN dense")
+  axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+  figure.tight_layout()
+  figure.savefig(path, dpi=130)
+
+
+def _names():
   names = []
   for name in _SHAPES.value:
     found = [known for known in arg_specs.ALL if known == name or known.startswith(name + "_")]
     if not found:
       raise ValueError(f"--shapes: {name!r} is unknown; take some of {', '.join(arg_specs.ALL)}")
     names += found
-  unknown = [pattern for pattern in _PATTERNS.value if pattern not in PATTERNS]
+  return list(dict.fromkeys(names))
+
+
+def _operations():
+  known = (*bench_cases.OPERATIONS, "decode")
+  unknown = [name for name in _OPERATION.value if name not in (*known, "all")]
   if unknown:
-    raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}")
+    raise ValueError(f"--operation: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or all")
+  return known if "all" in _OPERATION.value else _OPERATION.value
+
+
+def main():
+  names, operations = _names(), _operations()
+  unknown = [name for name in _PATTERNS.value if name not in PATTERNS and not name.startswith("file:")]
+  if unknown:
+    raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}, or file:PATH")
   if _MODEL.value:
     return model_bench.main(names, {name: PATTERNS[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
-  print(f"{_OPERATION.value} on {device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}")
-  print(f"{'shape':<16} {'pattern':<13} {'ms fwd':>9} {'ms f+b':>9} {'TF/s fwd':>8} {'TF/s f+b':>8}   "
-        "vs dense: fwd, f+b")
+  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}; flash-linear-attention "
+        f"{'installed, not timed here' if importlib.util.find_spec('fla') else 'not installed'}")
+  print(f"{'operation':<21} {'shape':<13} {'pattern':<12} {'implement.':<10} {'ms fwd':>9} {'ms f+b':>9} {'TF/s f':>6} "
+        f"{'TF/s b':>6} {'lim f':>6} {'lim b':>6} {'vs f':>7} {'vs f+b':>7}")
   rows = []
-  for name in dict.fromkeys(names):
+
+  def record(operation, spec, pattern, implementation, columns, dense, **more):
+    row = dict(operation=operation, shape=spec.name, pattern=pattern, implementation=implementation or "", **columns,
+               dense_forward_ms=dense[0], dense_both_ms=dense[1], device=device.device_kind, jax=jax.__version__,
+               seed=seed, B=spec.B, T=spec.T, N=spec.N, K=spec.K, H=spec.H, J=spec.J, block_size=spec.block_size,
+               dtype=spec.dtype, **more)
+    for part, ms in zip(("forward", "both"), dense):
+      row[f"{part}_vs_dense"] = ms and row[f"{part}_ms"] and ms / row[f"{part}_ms"]
+    rows.append(row)
+    print(_line(row), flush=True)
+    if _OUT.value:  # after each row: what was measured stays if a later shape fails
+      with open(_OUT.value, "w") as file:
+        json.dump(rows, file, indent=1)
+
+  for name in names:
     spec = arg_specs.get(name)
-    dense_forward, dense_both = time_dense(spec, seed, _CALLS.value, _REPEATS.value)
-    functions = selected_functions(spec, _IMPLEMENTATION.value)
-    for pattern in _PATTERNS.value:
-      row = time_selected(spec, pattern, functions, seed, _CALLS.value, _REPEATS.value)
-      row.update(
-          operation=_OPERATION.value, device=device.device_kind, jax=jax.__version__, seed=seed,
-          dense_forward_ms=dense_forward, dense_both_ms=dense_both,
-          forward_vs_dense=dense_forward and dense_forward / row["forward_ms"],
-          both_vs_dense=dense_both and dense_both / row["both_ms"])
-      rows.append(row)
-      print(_line(row), flush=True)
-      if _OUT.value:  # after each row: what was measured stays if a later shape fails
-        with open(_OUT.value, "w") as file:
-          json.dump(rows, file, indent=1)
+    dense = time_dense(spec, seed) if set(operations) - {"decode"} else None
+    for operation in operations:
+      for implementation in (i or None for i in _IMPLEMENTATION.value):
+        if operation == "decode":
+          for kind in ("decode_dense", "decode_msa" if spec.num_initial == 0 else "decode_nsa"):
+            for batch in map(int, _BATCHES.value):
+              timed = _try(f"{kind}, {name}", lambda: time_decode(kind, spec, batch, implementation))
+              if timed:
+                record(kind, spec, f"batch {batch}", implementation, timed[0], (timed[1], None), batch=batch)
+          continue
+        for pattern in _PATTERNS.value if bench_cases.make(operation, spec).patterned else ("",):
+          columns = _try(f"{operation}, {name}", lambda: time_case(operation, spec, pattern, implementation, seed))
+          if columns:
+            record(operation, spec, pattern, implementation, columns, dense)
   losing = [row for row in rows if any((row[f"{part}_vs_dense"] or 1) < 1 for part in ("forward", "both"))]
-  print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere")
+  print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere", *crossovers(rows), sep="\n")
+  if _PLOT.value:
+    plot(rows, _PLOT.value)
 
 
 if __name__ == "__main__":

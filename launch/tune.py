@@ -118,17 +118,15 @@ def selected_both(spec):
   return f, (x["q"], x["k"], x["v"], x["do"], blocks)
 
 
-def _grid(rows, blocks, warps, stages, resident=(2,)):
-  return [Tuned(*t) for t in itertools.product(rows, blocks, warps, stages, resident)]
+def _grid(rows, blocks, warps, stages):
+  return [Tuned(*t) for t in itertools.product(rows, blocks, warps, stages)]
 
 
 KERNELS = {  # kernel -> (what is timed, candidates)
-    "index_scores": (index_scores, _grid((64,), (64,), (4,), (3,), (2, 3)) + _grid((64,), (128,), (4,), (2, 3))
-                     + _grid((128,), (64,), (4,), (3,)) + _grid((128,), (128,), (8,), (3, 4), (1,))
-                     + _grid((128,), (64,), (8,), (3,))),
-    "compressed_scores": (compressed_scores, _grid((64,), (64,), (4,), (2, 3), (3, 4))
-                          + _grid((64,), (128,), (4,), (2,)) + _grid((128,), (64,), (4,), (2, 3))
-                          + _grid((128,), (128,), (8,), (2,))),
+    "compressed_scores": (compressed_scores, _grid((64,), (64, 128), (4,), (2, 3)) + _grid((128,), (64,), (4,), (2, 3))
+                          + _grid((128,), (128,), (8,), (2,)) + _grid((32,), (128,), (4,), (2, 3))),
+    "index_scores": (index_scores, _grid((64,), (64, 128), (4,), (2, 3)) + _grid((128,), (64, 128), (4,), (3,))
+                     + _grid((128,), (64, 128), (8,), (3,))),
     "index_kl": (index_kl, _grid((64,), (64,), (4, 8), (2, 3, 4))),
     "range_dkv": (range_backward, _grid((64, 128), (128,), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),
     "range_dq": (range_backward, _grid((128,), (64, 128), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),

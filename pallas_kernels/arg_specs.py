@@ -101,7 +101,11 @@ LENGTHS = (
     _headline("length_64k", N=64, K=4, T=65536),
 )
 
-ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS}
+# MSA's geometry over the length of the sequence.
+MSA = tuple(_headline(f"msa_{T // 1024}k", N=64, K=4, T=T, block_size=128, num_initial=0, num_local=1)
+            for T in (8192, 16384, 32768, 65536))
+
+ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS + MSA}
 
 
 def get(name: str) -> AttentionSpec:

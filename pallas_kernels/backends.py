@@ -38,6 +38,7 @@ class Implementation:
   function: Callable[..., Any]
   platforms: tuple[str, ...] | None
   supports: Callable[[Mapping[str, Any]], str | None]
+  avoid: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
 
 
 _registered: dict[str, dict[str, Implementation]] = {operation: {} for operation in OPERATIONS}
@@ -47,7 +48,8 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def register(operation: str, name: str, function: Callable[..., Any], *,
-             platforms: tuple[str, ...] | None, supports: Callable[[Mapping[str, Any]], str | None]):
+             platforms: tuple[str, ...] | None, supports: Callable[[Mapping[str, Any]], str | None],
+             avoid: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None):
   """Makes `implementation=name` serve `operation`; a second call with the same names replaces the first.
 
   Args:
@@ -58,10 +60,12 @@ def register(operation: str, name: str, function: Callable[..., Any], *,
     platforms: of "cpu", "gpu", "tpu"; None for all.
     supports: gets the same arguments as a dict of arrays or tracers (read shape and dtype only) and plain
       values; returns None, or the reason why not, beginning with the argument's name.
+    avoid: like `supports`, but a reason only says that others are better here: a call that names this
+      implementation gets it, one that names none gets it before the reference alone.
   """
   if operation not in _registered:
     raise ValueError(f"operation = {operation!r}: take one of {', '.join(OPERATIONS)}")
-  _registered[operation][name] = Implementation(name, function, platforms, supports)
+  _registered[operation][name] = Implementation(name, function, platforms, supports, avoid)
 
 
 def available(operation: str) -> tuple[str, ...]:
@@ -112,7 +116,8 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
   reasons = [f"{name}: {_import_errors[module] or 'it has no ' + operation}"
              for name, module in BACKENDS[platform]
              if _import_errors[module] or name not in _registered[operation]]
-  for candidate in _in_order(operation):
+  candidates = sorted(_in_order(operation), key=lambda i: 2 if i.name == "reference" else i.avoid(arguments) is not None)
+  for candidate in candidates:
     if candidate.platforms is not None and platform not in candidate.platforms:
       continue
     reason = candidate.supports(arguments)

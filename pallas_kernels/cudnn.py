@@ -5,14 +5,16 @@ keys, the tokens t and t + stride see the same stairs, one further down: token t
 (t - (block_len - 1)) // stride. So, from token block_len - 1 on, token i * stride + p becomes head p of row i:
 causal attention of C rows with stride * G query heads per KV head, for the price of two transpositions.
 
-Three limits. Its numbers come out in float32 but through JAX's private `fused_attention_stablehlo` only: the public
-function rounds lse to bfloat16. It has no derivative of lse: where somebody asks for one the Triton kernels take
-the backward pass. And it adds up dQ in no fixed order, so that equal inputs give almost equal gradients, unless
-XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true.
+Three limits. lse comes out in float32 through JAX's private `fused_attention_stablehlo` only: the public function
+rounds it to bfloat16. cuDNN has no derivative of lse: where somebody asks for one, a second pass makes it. And it
+adds up dQ in no fixed order, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true (5 % slower on one
+H200): without that flag equal inputs give almost equal gradients, and a call gets these kernels only by name.
 """
 from __future__ import annotations
 
 import functools
+import os
+import re
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -37,6 +39,15 @@ def unavailable():
   except Exception as error:  # jax moved it, or cuDNN is not installed
     return f"cuDNN's attention is not to be had ({type(error).__name__}: {error})"
   return None
+
+
+def in_any_order(arguments):
+  """Why not to choose cuDNN without being asked: see the module. None if XLA is told to be deterministic."""
+  del arguments
+  if re.search(r"--xla_gpu_(exclude_nondeterministic|deterministic)_ops(=true|=1|\s|$)", os.environ.get("XLA_FLAGS", "")):
+    return None
+  return ("XLA_FLAGS lacks --xla_gpu_exclude_nondeterministic_ops=true: cuDNN's gradients would differ in their last "
+          "bits from run to run")
 
 
 def _reason(q, k, v, scale, segment_ids, query_offset, k_name):
@@ -143,6 +154,7 @@ def _backward(causal, window, scale, residuals, cotangents):
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
-backends.register("attention", "cudnn", attention, platforms=("gpu",), supports=supports_attention)
+backends.register("attention", "cudnn", attention, platforms=("gpu",), supports=supports_attention,
+                  avoid=in_any_order)
 backends.register("compressed_attention", "cudnn", compressed_attention, platforms=("gpu",),
-                  supports=supports_compressed_attention)
+                  supports=supports_compressed_attention, avoid=in_any_order)

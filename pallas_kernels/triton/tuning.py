@@ -23,7 +23,6 @@ class Tuned(NamedTuple):
   block: int   # keys of a block
   warps: int
   stages: int  # of the compiler's software pipeline
-  resident: int = 2  # thread blocks per multiprocessor of a kernel that goes from tile to tile
 
 
 # Where no entry exists: for 227 KiB of shared memory, and for the 99 KiB of small Ampere chips.

@@ -1,0 +1,429 @@
+"""Triton kernels and cuDNN: lowering on any machine, and `gpu` tests for one that has a GPU.
+
+`TRITON_INTERPRET=1 pytest tests/triton_test.py` runs the kernels' arithmetic on the CPU where torch is installed.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+import kernels_oracle as oracle
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import backends
+from pallas_kernels import reference
+
+pytest.importorskip("triton", reason="triton is not installed")
+from pallas_kernels import cudnn  # noqa: E402
+from pallas_kernels.triton import call  # noqa: E402
+from pallas_kernels.triton import ranged  # noqa: E402
+from pallas_kernels.triton import top_k  # noqa: E402
+from pallas_kernels.triton import tuning  # noqa: E402
+
+ON_GPU = jax.default_backend() == "gpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+lowers = pytest.mark.skipif(call.unavailable() is not None or call.INTERPRET, reason=str(call.unavailable()))
+try:
+  import torch  # noqa: F401
+except ImportError:
+  torch = None
+interprets = pytest.mark.skipif(not call.INTERPRET or torch is None, reason="needs TRITON_INTERPRET=1 and torch")
+
+
+def with_gradients(f):
+  """f(*differentiable) -> floating arrays, to (differentiable, cotangents) -> results and gradients."""
+  def both(arguments, cotangents):
+    out, vjp = jax.vjp(f, *arguments)
+    finite = lambda x, c: jnp.where(jnp.isfinite(x), c, 0).astype(x.dtype)
+    return (*jax.tree.leaves(out), *vjp(jax.tree.map(finite, out, cotangents)))
+  return jax.jit(both)
+
+
+def drawn_segments(rng, B, S, n=4):
+  return jnp.asarray(np.sort(rng.integers(0, n, size=(B, S)), axis=1), jnp.int32)
+
+
+def in_dtype(q, k, v, mask, scale):
+  """What XLA makes of masked attention in q's dtype: the yardstick for the error of a kernel. mask [B, K, T, S]."""
+  (B, T, N, H), K = q.shape, k.shape[2]
+  s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
+  s = jnp.where(mask[:, :, None], s * scale, -jnp.inf)
+  lse = jax.nn.logsumexp(s, axis=-1)
+  p = jnp.exp(s - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
+  o = jnp.einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
+  return o.astype(q.dtype).reshape(q.shape), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+# --- attention, compressed attention, selected attention --------------------------
+
+COMPRESSED = dict(block_len=32, block_stride=16)
+CASES = {  # operation, shape of q, K, S, options
+    "dense_g16": ("attention", (1, 300, 32, 128), 2, 300, {}),
+    "window_g3_packed": ("attention", (2, 400, 6, 64), 2, 400, dict(window=70, segments=True)),
+    "seen_from_both_sides": ("attention", (1, 200, 4, 64), 4, 200, dict(causal=False, segments=True)),
+    "cache": ("attention", (2, 3, 16, 128), 2, 1000, dict(query_offset=990)),
+    "beyond_a_cache": ("attention", (3, 1, 8, 64), 2, 2000, dict(query_offset=np.int32([5, 700, 1999]))),
+    "compressed_g16": ("compressed_attention", (1, 1040, 16, 128), 1, 64, COMPRESSED),
+    "compressed_packed": ("compressed_attention", (2, 700, 8, 64), 2, 42, dict(COMPRESSED, segments=True)),
+    "compressed_decode": ("compressed_attention", (2, 1, 16, 128), 2, 300, dict(COMPRESSED, query_offset=4900)),
+    "selected_g16": ("selected_attention", (1, 300, 16, 128), 1, 300, dict(block_size=64)),
+    "selected_g3_packed": ("selected_attention", (2, 300, 6, 64), 2, 300, dict(block_size=32, segments=True)),
+    "selected_g1_b128": ("selected_attention", (1, 500, 2, 128), 2, 500, dict(block_size=128)),
+    "selected_decode": ("selected_attention", (4, 1, 16, 128), 2, 700, dict(block_size=64, query_offset=650)),
+    "huge_logits": ("attention", (1, 256, 4, 128), 1, 256, dict(magnitude=6.0)),
+}
+CUDNN = {
+    "dense_g16": CASES["dense_g16"],
+    "window": ("attention", (2, 333, 6, 64), 2, 333, dict(window=70)),
+    "compressed_g16": ("compressed_attention", (1, 2100, 16, 128), 1, 130, COMPRESSED),
+    "compressed_8_by_4": ("compressed_attention", (2, 1111, 4, 64), 2, 276, dict(block_len=8, block_stride=4)),
+}
+
+
+def inputs_of(case, seed, dtype=jnp.bfloat16):
+  """operation, (q, k, v), (do, dlse), keyword arguments, mask [B, 1 or K, T, S]."""
+  operation, (B, T, N, H), K, S, options = case
+  options, rng = dict(options), np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * options.get("magnitude", 1.0), dtype)
+  arrays = draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, H)
+  options.pop("magnitude", None)
+  offset = options.setdefault("query_offset", 0)
+  tokens = S if operation != "compressed_attention" else max(int(np.max(offset)) + T, S * options["block_stride"] + 64)
+  if options.pop("segments", False):
+    options["segment_ids"] = drawn_segments(rng, B, tokens)
+  pos, seg = reference._query_positions(T, jnp.asarray(offset), options.get("segment_ids"))
+  if operation == "compressed_attention":
+    mask = reference._visible_compressed(pos, seg, S, options.get("segment_ids"), options["block_len"],
+                                         options["block_stride"])[:, None]
+  elif operation == "selected_attention":
+    blocks = rng.integers(-1, -(-S // options["block_size"]) + 1, size=(B, T, K, 4))
+    blocks[:, :1] = -1 if T > 1 else blocks[:, :1]
+    options["block_indices"] = jnp.asarray(blocks, jnp.int32)
+    mask = reference._selected_tokens(options["block_indices"], pos, seg, slice(0, S), options.get("segment_ids"),
+                                      options["block_size"])
+  else:
+    mask = reference._visible_tokens(pos, seg, slice(0, S), options.get("segment_ids"),
+                                     causal=options.get("causal", True), window=options.get("window"))[:, None]
+  cotangents = draw(B, T, N, H), jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32)
+  return operation, arrays, cotangents, options, jnp.broadcast_to(mask, (B, *mask.shape[1:]))
+
+
+def check_error(case, implementation, seed=0):
+  operation, arrays, cotangents, options, mask = inputs_of(case, seed)
+  f = functools.partial(getattr(pk, operation), implementation=implementation, **options)
+  got = with_gradients(f)(arrays, cotangents)
+  with on_cpu():
+    host = on_host((arrays, cotangents, options, mask))
+    arrays, cotangents, _, mask = host
+    scale = arrays[0].shape[-1] ** -0.5
+    up = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    exact = functools.partial(getattr(reference, operation), **host[2])
+    want = with_gradients(exact)(up(arrays), up(cotangents))
+    theirs = with_gradients(lambda *a: in_dtype(*a, mask, scale))(arrays, cotangents)
+  compare(got, theirs, want, ("o", "lse", "dq", "dk", "dv"))
+
+
+def compare(got, theirs, want, names):
+  for what, x, y, z in zip(names, got, theirs, want):
+    x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(z), err_msg=what)
+    finite = np.isfinite(z)
+    x, y, z = x[finite], y[finite], z[finite]
+    error, bar = np.linalg.norm(x - z), 3 if what.startswith("d") else 2
+    assert error <= bar * np.linalg.norm(y - z) + 1e-6 * max(np.linalg.norm(z), 1e-3), (
+        what, error, np.linalg.norm(y - z), np.linalg.norm(z))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", CASES)
+def test_error_on_device_is_that_of_the_dtype(name):
+  check_error(CASES[name], "triton")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", CUDNN)
+def test_error_of_cudnn_is_that_of_the_dtype(name):
+  check_error(CUDNN[name], "cudnn")
+
+
+def test_stairs_are_causal_attention(monkeypatch):
+  monkeypatch.setattr(cudnn, "_dense", lambda q, k, v, causal, window, scale: reference.attention(
+      q, k, v, causal=causal, window=window, scale=scale))
+  call_ = dict(block_len=8, block_stride=4, scale=0.3, segment_ids=None, query_offset=0)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  arrays, cotangents = (draw(2, 53, 4, 8), draw(2, 12, 2, 8), draw(2, 12, 2, 8)), (draw(2, 53, 4, 8), draw(2, 53, 4))
+  got = with_gradients(functools.partial(cudnn.compressed_attention, **call_))(arrays, cotangents)
+  want = with_gradients(functools.partial(reference.compressed_attention, **call_))(arrays, cotangents)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+# --- selections -----------------------------------------------------------------
+
+
+on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
+
+
+def on_host(tree):
+  """Arrays of a tree on the default device; other leaves stay."""
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)) if isinstance(x, jax.Array) else x, tree)
+
+
+def block_scores(q, k, block_len, block_stride, block_size, S, scale, segment_ids, offset):
+  """float64[B, T, K, blocks] from the definition, -inf where invisible."""
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  (B, T, N, H), (C, K) = q.shape, k.shape[1:3]
+  pos, seg = reference._query_positions(T, offset, segment_ids)
+  mask = np.asarray(reference._visible_compressed(pos, seg, C, segment_ids, block_len, block_stride))
+  s = np.einsum("btkgh,bckh->bkgtc", q.reshape(B, T, K, N // K, H), k) * scale
+  s = np.where(mask[:, None, None], s, -np.inf)
+  top = s.max(axis=-1, keepdims=True)
+  p = np.exp(s - np.where(np.isfinite(top), top, 0))
+  p = (p / np.maximum(p.sum(axis=-1, keepdims=True), 1e-300)).sum(axis=2)
+  weights = reference.overlap_weights(C, -(-S // block_size), block_len, block_stride, block_size)
+  visible = np.asarray(reference._visible_blocks(pos, seg, S, segment_ids, block_size))
+  scores = np.einsum("bktc,cj->btkj", p, weights)
+  return np.where(visible[:, :, None], scores, -np.inf)
+
+
+SELECTIONS = {  # shape of q, K, packed, query offset, block, J, (initial, local)
+    "g16": ((1, 700, 16, 64), 1, False, 0, 64, 8, (1, 2)),
+    "g3_packed": ((2, 500, 6, 64), 2, True, 0, 64, 4, (1, 1)),
+    "few_queries": ((2, 2, 8, 64), 2, False, 3000, 64, 8, (0, 1)),
+    "all_blocks": ((1, 200, 4, 64), 1, False, 0, 32, 16, (0, 0)),
+    "two_sweeps": ((1, 40, 2, 64), 1, False, 18000, 32, 5, (1, 0)),
+}
+
+
+def check_selections(name, seed=0):
+  (B, T, N, H), K, packed, offset, size, J, (initial, local) = SELECTIONS[name]
+  rng = np.random.default_rng(seed)
+  S, dtype = T + offset, jnp.float32 if call.INTERPRET else jnp.bfloat16
+  ids = drawn_segments(rng, B, S) if packed else None
+  strides = dict(block_len=size // 2, block_stride=size // 4, segment_ids=ids, query_offset=offset)
+  C = (S - size // 2) // (size // 4) + 1
+  q, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, N, H), (B, C, K, H)))
+  choice = dict(block_size=size, num_blocks=J, num_initial=initial, num_local=local)
+  with on_cpu():
+    _, lse = jax.jit(functools.partial(reference.compressed_attention, **on_host(strides)))(*on_host((q, k, k)))
+  lse = jnp.asarray(np.asarray(lse))
+  got = np.asarray(jax.jit(functools.partial(top_k.compressed_top_k, scale=H ** -0.5, **strides, **choice))(q, k, lse))
+  oracle.check_selection(got, block_scores(q, k, size // 2, size // 4, size, S, H ** -0.5, ids, offset), J, initial,
+                         local, size, offset, atol=1e-4)
+  # Small integers: exact scores, so ties and all must be the reference's.
+  q, k = (jnp.asarray(rng.integers(-1, 2, size=s), dtype) for s in ((B, T, K, H), (B, S, H)))
+  where = dict(segment_ids=ids, query_offset=offset, scale=1.0)
+  got = jax.jit(functools.partial(top_k.index_top_k, **where, **choice))(q, k)
+  with on_cpu():
+    want = jax.jit(functools.partial(reference.index_top_k, **on_host(where), **choice))(*on_host((q, k)))
+  np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_on_device(name):
+  check_selections(name)
+
+
+# --- index_kl -------------------------------------------------------------------
+
+
+def kl_inputs(rng, selected, packed, dtype=jnp.bfloat16, B=2, T=200, K=2, G=3, H=64, HI=32, size=32):
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  ids = drawn_segments(rng, B, T) if packed else None
+  q, k, index = draw(B, T, K * G, H), draw(B, T, K, H), (draw(B, T, K, HI), draw(B, T, HI))
+  blocks = None
+  if selected:
+    blocks = rng.integers(-1, -(-T // size), size=(B, T, K, 4))
+    blocks[:, 5:9] = -1
+    blocks = jnp.asarray(blocks, jnp.int32)
+  with on_cpu():
+    host = on_host((q, k, k, blocks, ids))
+    attend = lambda q, k, v, blocks, ids: reference.attention(q, k, v, segment_ids=ids) if blocks is None else \
+        reference.selected_attention(q, k, v, blocks, block_size=size, segment_ids=ids)
+    lse = np.asarray(jax.jit(attend)(*host)[1])
+  lse = jnp.asarray(lse)
+  dloss = jnp.asarray(rng.normal(size=(B, T, K)), jnp.float32)
+  options = dict(block_size=size, scale=H ** -0.5, index_scale=HI ** -0.5, segment_ids=ids, query_offset=0)
+  return q, k, lse, index, blocks, dloss, options
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("selected", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_index_kl_on_device(selected, packed):
+  from pallas_kernels.triton import kl
+  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), selected, packed)
+  got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  with on_cpu():
+    q, k, lse, index, blocks, dloss, options = on_host((q, k, lse, index, blocks, dloss, options))
+    up = lambda x: x.astype(jnp.float32)
+    exact = lambda *i: reference.index_kl(up(q), up(k), lse, *i, blocks, **options)
+    want = with_gradients(exact)(jax.tree.map(up, index), dloss)
+  for what, x, z in zip(("loss", "dq", "dk"), got, want):
+    x, z = np.asarray(x, np.float64), np.asarray(z, np.float64)
+    # float32 sums of bfloat16 products; gradients round their scores and themselves to bfloat16
+    assert np.linalg.norm(x - z) <= (1e-5 if what == "loss" else 5e-3) * np.linalg.norm(z), what
+
+
+# --- determinism, long arrays, dispatch -----------------------------------------
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["window_g3_packed", "compressed_packed", "selected_g16"])
+def test_same_bits_over_20_runs(name):
+  operation, arrays, cotangents, options, _ = inputs_of(CASES[name], 1)
+  run = with_gradients(functools.partial(getattr(pk, operation), implementation="triton", **options))
+  first = [np.asarray(x).view(np.uint8) for x in run(arrays, cotangents)]
+  for _ in range(19):
+    for x, y in zip(first, run(arrays, cotangents)):
+      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_index_kl_same_bits_over_20_runs():
+  from pallas_kernels.triton import kl
+  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), True, True, T=1000)
+  run = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))
+  first = [np.asarray(x).view(np.uint8) for x in run(index, dloss)]
+  for _ in range(19):
+    for x, y in zip(first, run(index, dloss)):
+      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_than_2_to_31_numbers():
+  T, N, H, window, tail = 270_000, 64, 128, 64, 300
+  key = jax.random.key(0)
+  q = jax.random.normal(key, (1, T, N, H), jnp.bfloat16)
+  k = jax.random.normal(jax.random.key(1), (1, T, 4, H), jnp.bfloat16)
+  assert q.size > 2 ** 31
+
+  def run(q, k):
+    f = lambda q, k: pk.attention(q, k, k, window=window, implementation="triton")[0]
+    o, vjp = jax.vjp(f, q, k)
+    return o, *vjp(q)
+
+  o, dq, dk = (x[:, -tail + window:] for x in jax.jit(run)(q, k))
+  short = [x[:, window:] for x in jax.jit(run)(q[:, -tail:], k[:, -tail:])]
+  for x, y in zip((o, dq, dk), short):  # another tiling: the sums of dK come in another order
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    assert np.linalg.norm(x - y) <= 4e-3 * np.linalg.norm(y)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_dispatch_on_a_gpu():
+  sds = jax.ShapeDtypeStruct
+  q, k, blocks = sds((1, 512, 8, 64), jnp.bfloat16), sds((1, 512, 2, 64), jnp.bfloat16), sds((1, 512, 2, 4), jnp.int32)
+  where = dict(scale=0.1, segment_ids=sds((1, 512), jnp.int32), query_offset=0)
+  chosen = lambda operation, **a: backends.choose(operation, None, {**where, **a}).name
+  assert chosen("attention", q=q, k=k, v=k, causal=True, window=64) == "triton"
+  assert chosen("selected_attention", q=q, k=k, v=k, block_indices=blocks, block_size=32) == (
+      "mosaic_gpu" if call.capability() == 90 else "triton")
+  one = sds((1, 1, 8, 64), jnp.bfloat16)
+  assert chosen("selected_attention", q=one, k=k, v=k, block_indices=sds((1, 1, 2, 4), jnp.int32),
+                block_size=32) == "triton"
+
+
+def test_cudnn_is_chosen_only_where_its_sums_have_an_order(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
+  assert "XLA_FLAGS" in cudnn.in_any_order({})
+  for flag in ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_deterministic_ops --xla_foo=1"):
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    assert cudnn.in_any_order({}) is None
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
+  assert cudnn.in_any_order({}) is not None
+
+
+# --- lowering, and the interpreter ----------------------------------------------
+
+
+def lowered(f, *arguments):
+  try:
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, platform="gpu")
+  except TypeError:  # jax before 0.11 knows no platform of an abstract device
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
+  with backends.target_platform("gpu"), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowers
+def test_lowers_for_h100():
+  sds = jax.ShapeDtypeStruct
+  B, T, N, K, H, C = 2, 1024, 8, 2, 64, 63
+  q, k, k_cmp = (sds(s, jnp.bfloat16) for s in ((B, T, N, H), (B, T, K, H), (B, C, K, H)))
+  q_idx, k_idx, ids = sds((B, T, K, H), jnp.bfloat16), sds((B, T, H), jnp.bfloat16), sds((B, T), jnp.int32)
+  choice = dict(block_size=32, num_blocks=4, implementation="triton")
+
+  def everything(q, k, k_cmp, q_idx, k_idx, ids):
+    o_cmp, lse = pk.compressed_attention(q, k_cmp, k_cmp, segment_ids=ids, implementation="triton", **COMPRESSED)
+    by_cmp = pk.compressed_top_k(q, k_cmp, lse, segment_ids=ids, **COMPRESSED, **choice)
+    by_idx = pk.index_top_k(q_idx, k_idx, segment_ids=ids, **choice)
+    o, lse = pk.selected_attention(q, k, k, by_cmp, block_size=32, segment_ids=ids, implementation="triton")
+    loss = pk.index_kl(q, k, lse, q_idx, k_idx, by_idx, block_size=32, segment_ids=ids, implementation="triton")
+    return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum()
+
+  text = lowered(jax.grad(everything, (0, 1, 2, 3, 4)), q, k, k_cmp, q_idx, k_idx, ids)
+  for kernel in ("range_attention_forward", "range_attention_dq", "range_attention_dkv", "compressed_scores",
+                 "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv",
+                 "index_kl_forward", "index_kl_backward", "sum_units"):
+    assert kernel in text, kernel
+
+
+SMALL = {  # for the interpreter
+    "attention": ("attention", (2, 29, 6, 16), 2, 29, dict(window=9, segments=True)),
+    "attention_parts": ("attention", (1, 3, 4, 16), 2, 300, dict(query_offset=290)),
+    "compressed": ("compressed_attention", (1, 60, 2, 16), 1, 14, dict(block_len=8, block_stride=4, segments=True)),
+    "selected": ("selected_attention", (1, 20, 4, 16), 2, 40, dict(block_size=16, query_offset=20)),
+}
+TINY = tuning.Tuned(16, 16, 1, 1)
+
+
+@interprets
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted_kernels_agree(name):
+  operation, arrays, cotangents, options, _ = inputs_of(SMALL[name], 0, jnp.float32)
+  module = ranged if operation != "selected_attention" else __import__("pallas_kernels.triton.selected", fromlist=["x"])
+  options = {**dict(scale=0.25, segment_ids=None), **options}
+  if operation == "attention":
+    options = {**dict(causal=True, window=None), **options}
+  with tuning.override("range_forward", TINY), tuning.override("range_dq", TINY), tuning.override("range_dkv", TINY), \
+       tuning.override("range_decode", TINY):
+    got = with_gradients(functools.partial(getattr(module, operation), **options))(arrays, cotangents)
+  want = with_gradients(functools.partial(getattr(reference, operation), **options))(arrays, cotangents)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+@pytest.mark.parametrize("name", ["g3_packed", "few_queries"])
+def test_interpreted_selections(name, monkeypatch):
+  (B, T, N, H), *rest = SELECTIONS[name]
+  monkeypatch.setitem(SELECTIONS, name, ((B, min(T, 40), N, 16), *rest))
+  with tuning.override("compressed_scores", TINY), tuning.override("index_scores", TINY):
+    check_selections(name)
+
+
+@interprets
+@pytest.mark.parametrize("selected", [True, False])
+def test_interpreted_index_kl(selected):
+  from pallas_kernels.triton import kl
+  q, k, lse, index, blocks, dloss, options = kl_inputs(
+      np.random.default_rng(0), selected, True, jnp.float32, T=40, H=16, HI=16, size=16)
+  with tuning.override("index_kl", TINY):
+    got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  want = with_gradients(lambda *i: reference.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
