@@ -99,8 +99,9 @@ def test_trace_becomes_a_table(tmp_path):
     jax.block_until_ready(program(x))
   times = profile.operations(tmp_path)
   assert times and all(ms >= 0 for ms in times.values())
-  scopes = profile.by_scope(times, program.as_text(), ("first_part", "second_part"))
+  scopes = profile.by_scope(times, program.as_text(), ("part", "first_part", "second_part"))
   assert scopes["first_part"] > 0 and scopes["second_part"] > 0
+  assert "part" not in scopes, "the longest name that fits"
   assert sum(scopes.values()) == pytest.approx(sum(times.values()))
   with pytest.raises(ValueError, match="holds no trace"):
     profile.operations(tmp_path / "nowhere")

@@ -43,10 +43,11 @@ def by_scope(times: dict[str, float], program: str, scopes: tuple[str, ...]) -> 
   Args:
     times: of `operations`.
     program: text of the compiled program, `compiled.as_text()`, which knows the scopes of its operations.
-    scopes: parts of scope names, e.g. ("selected_attention", "index_top_k"); the first that fits counts. A backward
+    scopes: parts of scope names, e.g. ("selected_attention", "index_top_k"); the longest that fits counts. A backward
       operation counts with the forward one that it belongs to.
   """
   where = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", program, re.MULTILINE))
+  scopes = sorted(scopes, key=len, reverse=True)  # "attention" is a part of "selected_attention"
   total = collections.Counter()
   for name, milliseconds in times.items():
     path = where.get(name, "")
