@@ -97,3 +97,16 @@ def test_a_wrong_configuration_is_not_requeued(slurm, tmp_path):
     time.sleep(0.5)
   assert state["Restarts"] == "0" and state["ExitCode"] == "2:0"
   assert "did you mean log_every" in told(tmp_path, "typo", job)
+
+
+def test_a_cancelled_job_stays_away(slurm, tmp_path):
+  job = submit(slurm, tmp_path, "cancelled", command=train(tmp_path / "run"))
+  deadline = time.time() + 120
+  while "start 1 on" not in told(tmp_path, "cancelled", job):
+    assert time.time() < deadline
+    time.sleep(0.2)
+  subprocess.run(["scancel", job], env=slurm, check=True)
+  while (state := state_of(job, slurm))["JobState"] != "CANCELLED":
+    assert time.time() < deadline and state["JobState"] != "PENDING", (state, told(tmp_path, "cancelled", job))
+    time.sleep(0.2)
+  assert state["Restarts"] == "0" and "start 2" not in told(tmp_path, "cancelled", job)

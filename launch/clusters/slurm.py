@@ -33,7 +33,8 @@ srun --kill-on-bad-exit=1 {job.python} &
 step=$!
 watch "$step"
 echo "{job.name}: exit code $code"
-if again "$code"; then
+# A job that was cancelled is no longer RUNNING, and stays away.
+if again "$code" && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep {GRACE}  # the controller ends this script
   else
