@@ -9,7 +9,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
 from nsa.methods import distillation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -206,8 +206,8 @@ def forward(name, **kw):
   return jax.jit(functools.partial(model_lib.forward, make_config(VARIANTS[name], **model), **kw))
 
 
-@pytest.mark.parametrize("name", ["block", "token_group"])
-def test_decoding_equals_the_parallel_pass(name):
+def test_decoding_by_blocks_equals_the_parallel_pass():
+  name = "block"  # by tokens: tests/methods_test.py
   config, params = make_config(VARIANTS[name], short_conv=3), params_of(name, short_conv=3)
   step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
       config, params, tokens, losses=False, cache=cache, offset=offset))
@@ -219,44 +219,6 @@ def test_decoding_equals_the_parallel_pass(name):
     logits.append(out.logits)
   want = forward(name, losses=False, short_conv=3)(params, tokens()).logits
   np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
-
-
-def test_dense_output_where_the_mode_says_so():
-  name = "block_group"
-  params = params_of(name)
-  stack = params["stacks"]["stack0"]
-  attention = {k: v for k, v in stack["attention"].items() if k != "method"}
-  plain = {**params, "stacks": {"stack0": {**stack, "attention": attention}}}
-  want = jax.jit(functools.partial(model_lib.forward, make_config(methods.Dense())))(plain, tokens())
-  dense, warmup = (forward(name, mode=mode)(params, tokens()) for mode in ("dense", "warmup"))
-  np.testing.assert_array_equal(dense.logits, want.logits)
-  assert not dense.losses and set(warmup.losses) == {"index_kl"}
-  np.testing.assert_allclose(warmup.logits, want.logits, rtol=1e-6, atol=1e-6)
-  assert np.abs(forward(name)(params, tokens()).logits - want.logits).max() > 1e-2
-
-
-def test_kl_trains_the_indexer_alone_and_nothing_else_does():
-  config = make_config(VARIANTS["token"], remat="layer")
-
-  def both(params, of_lm, of_kl):
-    out = model_lib.forward(config, params, tokens()[:, :-1])
-    lm = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), tokens()[:, 1:, None], -1).mean()
-    return of_lm * lm + of_kl * out.losses["index_kl"]
-
-  grad = jax.jit(jax.grad(both))
-  largest = lambda *weights: {group: max(float(np.abs(g).max()) for g in leaves.values()) for group, leaves in
-                              optim.split(grad(params_of("token"), *weights)).items()}
-  of_lm, of_kl = largest(1.0, 0.0), largest(0.0, 1.0)
-  assert of_kl["selector"] > 1e-4 and of_kl["backbone"] == 0
-  assert of_lm["selector"] == 0 and of_lm["backbone"] > 1e-4
-
-
-def test_a_whole_budget_makes_the_sparse_loss_the_warmup_loss():
-  config = make_config(dataclasses.replace(VARIANTS["token"], num_blocks=T // 8))
-  sparse, warmup = (jax.jit(functools.partial(model_lib.forward, config, mode=mode))(params_of("token"), tokens())
-                    for mode in ("sparse", "warmup"))
-  np.testing.assert_allclose(sparse.logits, warmup.logits, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(sparse.losses["index_kl"], warmup.losses["index_kl"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["token", "block_group"])

@@ -9,7 +9,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
 from nsa.methods import distillation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -208,51 +208,6 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
   np.testing.assert_allclose(out_2, out, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(kl_2, kl, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads_2, grads)
-
-
-# --- whole models --------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=None)
-def params_of(name):
-  return random_params(model_lib.abstract_params(make_config(VARIANTS[name])))
-
-
-def tokens(seed=0):
-  return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
-
-
-def forward(name, **kw):
-  return jax.jit(functools.partial(model_lib.forward, make_config(VARIANTS[name]), **kw))
-
-
-def test_dense_output_where_the_mode_says_so():
-  params = params_of("seer")
-  stack = params["stacks"]["stack0"]
-  attention = {k: v for k, v in stack["attention"].items() if k != "method"}
-  plain = {**params, "stacks": {"stack0": {**stack, "attention": attention}}}
-  want = jax.jit(functools.partial(model_lib.forward, make_config(methods.Dense())))(plain, tokens())
-  dense, warmup = (forward("seer", mode=mode)(params, tokens()) for mode in ("dense", "warmup"))
-  np.testing.assert_array_equal(dense.logits, want.logits)
-  assert not dense.losses and set(warmup.losses) == {"gate_kl"}
-  np.testing.assert_allclose(warmup.logits, want.logits, rtol=1e-6, atol=1e-6)
-  assert np.abs(forward("seer")(params, tokens()).logits - want.logits).max() > 1e-2
-
-
-def test_kl_trains_the_gate_alone_and_nothing_else_does():
-  config = make_config(VARIANTS["seer"], remat="layer")
-
-  def both(params, of_lm, of_kl):
-    out = model_lib.forward(config, params, tokens()[:, :-1])
-    lm = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), tokens()[:, 1:, None], -1).mean()
-    return of_lm * lm + of_kl * out.losses["gate_kl"]
-
-  grad = jax.jit(jax.grad(both))
-  largest = lambda *weights: {group: max(float(np.abs(g).max()) for g in leaves.values()) for group, leaves in
-                              optim.split(grad(params_of("seer"), *weights)).items()}
-  of_lm, of_kl = largest(1.0, 0.0), largest(0.0, 1.0)
-  assert of_kl["selector"] > 1e-4 and of_kl["backbone"] == 0
-  assert of_lm["selector"] == 0 and of_lm["backbone"] > 1e-4
 
 
 def test_no_complete_block_means_no_loss_and_no_gradient():

@@ -263,14 +263,14 @@ def test_packed_documents_equal_documents_on_their_own(name):
 
 @functools.lru_cache(maxsize=None)
 def gradients_of(name, mode="sparse", **model):
-  """jit: (params, a, b) -> gradients of a * LM loss + b * index KL, and both losses."""
+  """jit: (params, a, b) -> gradients of a * LM loss + b * auxiliary losses, and both."""
   config = make_config(METHODS[name], **model)
   tokens = tokens_of()
 
   def objective(params, a, b):
     out = model_lib.forward(config, params, tokens[:, :-1], None, mode=mode, key=KEY)
     lm = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), tokens[:, 1:, None], -1).mean()
-    kl = out.losses.get("index_kl", 0.0)
+    kl = sum(out.losses.values(), start=0.0)
     return a * lm + b * kl, (lm, kl)
 
   return jax.jit(jax.grad(objective, has_aux=True))
@@ -281,20 +281,35 @@ def largest_by_group(grads):
           leaves in optim.split(grads).items()}
 
 
-@pytest.mark.parametrize("mode", ["sparse", "warmup"])
-def test_kl_trains_the_selector_alone_and_nothing_else_does(mode):
-  params = params_of("msa")
-  of_kl, (_, kl) = gradients_of("msa", mode)(params, 0.0, 1.0)
-  of_lm, _ = gradients_of("msa", mode)(params, 1.0, 0.0)
+@pytest.mark.parametrize("name,mode", [("msa", "sparse"), ("msa", "warmup"), ("dsa", "sparse"), ("seer", "sparse")])
+def test_kl_trains_the_selector_alone_and_nothing_else_does(name, mode):
+  params, gradients = params_of(name), gradients_of(name, mode)
+  of_kl, (_, kl) = gradients(params, 0.0, 1.0)
+  of_lm, _ = gradients(params, 1.0, 0.0)
   kl_groups, lm_groups = largest_by_group(of_kl), largest_by_group(of_lm)
   assert kl > 0 and kl_groups["selector"] > 1e-4 and kl_groups["backbone"] == 0
   assert lm_groups["selector"] == 0 and lm_groups["backbone"] > 1e-4
 
 
+@pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer", "moba", "infllm_v2", "ssa"])
+def test_training_sparse_lowers_the_losses(name):
+  """Gradient descent on one batch."""
+  params, gradients = params_of(name), gradients_of(name, "sparse")
+  losses = []
+  for _ in range(12):
+    grads, now = jax.device_get(gradients(params, 1.0, 1.0))
+    losses.append(now)
+    params = jax.tree.map(lambda p, g: p - np.float32(0.1) * g, params, grads)
+  (lm, auxiliary), (first, first_auxiliary) = losses[-1], losses[0]
+  assert lm < first - 0.2, losses
+  if METHODS[name].selector_losses:
+    assert auxiliary < first_auxiliary, losses
+
+
 @pytest.mark.parametrize("name", ["msa", "nsa"])
 def test_remat_changes_neither_losses_nor_gradients(name):
   params = params_of(name)
-  grads, losses = gradients_of(name)(params, 1.0, 1.0)
+  grads, losses = gradients_of(name, "sparse")(params, 1.0, 1.0)
   again, losses_again = gradients_of(name, remat="layer")(params, 1.0, 1.0)
   np.testing.assert_allclose(losses_again, losses, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, grads)
@@ -315,7 +330,7 @@ def test_all_arms_start_from_the_same_weights():
     assert all((".selector." if name == "msa" else ".branch.") in path for path in added)
 
 
-@pytest.mark.parametrize("name", ["msa", "nsa"])
+@pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer", "moba", "infllm_v2", "ssa"])
 def test_dense_mode_is_the_dense_method_bit_for_bit(name):
   params = params_of(name)
   np.testing.assert_array_equal(logits_of(name, "dense")(params, tokens_of(), WHOLE),
