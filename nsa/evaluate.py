@@ -120,8 +120,8 @@ def how(config, run_mode: str):
   options = {n: v for n, v in {**config.eval.blocks, **options}.items() if n in known}
   own = config.attention
   if name != "sparse" and issubclass(methods.get(name), methods.PromptMethod):
-    if any(method.memory for method in config.methods):
-      logging.info("%s has no run mode %s: it is not the same model without its memory", config.arm, run_mode)
+    if any(method.acts_when_dense for method in config.methods):
+      logging.info("%s has no run mode %s: it is not the same model without its method's parameters", config.arm, run_mode)
       return None
     run.attention, run.layers, run.others = methods.get(name)(**options), (), {}
     return run, "sparse", "own"

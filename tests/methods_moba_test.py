@@ -9,7 +9,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, optim
+from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim
 from nsa.methods import blocks, distillation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -209,6 +209,12 @@ def test_flops_by_hand():
   # Two heads per group: their own block, and one each of their own choice.
   assert VARIANTS["conv"].reads(config.model, 48) == {"selected": 24, "scores": 3}
   assert VARIANTS["conv"].tokens_visible(48) == 16
+
+
+def test_a_convolved_model_has_no_run_mode_without_its_taps():
+  assert evaluate.how(make_config(VARIANTS["conv"]), "flexprefill") is None
+  assert evaluate.how(make_config(VARIANTS["plain"]), "flexprefill") is not None
+  assert evaluate.how(make_config(VARIANTS["conv"]), "oracle") is not None
 
 
 def test_check_names_the_field():

@@ -85,6 +85,11 @@ class Method:
   memory: ClassVar[bool] = False           # whether it has parameters of the group "memory"
   enters: ClassVar[tuple[str, ...]] = ()   # weight surgery that a stage may ask for on entry
 
+  @property
+  def acts_when_dense(self) -> bool:
+    """Whether its parameters act in mode "dense" too: without them it is not the same model."""
+    return self.memory
+
   def check(self, model, context: int) -> list[tuple[str, Any, str]]:
     """Problems as (field, value, fix), for sequences of `context` tokens."""
     return []

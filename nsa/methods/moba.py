@@ -47,6 +47,10 @@ class MoBA(blocks.BlockMethod):
   num_local: int = 1              # forced last blocks, the query's own included
   key_conv: int = 0               # taps of the convolution on keys; 0 = none. FlashMoBA: 3 to 5
 
+  @property
+  def acts_when_dense(self):
+    return self.key_conv > 0
+
   def check(self, model, context):
     problems = super().check(model, context)
     if self.key_conv < 0:
