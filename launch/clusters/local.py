@@ -11,7 +11,7 @@ def script(job: Job) -> Script:
   """A bash script; a signal to it ends the job, one to the command alone is a preemption. One node only."""
   if job.nodes != 1:
     raise ValueError(f"--nodes={job.nodes}: --cluster=local is this one machine")
-  setup = f"{job.setup}\n" if job.setup else ""
+  setup = f"{{ {job.setup}; }} || exit 2\n" if job.setup else ""
   text = f"""#!/usr/bin/env bash
 # {job.name}: runs until it is done.
 set -u

@@ -20,7 +20,7 @@ def script(job: Job) -> Script:
     lines.append(f"--gpus-per-node={job.gpus}")
   lines += [f"--{name}={job.options[name]}" for name in ("partition", "time", "account") if job.options.get(name)]
   header = "\n".join(f"#SBATCH {line}" for line in lines)
-  setup = f"{job.setup}\n" if job.setup else ""
+  setup = f"{{ {job.setup}; }} || exit 2\n" if job.setup else ""
   text = f"""#!/usr/bin/env bash
 {header}
 set -u

@@ -9,7 +9,7 @@ watch() {  # waits for process $1 although signals end `wait`; its exit code is 
 }
 child="" stopped="" restarts=0
 trap 'interrupted=1 stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
-source /shared/venv/bin/activate
+{ source /shared/venv/bin/activate; } || exit 2
 while true; do
   python -m launch.train --config=experiments/native.py:method=msa '--workdir=/shared/runs/a b' &
   child=$!
