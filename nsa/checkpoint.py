@@ -188,7 +188,7 @@ class Checkpoints:
 
   # --- reading ------------------------------------------------------------------
 
-  def restore(self, abstract_state: Any, step: int | None = None, *, fall_back: bool = False) -> Any:
+  def restore(self, abstract_state: Any, step: int | None = None, *, fall_back: bool = False, partial: bool = False) -> Any:
     """Restores a checkpoint onto the shardings of `abstract_state`, whatever mesh saved it.
 
     Args:
@@ -197,6 +197,7 @@ class Checkpoints:
       fall_back: if that checkpoint is damaged, warn and restore the newest good one before it. Nothing is
         deleted; unless `read_only`, the damaged ones are renamed to <step>.damaged, so that the run saves
         those steps again.
+      partial: whether the checkpoint may hold more than `abstract_state` asks for, which is then not read.
 
     Returns:
       The state, with the structure of `abstract_state`.
@@ -214,10 +215,10 @@ class Checkpoints:
             "NamedSharding, jax.ShapeDtypeStruct(shape, dtype, sharding=...)")
     step = self._existing(step)
     try:
-      leaves = self._load(step, wanted)
+      leaves = self._load(step, wanted, partial)
     except CorruptCheckpointError as error:
       older = [s for s in self.steps() if s < step]
-      leaves, good = self._newest_good(older, wanted)
+      leaves, good = self._newest_good(older, wanted, partial)
       path = self.directory / str(step)
       if good is None:
         raise CorruptCheckpointError(
@@ -269,11 +270,11 @@ class Checkpoints:
       raise CheckpointError(f"{path} has format {custom['format']}, this code reads format {_FORMAT}")
     return custom["leaves"]
 
-  def _load(self, step, wanted) -> dict[str, Any]:
+  def _load(self, step, wanted, partial) -> dict[str, Any]:
     """Leaf path -> array. `wanted` holds ShapeDtypeStructs (jax.Arrays come back) or numpy arrays (numpy)."""
     path = self.directory / str(step)
     manifest = self._manifest(step)
-    problems = _mismatches(wanted, manifest)
+    problems = _mismatches(wanted, manifest, partial)
     if problems:
       more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
       shown = "".join(f"\n  {problem}" for problem in problems[:12] + more)
@@ -305,10 +306,10 @@ class Checkpoints:
           "(checksums differ).")
     return loaded
 
-  def _newest_good(self, steps, wanted):
+  def _newest_good(self, steps, wanted, partial):
     for step in reversed(steps):
       try:
-        return self._load(step, wanted), step
+        return self._load(step, wanted, partial), step
       except CheckpointError as error:
         logging.warning("%s", error)
     return None, None
@@ -341,7 +342,7 @@ def load_params(workdir: str | epath.Path, step: int | None = None, subtree: str
     raise CheckpointError(f'{checkpoints.directory / str(step)} has no subtree "{subtree}"; its top level is '
                           + ", ".join(dict.fromkeys(name.split("/")[0] for name in manifest)))
   tree = {}
-  for name, leaf in checkpoints._load(step, wanted).items():
+  for name, leaf in checkpoints._load(step, wanted, partial=True).items():
     *parents, last = name[len(prefix):].split("/")
     node = tree
     for parent in parents:
@@ -364,11 +365,11 @@ def _named_leaves(tree) -> dict[str, Any]:
   return out
 
 
-def _mismatches(wanted, manifest) -> list[str]:
-  """What keeps a checkpoint from filling `wanted`. Leaves that only the checkpoint has count too, unless
-  `wanted` holds numpy arrays, which ask for a part of it."""
+def _mismatches(wanted, manifest, partial) -> list[str]:
+  """What keeps a checkpoint from filling `wanted`. Leaves that only the checkpoint has count too, unless a part of it
+  will do."""
   out = [f"{name}: in the state, missing in the checkpoint" for name in wanted if name not in manifest]
-  if not all(isinstance(leaf, np.ndarray) for leaf in wanted.values()):
+  if not partial:
     out += [f"{name}: in the checkpoint, missing in the state" for name in manifest if name not in wanted]
   for name, leaf in wanted.items():
     if name in manifest:

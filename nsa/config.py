@@ -17,6 +17,7 @@ import typing
 from typing import Any
 
 from nsa import methods, tasks
+from nsa.data import tokenizer
 from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
@@ -34,6 +35,16 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class RopeScaling:
+  """How rotary frequencies are lowered for contexts beyond the one trained with (nsa/layers.py)."""
+  kind: str = ""                  # "" none | linear | llama3
+  factor: float = 1.0             # by which frequencies are divided
+  context: int = 8192             # llama3: tokens of the original context
+  low_frequency: float = 1.0      # llama3: waves with at most so many turns in that context are divided
+  high_frequency: float = 4.0     # llama3: those with at least so many stay
+
+
+@dataclass
 class ModelConfig:
   """A decoder-only Transformer: GQA, RoPE, RMSNorm, SwiGLU."""
   vocab_size: int = 320           # token ids, padded to a multiple of 64 (bytes + 3 specials = 259)
@@ -44,6 +55,9 @@ class ModelConfig:
   head_dim: int = 32              # H
   mlp_dim: int = 704              # F, hidden width of SwiGLU
   rope_theta: float = 10_000.0    # base of the rotary wavelengths
+  rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+  norm_eps: float = 1e-6          # added to the mean square in the RMSNorms of blocks, of q and k, and at the end
+  embedding_multiplier: float = 0.0  # on the embeddings; 0 = sqrt(d_model)
   qk_norm: bool = True            # RMSNorm on every query and key head before RoPE
   short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
   output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)
@@ -85,7 +99,7 @@ class ScheduleConfig:
 @dataclass
 class DataConfig:
   source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
-  tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD
+  tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD | hf:PATH: a tokenizer.json or its folder (extra `hf`)
   data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
   context: int = 1024             # T, tokens per sequence
   global_batch: int = 8           # sequences per step over all devices, at `context` tokens
@@ -260,6 +274,14 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     need(m.num_heads % m.num_kv_heads == 0, "model.num_heads", m.num_heads,
          f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
   need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "base of the rotary wavelengths, above 0")
+  scaling = m.rope_scaling
+  need(scaling.kind in ("", "linear", "llama3"), "model.rope_scaling.kind", scaling.kind, 'take "" (none), linear or llama3')
+  need(scaling.factor > 0, "model.rope_scaling.factor", scaling.factor, "frequencies are divided by it: above 0")
+  need(scaling.context > 0, "model.rope_scaling.context", scaling.context, "tokens, at least 1")
+  need(scaling.high_frequency > scaling.low_frequency, "model.rope_scaling.high_frequency", scaling.high_frequency,
+       f"above model.rope_scaling.low_frequency = {scaling.low_frequency}")
+  need(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "above 0")
+  need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier, "above 0, or 0 for sqrt(d_model)")
   need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
   need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
   need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
@@ -272,7 +294,13 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   if d.tokenizer == "bytes":
     need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size, "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
   else:
-    need(False, "data.tokenizer", d.tokenizer, 'the tokenizer is "bytes"')
+    try:
+      size = tokenizer.get(d.tokenizer).vocab_size
+      need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+      need(False, "data.tokenizer", d.tokenizer, str(error))
+    for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
+      need(not names, where, names, f"tasks are written in bytes, data.tokenizer is {d.tokenizer}: leave them out")
 
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")

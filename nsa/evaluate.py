@@ -33,6 +33,7 @@ import numpy as np
 from nsa import config as config_lib
 from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, tasks
 from nsa import step as step_lib
+from nsa.data import tokenizer
 from nsa.methods import blocks
 
 # All arms and seeds are tested on the same examples.
@@ -80,9 +81,10 @@ def records(config, params, step: int) -> list[dict]:
   e = config.eval
   context = e.context or config.data.context
   windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
-  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir)
-  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack)
-               for name in (e.tasks or config.data.tasks)}
+  names = e.tasks or config.data.tasks
+  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir) if names else []
+  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack) for name in names}
+  token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.run_modes:
     found = how(config, run_mode)
@@ -96,7 +98,7 @@ def records(config, params, step: int) -> list[dict]:
       if isinstance(run_config.attention, methods.PromptMethod):
         one = model_lib.backbone(one)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = _text_records(run, one, windows, e, context, run_config.attention)
+      rows = _text_records(run, one, windows, e, context, run_config.attention, token_bytes)
       _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
         rows += _task_records(run, one, name, examples, e)
@@ -179,7 +181,7 @@ def _batches(arrays: dict[str, np.ndarray], size: int):
     yield batch, slice(first, min(first + size, count))
 
 
-def _text_records(run, params, windows, e, context, method):
+def _text_records(run, params, windows, e, context, method, token_bytes):
   if not windows:
     return []
   half = context // 2
@@ -193,8 +195,8 @@ def _text_records(run, params, windows, e, context, method):
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
     seen.append(jax.device_get(layers))
     weights.append(rows.stop - rows.start)
-  bits = nll / step_lib.LN2 * (arrays["targets"] < 256)
-  real = arrays["targets"] < 256
+  real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
+  bits = nll / step_lib.LN2 * (real > 0)
   rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
            **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
            "bytes": int(real[i, scored:].sum()),

@@ -48,15 +48,28 @@ def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-
   return (x32 * scale * gain).astype(x.dtype)
 
 
-def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1):
-  """cos and sin, float32[positions, head_dim / 2], of position p * stride."""
+def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):
+  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling."""
   lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if scaling is not None and scaling.kind:
+    frequency = _scale_frequencies(frequency, scaling)
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
   if lib is np:
     angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
   return jnp.cos(angle), jnp.sin(angle)
+
+
+def _scale_frequencies(frequency, scaling):
+  """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
+  `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
+  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration)."""
+  if scaling.kind == "linear":
+    return frequency / scaling.factor
+  turns = scaling.context * frequency / (2 * np.pi)
+  keep = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0)
+  return keep * frequency + (1 - keep) * frequency / scaling.factor
 
 
 def rope(x: Float[Array, "B T heads H"], table, offset: int | Int[Array, ""] = 0) -> Float[Array, "B T heads H"]:
@@ -93,7 +106,8 @@ class HeadProjection(nnx.Module):
   """Hidden state -> heads, with the optional short convolution and the optional per-head RMSNorm."""
 
   def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
-               norm: bool = False):
+               norm: bool = False, eps: float = 1e-6):
+    self.eps = eps  # of the norm
     self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
@@ -113,7 +127,7 @@ class HeadProjection(nnx.Module):
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]
     if hasattr(self, "norm"):
-      y = rms_norm(y, self.norm[...])
+      y = rms_norm(y, self.norm[...], self.eps)
     return y
 
 

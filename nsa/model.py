@@ -15,6 +15,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from nsa import layers, methods
 
@@ -25,7 +26,7 @@ class Attention(nnx.Module):
   def __init__(self, init: layers.Init, model, method: methods.Method, out_gain: float):
     def projection(name, heads, axis, norm=False):
       return layers.HeadProjection(init.child(name), model.d_model, heads, model.head_dim, axis=axis,
-                                   taps=model.short_conv, norm=norm)
+                                   taps=model.short_conv, norm=norm, eps=model.norm_eps)
 
     self.q = projection("q", model.num_heads, "heads", norm=model.qk_norm)
     self.k = projection("k", model.num_kv_heads, "kv_heads", norm=model.qk_norm)
@@ -69,13 +70,14 @@ class Block(nnx.Module):
 
   def __init__(self, init: layers.Init, model, method: methods.Method):
     out_gain = (2 * model.num_layers) ** -0.5
+    self.eps = model.norm_eps
     self.attention_norm = init.constant((model.d_model,), (None,), 1.0)
     self.attention = Attention(init.child("attention"), model, method, out_gain)
     self.mlp_norm = init.constant((model.d_model,), (None,), 1.0)
     self.mlp = layers.SwiGLU(init.child("mlp"), model.d_model, model.mlp_dim, out_gain)
 
   def __call__(self, x, call, cache, observe):
-    h = layers.rms_norm(x, self.attention_norm[...])
+    h = layers.rms_norm(x, self.attention_norm[...], self.eps)
     tail = None
     if cache is not None and "tail" in cache:
       call = dataclasses.replace(call, tail=cache["tail"])
@@ -83,7 +85,7 @@ class Block(nnx.Module):
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
     y, losses, seen, streams = self.attention(h, call, cache, observe)
     x = x + y
-    x = x + self.mlp(layers.rms_norm(x, self.mlp_norm[...]))
+    x = x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps))
     if tail is not None:
       streams = {**streams, "tail": tail}
     return x, (losses, seen, streams)
@@ -124,17 +126,30 @@ def architecture(config):
                       implementation=config.implementation)
 
 
-def backbone(params: dict) -> dict:
+def backbone(params: dict, axis: int = 0) -> dict:
   """The parameters of the model without its methods' own: those of the same model with dense attention in every layer.
 
   Layers of different methods are joined to one stack. Nothing is copied where there is nothing to drop or join.
+  axis: of the layers; 1 if several seeds come before them.
   """
   def strip(tree):
     return {name: strip(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "method"}
 
   stacks = [strip(params["stacks"][f"stack{i}"]) for i in range(len(params["stacks"]))]
-  whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=0), *stacks)
+  whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *stacks)
   return {**params, "stacks": {"stack0": whole}}
+
+
+def restack(params: dict, config) -> dict:
+  """A backbone's parameters, its layers in the stacks that the config's model has."""
+  if len(params["stacks"]) == len(layout(config)) == 1:
+    return params
+  axis = 0 if len(config.seeds) == 1 else 1
+  whole = backbone(params, axis)["stacks"]["stack0"]
+  edges = np.cumsum([0] + [count for _, count in layout(config)])
+  stacks = {f"stack{i}": jax.tree.map(lambda x: jax.lax.slice_in_dim(x, first, end, axis=axis), whole)
+            for i, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist()))}
+  return {**params, "stacks": stacks}
 
 
 class Output(NamedTuple):
@@ -231,11 +246,11 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
   def rotate(x, offset=0, stride=1):
     positions = capacity if stride == 1 else -(-capacity // stride)
-    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride), offset)
+    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling), offset)
 
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
                       implementation=config.implementation or None, rope=rotate)
-  x = constrain(net.embed[...].astype(dtype)[tokens] * model.d_model ** 0.5, ("batch", "time", None))
+  x = constrain(net.embed[...].astype(dtype)[tokens] * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
   all_losses, seen, new_cache, first = [], [], [], 0
   for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
     stack_def, stack_state = nnx.split(stack)
@@ -257,7 +272,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     all_losses.append(loss)
     seen.append(observed)
     new_cache.append(streams)
-  x = layers.rms_norm(x, net.norm[...])
+  x = layers.rms_norm(x, net.norm[...], model.norm_eps)
   head = net.embed[...].T if model.tie_embeddings else net.head[...]
   logits = jnp.einsum("btd,dv->btv", x, head.astype(dtype), preferred_element_type=jnp.float32)
   names = {name for loss in all_losses for name in loss}

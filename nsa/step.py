@@ -55,6 +55,7 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
   real = (weights > 0).astype(jnp.float32)
+  # Per target token, which with the bytes tokenizer is a byte; train.py makes it bytes for others.
   metrics = {"loss": loss, "bits_per_byte": jnp.sum(nll * real) / jnp.maximum(jnp.sum(real), 1.0) / LN2}
   factors = dict(step.loss_weights)
   objective = loss
@@ -126,14 +127,26 @@ class Batches:
     self.config = config
     self.placed = sharding.of_batch(config, mesh)
     self.sources = [data.make(config.data, seed) for seed in config.seeds]
+    self._tokens_per_byte = {}
     for stage in config.schedule.stages:
       self.sources[0].check_context(stage.context or config.data.context)
 
   def at(self, step: int) -> dict[str, jax.Array]:
     what = schedule.at(self.config, step)
     rows = [source.batch_at(step, context=what.context, batch=what.batch) for source in self.sources]
+    if self.config.data.tokenizer != "bytes":
+      self._tokens_per_byte = {**{s: x for s, x in self._tokens_per_byte.items() if s > step - 4},
+                               step: np.array([self._ratio(row) for row in rows])}
     arrays = rows[0] if len(rows) == 1 else {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return jax.device_put({name: arrays[name] for name in BATCH_KEYS}, self.placed)
+
+  def _ratio(self, row) -> float:
+    real = row["weights"] > 0
+    return real.sum() / max(self.sources[0].tokenizer.token_bytes[row["targets"][real]].sum(), 1)
+
+  def tokens_per_byte(self, step: int) -> np.ndarray | float:
+    """Learned targets over the bytes they stand for, float64[seeds], of one of the last batches; 1 for the bytes tokenizer."""
+    return 1.0 if self.config.data.tokenizer == "bytes" else self._tokens_per_byte[step]
 
   @property
   def fingerprint(self) -> str:
@@ -152,10 +165,12 @@ def pick_seeds(state, have: tuple[int, ...], want: tuple[int, ...]):
   if have == want:
     return state
   index = [have.index(seed) for seed in want]
-  if len(have) == 1:
+  if len(have) == len(want) == 1:
     return state
 
   def take(x):
+    if len(have) == 1:
+      return jnp.broadcast_to(x, (len(index),) + x.shape)
     return x[index[0]] if len(index) == 1 else x[jnp.asarray(index)]
 
   return state._replace(params=jax.tree.map(take, state.params), optimizer=jax.tree.map(take, state.optimizer))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, schedule, sharding
+from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, schedule, sharding
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -135,7 +135,7 @@ def open_workdir(config, workdir: epath.Path) -> None:
   path = workdir / "config.json"
   wanted = config_lib.to_dict(config)
   if path.exists():
-    found = metrics.read_json(path)
+    found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
     changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
     if changed:
       raise config_lib.ConfigError(
@@ -194,10 +194,19 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   step = source.latest() if config.fork.step < 0 else config.fork.step
   if step is None or step not in source.steps():
     raise config_lib.ConfigError([("fork.step", config.fork.step, f"{where} has checkpoints at {source.steps()}")])
-  trunk = source.restore(step_lib.abstract_state(trunk_config, mesh), step)
+  abstract = step_lib.abstract_state(trunk_config, mesh)
+  if config.fork.reset:  # parameters alone: an imported model has nothing else
+    trunk = source.restore(abstract._replace(optimizer={}), step, partial=True)
+  elif any(name.startswith("optimizer/") for name in source.describe(step)):
+    trunk = source.restore(abstract, step)
+  else:
+    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set fork.reset = True")])
   seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
-  params = _overlay(fresh.params, trunk.params, config)
+  theirs = trunk.params
+  if config.fork.reset and not any(group in optim.GROUPS[1:] for group in optim.split(theirs)):
+    theirs = model_lib.restack(theirs, config)
+  params = _overlay(fresh.params, theirs, config)
   if config.fork.reset:
     return fresh._replace(params=params)
   optimizer = {group: jax.tree.map(_place, state, trunk.optimizer[group]) if group in trunk.optimizer else state
@@ -252,6 +261,7 @@ class _Log:
   def step(self, index, device_metrics, batches, checkpoints):
     values = {name: np.atleast_1d(np.asarray(x)) for name, x in jax.device_get(device_metrics).items()}
     config, done = self.config, index + 1
+    values["bits_per_byte"] = values["bits_per_byte"] * batches.tokens_per_byte(index)
     for replica, seed in enumerate(config.seeds):
       if not all(np.isfinite(x[replica]) for x in values.values()):
         checkpoints.wait()

@@ -50,7 +50,7 @@ class Data:
     from nsa import tasks  # here: tasks use this package's tokenizer and counter
 
     self.config, self.seed = config, int(seed)
-    tokenizer.get(config.tokenizer)
+    self.tokenizer = tokenizer.get(config.tokenizer)
     self.align = config.align
     if self.align < 1:
       raise ValueError(f"data.align = {config.align}: tokens, at least 1")
@@ -60,7 +60,7 @@ class Data:
     if config.task_share > 0 and not self.tasks:
       raise ValueError(f"data.task_share = {config.task_share}: data.tasks is empty; "
                        "name a task or set the share to 0")
-    self.documents = sources.load(config.source, "train", data_dir=config.data_dir)
+    self.documents = sources.load(config.source, "train", data_dir=config.data_dir, tokens=config.tokenizer)
     if config.task_share < 1 and not self.documents:
       raise ValueError(f"data.source = {config.source!r}: no text, so data.task_share must be 1 "
                        f"(it is {config.task_share})")
@@ -101,8 +101,8 @@ class Data:
       raise ValueError(f"step = {step}: steps count from 0")
     numbers = np.arange(batch, dtype=np.int64)[rows if rows is not None else slice(None)] + step * batch
     b, t = len(numbers), context
-    inputs = np.full((b, t), tokenizer.PAD, np.int32)
-    targets = np.full((b, t), tokenizer.PAD, np.int32)
+    inputs = np.full((b, t), self.tokenizer.pad, np.int32)
+    targets = np.full((b, t), self.tokenizer.pad, np.int32)
     weights, segment_ids = np.zeros((b, t), np.float32), np.zeros((b, t), np.int32)
     kinds = self._kinds(numbers, context)
     for i, (number, kind) in enumerate(zip(numbers.tolist(), kinds.tolist())):
@@ -162,7 +162,7 @@ class Data:
     for segment, piece in enumerate(pieces, start=1):
       begin, length = index.offset[piece], index.length[piece]
       at = slice(begin, begin + length)
-      _read(self.documents[index.document[piece]].tokens, index.start[piece], inputs[at], targets[at])
+      _read(self.tokenizer, self.documents[index.document[piece]].tokens, index.start[piece], inputs[at], targets[at])
       weights[at] = 1
       segment_ids[at] = segment
 
@@ -197,19 +197,19 @@ class Data:
     return epoch + row / (edges[epoch + 1] - edges[epoch])
 
 
-def _read(tokens, start, inputs, targets):
+def _read(kind, tokens, start, inputs, targets):
   """Copies [start, start + n) of BOS, tokens, EOS to the n inputs, and what follows each to the targets."""
   n = len(inputs)
   if start:
     inputs[:] = tokens[start - 1:start - 1 + n]
   else:
-    inputs[0] = tokenizer.BOS
+    inputs[0] = kind.bos
     inputs[1:] = tokens[:n - 1]
   if start + n <= len(tokens):
     targets[:] = tokens[start:start + n]
   else:
     targets[:-1] = tokens[start:]
-    targets[-1] = tokenizer.EOS
+    targets[-1] = kind.eos
 
 
 # --- evaluation ---------------------------------------------------------------
@@ -236,7 +236,8 @@ def eval_windows(config: DataConfig, split: str, count: int, context: int) -> li
   Raises:
     ValueError: no document is long enough, or the source has no text.
   """
-  documents = sources.load(config.source, split, data_dir=config.data_dir)
+  documents = sources.load(config.source, split, data_dir=config.data_dir, tokens=config.tokenizer)
+  kind = tokenizer.get(config.tokenizer)
   if not documents:
     raise ValueError(f"data.source = {config.source!r}: no text to evaluate on; set eval.sequences = 0 "
                      "or take a source with text")
@@ -256,7 +257,7 @@ def eval_windows(config: DataConfig, split: str, count: int, context: int) -> li
       else:
         start = j * (int(lengths[d]) - 1 - context) // max(share - 1, 1)
       inputs, targets = np.empty(context, np.int32), np.empty(context, np.int32)
-      _read(documents[d].tokens, start, inputs, targets)
+      _read(kind, documents[d].tokens, start, inputs, targets)
       windows.append(EvalWindow(documents[d].name, start, inputs, targets, np.ones(context, np.float32),
                                 np.ones(context, np.int32)))
   return windows

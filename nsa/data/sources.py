@@ -34,12 +34,12 @@ ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document: its name within the source and its tokens, uint16[length], read-only, no BOS or EOS."""
+  """One document: its name within the source and its tokens, read-only, no BOS or EOS: uint16[length] (bytes) or uint32."""
   name: str
   tokens: np.ndarray
 
 
-def load(source: str, split: str, *, data_dir: str = "") -> list[Document]:
+def load(source: str, split: str, *, data_dir: str = "", tokens: str = "bytes") -> list[Document]:
   """The documents of `split` (train, val, test or ood), sorted by name.
 
   Args:
@@ -47,6 +47,7 @@ def load(source: str, split: str, *, data_dir: str = "") -> list[Document]:
       sub-folder per split), "tfds:NAME", or "tasks" (no text: an empty list).
     split: one of `SPLITS`.
     data_dir: tfds only: where the builder's files lie; "" = TFDS's default.
+    tokens: the tokenizer, as in data.tokenizer.
 
   Raises:
     FileNotFoundError: PATH, the split's folder or the dataset does not exist.
@@ -55,11 +56,11 @@ def load(source: str, split: str, *, data_dir: str = "") -> list[Document]:
   """
   if split not in SPLITS:
     raise ValueError(f"split = {split!r}: unknown; the splits are {', '.join(SPLITS)}")
-  return list(_load(source, split, data_dir))
+  return list(_load(source, split, data_dir, tokens))
 
 
 @functools.lru_cache(maxsize=16)
-def _load(source: str, split: str, data_dir: str) -> tuple[Document, ...]:
+def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document, ...]:
   kind, _, rest = source.partition(":")
   if source == "tasks":
     return ()
@@ -76,11 +77,11 @@ def _load(source: str, split: str, data_dir: str) -> tuple[Document, ...]:
   if not texts:
     raise ValueError(f"data.source = {source!r}: the split {split!r} has no document with text in it; "
                      "add text files or take another split")
-  return tuple(_document(name, texts[name]) for name in sorted(texts))
+  encode = tokenizer.get(tokens).encode
+  return tuple(_document(name, encode(texts[name])) for name in sorted(texts))
 
 
-def _document(name, text):
-  tokens = tokenizer.Bytes().encode(text)
+def _document(name, tokens):
   tokens.setflags(write=False)  # documents are shared between callers
   return Document(name, tokens)
 
@@ -91,7 +92,7 @@ def fingerprint(documents: list[Document]) -> str:
   for document in documents:
     name = document.name.encode("utf-8", "surrogateescape")
     digest.update(f"{len(name)} {len(document.tokens)} ".encode() + name)
-    digest.update(np.ascontiguousarray(document.tokens, "<u2"))
+    digest.update(np.ascontiguousarray(document.tokens, document.tokens.dtype.newbyteorder("<")))
   return digest.hexdigest()
 
 

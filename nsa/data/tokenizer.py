@@ -1,7 +1,11 @@
-"""Tokenizers: text to token ids and back. There is one, over bytes."""
+"""Tokenizers: text to token ids and back. "bytes", and "hf:PATH", that of an imported model."""
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
+import pathlib
 
 import numpy as np
 
@@ -19,6 +23,11 @@ class Bytes:
   eos: int = EOS
   pad: int = PAD
 
+  @property
+  def token_bytes(self) -> np.ndarray:
+    """int32[vocabulary]: bytes that each token stands for, 0 for special ones."""
+    return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
   def encode(self, text: str | bytes) -> np.ndarray:
     """Text (UTF-8) or raw bytes to uint16[length] ids, without BOS or EOS."""
     if isinstance(text, str):
@@ -35,8 +44,101 @@ class Bytes:
     return tokens[(tokens >= 0) & (tokens < 256)].astype(np.uint8).tobytes()
 
 
-def get(name: str) -> Bytes:
-  """The tokenizer called `name`. Raises ValueError for a name that is unknown."""
-  if name != "bytes":
-    raise ValueError(f'data.tokenizer = {name!r}: unknown; the tokenizers are "bytes"')
-  return Bytes()
+class HuggingFace:
+  """A tokenizer.json, read by the package `tokenizers` (extra `hf`); `path` is the file or its folder.
+
+  BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
+  (Qwen), as such models were trained. Text that is no UTF-8 is not lossless; text that spells a special token becomes
+  that token.
+  """
+
+  def __init__(self, path: str):
+    self.name = f"hf:{path}"
+    folder = pathlib.Path(path).expanduser()
+    file = folder / "tokenizer.json" if folder.is_dir() else folder
+    if not file.is_file():
+      raise FileNotFoundError(f"data.tokenizer = {self.name!r}: there is no {file}; give a tokenizer.json or the folder that holds one")
+    try:
+      import tokenizers  # an optional extra
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError(f"data.tokenizer = {self.name!r}: {error}; pip install tokenizers") from None
+    self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(file))
+    tree = json.loads(file.read_text())
+    self._special = {token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
+    self.token_bytes = self._count_bytes(tree)
+    self.vocab_size = len(self.token_bytes)
+    beside = file.parent / "tokenizer_config.json"
+    names = json.loads(beside.read_text()) if beside.is_file() else {}
+    self.eos = self._id(names, "eos_token", beside)
+    if self.eos is None:
+      raise ValueError(f"data.tokenizer = {self.name!r}: {beside} names no eos_token; documents end with it, add it there")
+    self.bos = self._id(names, "bos_token", beside)
+    self.bos = self.eos if self.bos is None else self.bos
+    self.pad = self.eos
+
+  def _id(self, names, key, file):
+    token = names.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+      return None
+    found = self._tokenizer.token_to_id(token)
+    if found is None:
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} has {key} = {token!r}, which tokenizer.json does not know")
+    return found
+
+  def _count_bytes(self, tree) -> np.ndarray:
+    """int32[vocabulary]: UTF-8 bytes that each token stands for, 0 for special ones."""
+    kinds = {part["type"] for part in _parts(tree.get("pre_tokenizer")) + _parts(tree.get("decoder"))}
+    byte_level = "ByteLevel" in kinds
+    if not byte_level and not (tree.get("model") or {}).get("byte_fallback"):
+      raise ValueError(f"data.tokenizer = {self.name!r}: neither byte-level nor with byte fallback, so that the bytes of its "
+                       "tokens cannot be counted; take bytes or another tokenizer")
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    added = {token["id"] for token in tree.get("added_tokens") or ()}
+    out = np.zeros(max(vocabulary.values()) + 1, np.int32)
+    for text, number in vocabulary.items():
+      if number in self._special:
+        continue
+      if number in added:
+        out[number] = len(text.encode())
+      elif byte_level:
+        out[number] = len(text)  # every character stands for one byte
+      elif len(text) == 6 and text.startswith("<0x"):
+        out[number] = 1
+      else:
+        out[number] = len(text.replace("\u2581", " ").encode())
+    return out
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """Text, or bytes read as UTF-8 with U+FFFD for what is none, to uint32[length] ids, without BOS or EOS."""
+    if isinstance(text, bytes):
+      text = text.decode("utf-8", errors="replace")
+    return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+  def decode(self, tokens) -> str:
+    """Ids to text. Special ids vanish."""
+    return self._tokenizer.decode([int(i) for i in np.asarray(tokens).ravel()], skip_special_tokens=True)
+
+
+def _parts(tree) -> list[dict]:
+  """A pre-tokenizer or decoder of tokenizer.json and all that it consists of."""
+  if not isinstance(tree, dict):
+    return []
+  nested = [part for key in ("pretokenizers", "decoders") for part in tree.get(key) or ()]
+  return [tree] + [found for part in nested for found in _parts(part)]
+
+
+def get(name: str) -> Bytes | HuggingFace:
+  """The tokenizer called `name`. Raises ValueError for a name that is unknown, FileNotFoundError for a file that is
+  not there, ModuleNotFoundError without the package."""
+  if name == "bytes":
+    return Bytes()
+  kind, _, path = name.partition(":")
+  if kind == "hf" and path:
+    return _hugging_face(path)
+  raise ValueError(f'data.tokenizer = {name!r}: unknown; take "bytes" or "hf:PATH", a tokenizer.json or its folder')
+
+
+@functools.lru_cache(maxsize=4)
+def _hugging_face(path):
+  return HuggingFace(path)

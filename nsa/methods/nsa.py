@@ -119,7 +119,7 @@ class Branches(nnx.Module):
 
     def projection(name, norm=False):
       return layers.HeadProjection(init.child(name), model.d_model, K, H, axis="kv_heads",
-                                   taps=model.short_conv, norm=norm)
+                                   taps=model.short_conv, norm=norm, eps=model.norm_eps)
 
     self.k_cmp, self.v_cmp = projection("k_cmp"), projection("v_cmp")
     self.k_win, self.v_win = projection("k_win", norm=model.qk_norm), projection("v_win")
@@ -152,7 +152,7 @@ class NSALayer(interface.Layer):
     k_cmp = b.compress_k(streams["k_cmp"], o.compress_len, o.compress_stride)
     v_cmp = b.compress_v(streams["v_cmp"], o.compress_len, o.compress_stride)
     if hasattr(b, "k_cmp_norm"):
-      k_cmp = layers.rms_norm(k_cmp, b.k_cmp_norm[...])
+      k_cmp = layers.rms_norm(k_cmp, b.k_cmp_norm[...], b.k_win.eps)
     k_cmp = call.rope(k_cmp, stride=o.compress_stride)
     o_cmp, lse = pk.compressed_attention(q, k_cmp, v_cmp, **strides, **call.ops)
     if call.selector == "own":
