@@ -54,7 +54,8 @@ def compressed_top_k(spec, chip):
   size = _size(spec)
   return [Kernel("compressed_top_k", flops=2 * scores * spec.H, vector=scores,
                  on_chip=size * spec.H * (rows + stages * block),
-                 bytes=size * spec.B * spec.H * (spec.T * spec.N + keys * spec.K) + 4 * spec.B * spec.T * spec.K * spec.J)]
+                 bytes=size * spec.B * spec.H * (spec.T * spec.N + keys * spec.K)
+                 + 4 * spec.B * spec.T * spec.K * spec.J)]
 
 
 def index_top_k(spec, chip):

@@ -105,14 +105,16 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
           mass[pl.ds(row, kept)] = mass[pl.ds(row + bk, kept)]
         mass[new] = jnp.zeros((bk, LANES), jnp.float32)
 
-        def head(g):
-          s = flash.dot(k_ref[0, 0], q_ref[0, 0, g, :, here], 1, 0) * factor
-          p = jnp.exp2(s - lse_ref[0, 0, pl.ds(g, 1), here])
-          if mask is not None:
-            p = jnp.where(mask[:, here], p, 0.0)
-          mass[new] += p
+        def some(parts, here=here, new=new):
+          of_parts = 0.0
+          for g, _ in parts:
+            s = flash.dot(k_ref[0, 0], q_ref[0, 0, g, :, here], 1, 0) * factor
+            of_parts += jnp.exp2(s - lse_ref[0, 0, pl.ds(g, 1), here])
+          if mask is not None:  # the same for all heads
+            of_parts = jnp.where(mask[:, here], of_parts, 0.0)
+          mass[new] += of_parts
 
-        flash.each_head(G, head)
+        flash.each_part(G, LANES, some)
         total = 0.0
         for n, weight in weights:
           total += weight * mass[pl.ds(row + kept + n, c.per_tile, per_block)]

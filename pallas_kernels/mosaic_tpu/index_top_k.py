@@ -72,15 +72,16 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
     pl.when(j == 0)(lambda: c.clear(tiles, place, scores, -jnp.inf))
 
     def step(tile, mask):
-      def head(r):
-        s = flash.dot(k_ref[0], q_ref[0, r], 1, 0)
-        if scale is not None and scale != 1:
-          s *= scale
-        if mask is not None:
-          s = jnp.where(mask, s, -jnp.inf)
-        scores[r, c.rows_of(tile)] = s.reshape(c.per_tile, block_size, bt).max(axis=1)
+      def some(parts):
+        for r, lane in parts:
+          s = flash.dot(k_ref[0], q_ref[0, r, :, lane], 1, 0)
+          if scale is not None and scale != 1:
+            s *= scale
+          if mask is not None:
+            s = jnp.where(mask[:, lane], s, -jnp.inf)
+          scores[r, c.rows_of(tile), lane] = s.reshape(c.per_tile, block_size, -1).max(axis=1)
 
-      flash.each_head(heads, head)
+      flash.each_part(heads, bt, some, most=2)
 
     c.over_keys(tiles, place, j, bounds_ref, step)
     pl.when(j == c.nk - 1)(lambda: c.choose(tiles, place, bounds_ref, scores, out_ref))
