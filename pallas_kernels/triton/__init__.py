@@ -15,6 +15,7 @@ for _operation, _function, _supports in (
     ("compressed_attention", ranged.compressed_attention, ranged.supports_compressed_attention),
     ("compressed_top_k", top_k.compressed_top_k, top_k.supports_compressed_top_k),
     ("index_top_k", top_k.index_top_k, top_k.supports_index_top_k),
+    ("block_top_k", top_k.block_top_k, top_k.supports_block_top_k),
     ("selected_attention", selected.selected_attention, selected.supports_selected_attention),
     ("index_kl", kl.index_kl, kl.supports_index_kl),
 ):

@@ -1,4 +1,4 @@
-"""`compressed_top_k` and `index_top_k` of `pallas_kernels.api`. No gradients: selection has none."""
+"""`compressed_top_k`, `index_top_k` and `block_top_k` of `pallas_kernels.api`. No gradients: selection has none."""
 from __future__ import annotations
 
 import functools
@@ -140,3 +140,29 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
       BLOCK=block, WIDTH=width, SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
   return _choose(scores, first, position, choice, K=K, C=S, KP=KP, TOKENS=tokens, WIDTH=width, LEN=0, STRIDE=0,
                  SIZE=SIZE, BLOCKS=-(-S // SIZE))
+
+
+def supports_block_top_k(a):
+  scores = a["scores"]
+  if call.unavailable():
+    return call.unavailable()
+  if scores.size == 0:
+    return f"scores {scores.shape} is empty"
+  if scores.shape[0] * scores.shape[1] * scores.shape[2] >= 2 ** 31:
+    return f"scores {scores.shape} has more rows than int32 counts"
+  return _selection_reason(a["block_size"], a["num_blocks"])
+
+
+def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys, segment_ids, query_offset):
+  """See `pallas_kernels.api.block_top_k`."""
+  first, position = call.visible_tokens(*scores.shape[:2], query_offset, segment_ids)
+  del keys
+  f = functools.partial(_block_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local))
+  return call.batched(f)(scores.astype(jnp.float32), first, position)
+
+
+def _block_top_k(scores, first, position, *, SIZE, choice):
+  B, T, K, blocks = scores.shape
+  # One tile of T tokens with K heads each per batch entry: the order that the scores have.
+  return _choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, C=blocks * SIZE, KP=K, TOKENS=T,
+                 WIDTH=blocks, LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks)
