@@ -122,6 +122,7 @@ def main():
   work.mkdir(parents=True, exist_ok=True)
   rng, began = random.Random(_SEED.value), time.monotonic()
   with open(work / "log.txt", "w") as log:
+    undisturbed = not (work / "calm").exists()
     if code := study(work / "calm", log).wait():
       raise RuntimeError(f"the undisturbed study ended with {code}: see {log.name}")
     calm_seconds = time.monotonic() - began
@@ -141,7 +142,7 @@ def main():
           f"evaluations.\n{len(events)} kills ({', '.join(f'{n} {what}' for what, n in sorted(ends.items()))}), "
           f"{sum(bool(row['SIGTERM'] + row['SIGKILL']) for row in rows)} runs cut at least once.\n"
           f"{sum(spoiled.values())} newest checkpoints damaged ({', '.join(f'{n} {what}' for what, n in sorted(spoiled.items()))}).\n"
-          f"{calm_seconds:.0f} s undisturbed, {time.monotonic() - began - calm_seconds:.0f} s with kills. "
+          f"{f'{calm_seconds:.0f} s undisturbed, ' * undisturbed}{time.monotonic() - began - calm_seconds:.0f} s with kills. "
           f"--study={_STUDY.value} --seed={_SEED.value}\n")
   (work / "summary.txt").write_text(text)
   print(text, end="")
