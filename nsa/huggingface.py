@@ -313,12 +313,16 @@ def export_model(workdir, folder, *, step: int = -1, seed: int = -1, dtype: str 
     seed: of a run with several; -1 for the first.
     dtype: of the weights; "" for the imported model's, float32 without one.
 
-  Raises ConfigError for a model that is neither Llama nor Qwen3, CheckpointError without a checkpoint.
+  Raises ConfigError for a model that is not the same without its method's parameters, or neither Llama nor Qwen3;
+  CheckpointError without a checkpoint.
   """
   workdir, folder = epath.Path(workdir), Path(folder)
   if not (workdir / "config.json").exists():
     raise ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
   config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  acting = sorted({method.name for method in config.methods if method.acts_when_dense})
+  if acting:
+    raise ConfigError([("attention", ", ".join(acting), "its parameters act in dense attention too, and the format has no place for them")])
   origin = _origin(workdir, config)
   base = metrics.read_json(origin / "config.json") if origin else None
   dtype = dtype or (base or {}).get("dtype") or (base or {}).get("torch_dtype") or "float32"

@@ -219,6 +219,13 @@ def test_what_is_missing_is_named(tmp_path):
     huggingface.write_config(config_lib.ModelConfig(), "float32")
 
 
+def test_a_method_that_acts_in_dense_attention_too_is_not_exported(tmp_path):
+  config = config_lib.Config(attention=methods.MoBA(key_conv=3))
+  metrics.write_json(tmp_path / "config.json", config_lib.to_dict(config))
+  with pytest.raises(config_lib.ConfigError, match="attention = 'moba': its parameters act in dense attention"):
+    huggingface.export_model(tmp_path, tmp_path / "out")
+
+
 def test_a_model_trained_here_is_exported_with_its_embedding_factor(tmp_path):
   """With untied embeddings sqrt(d_model) goes into the table."""
   model = config_lib.ModelConfig(vocab_size=V, num_layers=1, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=F,
