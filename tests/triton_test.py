@@ -438,3 +438,22 @@ def test_interpreted_index_kl(selected):
   want = with_gradients(lambda *i: reference.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
   for x, y in zip(got, want):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+def test_interpreted_under_vmap():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  q, k, ids = draw(2, 1, 20, 2, 16), draw(2, 1, 20, 1, 16), drawn_segments(rng, 1, 20)
+
+  def run(module, q, k, ids):
+    f = lambda q, k: module.attention(q, k, k, causal=True, window=9, scale=0.3, segment_ids=ids, query_offset=0)
+    (o, lse), vjp = jax.vjp(f, q, k)
+    return o, lse, *vjp((o, lse))
+
+  with tuning.override("range_forward", TINY), tuning.override("range_dq", TINY), tuning.override("range_dkv", TINY), \
+       tuning.override("range_decode", TINY):
+    got = jax.vmap(functools.partial(run, ranged), in_axes=(0, 0, None))(q, k, ids)
+  want = jax.vmap(functools.partial(run, reference), in_axes=(0, 0, None))(q, k, ids)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,47 @@
+"""launch.bench: what it counts and what it concludes; times need a device."""
+import dataclasses
+
+from launch import bench
+from launch import bench_cases
+import numpy as np
+from pallas_kernels import arg_specs
+import pytest
+
+
+def test_counted_pairs_are_those_of_the_masks():
+  assert bench_cases.causal_pairs(5) == 15 and bench_cases.causal_pairs(5, window=2) == 1 + 4 * 2
+  spec = arg_specs.get("tiny_g2")  # T 64, compressed blocks of 8 every 4
+  seen = sum(c * 4 + 7 <= t for t in range(64) for c in range(spec.num_compressed))
+  assert bench_cases.compressed_pairs(spec) == seen
+  every = np.broadcast_to(np.arange(4), (spec.B, spec.T, spec.K, 4))  # all blocks: dense
+  assert bench_cases.visible_keys(every, spec) == spec.B * spec.K * bench_cases.causal_pairs(64)
+
+
+def test_useful_flops_of_a_layer_are_those_of_its_operations():
+  spec = arg_specs.get("tiny_g2")
+  forward = lambda name: bench_cases.make(name, spec).flops[0]
+  parts = ("compressed_and_top_k", "selected_attention", "window")
+  assert forward("nsa_layer") == pytest.approx(sum(map(forward, parts)))
+  assert forward("msa_layer") == pytest.approx(sum(map(forward, ("index_top_k", "selected_attention", "index_kl"))))
+
+
+def test_a_pattern_from_a_file(tmp_path):
+  spec = dataclasses.replace(arg_specs.get("tiny_g2"), B=3)
+  blocks = np.random.default_rng(0).integers(-1, 4, (1, spec.T, spec.K, spec.J))
+  np.save(tmp_path / "blocks.npy", blocks)
+  read = bench.draw_pattern(f"file:{tmp_path / 'blocks.npy'}", spec, seed=0)
+  assert read.dtype == np.int32 and (read == blocks).all() and read.shape[0] == 3
+  with pytest.raises(ValueError, match=r"needs \[B or 1, T, K, J\] = \[3 or 1, 60, 2, 3\]"):
+    bench.draw_pattern(f"file:{tmp_path / 'blocks.npy'}", dataclasses.replace(spec, T=60), seed=0)
+
+
+def test_crossovers_and_plot(tmp_path):
+  row = lambda T, forward, both: dict(
+      operation="nsa_layer", pattern="", implementation="", N=8, K=2, H=64, block_size=32, J=16, T=T,
+      forward_vs_dense=forward, both_vs_dense=both)
+  rows = [row(8192, 1.5, 2.0), row(4096, 0.8, 1.1), row(2048, 1.2, None)]
+  lines = bench.crossovers(rows)
+  assert any("forward: wins from 8,192 tokens" in line and "shortest" not in line for line in lines)
+  assert any("both: wins from 4,096 tokens (the shortest measured)" in line for line in lines)
+  bench.plot(rows, tmp_path / "plot.png")
+  assert (tmp_path / "plot.png").stat().st_size > 1000
