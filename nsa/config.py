@@ -393,10 +393,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
   for name in dict.fromkeys(("attention", *config.layers)):
-    grid = getattr(config.method_of(name), "block_size", 1)
+    field_ = config.method_of(name).grid
+    grid = getattr(config.method_of(name), field_, 1)
     where = name if name == "attention" else f"others.{name}"
     need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
-         f"must be a multiple of {where}.block_size = {grid}; set it alike in all arms, or their batches differ")
+         f"must be a multiple of {where}.{field_} = {grid}; set it alike in all arms, or their batches differ")
   for name in ("b1", "b2"):
     need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
   for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):

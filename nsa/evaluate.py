@@ -129,6 +129,8 @@ def how(config, run_mode: str):
     return run, "sparse", "own"
   if isinstance(own, blocks.BlockMethod):
     attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
+  elif name == "sparse" and any(method.name != "dense" for method in config.methods):
+    return config, "sparse", "own"                 # a window, a memory, or a hybrid of dense and other layers
   elif name != "sparse" and (options or name == "quest"):
     attention, selector = methods.get(name)(**options), "own"
   else:

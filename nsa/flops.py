@@ -5,6 +5,8 @@ arithmetic here. Dense-equivalent FLOPs are never what MFU divides by.
 """
 from __future__ import annotations
 
+import dataclasses
+
 from nsa import config as config_lib
 from nsa import methods, model as model_lib, optim, schedule
 
@@ -18,18 +20,20 @@ def forward(config, context: int, mode: str) -> dict[str, float]:
   "projections" are 2 per weight of every matrix that the mode uses, "unembedding" the same for
   the output matrix; the other parts are attention branches, summed over the layers.
   """
-  groups = set(schedule.GROUPS_OF[mode])
-  out = {"projections": 0.0, "unembedding": 2.0 * config.model.vocab_size * config.model.d_model}
-  decays = optim.split(model_lib.param_metadata(config, "decay"))
-  for group, leaves in optim.split(model_lib.abstract_params(config)).items():
-    for path, leaf in leaves.items():
-      matrix = decays[group][path] and path not in ("embed", "head") and "compress" not in path
-      if group in groups and matrix:
-        out["projections"] += 2.0 * leaf.size
+  out = {"projections": sum(_projections(config, group) for group in schedule.GROUPS_OF[mode]),
+         "unembedding": 2.0 * config.model.vocab_size * config.model.d_model}
   for method, count in model_lib.layout(config):
     for branch, cost in method.flops(config.model, context, mode).items():
       out[branch] = out.get(branch, 0.0) + count * cost
   return out
+
+
+def _projections(config, group: str) -> float:
+  """2 FLOPs per weight of the matrices of one parameter group."""
+  decays = optim.split(model_lib.param_metadata(config, "decay")).get(group, {})
+  leaves = optim.split(model_lib.abstract_params(config)).get(group, {})
+  return sum(2.0 * leaf.size for path, leaf in leaves.items()
+             if decays[path] and path not in ("embed", "head") and "compress" not in path)
 
 
 def training(config, step: schedule.Step) -> dict[str, float]:
@@ -45,6 +49,11 @@ def training(config, step: schedule.Step) -> dict[str, float]:
   if step.groups == ("selector",):
     learns = {loss for method, _ in model_lib.layout(config) for loss in method.selector_losses}
     return {part: cost * (3.0 if part in learns else 1.0) for part, cost in parts.items()}
+  if step.groups == ("memory",):
+    # Gradient passes through the frozen backbone, to memories below, but none is taken of its matrices.
+    frozen = parts["projections"] - _projections(config, "memory")
+    return {**{part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()},
+            "projections": 3.0 * parts["projections"] - frozen, "unembedding": 2.0 * parts["unembedding"]}
   return {part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()}
 
 
@@ -98,6 +107,27 @@ def measured(method: methods.Method, model, context: int, visible: float) -> flo
     return attended + sum(choosing.values())
   parts = method.flops(model, context, "sparse")
   return attended + sum(cost for part, cost in parts.items() if part != "selected")
+
+
+def equal_window(config, context: int) -> int:
+  """The window whose model costs per token what `config` costs in sparse mode, projections counted: at most as much.
+
+  The arm that answers whether a memory is worth more than the longer window that its FLOPs would buy.
+  The whole context if that costs less. Raises ValueError if a window of one token costs more.
+  """
+  target = sum(forward(config, context, "sparse").values())
+
+  def cost(window):
+    plain = dataclasses.replace(config, attention=methods.Window(window), layers=())
+    return sum(forward(plain, context, "sparse").values())
+
+  if not cost(1) <= target:
+    raise ValueError(f"a window of 1 token costs {cost(1):,.0f} FLOPs per token, more than the {target:,.0f} to be matched")
+  low, high = 1, context
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (middle, high) if cost(middle) <= target else (low, middle - 1)
+  return low
 
 
 def read_reduction(attention_options: methods.Method, model, context: int) -> float:

@@ -79,8 +79,10 @@ class Block(nnx.Module):
   def __call__(self, x, call, cache, observe):
     h = layers.rms_norm(x, self.attention_norm[...], self.eps)
     tail = None
-    if cache is not None and "tail" in cache:
-      call = dataclasses.replace(call, tail=cache["tail"])
+    if cache is not None:
+      call = dataclasses.replace(call, tail=cache.get("tail"), state=cache.get("state"))
+    h, call = self.attention.method.before(h, call)
+    if call.tail is not None:
       reach = cache["tail"].shape[1]
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
     y, losses, seen, streams = self.attention(h, call, cache, observe)

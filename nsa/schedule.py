@@ -154,6 +154,11 @@ def selector_only(steps: int, budget: float, **kw) -> ScheduleConfig:
                         LearningRate(**kw))
 
 
+def memory_only(steps: int, budget: float, **kw) -> ScheduleConfig:
+  """Dense for 1 - budget, then a memory learns beside the frozen backbone."""
+  return ScheduleConfig(steps, [Stage(1 - budget, "dense"), Stage(budget, "sparse", train="memory")], LearningRate(**kw))
+
+
 def mixed(steps: int, dense_share: float = 0.5, **kw) -> ScheduleConfig:
   """Every step dense or sparse for the whole model, at random (SSA, arXiv 2511.20102; its loss is its method's)."""
   return ScheduleConfig(steps, [Stage(1.0, "mixed", dense_share=dense_share)], LearningRate(**kw))

@@ -32,13 +32,18 @@ METHODS = {
     "random": methods.RandomBlocks(**SMALL),
     "oracle": methods.Oracle(**SMALL),
     "quest": methods.Quest(**SMALL),
+    "window": methods.Window(12),
+    "mag": methods.MAG(chunk=8, window=12, persistent=2),
+    "mal": methods.MAL(chunk=8, window=12, persistent=2),
+    "mac": methods.MAC(chunk=4, segment=8, persistent=2),
+    "lmm": methods.LMM(chunk=8),
 }
 ALL = sorted(METHODS)
 # Those of tests/methods_oracle.py; the other methods have a test file with a reference of their own.
 REFERENCED = ["block_topk", "dense", "msa", "nsa", "oracle", "quest", "random", "sink_window"]
 SELECTING = [name for name in REFERENCED if name != "dense"]
 # With J at least the number of blocks these are dense attention.
-PRESERVING = [name for name in ALL if name not in ("dense", "nsa")]
+PRESERVING = [name for name in SELECTING if name != "nsa"]
 
 
 def make_config(attention, layers=(), **model):

@@ -18,6 +18,10 @@
 | flexprefill | nothing; once per prompt, adaptive | no training | 2 N H W | nothing | 2502.20766 |
 | xattention | nothing; once per prompt, adaptive | no training | 2 N H t / stride | nothing | 2503.16428 |
 | snapkv | nothing; evicts at the prompt's end | no training | 2 N H W | nothing | 2404.14469 |
+| window | nothing (the last tokens) | - | - | nothing | 2004.05150 |
+| mag, mal | an MLP's initial weights, their gates, q, k, v of its own | LM loss through its updates | - | memory | 2501.00663 |
+| mac | the same, and keys and values of what it recalls | LM loss through its updates | - | memory | 2501.00663 |
+| lmm | an MLP's initial weights, gates; no attention | LM loss through its updates | - | memory | 2501.00663 |
 
 Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and strides. FLOPs are per query and layer,
 forward, t being the tokens that the query may see; the attention over what was selected costs 4 N H J block besides,
@@ -35,6 +39,10 @@ from nsa.methods.dsa import DSA
 from nsa.methods.flexprefill import FlexPrefill
 from nsa.methods.infllm_v2 import InfLLMV2
 from nsa.methods.interface import Call, Inputs, Layer, Method, Result
+from nsa.methods.lmm import LMM
+from nsa.methods.mac import MAC
+from nsa.methods.mag import MAG
+from nsa.methods.mal import MAL
 from nsa.methods.minference import MInferenceBlocks, VerticalSlash
 from nsa.methods.moba import MoBA
 from nsa.methods.msa import MSA
@@ -44,11 +52,12 @@ from nsa.methods.seer import Seer
 from nsa.methods.snapkv import SnapKV
 from nsa.methods.ssa import SSA
 from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, Quest, RandomBlocks, SinkWindow
+from nsa.methods.window import Window
 from nsa.methods.xattention import XAttention
 
 _METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow,
                                        RandomBlocks, Oracle, Quest, MInferenceBlocks, VerticalSlash, FlexPrefill,
-                                       XAttention, SnapKV)}
+                                       XAttention, SnapKV, Window, MAG, MAL, MAC, LMM)}
 
 # Ways to run a trained model: dense, with its own selector, with a training-free one in its place, or with dense
 # attention thinned out by a method that chooses once per prompt.

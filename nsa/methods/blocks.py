@@ -5,6 +5,7 @@ query sees the blocks up to its own; forced blocks take slots of J; -1 pads; one
 (query, KV head).
 """
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from nsa.methods import interface
 @dataclasses.dataclass
 class BlockMethod(interface.Method):
   """Options of every method that attends to J blocks per query and KV head."""
+  grid: ClassVar[str] = "block_size"
   block_size: int = 64            # tokens
   num_blocks: int = 16            # J, forced blocks included
   num_initial: int = 0            # forced first blocks (attention sink)

@@ -64,10 +64,14 @@ class Layer(nnx.Module):
     """What later queries need of these tokens besides k and v; [B, T, ...] each, kept in the KV cache."""
     return {}
 
-  def initial_state(self, batch: int, dtype) -> dict[str, Array]:
-    """What a recurrent method carries from token to token, [batch, ...] each and of constant size, before the
-    first token. It is kept in the cache beside the streams; `Call.state` brings it, `Result.state` returns it."""
+  def initial_state(self, batch: int, dtype) -> dict:
+    """What a recurrent method carries from token to token before the first token: a tree of arrays [batch, ...]
+    of constant size. It is kept in the cache beside the streams; `Call.state` brings it, `Result.state` returns it."""
     return {}
+
+  def before(self, h: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Call]:
+    """What the layer's projections see in place of h, and the call with the new state if this changed it."""
+    return h, call
 
   def __call__(self, x: Inputs, streams: dict[str, Array], call: Call) -> Result:
     """Attention of these tokens over the streams ("k" and "v" after RoPE, and the method's own)."""
@@ -83,6 +87,7 @@ class Method:
   selector_losses: ClassVar[tuple[str, ...]] = ()  # those of them that train the group "selector"
   loss_weights: ClassVar[dict[str, float]] = {}  # their weights where `Stage.loss_weights` says nothing; absent = 1
   memory: ClassVar[bool] = False           # whether it has parameters of the group "memory"
+  grid: ClassVar[str] = ""                 # its option that packed documents have to begin at multiples of
   enters: ClassVar[tuple[str, ...]] = ()   # weight surgery that a stage may ask for on entry
 
   @property
