@@ -27,11 +27,18 @@ What keeps it finite, by construction and for any weights and any length:
   bounded(...): outputs are bounded for any weights, and gradients fall as these grow. False is the paper's plain MLP;
 * every matrix acts on its input divided by sqrt(fan in), so that all matrices get gradients of one size;
 * log(1 - alpha) and log(eta) are log-sigmoids, and decays are exponentials of their sums: nothing is divided by;
-* backprop = "local" takes M' as a constant of the inner gradients when the model is trained. The past is then reached
-  through the linear recurrence alone, whose factors are at most one: gradients cannot explode with the length. "full"
-  differentiates everything, as the paper and public code do; a chain of chunks is then a chain of products of
-  (I - theta * Hessian), which at depth 4 grew by 10^10 over 512 tokens (tests/memory_test.py has a shorter one).
+* backprop = "full" differentiates everything when the model is trained, as the paper and public code do: a chain of
+  chunks is then a chain of factors (I - theta * Hessian), bounded by nothing. "local" takes M' as a constant of the
+  inner gradients; the past is reached through the linear recurrence alone, whose factors are at most one.
 All of it is float32, with full-precision products.
+
+Measured, depth 4. (a) Forward alone: 512 tokens of 20 repeated keys, width 16, theta about 1/4: the plain MLP without
+clipping is NaN between tokens 128 and 256; with clipping it stays finite, but there a plain RMS norm in place of
+`bounded` let a difference of 1e-4 grow to order one. (b) 10,000 AdamW steps at 3e-3 on recall of 8 pairs in 64 tokens
+(the set-up of tests/memory_test.py's program, one seed, CPU): as it is finite, loss 0.121 nats, largest gradient norm of
+the memory 7.7; local finite, 0.166, 7.5; plain without clipping finite as well, 0.121, 24.
+So at that length the guards cost nothing and are not yet needed; public code is known to fail at 8,000 steps and
+longer sequences. Local backprop learns later (1.24 against 0.64 at step 2,000): it is no default.
 
 Documents: a chunk belongs to the document of its first token. Where that changes, the memory begins anew, so packed
 documents that begin at chunk boundaries (`data.align`, checked) equal documents on their own. A document, or padding,

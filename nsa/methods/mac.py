@@ -92,7 +92,7 @@ class MACLayer(interface.Layer):
     def token(state, i):
       at = lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis=1)
       one = dataclasses.replace(call, offset=call.offset + i)
-      o, state = self._token(interface.Inputs(*map(at, x)), streams, at(ask), one, state)
+      o, state = self._token(jax.tree.map(at, x), streams, at(ask), one, state)
       return state, o[:, 0]
 
     state, o = jax.lax.scan(token, call.state, jnp.arange(T))
@@ -109,7 +109,7 @@ class MACLayer(interface.Layer):
     reach = self.tail[0]
     earlier = jnp.pad(ids, ((0, 0), (reach, count * C - T)), constant_values=-1)  # the convolution's view of the tail
     earlier = jnp.stack([earlier[:, i * C:i * C + reach] for i in range(count)])
-    xs = (interface.Inputs(*map(split, x)), split(streams["k"]), split(streams["v"]), split(ask), split(ids), earlier,
+    xs = (jax.tree.map(split, x), split(streams["k"]), split(streams["v"]), split(ask), split(ids), earlier,
           split(live[:, :T]), fresh[:, ::C].T, jnp.arange(count) * C)
 
     def segment(state, inputs):

@@ -40,7 +40,7 @@ class Titans(interface.Method):
   clip: float = 1.0               # norm of one token's inner gradient, in sqrt(width); 0 = not clipped
   norm: bool = True               # residual and norms in the MLP; False = the paper's plain MLP
   gradient: str = "chunk"         # taken at the memory of the chunk's start (paper) | of the document's start
-  backprop: str = "local"         # M' is constant in the inner gradients when training | full: it is not (paper)
+  backprop: str = "full"          # through the inner gradients' M' too (paper) | local: M' is a constant there
   read: str = "token"             # of the memory after the token's own write (paper) | at the chunk's start
 
   def memory_shape(self, model) -> tuple[int, int, int]:
