@@ -48,6 +48,11 @@ def capability():
   return 10 * int(major) + int(minor or 0) if major.isdigit() else ASSUMED_CAPABILITY
 
 
+def small_memory():
+  """Whether a thread block has 99 KiB of shared memory (GeForce, RTX and L chips), not 163 or more."""
+  return capability() in (86, 89, 120)
+
+
 def processors():
   """Multiprocessors of the default GPU; those of an H100 without one."""
   return int(getattr(jax.devices()[0], "core_count", 0) or 132) if jax.devices()[0].platform == "gpu" else 132

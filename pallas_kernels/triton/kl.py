@@ -36,6 +36,8 @@ def supports_index_kl(a):
     return None
   if a["block_size"] not in BLOCK_SIZES:
     return f"block_size = {a['block_size']}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
+  if call.small_memory() and a["block_size"] * max(q.shape[3], q_idx.shape[3]) > 64 * 128:
+    return f"block_size = {a['block_size']}: with these head dims the kernels need more shared memory than there is"
   plan = _plan(q, k, a["block_indices"].shape[3], a["block_size"], 64)
   if plan.max_tiles * 64 >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {a['block_indices'].shape} has more entries than int32 counts"
