@@ -8,7 +8,7 @@ About 10M non-embedding parameters, 4,096 bytes of context, blocks of 32, 16 of 
 the context). Meant for one accelerator; `--dry_run` shows parameters, FLOPs and memory before you rent it.
 For another corpus: `--config.data.source=files:/path/to/longdoc-v1.tar.xz`.
 
-Arguments: method=msa (msa, nsa or dense), steps=4000. Not yet run to the end: no result is claimed here.
+Arguments: method=msa (dense, msa, nsa, dsa, seer, moba, infllm_v2 or ssa), steps=4000. Not yet run to the end: no result is claimed here.
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -20,11 +20,16 @@ RATE = dict(peak=2e-3, warmup=0.02, decay=0.2)
 
 def get_config(arg=None):
   a = arguments.parse(arg, method="msa", steps=4000)
+  cold, warm = (schedule.native(a.steps, selector_warmup=share, **RATE) for share in (0, 0.015))
   arms = {
       "dense": (methods.Dense(), schedule.dense(a.steps, **RATE)),
-      "msa": (methods.MSA(index_dim=64, **BLOCKS), schedule.native(a.steps, selector_warmup=0.015, **RATE)),
-      "nsa": (methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS),
-              schedule.native(a.steps, selector_warmup=0, **RATE)),
+      "msa": (methods.MSA(index_dim=64, **BLOCKS), warm),
+      "nsa": (methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS), cold),
+      "dsa": (methods.DSA(index_dim=32, **BLOCKS), warm),
+      "seer": (methods.Seer(gate_dim=64, **BLOCKS), warm),  # meant for a frozen model: see retrofit.py
+      "moba": (methods.MoBA(**BLOCKS), cold),
+      "infllm_v2": (methods.InfLLMV2(pool_len=16, pool_stride=8, num_local=5, **BLOCKS), cold),
+      "ssa": (methods.SSA(**BLOCKS), schedule.mixed(a.steps, **RATE)),
   }
   if a.method not in arms:
     raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(arms)}")
