@@ -234,6 +234,21 @@ def test_supports_says_why_not():
     mosaic_gpu.selected_attention(x, x, x, jnp.zeros((1, 64, 8, 1), jnp.int32), block_size=16)
 
 
+def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):
+  sds = jax.ShapeDtypeStruct
+  call = lambda T: dict(q=sds((1, T, 8, 64), jnp.bfloat16), k=sds((1, 512, 2, 64), jnp.bfloat16),
+                        v=sds((1, 512, 2, 64), jnp.bfloat16), block_indices=sds((1, T, 2, 4), jnp.int32),
+                        block_size=32, scale=0.125, segment_ids=None, query_offset=0)
+  pallas_kernels.available("selected_attention")
+  for serves in (True, False):
+    other = backends.Implementation("triton", None, ("gpu",), lambda arguments: None if serves else "q: no")
+    monkeypatch.setitem(backends._registered["selected_attention"], "triton", other)
+    with backends.target_platform("gpu"):
+      assert backends.choose("selected_attention", None, call(512)).name == "mosaic_gpu"
+      assert backends.choose("selected_attention", None, call(1)).name == ("triton" if serves else "mosaic_gpu")
+      assert backends.choose("selected_attention", "mosaic_gpu", call(1)).name == "mosaic_gpu"
+
+
 def test_plan_bounds_hold_for_long_contexts():
   plan, slices = selected._slices(1, 1 << 20, 1 << 20, 4, 16, 16, 128, 64)
   assert plan.queries * slices >= 1 << 20
