@@ -38,7 +38,7 @@ def run_attention(spec, chip, operation, backward):
   from pallas_kernels.mosaic_tpu import flash
   begin, end, keys = counts.runs(spec, operation)
   window = spec.window if operation == "window" else None
-  bt, bk = flash.tile_sizes(spec.T, max(keys, 1), spec.G, window)
+  bt, bk = flash.tile_sizes(spec.T, max(keys, 1), spec.G, window, jnp.dtype(spec.dtype))
   tiles, heads = -(-spec.T // bt), spec.B * spec.K
   pairs, _ = counts.visited(begin, end, bt, bk)
   pairs *= heads

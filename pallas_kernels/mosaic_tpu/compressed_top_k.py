@@ -114,7 +114,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
             of_parts = jnp.where(mask[:, here], of_parts, 0.0)
           mass[new] += of_parts
 
-        flash.each_part(G, LANES, some)
+        flash.each_part(G, LANES, some, 1 if q.dtype == jnp.float32 else 4)
         total = 0.0
         for n, weight in weights:
           total += weight * mass[pl.ds(row + kept + n, c.per_tile, per_block)]

@@ -67,20 +67,23 @@ def refuses(q, k, v, scale, q_name="q", k_name="k"):
 def refuses_tables(q, k, window=None):
   """None, or why the tables of a call do not fit on chip: they are kept for all sequences at once."""
   (B, T), S = q.shape[:2], k.shape[1]
-  bt, bk = tile_sizes(T, S, q.shape[2] // k.shape[2], window)
+  bt, bk = tile_sizes(T, S, q.shape[2] // k.shape[2], window, q.dtype)
   if 4 * B * (4 * -(-T // bt) + 2 * -(-S // bk)) > TABLE_BYTES:
     return f"q has {B} x {T} queries, k {S} keys: their tables do not fit SMEM"
   return None
 
 
-def tile_sizes(queries, keys, group, window=None):
-  """Queries and keys of a tile: enough of both that a step takes longer than its overhead.
+def tile_sizes(queries, keys, group, window=None, dtype=jnp.bfloat16):
+  """Queries and keys of a tile: enough of both that a step takes longer than its overhead. A product of float32 is
+  six of bfloat16, in time and in code: one part of a head will do, and minutes of compilation are saved.
 
   A window that is short against the tiles makes most of their scores invisible: tiles of half its length
   compute up to twice what is seen.
   """
   tile_queries = max(LANES, min(MAX_QUERIES, TILE_ROWS // group // LANES * LANES))
   tile_keys = MAX_KEYS if group * tile_queries > 1024 else 2 * MAX_KEYS
+  if dtype == jnp.float32:
+    tile_queries, tile_keys = min(tile_queries, PART_QUERIES), MAX_KEYS
   if window is not None:
     half = max(LANES, window // 2 // LANES * LANES)
     tile_queries, tile_keys = min(tile_queries, half), min(tile_keys, half)
@@ -113,7 +116,7 @@ def dot(x, y, x_axis, y_axis):
                          preferred_element_type=jnp.float32)
 
 
-def each_part(group, queries, step, most=4):
+def each_part(group, queries, step, most):
   """step([(head, slice of queries), ...]) over all parts of a tile, `most` at a time.
 
   A part is some 256 queries of one head, independent of the others: while the vector unit works on one, the matrix
@@ -154,7 +157,7 @@ def attend(q, k, v, begin, end, *, scale, window=None, tiles=None, interpret=Fal
   Returns:
     o [B, T, N, H] in q.dtype and lse float32[B, T, N], both differentiable (q, k, v).
   """
-  tiles = tiles or tile_sizes(q.shape[1], k.shape[1], q.shape[2] // k.shape[2], window)
+  tiles = tiles or tile_sizes(q.shape[1], k.shape[1], q.shape[2] // k.shape[2], window, q.dtype)
   return _attend(q, k, v, begin, end, (float(scale), window, tiles, interpret))
 
 
@@ -168,6 +171,7 @@ class _Call:
 
   def __init__(self, q, k, begin, end, static):
     self.scale, window, (self.bt, self.bk), self.interpret = static
+    self.together = (1, 1) if q.dtype == jnp.float32 else (4, 2)  # parts, forward and backward; see `tile_sizes`
     self.B, self.T, self.N, self.H = q.shape
     self.S, self.K = k.shape[1:3]
     self.G = self.N // self.K
@@ -262,7 +266,7 @@ def _forward(q, k, v, begin, end, static):
         for (g, lane), state in zip(parts, after):
           top[pl.ds(g, 1), lane], total[pl.ds(g, 1), lane], acc[g, :, lane] = state
 
-      each_part(c.G, c.bt, some)
+      each_part(c.G, c.bt, some, c.together[0])
 
     key_tile = tiles[tile * 4] + j
     c.masked_and_not(tile, key_tile, key_tile < tiles[tile * 4 + 1], tiles, bounds_ref, step)
@@ -278,7 +282,7 @@ def _forward(q, k, v, begin, end, static):
           sums = total[pl.ds(g, 1), lane]
           o_ref[0, 0, g, :, lane] = (acc[g, :, lane] / jnp.where(sums > 0, sums, 1.0)).astype(o_ref.dtype)
 
-      each_part(c.G, c.bt, write)
+      each_part(c.G, c.bt, write, 1)
 
   o, lse = c.run(
       body, "attention_forward", [c.query_tiles], grid, [bound, wide, key, key], [wide, row],
@@ -329,7 +333,7 @@ def _backward(static, residuals, cotangents):
         for (g, lane), x in zip(parts, sums):
           acc[g, :, lane] = x
 
-      each_part(c.G, c.bt, some, most=2)
+      each_part(c.G, c.bt, some, c.together[1])
 
     key_tile = tiles[tile * 4] + j
     c.masked_and_not(tile, key_tile, key_tile < tiles[tile * 4 + 1], tiles, bounds_ref, step)
@@ -340,7 +344,7 @@ def _backward(static, residuals, cotangents):
         for g, lane in parts:
           dq_ref[0, 0, g, :, lane] = (acc[g, :, lane] * c.scale).astype(dq_ref.dtype)
 
-      each_part(c.G, c.bt, write)
+      each_part(c.G, c.bt, write, 1)
 
   (wide, row, bound, key), grid = c.specs(by_keys=False)
   dq = c.run(of_queries, "attention_backward_q", [c.query_tiles], grid, [bound, wide, key, key, wide, row, row],
@@ -367,7 +371,7 @@ def _backward(static, residuals, cotangents):
         dk[...] += more_k
         dv[...] += more_v
 
-      each_part(c.G, c.bt, some, most=2)
+      each_part(c.G, c.bt, some, c.together[1])
 
     at = (b * c.nk + i) * 2
     query_tile = key_tiles[at] + j

@@ -81,7 +81,7 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
             s = jnp.where(mask[:, lane], s, -jnp.inf)
           scores[r, c.rows_of(tile), lane] = s.reshape(c.per_tile, block_size, -1).max(axis=1)
 
-      flash.each_part(heads, bt, some, most=2)
+      flash.each_part(heads, bt, some, 2)
 
     c.over_keys(tiles, place, j, bounds_ref, step)
     pl.when(j == c.nk - 1)(lambda: c.choose(tiles, place, bounds_ref, scores, out_ref))
