@@ -25,28 +25,30 @@ from experiments import arguments
 from nsa import config as config_lib, methods, metrics, schedule
 from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig
 
-SHAPE = ModelConfig(vocab_size=151_936, num_layers=28, d_model=1024, num_heads=16, num_kv_heads=8, head_dim=128, mlp_dim=3072,
-                    rope_theta=1e6, embedding_multiplier=1.0, dtype="bfloat16")
+SHAPE = ModelConfig(vocab_size=151_936, num_layers=28, d_model=1024, num_heads=16, num_kv_heads=8, head_dim=128,
+                    mlp_dim=3072, rope_theta=1e6, embedding_multiplier=1.0, dtype="bfloat16")
 
 
 def get_config(arg=None):
   a = arguments.parse(arg, trunk="", method="msa", steps=1000, context=8192, batch=8, block_size=64, num_blocks=16,
                       dense_layers=0, peak=2e-5)
   geometry = dict(block_size=a.block_size, num_blocks=a.num_blocks)
-  known = {"msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry), "quest": methods.Quest(**geometry)}
+  known = {"msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry),
+           "quest": methods.Quest(**geometry)}
   if a.method not in known:
     raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(known)}")
   model, tokenizer, size = SHAPE, "bytes", "0.6B"
   if a.trunk:
     path = Path(a.trunk) / "config.json"
     if not path.is_file():
-      raise FileNotFoundError(f"experiment argument trunk = {a.trunk!r}: no run directory; make one with launch.import_hf")
+      raise FileNotFoundError(f"experiment argument trunk = {a.trunk!r}: no run directory; launch.import_hf makes one")
     trunk = config_lib.from_dict(metrics.read_json(path))
     model, tokenizer, size = trunk.model, trunk.data.tokenizer, trunk.size
   if not 0 <= a.dense_layers < model.num_layers:
     raise ValueError(f"experiment argument dense_layers = {a.dense_layers}: 0 to {model.num_layers - 1}")
   layers = ("dense",) * a.dense_layers + ("attention",) * (model.num_layers - a.dense_layers)
-  plan = schedule.native(a.steps, selector_warmup=0.1 if a.method == "msa" else 0.0, peak=a.peak, warmup=0.02, decay=0.2)
+  plan = schedule.native(a.steps, selector_warmup=0.1 if a.method == "msa" else 0.0, peak=a.peak, warmup=0.02,
+                         decay=0.2)
   return Config(
       arm=f"retrofit_{a.method}", size=size, model=dataclasses.replace(model, remat="layer"), attention=known[a.method],
       layers=layers if a.dense_layers else (), schedule=plan,

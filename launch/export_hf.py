@@ -13,7 +13,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write, made if it is not there.")
 _STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
 _SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 for its first.")
-_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "Of the weights; empty: the imported model's, or float32.")
+_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
+                           "Of the weights; empty: the imported model's, or float32.")
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "GB (10^9 bytes) of a file at most.", lower_bound=1e-6)
 flags.mark_flags_as_required(["workdir", "out"])
 

@@ -13,7 +13,8 @@ from launch import cli
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json and safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to make.")
-_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of the windows that launch.evaluate takes by default.", lower_bound=2)
+_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of the windows that launch.evaluate takes by default.",
+                                lower_bound=2)
 flags.mark_flags_as_required(["source", "workdir"])
 
 

@@ -36,14 +36,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 _IRRELEVANT = {
     "architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "initializer_range",
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "pretraining_tp",
-    "attention_dropout", "max_window_layers", "return_dict", "output_attentions", "output_hidden_states", "task_specific_params",
-    "is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "tokenizer_class"}
+    "attention_dropout", "max_window_layers", "return_dict", "output_attentions", "output_hidden_states",
+    "task_specific_params", "is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+    "tokenizer_class"}
 # Keys with one value that the model here computes; absent or null is that value.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
           "partial_rotary_factor": 1.0, "quantization_config": None}
-_READ = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
-         "layer_types"}
+_READ = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
+         "rope_parameters", "sliding_window", "layer_types"}
 
 
 # --- config.json ----------------------------------------------------------------
@@ -62,14 +63,17 @@ def read_config(path) -> ModelConfig:
       problems.append((f"{path}: {key}", value, fix))
 
   kind = tree.get("model_type")
-  need(kind in ("llama", "qwen3"), "model_type", kind, "only llama and qwen3 are known; add its differences to nsa/huggingface.py")
+  need(kind in ("llama", "qwen3"), "model_type", kind,
+       "only llama and qwen3 are known; add its differences to nsa/huggingface.py")
   for key, value in tree.items():
     if key in _FIXED:
-      need(value in (None, _FIXED[key]), key, value, f"the model here has {key} = {_FIXED[key]!r} alone: take another checkpoint")
+      need(value in (None, _FIXED[key]), key, value,
+           f"the model here has {key} = {_FIXED[key]!r} alone: take another checkpoint")
     elif key not in _IRRELEVANT | _READ:
-      need(value is None, key, value, "not known here: if it changes nothing in the forward pass, remove it from config.json")
-  need(tree.get("sliding_window") is None or tree.get("use_sliding_window") is False, "sliding_window", tree.get("sliding_window"),
-       "attention is over all previous tokens here: take another checkpoint")
+      need(value is None, key, value,
+           "not known here: if it changes nothing in the forward pass, remove it from config.json")
+  need(tree.get("sliding_window") is None or tree.get("use_sliding_window") is False, "sliding_window",
+       tree.get("sliding_window"), "attention is over all previous tokens here: take another checkpoint")
   others = sorted(set(tree.get("layer_types") or ()) - {"full_attention"})
   need(not others, "layer_types", others, "attention is over all previous tokens here: take another checkpoint")
   for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -82,9 +86,11 @@ def read_config(path) -> ModelConfig:
   heads = tree["num_attention_heads"]
   return ModelConfig(
       vocab_size=tree["vocab_size"], num_layers=tree["num_hidden_layers"], d_model=tree["hidden_size"], num_heads=heads,
-      num_kv_heads=tree.get("num_key_value_heads") or heads, head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
-      mlp_dim=tree["intermediate_size"], rope_theta=theta, rope_scaling=scaling, norm_eps=tree.get("rms_norm_eps", 1e-6),
-      embedding_multiplier=1.0, qk_norm=kind == "qwen3", tie_embeddings=tree.get("tie_word_embeddings", False), dtype=dtype)
+      num_kv_heads=tree.get("num_key_value_heads") or heads,
+      head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
+      mlp_dim=tree["intermediate_size"], rope_theta=theta, rope_scaling=scaling,
+      norm_eps=tree.get("rms_norm_eps", 1e-6), embedding_multiplier=1.0, qk_norm=kind == "qwen3",
+      tie_embeddings=tree.get("tie_word_embeddings", False), dtype=dtype)
 
 
 def _rope(tree, need) -> tuple[float, RopeScaling]:
@@ -95,14 +101,15 @@ def _rope(tree, need) -> tuple[float, RopeScaling]:
   kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
   found.pop("type", None)
   names = {"default": {}, "linear": {"factor": "factor"},
-           "llama3": {"factor": "factor", "original_max_position_embeddings": "context", "low_freq_factor": "low_frequency",
-                      "high_freq_factor": "high_frequency"}}
+           "llama3": {"factor": "factor", "original_max_position_embeddings": "context",
+                      "low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"}}
   need(kind in names, f"{key}.rope_type", kind, f"known are {', '.join(names)}: take another checkpoint")
   fields = names.get(kind, {})
   if kind == "default" and found.get("partial_rotary_factor", 1.0) == 1.0:
     found.pop("partial_rotary_factor", None)
   for name, value in found.items():
-    need(name in fields or kind not in names or value is None, f"{key}.{name}", value, f"not known for the rope_type {kind}")
+    need(name in fields or kind not in names or value is None, f"{key}.{name}", value,
+         f"not known for the rope_type {kind}")
   for name in fields:
     need(isinstance(found.get(name), (int, float)), f"{key}.{name}", found.get(name), f"the rope_type {kind} needs it")
   if kind == "default" or any(not isinstance(found.get(name), (int, float)) for name in fields):
@@ -154,14 +161,16 @@ class _Tensors:
       where = json.loads((folder / INDEX).read_text())["weight_map"]
       missing = sorted({file for file in where.values() if not (folder / file).is_file()})
       if missing:
-        raise ConfigError([("source", str(folder), f"{INDEX} names {', '.join(missing)}, which are not there: fetch them again")])
+        raise ConfigError([("source", str(folder),
+                            f"{INDEX} names {', '.join(missing)}, which are not there: fetch them again")])
       self._files = {name: safetensors.safe_open(folder / name, framework="np") for name in set(where.values())}
       self._where = {tensor: self._files[file] for tensor, file in where.items()}
     elif (folder / "model.safetensors").is_file():
       file = safetensors.safe_open(folder / "model.safetensors", framework="np")
       self._where = {tensor: file for tensor in file.keys()}
     else:
-      raise ConfigError([("source", str(folder), f"neither model.safetensors nor {INDEX}: save the model as safetensors")])
+      raise ConfigError([("source", str(folder),
+                          f"neither model.safetensors nor {INDEX}: save the model as safetensors")])
     self.unread = set(self._where)
 
   def __call__(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -172,7 +181,8 @@ class _Tensors:
     if x.shape != shape:
       raise ConfigError([(f"source: {name}", x.shape, f"config.json makes it {shape}")])
     if x.dtype.name not in DTYPES:
-      raise ConfigError([(f"source: {name}", x.dtype.name, f"weights are one of {', '.join(DTYPES)}: save the model unquantized")])
+      raise ConfigError([(f"source: {name}", x.dtype.name,
+                          f"weights are one of {', '.join(DTYPES)}: save the model unquantized")])
     return x.astype(np.float32)
 
 
@@ -185,19 +195,22 @@ def _safetensors():
     raise ModuleNotFoundError(f"{error}: models of the Hugging Face format need it: pip install safetensors") from None
 
 
-# Path in a block -> tensor of layer i, and how its [out, in] splits into axes here: "dnh" is [heads * head_dim, d_model].
+# Path in a block -> tensor of layer i, and the axes that its [out, in] has here: [heads * head_dim, d_model] is "dnh".
 _BLOCK = {
     ("attention_norm",): ("input_layernorm", "d"), ("mlp_norm",): ("post_attention_layernorm", "d"),
-    ("attention", "q", "weight"): ("self_attn.q_proj", "dnh"), ("attention", "k", "weight"): ("self_attn.k_proj", "dkh"),
+    ("attention", "q", "weight"): ("self_attn.q_proj", "dnh"),
+    ("attention", "k", "weight"): ("self_attn.k_proj", "dkh"),
     ("attention", "v", "weight"): ("self_attn.v_proj", "dkh"), ("attention", "out"): ("self_attn.o_proj", "nhd"),
     ("attention", "q", "norm"): ("self_attn.q_norm", "h"), ("attention", "k", "norm"): ("self_attn.k_norm", "h"),
-    ("mlp", "gate"): ("mlp.gate_proj", "df"), ("mlp", "up"): ("mlp.up_proj", "df"), ("mlp", "down"): ("mlp.down_proj", "fd")}
+    ("mlp", "gate"): ("mlp.gate_proj", "df"), ("mlp", "up"): ("mlp.up_proj", "df"),
+    ("mlp", "down"): ("mlp.down_proj", "fd")}
 _TOP = {("embed",): ("model.embed_tokens", "vd"), ("norm",): ("model.norm", "d"), ("head",): ("lm_head", "dv")}
 
 
 def _tensors(model: ModelConfig):
   """(path here, layer or None, tensor's name, shape here, shape there, whether it is transposed)."""
-  sizes = dict(d=model.d_model, n=model.num_heads, k=model.num_kv_heads, h=model.head_dim, f=model.mlp_dim, v=model.vocab_size)
+  sizes = dict(d=model.d_model, n=model.num_heads, k=model.num_kv_heads, h=model.head_dim, f=model.mlp_dim,
+               v=model.vocab_size)
   for table, layers in ((_TOP, (None,)), (_BLOCK, range(model.num_layers))):
     for path, (name, letters) in table.items():
       if path == ("head",) and model.tie_embeddings or path[-1] == "norm" and len(path) > 1 and not model.qk_norm:
@@ -228,7 +241,8 @@ def load_params(folder, model: ModelConfig) -> dict:
   if model.tie_embeddings:
     unread.discard("lm_head.weight")  # some files hold the embedding twice
   if unread:
-    raise ConfigError([("source", sorted(unread)[:8], "tensors that the model here does not have: take another checkpoint")])
+    raise ConfigError([("source", sorted(unread)[:8],
+                        "tensors that the model here does not have: take another checkpoint")])
   return params
 
 
@@ -303,7 +317,8 @@ def import_model(source, workdir, *, context: int = 4096) -> Config:
   return config
 
 
-def export_model(workdir, folder, *, step: int = -1, seed: int = -1, dtype: str = "", shard_bytes: int = 5 * 10 ** 9) -> list[str]:
+def export_model(workdir, folder, *, step: int = -1, seed: int = -1, dtype: str = "",
+                 shard_bytes: int = 5 * 10 ** 9) -> list[str]:
   """Writes a run's model as a folder of the Hugging Face format; returns what the model had that it leaves out.
 
   Parameters of selectors and branches have no place there: what is written is the backbone, to be run dense.
@@ -322,7 +337,8 @@ def export_model(workdir, folder, *, step: int = -1, seed: int = -1, dtype: str 
   config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
   acting = sorted({method.name for method in config.methods if method.acts_when_dense})
   if acting:
-    raise ConfigError([("attention", ", ".join(acting), "its parameters act in dense attention too, and the format has no place for them")])
+    raise ConfigError([("attention", ", ".join(acting),
+                        "its parameters act in dense attention too, and the format has no place for them")])
   origin = _origin(workdir, config)
   base = metrics.read_json(origin / "config.json") if origin else None
   dtype = dtype or (base or {}).get("dtype") or (base or {}).get("torch_dtype") or "float32"

@@ -23,15 +23,17 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parent.parent
 V, D, F, L, N, K, H, T = 96, 32, 48, 3, 4, 2, 12, 40
-SHAPE = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-             head_dim=H, hidden_act="silu", attention_bias=False, max_position_embeddings=512)
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
+SHAPE = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+             num_key_value_heads=K, head_dim=H, hidden_act="silu", attention_bias=False, max_position_embeddings=512)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=24)
 CONFIGS = {
     # As transformers 5 writes it.
-    "llama": dict(SHAPE, model_type="llama", rms_norm_eps=1e-3, tie_word_embeddings=False, mlp_bias=False, dtype="float32",
-                  rope_parameters=dict(LLAMA3, rope_theta=500.0)),
+    "llama": dict(SHAPE, model_type="llama", rms_norm_eps=1e-3, tie_word_embeddings=False, mlp_bias=False,
+                  dtype="float32", rope_parameters=dict(LLAMA3, rope_theta=500.0)),
     # As transformers 4 wrote it.
-    "qwen3": dict(SHAPE, model_type="qwen3", rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="bfloat16", rope_theta=200.0,
+    "qwen3": dict(SHAPE, model_type="qwen3", rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="bfloat16",
+                  rope_theta=200.0,
                   rope_scaling=dict(type="linear", factor=2.0), sliding_window=None, use_sliding_window=False),
 }
 CONFIGS["qwen3"].pop("head_dim")  # then it is D / N
@@ -124,7 +126,8 @@ TOKENS = np.random.default_rng(0).integers(0, V, (1, T)).astype(np.int32)
 def our_logits(config, params):
   model = dataclasses.replace(config.model, dtype="float32")
   config = dataclasses.replace(config, model=model)
-  return np.asarray(jax.jit(lambda p: model_lib.forward(config, p, jnp.asarray(TOKENS), mode="dense").logits)(params))[0]
+  return np.asarray(jax.jit(lambda p: model_lib.forward(config, p, jnp.asarray(TOKENS),
+                                                        mode="dense").logits)(params))[0]
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -157,8 +160,8 @@ def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
 def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   torch.manual_seed(0)
-  shape = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-               head_dim=H, initializer_range=0.3)
+  shape = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+               num_key_value_heads=K, head_dim=H, initializer_range=0.3)
   if name == "llama":
     built = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **shape, tie_word_embeddings=False, rms_norm_eps=1e-3, rope_parameters=dict(LLAMA3, rope_theta=500.0)))
@@ -187,8 +190,10 @@ def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
     ("llama", dict(model_type="qwen2"), ["model_type = 'qwen2'", "only llama and qwen3"]),
     ("llama", dict(attention_bias=True), ["attention_bias = True", "another checkpoint"]),
     ("llama", dict(hidden_act="gelu"), ["hidden_act = 'gelu'", "silu"]),
-    ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), ["rope_parameters.rope_type = 'yarn'", "llama3"]),
-    ("llama", dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), ["rope_parameters.low_freq_factor = None", "needs it"]),
+    ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0)),
+     ["rope_parameters.rope_type = 'yarn'", "llama3"]),
+    ("llama", dict(rope_parameters=dict(rope_type="llama3", factor=2.0)),
+     ["rope_parameters.low_freq_factor = None", "needs it"]),
     ("qwen3", dict(rope_scaling=dict(type="linear", factor=2.0, beta=3)), ["rope_scaling.beta = 3", "linear"]),
     ("qwen3", dict(sliding_window=128, use_sliding_window=True), ["use_sliding_window = True", "sliding_window = 128"]),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types = ['sliding_attention']"]),
@@ -228,8 +233,8 @@ def test_a_method_that_acts_in_dense_attention_too_is_not_exported(tmp_path):
 
 def test_a_model_trained_here_is_exported_with_its_embedding_factor(tmp_path):
   """With untied embeddings sqrt(d_model) goes into the table."""
-  model = config_lib.ModelConfig(vocab_size=V, num_layers=1, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=F,
-                                 tie_embeddings=False)
+  model = config_lib.ModelConfig(vocab_size=V, num_layers=1, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H,
+                                 mlp_dim=F, tie_embeddings=False)
   params = jax.tree.map(lambda x: np.random.default_rng(1).standard_normal(x.shape).astype(np.float32) * 0.2,
                         model_lib.abstract_params(config_lib.Config(model=model)))
   huggingface.save_params(params, model, tmp_path, "float32")
@@ -262,14 +267,17 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   monkeypatch.setattr(f"{__name__}.V", 352)
   source = write("qwen3", tmp_path / "source")
   tiny_tokenizer(source)
-  command = [sys.executable, "-m", "launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'trunk'}", "--context=64"]
-  done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+  command = [sys.executable, "-m", "launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'trunk'}",
+             "--context=64"]
+  done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+                        check=False)
   assert done.returncode == 0 and "parameters, 3 layers" in done.stdout, done.stderr
   imported = config_lib.from_dict(metrics.read_json(tmp_path / "trunk/config.json"))
   assert imported.data.tokenizer == f"hf:{tmp_path / 'trunk/hf'}"
   before = checkpoint.load_params(tmp_path / "trunk")
 
-  config = retrofit_hf.get_config(f"trunk={tmp_path / 'trunk'},steps=10,context=64,batch=2,block_size=8,num_blocks=3,dense_layers=1")
+  small = "steps=10,context=64,batch=2,block_size=8,num_blocks=3,dense_layers=1"
+  config = retrofit_hf.get_config(f"trunk={tmp_path / 'trunk'},{small}")
   config.seeds, config.log_every, config.attention.index_dim, config.model.remat = (7,), 1, 8, "none"
   text = Path(json.decoder.__file__).read_text()
   for split in ("train", "val"):
@@ -280,7 +288,8 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   assert config.data.tokenizer == imported.data.tokenizer and config.fork.reset
   assert train.train(config, tmp_path / "run", progress=False) == 10
   rows = metrics.read_json(tmp_path / "run/eval/10.json")["records"]
-  language = {mode: [r for r in rows if r["kind"] == "language" and r["run_mode"] == mode] for mode in ("dense", "sparse")}
+  language = {mode: [r for r in rows if r["kind"] == "language" and r["run_mode"] == mode]
+              for mode in ("dense", "sparse")}
   assert all(len(found) == 2 and all(np.isfinite(r["bits_per_byte"]) for r in found) for found in language.values())
   assert language["dense"][0]["bytes"] > 64  # 64 tokens stand for more bytes
   log = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")

@@ -23,7 +23,8 @@ METHODS = {
     "minference_blocks": methods.MInferenceBlocks(block_size=8, num_blocks=3),
     "vertical_slash": methods.VerticalSlash(verticals=5, slashes=6, window=6, sinks=1, local=2),
     "flexprefill": methods.FlexPrefill(alpha=0.5, min_budget=3, window=6, sinks=1, local=2),
-    "flexprefill_aware": methods.FlexPrefill(alpha=0.6, min_budget=3, window=6, sinks=1, local=2, tau=0.1, block_size=8),
+    "flexprefill_aware": methods.FlexPrefill(alpha=0.6, min_budget=3, window=6, sinks=1, local=2, tau=0.1,
+                                             block_size=8),
     "xattention": methods.XAttention(threshold=0.6, stride=4, block_size=8),
     "snapkv": methods.SnapKV(capacity=9, window=5, kernel=3, local=3, prefix=2),
 }
@@ -102,7 +103,8 @@ def slow_flexprefill(o, q, k, P):
       pairs = {}
       for r in range(rows):
         mean = q[parts[r]].mean(0)
-        p = np.mean([softmax(np.array([keys[c] @ mean[g] for c in range(r + 1)]) / np.sqrt(H)) for g in range(G)], axis=0)
+        p = np.mean([softmax(np.array([keys[c] @ mean[g] for c in range(r + 1)]) / np.sqrt(H)) for g in range(G)],
+                    axis=0)
         pairs.update({(r, c): p[c] for c in range(r + 1)})
       order = sorted(pairs, key=pairs.get, reverse=True)
       chosen = order[:cover(list(pairs.values()), o.alpha)]
@@ -154,7 +156,8 @@ def slow_snapkv(o, q, k, P):
   return [set(range(t + 1)) if t < P else {s for s in range(t + 1) if s in kept or s >= P} for t in range(T)]
 
 
-SLOW = {"minference_blocks": slow_minference_blocks, "vertical_slash": slow_vertical_slash, "flexprefill": slow_flexprefill,
+SLOW = {"minference_blocks": slow_minference_blocks, "vertical_slash": slow_vertical_slash,
+        "flexprefill": slow_flexprefill,
         "flexprefill_aware": slow_flexprefill, "xattention": slow_xattention, "snapkv": slow_snapkv}
 
 
@@ -240,14 +243,16 @@ def make_config(attention, **kw):
 
 def random_params(config):
   rng = np.random.default_rng(2)
-  return jax.tree.map(lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32), model_lib.abstract_params(config))
+  return jax.tree.map(lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32),
+                      model_lib.abstract_params(config))
 
 
 @functools.lru_cache(maxsize=None)
 def program(name):
   """(tokens, prompt) -> logits."""
   config = make_config(METHODS.get(name, methods.Dense()))
-  run = jax.jit(lambda params, tokens, prompt: model_lib.forward(config, params, tokens, prompt=prompt, losses=False).logits)
+  run = jax.jit(lambda params, tokens, prompt: model_lib.forward(
+      config, params, tokens, prompt=prompt, losses=False).logits)
   return functools.partial(run, random_params(config))
 
 
@@ -267,7 +272,7 @@ def test_behind_the_prompt_nothing_leaks_and_within_it_prefill_methods_do(name):
       free = slice(min(P - 1, t), t) if t < P else slice(0, t)
       np.testing.assert_array_equal(after[b, free], before[b, free])
       assert (after[b, t] != before[b, t]).any()
-  # The stated exception: with other last tokens of the prompt earlier queries choose otherwise. Eviction comes after it.
+  # The stated exception: with other last tokens of the prompt earlier queries choose otherwise; eviction comes later.
   leaks = []
   for seed in range(1, 9):
     changed = tokens.copy()
@@ -283,7 +288,8 @@ def test_prefill_and_decoding_equal_the_pass_with_a_prompt(name):
 
   @jax.jit
   def run(params, tokens):
-    out = model_lib.forward(config, params, tokens[:, :P], cache=model_lib.init_cache(config, params, B, T), prompt=P, losses=False)
+    out = model_lib.forward(config, params, tokens[:, :P], cache=model_lib.init_cache(config, params, B, T), prompt=P,
+                            losses=False)
 
     def step(cache, x):
       token, offset = x
@@ -301,13 +307,15 @@ def test_prefill_and_decoding_equal_the_pass_with_a_prompt(name):
   if name == "snapkv":  # the prompt is dense
     np.testing.assert_allclose(want[:, :P], dense[:, :P], rtol=1e-5, atol=1e-5)
     text = np.asarray(model_lib.generate(config, params, tokens[:, :P], 3))  # the prompt that it is given is the prompt
-    logits = np.asarray(program(name)(np.concatenate([tokens[:, :P], text, tokens[:, P + 3:]], 1), np.full(B, P, np.int32)))
+    logits = np.asarray(program(name)(np.concatenate([tokens[:, :P], text, tokens[:, P + 3:]], 1),
+                                      np.full(B, P, np.int32)))
     best = np.take_along_axis(logits[:, P - 1:P + 2], text[..., None], -1)[..., 0]
     assert (logits[:, P - 1:P + 2].max(-1) - best < 1e-4).all()
 
 
 EVERYTHING = {
-    "minference_blocks": dict(num_blocks=6), "vertical_slash": dict(verticals=T, slashes=T), "xattention": dict(threshold=1.0),
+    "minference_blocks": dict(num_blocks=6), "vertical_slash": dict(verticals=T, slashes=T),
+    "xattention": dict(threshold=1.0),
     "flexprefill": dict(min_budget=T), "flexprefill_aware": dict(alpha=1.0, tau=9.0), "snapkv": dict(capacity=40)}
 
 
@@ -327,7 +335,8 @@ def test_without_a_prompt_they_refuse():
   with pytest.raises(ValueError, match="'xattention' chooses once per prompt.*leak"):
     model_lib.forward(config, params, tokens_of())
   with pytest.raises(ValueError, match="offset = 3: a prompt begins at position 0"):
-    model_lib.forward(config, params, tokens_of(), prompt=PROMPT, offset=3, cache=model_lib.init_cache(config, params, B, T + 3))
+    model_lib.forward(config, params, tokens_of(), prompt=PROMPT, offset=3,
+                      cache=model_lib.init_cache(config, params, B, T + 3))
   config = make_config(METHODS["snapkv"], schedule=config_lib.ScheduleConfig(10, [config_lib.Stage(mode="sparse")]))
   config.model.vocab_size = 264
   with pytest.raises(config_lib.ConfigError, match="snapkv chooses once per prompt and would leak in training"):
@@ -357,7 +366,8 @@ def evaluated(msa: bool):
   layers, modes = (("dense", "attention"), RUN_MODES[1:3]) if msa else ((), RUN_MODES)
   config = config_lib.Config(
       attention=methods.MSA(index_dim=4, block_size=8, num_blocks=2) if msa else methods.Dense(), layers=layers,
-      model=config_lib.ModelConfig(vocab_size=264, num_layers=2, d_model=16, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16),
+      model=config_lib.ModelConfig(vocab_size=264, num_layers=2, d_model=16, num_heads=N, num_kv_heads=K, head_dim=H,
+                                   mlp_dim=16),
       data=config_lib.DataConfig(context=64),
       eval=config_lib.EvalConfig(sequences=3, batch=2, task_examples=3, tasks=("mqar:pairs=2",), run_modes=modes))
   config_lib.validate(config)
@@ -384,7 +394,8 @@ def test_run_modes_are_scored_behind_the_prompt_alone_and_say_what_they_cost():
     assert [(row["start"], row["end"]) for row in of_kind(found[mode], "position")] == [(32, 64)]
     assert [row["index"] for row in of_kind(found[mode], "task")] == [0, 1, 2]
     assert len(of_kind(found[mode], "layer")) == 2
-  assert all("bits_per_byte" in row for row in of_kind(found["dense"], "language") + of_kind(found[RUN_MODES[3]], "language"))
+  assert all("bits_per_byte" in row
+             for row in of_kind(found["dense"], "language") + of_kind(found[RUN_MODES[3]], "language"))
   product = 4 * N * H  # FLOPs of one visible token
   snap, flex, quest = (of_kind(found[mode], "layer")[0] for mode in RUN_MODES[1:])
   # 9 of the prompt, and the answer's own 1 .. 32.
@@ -395,7 +406,8 @@ def test_run_modes_are_scored_behind_the_prompt_alone_and_say_what_they_cost():
   assert flex["attention_flops"] == pytest.approx(product * flex["tokens_visible"] + choosing)
   assert 3 < flex["tokens_visible"] < flex["tokens_causal"] == pytest.approx(33 / 2)
   # Two pages of 8: 1 .. 8, then a whole one and the own; two products per page of the half that is visible.
-  assert quest["tokens_visible"] == pytest.approx((36 + 7 * (8 * 8 + 36)) / 64) and quest["tokens_causal"] == pytest.approx(65 / 2)
+  assert quest["tokens_visible"] == pytest.approx((36 + 7 * (8 * 8 + 36)) / 64)
+  assert quest["tokens_causal"] == pytest.approx(65 / 2)
   assert quest["attention_flops"] == pytest.approx(product * quest["tokens_visible"] + 2 * K * H * 65 / 8)
 
 
@@ -414,7 +426,8 @@ def test_analytic_cost():
   assert quest.tokens_visible(context) == 1024
   assert quest.reads(model, context) == {"selected": 1024.0, "scores": 2048.0}  # a page's two keys are one position
   x = methods.XAttention(stride=8)
-  assert x.flops(model, context, "sparse") == {"selected": pytest.approx(dense), "scores": dense / 16}  # K^T alone, an eighth
+  assert x.flops(model, context, "sparse") == {"selected": pytest.approx(dense),
+                                               "scores": dense / 16}  # K^T alone, an eighth
   snap = methods.SnapKV()
   assert snap.reads(model, context) == {"kept": 1024.0}
   assert snap.flops(model, context, "sparse")["dense"] == dense

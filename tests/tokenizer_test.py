@@ -1,4 +1,4 @@
-"""Tests of nsa/data/tokenizer.py beyond bytes: tokenizer.json files that are made on the spot, and what is built on them."""
+"""Tests of nsa/data/tokenizer.py beyond bytes: tokenizer.json files made on the spot, and what is built on them."""
 import json
 
 import numpy as np
@@ -19,18 +19,19 @@ def save(folder, kind, config):
   if kind == "byte_level":
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
   else:
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<s>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
-    made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
-                                                 tokenizers.decoders.Fuse()])
+    made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "),
+                                                 tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     alphabet = []
   special = ["<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] * (kind == "fallback")
-  trainer = tokenizers.trainers.BpeTrainer(vocab_size=330 + 256 * (kind == "fallback"), special_tokens=special, show_progress=False,
-                                           initial_alphabet=alphabet)
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=330 + 256 * (kind == "fallback"), special_tokens=special,
+                                           show_progress=False, initial_alphabet=alphabet)
   made.train_from_iterator([TEXT], trainer)
   made.save(str(folder / "tokenizer.json"))
   if kind == "fallback":  # bytes are tokens of the model there, not special
@@ -61,7 +62,8 @@ def test_documents_batches_and_windows_are_in_its_tokens(tmp_path):
   for split, count in (("train", 8), ("val", 4)):
     (tmp_path / split).mkdir()
     (tmp_path / split / "a.py").write_text(TEXT * count)
-  config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=384), schedule=schedule.dense(4), data=config_lib.DataConfig(
+  config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=384), schedule=schedule.dense(4),
+                             data=config_lib.DataConfig(
       source=f"files:{tmp_path}", tokenizer=name, context=32, global_batch=4, align=8))
   config_lib.validate(config)
   document, = data.load(config.data.source, "train", tokens=name)
@@ -96,7 +98,8 @@ def test_what_is_wrong_is_named(tmp_path):
   with pytest.raises(ValueError, match="cannot be counted"):
     tokenizer.get(f"hf:{tmp_path / 'c'}")
   name = save(tmp_path / "d", "byte_level", {"eos_token": "</s>"})
-  config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=256), data=config_lib.DataConfig(tokenizer=name, tasks=("copy",)))
+  config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=256),
+                             data=config_lib.DataConfig(tokenizer=name, tasks=("copy",)))
   with pytest.raises(config_lib.ConfigError) as error:
     config_lib.validate(config)
   assert f"model.vocab_size = 256: the tokenizer has {tokenizer.get(name).vocab_size} tokens" in str(error.value)

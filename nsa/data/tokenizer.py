@@ -57,7 +57,8 @@ class HuggingFace:
     folder = pathlib.Path(path).expanduser()
     file = folder / "tokenizer.json" if folder.is_dir() else folder
     if not file.is_file():
-      raise FileNotFoundError(f"data.tokenizer = {self.name!r}: there is no {file}; give a tokenizer.json or the folder that holds one")
+      raise FileNotFoundError(f"data.tokenizer = {self.name!r}: there is no {file}; give a tokenizer.json or its "
+                              "folder")
     try:
       import tokenizers  # an optional extra
     except ModuleNotFoundError as error:
@@ -71,7 +72,8 @@ class HuggingFace:
     names = json.loads(beside.read_text()) if beside.is_file() else {}
     self.eos = self._id(names, "eos_token", beside)
     if self.eos is None:
-      raise ValueError(f"data.tokenizer = {self.name!r}: {beside} names no eos_token; documents end with it, add it there")
+      raise ValueError(f"data.tokenizer = {self.name!r}: {beside} names no eos_token; documents end with it, add it "
+                       "there")
     self.bos = self._id(names, "bos_token", beside)
     self.bos = self.eos if self.bos is None else self.bos
     self.pad = self.eos
@@ -83,7 +85,8 @@ class HuggingFace:
       return None
     found = self._tokenizer.token_to_id(token)
     if found is None:
-      raise ValueError(f"data.tokenizer = {self.name!r}: {file} has {key} = {token!r}, which tokenizer.json does not know")
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} has {key} = {token!r}, which tokenizer.json does not "
+                       "know")
     return found
 
   def _count_bytes(self, tree) -> np.ndarray:
@@ -91,8 +94,8 @@ class HuggingFace:
     kinds = {part["type"] for part in _parts(tree.get("pre_tokenizer")) + _parts(tree.get("decoder"))}
     byte_level = "ByteLevel" in kinds
     if not byte_level and not (tree.get("model") or {}).get("byte_fallback"):
-      raise ValueError(f"data.tokenizer = {self.name!r}: neither byte-level nor with byte fallback, so that the bytes of its "
-                       "tokens cannot be counted; take bytes or another tokenizer")
+      raise ValueError(f"data.tokenizer = {self.name!r}: neither byte-level nor with byte fallback, so that the bytes "
+                       "of its tokens cannot be counted; take bytes or another tokenizer")
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     added = {token["id"] for token in tree.get("added_tokens") or ()}
     out = np.zeros(max(vocabulary.values()) + 1, np.int32)

@@ -67,7 +67,8 @@ class FlexPrefill(prompt.PromptMethod):
     count = jnp.minimum(prompt_length, self.window)[:, None, None]
     index = jnp.arange(T)
     last = (index < prompt_length[:, None]) & (index >= prompt_length[:, None] - self.window)
-    mean = jnp.where(last[:, :, None, None], q.astype(jnp.float32), 0.0).sum(1).reshape(B, K, N // K, H) / count[..., None]
+    mean = jnp.where(last[:, :, None, None], q.astype(jnp.float32), 0.0).sum(1)
+    mean = mean.reshape(B, K, N // K, H) / count[..., None]
     estimate = prompt.masked_softmax(prompt.einsum("bkgh,bckh->bkgc", mean * H ** -0.5, keys), real[:, :, None]).mean(2)
     true = jnp.pad(p.sum(2), ((0, 0), (0, 0), (0, rows * size - T))).reshape(B, K, rows, size).sum(-1) / count
     aware = _root_divergence(estimate, true) < self.tau

@@ -104,15 +104,16 @@ class PromptLayer(interface.Layer):
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if call.prompt is None:
       if call.state is None:
-        raise ValueError(f"attention method {options.name!r} chooses once per prompt, with tokens that lie behind those it "
-                         "chooses for: a pass that is scored at every position would leak. Give the prompts' lengths "
+        raise ValueError(f"attention method {options.name!r} chooses once per prompt, with tokens that lie behind "
+                         "those it chooses for: a pass that is scored throughout would leak. Give the prompts' lengths "
                          "(model.forward(..., prompt=)), or evaluate a trained model with it as a run mode")
       visible = options.recall(call.state, call.state["prompt"], S)
       if visible is None:
         return super().__call__(x, streams, call)
       return interface.Result(attend(q, k, v, visible, call)[0], {})
     if not isinstance(call.offset, int) or call.offset:
-      raise ValueError(f"prompt with offset = {call.offset}: a prompt begins at position 0; pass it with the first tokens")
+      raise ValueError(f"prompt with offset = {call.offset}: a prompt begins at position 0; pass it with the first "
+                       "tokens")
     prompt = jnp.broadcast_to(jnp.asarray(call.prompt, jnp.int32), (B,))
     chosen, memory = options.choose(jax.lax.stop_gradient(q), jax.lax.stop_gradient(k[:, :T]), prompt, call)
     mine = (lambda t: t < prompt[:, None]) if options.phase == "prefill" else (lambda t: t >= prompt[:, None])  # [B, t]
@@ -180,7 +181,8 @@ def _by_queries(part, chunk, positions, q, segments):
     x = jnp.pad(x, pad).reshape(x.shape[:axis] + (n, chunk) + x.shape[axis + 1:])
     return jnp.moveaxis(x, axis, 0)
 
-  parts = jax.lax.map(jax.checkpoint(part), (cut(positions, 0), cut(q, 1), None if segments is None else cut(segments, 1)))
+  parts = jax.lax.map(jax.checkpoint(part),
+                      (cut(positions, 0), cut(q, 1), None if segments is None else cut(segments, 1)))
   return tuple(jnp.moveaxis(y, 0, 1).reshape(y.shape[1:2] + (n * chunk,) + y.shape[3:])[:, :T] for y in parts)
 
 

@@ -30,7 +30,8 @@ class SnapKV(prompt.PromptMethod):
 
   def check(self, model, context):
     problems = [(name, getattr(self, name), f"at least {least}") for name, least in
-                (("capacity", 1), ("window", 1), ("kernel", 1), ("local", 0), ("prefix", 0)) if getattr(self, name) < least]
+                (("capacity", 1), ("window", 1), ("kernel", 1), ("local", 0), ("prefix", 0))
+                if getattr(self, name) < least]
     if self.kernel % 2 == 0:
       problems.append(("kernel", self.kernel, "an odd number: it lies around its token"))
     if self.local + self.prefix > self.capacity:
@@ -41,7 +42,8 @@ class SnapKV(prompt.PromptMethod):
     p, _ = prompt.last_attention(q, k, prompt_length, self.window)
     T = q.shape[1]
     half = self.kernel // 2
-    smooth = jax.lax.reduce_window(p.sum(2), 0.0, jax.lax.add, (1, 1, self.kernel), (1, 1, 1), [(0, 0), (0, 0), (half, half)])
+    smooth = jax.lax.reduce_window(p.sum(2), 0.0, jax.lax.add, (1, 1, self.kernel), (1, 1, 1),
+                                   [(0, 0), (0, 0), (half, half)])
     index, end = jnp.arange(T), prompt_length[:, None, None]
     inside = index < end
     forced = inside & ((index < self.prefix) | (index >= end - self.local))
@@ -57,7 +59,8 @@ class SnapKV(prompt.PromptMethod):
   def recall(self, state, prompt_length, keys):
     kept = jnp.where(state["kept"] < 0, keys, state["kept"])  # out of bounds: dropped
     B, K, _ = kept.shape
-    keep = jnp.zeros((B, K, keys), bool).at[jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], kept].set(True, mode="drop")
+    sequence, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    keep = jnp.zeros((B, K, keys), bool).at[sequence, head, kept].set(True, mode="drop")
     mask = (keep | (jnp.arange(keys) >= prompt_length[:, None, None]))[:, :, None]
     return lambda t: jnp.broadcast_to(mask, (B, K, t.shape[0], keys))
 

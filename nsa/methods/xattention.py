@@ -27,7 +27,8 @@ class XAttention(prompt.PromptMethod):
   block_size: int = 128           # tokens, of queries and of keys
 
   def check(self, model, context):
-    problems = [(name, getattr(self, name), "at least 1") for name in ("stride", "block_size") if getattr(self, name) < 1]
+    problems = [(name, getattr(self, name), "at least 1") for name in ("stride", "block_size")
+                if getattr(self, name) < 1]
     if not 0 < self.threshold <= 1:
       problems.append(("threshold", self.threshold, "a share of the attention mass, above 0, at most 1"))
     if not problems and self.block_size % self.stride:
