@@ -1,6 +1,7 @@
 """Does a run that is cut again and again reach the bits of one that never was?
 
     python -m launch.soak --workdir=runs/soak --seed=0
+    python -m launch.study --config=experiments/soak.py --workdir=runs/soak     # the study alone, in peace
 
 Thirty runs of one study, six arms of five seeds each, every run by itself: dense trunks, native MSA and NSA,
 and three kinds of retrofit that fork from the trunks, so that a trunk's checkpoint is somebody else's beginning.
