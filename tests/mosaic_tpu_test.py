@@ -2,6 +2,7 @@
 
 One program per shape serves many inputs: segments and query offsets are always passed and may say nothing.
 """
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import native
+from launch import compile_tpu
 import pallas_kernels
+from pallas_kernels import arg_specs
 from pallas_kernels import backends
 from pallas_kernels import reference
 from pallas_kernels.mosaic_tpu import aot
@@ -261,23 +265,25 @@ def test_lists_name_what_tiles_see(group, slots, block_size, segments):
 
 
 @needs_libtpu
-def test_libtpu_compiles_the_kernels():
-  B, T, N, K, H, J, size = 1, 256, 8, 2, 64, 4, 32
-  shape = jax.ShapeDtypeStruct
-  q, k, index = (shape((B, T, heads, H), jnp.bfloat16) for heads in (N, K, 1))
-  selection = shape((B, T, K, J), jnp.int32), shape((B, T), jnp.int32), shape((), jnp.int32)
-  named = dict(block_size=size, implementation="mosaic_tpu")
-  attend = with_gradients(functools.partial(pallas_kernels.selected_attention, **named))
-  loss_of = kl_with_gradients(functools.partial(pallas_kernels.index_kl, **named))
+@pytest.mark.parametrize("operation", ["selected_attention", "index_kl"])
+def test_libtpu_compiles_the_kernels(operation):
+  spec = dataclasses.replace(arg_specs.get("study_8k_j8"), B=1, T=256, J=4)
+  row = compile_tpu.row(operation, "v6e", *compile_tpu.operations(spec)[operation])
+  assert row["kernels"] == f"{operation}_backward {operation}_forward"
+  assert 0 < row["vmem_bytes"] < union.VMEM_BYTES and row["argument_bytes"] > 256 * 8 * 64 * 2
 
-  def both(q, k, q_idx, k_idx, selection, lse):
-    return attend(q, k, k, *selection, q, lse), loss_of(q, k, lse, q_idx, k_idx[:, :, 0], *selection, lse[..., :K])
 
-  compiled = aot.compile_for("v6e", both, q, k, k, index, selection, shape((B, T, N), jnp.float32))
-  kernels = " ".join(aot.kernels_of(compiled))
-  for operation in ("selected_attention", "index_kl"):
-    assert f"{operation}_forward" in kernels and f"{operation}_backward" in kernels
-  assert 0 < aot.facts(compiled)["vmem_bytes"] < union.VMEM_BYTES
+@needs_libtpu
+def test_libtpu_compiles_a_training_step():
+  config = native.get_config("method=nsa")
+  config.model.num_layers, config.model.d_model, config.model.num_heads, config.model.mlp_dim = 1, 128, 4, 256
+  config.data.context, config.data.global_batch = 256, 1
+  function, arguments = compile_tpu.train_step(config)
+  compiled = aot.compile_for("v6e", function, *arguments, donate_argnums=0)
+  # Compressed attention, the window and the selected blocks, both ways, and the choice of blocks.
+  assert set(aot.kernels_of(compiled)) == {
+      "attention_forward", "attention_backward_q", "attention_backward_kv", "compressed_top_k",
+      "selected_attention_forward", "selected_attention_backward"}
 
 
 def test_served_on_tpu_only_and_reasons_begin_with_an_argument():

@@ -1,7 +1,8 @@
 """Kernels for TPUs (v5e, v5p, v6e, tpu7x) in Pallas Mosaic: VMEM tiles, copies by hand, the matrix unit.
 
 Importing registers them; it works without a TPU. No TPU was at hand when they were written: numbers are
-checked in the interpreter on a CPU, and libtpu compiles every kernel for each chip (`aot`).
+checked in the interpreter on a CPU, and libtpu compiles every kernel for each chip (`aot`). Left to the reference:
+`block_top_k` and `block_mass`, which evaluation alone calls, and `index_kl` over all tokens (warm-up).
 """
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ jax's `lower(...).compile()` returns: Mosaic reports what it refuses and XLA wha
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,11 @@ def missing() -> str | None:
   if importlib.util.find_spec("libtpu") is None:
     return "libtpu is not installed (pip install 'jax[tpu]')"
   return None
+
+
+def version() -> str:
+  """Of libtpu."""
+  return importlib.metadata.version("libtpu")
 
 
 @functools.cache
@@ -62,7 +68,7 @@ def kernels_of(compiled) -> dict[str, int]:
   for line in compiled.as_text().splitlines():
     if "tpu_custom_call" not in line:
       continue
-    name = re.search(r'op_name="[^"]*?([^"/]*)/pallas_call"', line)
+    name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call"', line)  # in jvp(...) and transpose(...) where differentiated
     name = name.group(1) if name else "?"
     used = re.search(r'"used_scoped_memory_configs":(\[[^\]]*\])', line)
     sizes = [int(entry["size"]) for entry in json.loads(used.group(1))] if used else []
