@@ -8,6 +8,7 @@
 | 3 | the run diverged (NaN or infinite loss) | do not restart |
 | 4 | the disk is full, or a checkpoint could not be written or read | free the disk, restart |
 | 5 | some runs of a study failed; the others and the report are done | look |
+| 6 | a process is missing, stuck or not like the others; the message says which | restart, once all hosts are well |
 | 75 | SIGTERM: everything is saved | restart: the same command goes on |
 """
 from __future__ import annotations
@@ -24,7 +25,7 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
-BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PREEMPTED = 2, 3, 4, 5, 75
+BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PROCESSES, PREEMPTED = 2, 3, 4, 5, 6, 75
 
 
 def run(main, arguments: bool = False) -> None:
@@ -66,8 +67,10 @@ def _main(main, rest, arguments) -> int:
   if rest and not arguments:
     _exit(BAD_INPUT, f"unexpected arguments {rest}: flags begin with --")
   _quiet_logs()
-  from nsa import checkpoint, train
+  from nsa import checkpoint, processes, train
   try:
+    if "coordinator" in flags.FLAGS:
+      _connect(processes)
     return main(*([rest] if arguments else [])) or 0
   except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
     # Our own ValueErrors name the field, the value and the fix; one from elsewhere is a bug, with its traceback.
@@ -78,6 +81,8 @@ def _main(main, rest, arguments) -> int:
     _exit(DIVERGED, str(error))
   except checkpoint.CheckpointError as error:
     _exit(CHECKPOINT, str(error))
+  except processes.ProcessError as error:
+    _exit(PROCESSES, str(error))
   except train.Preempted as error:
     _exit(PREEMPTED, str(error))
   except OSError as error:
@@ -110,6 +115,34 @@ def _exit(code: int, message: str):
   sys.exit(code)
 
 
+def _connect(processes) -> None:
+  """Connects the processes of a run that was started as several: by flag, or by what the cluster has set.
+
+  The cluster speaks through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (any launcher, a JobSet),
+  srun's SLURM_*, or TPU_WORKER_HOSTNAMES (GKE, Cloud TPU). A TPU host of several that is not told so would wait
+  for its neighbours without a word.
+  """
+  f, env = flags.FLAGS, os.environ
+  address = f.coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+  count = f.num_processes or int(env.get("JAX_NUM_PROCESSES", 0))
+  index = f.process_id if f.process_id >= 0 else int(env.get("JAX_PROCESS_ID", -1))
+  given = {"--coordinator": bool(address), "--num_processes": count > 0, "--process_id": index >= 0}
+  if count == 1:
+    return
+  if address == "auto":
+    return processes.initialize(timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
+  if all(given.values()):
+    if index >= count:
+      raise ValueError(f"--process_id={index}: there are --num_processes={count}, counted from 0")
+    processes.initialize(address, count, index, timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
+  elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    processes.initialize(address, timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
+  elif any(given.values()):
+    missing = ", ".join(name for name, there in given.items() if not there)
+    raise ValueError(f"{missing}: missing; a run of several processes needs all of {', '.join(given)} (or "
+                     "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), one process needs none")
+
+
 def compilation_cache(directory: str | None) -> None:
   """Keeps compiled programs between processes. Before the first computation."""
   import jax
@@ -122,3 +155,12 @@ def define_common() -> None:
   """Flags that every entry point which computes has."""
   flags.DEFINE_string("compilation_cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/nsa/compiled"),
                       "Directory of compiled programs, kept between processes; empty for none.")
+  flags.DEFINE_string("coordinator", "", "host:port of process 0 of a run of several processes; empty: from "
+                      "JAX_COORDINATOR_ADDRESS, Slurm or the TPU environment, or a single process; auto: jax asks the "
+                      "cluster (Cloud TPU VMs, Open MPI).")
+  flags.DEFINE_integer("num_processes", 0, "How many processes the run has; 0: from JAX_NUM_PROCESSES or the cluster.")
+  flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: from JAX_PROCESS_ID or the cluster.")
+  flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.")
+  flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead and all end.")
+  flags.DEFINE_integer("hang_timeout", 1800, "Seconds that a step, save or evaluation may take in a run of several "
+                       "processes before it counts as hung; 0: for ever.")

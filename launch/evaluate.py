@@ -18,7 +18,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, evaluate
+  from nsa import config as config_lib, evaluate, processes
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   e = config.eval
   e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
@@ -26,7 +26,10 @@ def main():
   e.sequences = e.sequences if _SEQUENCES.value < 0 else _SEQUENCES.value
   config_lib.validate(config)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
-  rows = evaluate.write(config, params, _WORKDIR.value, step)
+  mesh, params = evaluate.place_here(config, params)
+  rows = evaluate.write(config, params, _WORKDIR.value, step, mesh)
+  if not processes.first():
+    return
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
     for seed in config.seeds:
       text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]

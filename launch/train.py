@@ -18,7 +18,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, plan, train
+  from nsa import config as config_lib, plan, processes, train
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
     raise config_lib.ConfigError([("config", type(config).__name__, "launch.train takes a Config; a Study goes to launch.study")])
@@ -29,8 +29,9 @@ def main():
   if _DRY_RUN.value:
     print(plan.describe(config))
     return
-  step = train.train(config, _WORKDIR.value)
-  print(f"{_WORKDIR.value}: {step} steps done")
+  step = train.train(config, _WORKDIR.value, hang_seconds=flags.FLAGS.hang_timeout)
+  if processes.first():
+    print(f"{_WORKDIR.value}: {step} steps done")
 
 
 if __name__ == "__main__":

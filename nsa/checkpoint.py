@@ -119,7 +119,8 @@ class Checkpoints:
         raise CheckpointError(
             f"cannot save step {step}: leaf {name} has dtype {leaf.dtype}; store its bits as an unsigned "
             "integer (a random key: jax.random.key_data)")
-    sums = jax.device_get({name: fingerprint.of_jax(leaf) for name, leaf in leaves.items()})
+    # One after the other: on a CPU many programs that wait for all devices at once can starve each other of threads.
+    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) for name, leaf in leaves.items()}
     manifest = {
         name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": sums[name].tolist()}
         for name, leaf in leaves.items()}
@@ -295,9 +296,8 @@ class Checkpoints:
     if _anywhere(failure is not None):
       raise failure or CorruptCheckpointError(f"checkpoint {path} is damaged: a process cannot read it.")
     loaded = {name: loaded[name] if name in abstract else _empty(leaf) for name, leaf in wanted.items()}
-    sums = jax.device_get({
-        name: fingerprint.of_jax(leaf) if isinstance(leaf, jax.Array) else fingerprint.of_numpy(leaf)
-        for name, leaf in loaded.items()})
+    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) if isinstance(leaf, jax.Array) else fingerprint.of_numpy(leaf)
+            for name, leaf in loaded.items()}
     changed = [name for name in loaded if sums[name].tolist() != manifest[name]["fingerprint"]]
     if changed:
       raise CorruptCheckpointError(

@@ -126,7 +126,8 @@ class OptimizerConfig:
 class MeshConfig:
   """Devices per mesh axis. -1 on `data` takes what is left."""
   data: int = -1                  # copies of the model
-  fsdp: int = 1                   # shards of parameters and optimizer state
+  fsdp: int = 1                   # shards of parameters and optimizer state; each has rows of its own
+  context: int = 1                # shards of T; each has all keys and values, and a share of the parameters
   tensor: int = 1                 # shards of KV heads and of F
 
 
@@ -424,20 +425,26 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(config.log_every >= 1, "log_every", config.log_every, "at least 1 step")
 
   mesh = config.mesh
-  for name in ("fsdp", "tensor"):
+  for name in ("fsdp", "context", "tensor"):
     need(getattr(mesh, name) >= 1, f"mesh.{name}", getattr(mesh, name), "at least 1")
   need(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "at least 1, or -1 for what is left")
   if mesh.tensor >= 1 and m.num_kv_heads > 0:
     need(m.num_kv_heads % mesh.tensor == 0, "mesh.tensor", mesh.tensor,
          f"must divide model.num_kv_heads = {m.num_kv_heads}")
-  if num_devices is not None and mesh.fsdp >= 1 and mesh.tensor >= 1:
-    fixed = mesh.fsdp * mesh.tensor
+    need(m.mlp_dim % mesh.tensor == 0, "mesh.tensor", mesh.tensor, f"must divide model.mlp_dim = {m.mlp_dim}")
+  if mesh.context >= 1:
+    named_contexts = [("data.context", d.context), ("eval.context", e.context)]
+    named_contexts += [(f"schedule.stages[{i}].context", stage.context) for i, stage in enumerate(s.stages)]
+    for name, context in named_contexts:
+      need(context % mesh.context == 0, name, context, f"must be a multiple of mesh.context = {mesh.context}")
+  if num_devices is not None and min(mesh.fsdp, mesh.context, mesh.tensor) >= 1:
+    fixed, sizes = mesh.fsdp * mesh.context * mesh.tensor, (mesh.data, mesh.fsdp, mesh.context, mesh.tensor)
     if mesh.data == -1:
-      need(num_devices % fixed == 0, "mesh", (mesh.data, mesh.fsdp, mesh.tensor),
-           f"fsdp * tensor = {fixed} must divide the {num_devices} devices that are there")
+      need(num_devices % fixed == 0, "mesh", sizes,
+           f"fsdp * context * tensor = {fixed} must divide the {num_devices} devices that are there")
     else:
-      need(mesh.data * fixed == num_devices, "mesh", (mesh.data, mesh.fsdp, mesh.tensor),
-           f"data * fsdp * tensor = {mesh.data * fixed}, but there are {num_devices} devices")
+      need(mesh.data * fixed == num_devices, "mesh", sizes,
+           f"data * fsdp * context * tensor = {mesh.data * fixed}, but there are {num_devices} devices")
     data = num_devices // fixed if mesh.data == -1 else mesh.data
     shards = max(data, 1) * mesh.fsdp
     for context in sorted({st.context or d.context for st in s.stages}):
@@ -445,7 +452,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(batch % shards == 0, "data.global_batch", batch,
            f"{batch} sequences of {context} tokens do not divide over data * fsdp = {shards}; take a multiple")
     need(e.batch % shards == 0, "eval.batch", e.batch, f"must be a multiple of data * fsdp = {shards}")
-    need(m.d_model % mesh.fsdp == 0, "model.d_model", m.d_model, f"must be a multiple of mesh.fsdp = {mesh.fsdp}")
+    need(m.d_model % (mesh.fsdp * mesh.context) == 0, "model.d_model", m.d_model,
+         f"must be a multiple of mesh.fsdp * mesh.context = {mesh.fsdp * mesh.context}")
 
   if problems:
     raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))

@@ -20,6 +20,7 @@ selection per prompt is not among them).
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -28,10 +29,11 @@ from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, tasks
+from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, sharding, tasks
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
@@ -57,13 +59,36 @@ def open_run(workdir, step: int = -1):
   return config, checkpoint.load_params(workdir, step), step
 
 
-def write(config, params, workdir, step: int) -> list[dict]:
+def place_here(config, params):
+  """(mesh, params on it) of the devices that are here, for params that lie in memory; run by every process.
+
+  The axes of the model are the run's own, rows go over what is left (config.mesh, and config.eval.batch rounded
+  up, are set so); one device alone needs no axes. Raises ConfigError if the axes do not fit.
+  """
+  if jax.device_count() == 1:
+    config.mesh = config_lib.MeshConfig()
+  config.mesh.data = -1
+  parts = config.mesh.fsdp * config.mesh.context * config.mesh.tensor
+  if jax.device_count() % parts:
+    raise config_lib.ConfigError([("mesh", vars(config.mesh), f"the run's fsdp * context * tensor = {parts} must divide the "
+                                   f"{jax.device_count()} devices that are here")])
+  rows = jax.device_count() // parts * config.mesh.fsdp
+  config.eval.batch = -(-config.eval.batch // rows) * rows
+  mesh = sharding.make_mesh(config)
+  abstract = step_lib.abstract_state(config, mesh).params
+  return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
+
+
+def write(config, params, workdir, step: int, mesh=None) -> list[dict]:
   """Evaluates and writes workdir/eval/<step>.json; returns the new records.
 
+  With several processes each must call it; the first one writes.
   Records of other run modes stay in the file. Another split or context than the run's own goes to
   a file of its own, <step>-<split>-<context>.json, which reports leave out.
   """
-  rows = records(config, params, step)
+  rows = records(config, params, step, mesh)
+  if jax.process_index():
+    return rows
   directory = epath.Path(workdir) / "eval"
   directory.mkdir(parents=True, exist_ok=True)
   own = config_lib.from_dict(metrics.read_json(epath.Path(workdir) / "config.json"))
@@ -76,9 +101,13 @@ def write(config, params, workdir, step: int) -> list[dict]:
   return rows
 
 
-def records(config, params, step: int) -> list[dict]:
-  """All records of one checkpoint. `params` has a leading axis of seeds if the config has several."""
+def records(config, params, step: int, mesh=None) -> list[dict]:
+  """All records of one checkpoint. `params` has a leading axis of seeds if the config has several.
+
+  mesh: where the params lie and the rows of a batch go; None = the default device.
+  """
   e = config.eval
+  mesh = mesh if mesh is not None and mesh.size > 1 else None
   context = e.context or config.data.context
   windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
   names = e.tasks or config.data.tasks
@@ -92,7 +121,7 @@ def records(config, params, step: int) -> list[dict]:
       continue
     run_config, mode, selector = found
     # Compiled once for all arms of an architecture.
-    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)))
+    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)), mesh)
     for replica, seed in enumerate(config.seeds):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
       if isinstance(run_config.attention, methods.PromptMethod):
@@ -142,12 +171,14 @@ def how(config, run_mode: str):
 
 
 @functools.lru_cache(maxsize=64)
-def _runner(static):
-  """jit: (params, batch) -> per token nll and correctness, and diagnostics per layer."""
+def _runner(static, mesh):
+  """(params, batch) -> per token nll and correctness, and diagnostics per layer; whole on every process."""
   config, mode, selector, diagnose = static.value
   own = config.attention if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)) else None
 
-  @jax.jit
+  constrain = (lambda x, axes: x) if mesh is None else sharding.constrain(mesh)
+  operations = contextlib.nullcontext if mesh is None else functools.partial(sharding.operations, mesh)
+
   def run(params, batch):
     def observe(method, q, k, block_indices, call):
       if isinstance(own, methods.PromptMethod):
@@ -155,8 +186,10 @@ def _runner(static):
       options = method if isinstance(method, blocks.BlockMethod) else own  # a dense layer beside sparse ones
       return blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
 
-    out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
-                            key=jax.random.key(0), losses=False, prompt=batch["prompt"], observe=observe if diagnose and own else None)
+    with operations():
+      out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
+                              key=jax.random.key(0), losses=False, prompt=batch["prompt"], constrain=constrain,
+                              observe=observe if diagnose and own else None)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
     # One dict per layer: those of a dense prefix have fewer diagnostics.
@@ -167,7 +200,10 @@ def _runner(static):
       seen = [{name: jnp.einsum("bk,b->k", x, weight) for name, x in layer.items()} for layer in seen]
     return nll, correct, seen
 
-  return run
+  if mesh is None:
+    return jax.jit(run)
+  compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
+  return lambda params, batch: compiled(params, sharding.place_rows(mesh, batch))
 
 
 def _batches(arrays: dict[str, np.ndarray], size: int):

@@ -159,6 +159,7 @@ class Output(NamedTuple):
   losses: dict[str, Float[Array, ""]]  # auxiliary losses, mean over the layers that have them
   layers: list[dict]                  # per stack: what `observe` returned, stacked [layers, ...]
   cache: list[dict] | None            # per stack: the KV cache with these tokens in it
+  hidden: Float[Array, "B T D"]       # what `unembed` makes the logits of
 
 
 class Static:
@@ -252,7 +253,9 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
                       implementation=config.implementation or None, rope=rotate)
-  x = constrain(net.embed[...].astype(dtype)[tokens] * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
+  # The table whole: rows looked up in a table cut by columns would all have to change places.
+  table = constrain(net.embed[...].astype(dtype), ("vocab", None))
+  x = constrain(table[tokens] * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
   all_losses, seen, new_cache, first = [], [], [], 0
   for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
     stack_def, stack_state = nnx.split(stack)
@@ -275,11 +278,16 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     seen.append(observed)
     new_cache.append(streams)
   x = layers.rms_norm(x, net.norm[...], model.norm_eps)
-  head = net.embed[...].T if model.tie_embeddings else net.head[...]
-  logits = jnp.einsum("btd,dv->btv", x, head.astype(dtype), preferred_element_type=jnp.float32)
+  logits = unembed(config, params, x)
   names = {name for loss in all_losses for name in loss}
   mean_losses = {name: jnp.mean(jnp.concatenate([loss[name] for loss in all_losses if name in loss])) for name in sorted(names)}
-  return Output(logits, mean_losses, seen, None if cache is None else new_cache)
+  return Output(logits, mean_losses, seen, None if cache is None else new_cache, x)
+
+
+def unembed(config, params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+  """Logits of `Output.hidden`, float32."""
+  head = params["embed"].T if config.model.tie_embeddings else params["head"]
+  return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:

@@ -1,28 +1,40 @@
-"""One table of sharding rules: logical axis -> mesh axis. GSPMD does the rest ("pjit-style").
+"""One table of sharding rules: logical axis -> mesh axes. GSPMD does the rest ("pjit-style").
 
 Every parameter names its dimensions ("embed", "heads", "kv_heads", "mlp", "vocab"), activations
-name theirs ("batch", "time"). A dimension that its mesh axis does not divide stays whole.
+name theirs ("batch", "time"). `config.validate` sees to it that a mesh divides what it has to; a
+dimension beyond that (a norm's, a compressed block's) that its axes do not divide stays whole.
+
+The mesh, outermost first, neighbours in the fastest network last:
+
+| axis | cuts | price per layer and step |
+|---|---|---|
+| data | rows of the batch | gradients summed once per step |
+| fsdp | rows; parameters and optimizer state | parameters gathered, gradients scattered |
+| context | queries (time); parameters and optimizer state | K, V and index keys of the whole sequence gathered |
+| tensor | KV heads with their query heads; F | two sums of [B, T, D] activations, forward and backward |
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+import pallas_kernels as pk
 from nsa import model as model_lib
 from nsa import optim
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """Mesh axes of each logical axis; None = not sharded."""
   batch: tuple[str, ...] | str | None = ("data", "fsdp")
-  time: tuple[str, ...] | str | None = None
-  embed: tuple[str, ...] | str | None = "fsdp"
+  time: tuple[str, ...] | str | None = "context"
+  embed: tuple[str, ...] | str | None = ("fsdp", "context")
   heads: tuple[str, ...] | str | None = "tensor"
   kv_heads: tuple[str, ...] | str | None = "tensor"
   mlp: tuple[str, ...] | str | None = "tensor"
@@ -30,11 +42,26 @@ class Rules:
 
 
 def make_mesh(config, devices=None) -> Mesh:
-  """The device mesh (data, fsdp, tensor). `config.validate` has checked that it fits."""
+  """The device mesh (data, fsdp, context, tensor). `config.validate` has checked that it fits."""
   devices = jax.devices() if devices is None else devices
   m = config.mesh
-  data = len(devices) // (m.fsdp * m.tensor) if m.data == -1 else m.data
-  return jax.make_mesh((data, m.fsdp, m.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  data = len(devices) // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
+  return jax.make_mesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def abstract_mesh(config, devices: int, device=None) -> AbstractMesh:
+  """The mesh of devices that are not here: enough for shapes, shardings and lowering.
+
+  device: jax.sharding.AbstractDevice, for kernels that ask what they are lowered for.
+  """
+  m = config.mesh
+  data = devices // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
+  return AbstractMesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device)
+
+
+def _over(target) -> tuple[str, ...]:
+  """One entry of the rules as a tuple of mesh axes."""
+  return (target,) if isinstance(target, str) else target or ()
 
 
 def named(mesh: Mesh, axes, shape, rules: Rules = Rules(), replicas: bool = False) -> NamedSharding:
@@ -42,8 +69,7 @@ def named(mesh: Mesh, axes, shape, rules: Rules = Rules(), replicas: bool = Fals
   spec = []
   for name, size in zip(axes, shape[1:] if replicas else shape):
     target = getattr(rules, name) if name else None
-    over = (target,) if isinstance(target, str) else target or ()
-    parts = int(np.prod([mesh.shape[axis] for axis in over], dtype=np.int64))
+    parts = int(np.prod([mesh.shape[axis] for axis in _over(target)], dtype=np.int64))
     spec.append(target if parts > 1 and size % parts == 0 else None)
   return NamedSharding(mesh, P(*([None] if replicas else []), *spec))
 
@@ -53,6 +79,11 @@ def constrain(mesh: Mesh, rules: Rules = Rules()):
   if mesh.size == 1:
     return lambda x, axes: x
   return lambda x, axes: jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape, rules))
+
+
+def operations(mesh: Mesh, rules: Rules = Rules()) -> contextlib.AbstractContextManager:
+  """Inside the block the attention operations are traced for each device's rows, queries and KV heads."""
+  return pk.partitioned(mesh, batch=_over(rules.batch), time=_over(rules.time), heads=_over(rules.kv_heads))
 
 
 def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
@@ -77,3 +108,15 @@ def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
 def of_batch(config, mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
   """[batch, time] arrays, with a leading axis of seeds if there are several."""
   return NamedSharding(mesh, P(*([None] if len(config.seeds) > 1 else []), rules.batch, rules.time))
+
+
+def place(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+  """An array that every process has whole, onto the devices: each process hands over its own devices' parts."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def place_rows(mesh: Mesh, arrays: dict[str, np.ndarray], rules: Rules = Rules()) -> dict[str, jax.Array]:
+  """[batch] and [batch, time] arrays, onto the devices."""
+  return {name: place(NamedSharding(mesh, P(rules.batch, *[rules.time] * (x.ndim - 1))), x) for name, x in arrays.items()}

@@ -5,15 +5,18 @@ is vmapped over it.
 """
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import data, model as model_lib, optim, schedule, sharding
 
 LN2 = float(np.log(2.0))
+MAX_LOGITS = 2 ** 28  # float32 numbers on a device at a time (1 GiB); more go in chunks
 BATCH_KEYS = ("inputs", "targets", "weights", "segment_ids")
 
 
@@ -47,11 +50,37 @@ def abstract_state(config, mesh) -> TrainState:
                       shapes, sharding.of_state(config, shapes, mesh))
 
 
-def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain):
+def token_nll(config, params, out: model_lib.Output, targets, constrain, mesh):
+  """Negative log-likelihood of the targets in nats, float32[B, T].
+
+  Logits of long sequences over large vocabularies would outgrow all else: past MAX_LOGITS on a device they are made,
+  used and made again in the backward pass, chunk by chunk. T is cut within each shard of it.
+  """
+  B, T = targets.shape
+  shards = mesh.shape["context"]
+  local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * shards)
+  chunks = next((n for n in range(1, T // shards + 1) if T // shards % n == 0 and local / n <= MAX_LOGITS), T // shards)
+  if chunks == 1:
+    return -jnp.take_along_axis(jax.nn.log_softmax(out.logits), targets[..., None], axis=-1)[..., 0]
+
+  def split(x):
+    x = jnp.moveaxis(x.reshape((B, shards, chunks, T // shards // chunks) + x.shape[2:]), 2, 0)
+    return constrain(x, (None, "batch", "time") + (None,) * (x.ndim - 3))
+
+  @jax.checkpoint
+  def part(chunk):
+    hidden, targets = chunk
+    logits = constrain(model_lib.unembed(config, params, hidden), ("batch", "time", None, None))
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+  return jnp.moveaxis(jax.lax.map(part, (split(out.hidden), split(targets))), 0, 2).reshape(B, T)
+
+
+def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
                           losses=step.losses, constrain=constrain)
-  nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
+  nll = token_nll(config, params, out, batch["targets"], constrain, mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
   real = (weights > 0).astype(jnp.float32)
@@ -65,14 +94,16 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain)
   return objective, metrics
 
 
-def make_step(config, step: schedule.Step, constrain=lambda x, axes: x):
+def make_step(config, step: schedule.Step, mesh):
   """(state, batch, learning_rate float32[], seeds) -> (state, metrics); metrics have the seeds' axis if there is one."""
   transforms = optim.make(config)
+  constrain = sharding.constrain(mesh)
 
   def one(params, optimizer, batch, seed, count, learning_rate):
     key = jax.random.fold_in(jax.random.key(seed), count)
-    grads, metrics = jax.grad(
-        lambda p: loss_and_metrics(config, p, batch, key, step, constrain), has_aux=True)(params)
+    with sharding.operations(mesh):
+      grads, metrics = jax.grad(
+          lambda p: loss_and_metrics(config, p, batch, key, step, constrain, mesh), has_aux=True)(params)
     params, optimizer, norms = optim.update(transforms, step.groups, grads, optimizer, params, learning_rate,
                                             config.optimizer.selector_learning_rate)
     metrics["grad_norm"] = norms.get("backbone", norms.get("selector", jnp.zeros(())))
@@ -103,25 +134,30 @@ def compile_init(config, mesh):
   return _compiled[key]
 
 
+def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
+  """(the train step, its abstract arguments, the options of jax.jit): all that compiling it takes, for any mesh."""
+  state = abstract_state(config, mesh)
+  placed = sharding.of_batch(config, mesh)
+  seeds = () if len(config.seeds) == 1 else (len(config.seeds),)
+  shape = seeds + (step.batch, step.context)
+  batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=placed)
+           for name in BATCH_KEYS}
+  arguments = state, batch, jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)
+  out = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())
+  return make_step(config, step, mesh), arguments, dict(donate_argnums=0, out_shardings=out)
+
+
 def compile_step(config, step: schedule.Step, mesh):
   """The compiled train step, the state donated."""
   key = (*_key(config, mesh), step.program)
   if key not in _compiled:
-    state = abstract_state(config, mesh)
-    placed = sharding.of_batch(config, mesh)
-    seeds = () if len(config.seeds) == 1 else (len(config.seeds),)
-    shape = seeds + (step.batch, step.context)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=placed)
-             for name in BATCH_KEYS}
-    function = make_step(config, step, sharding.constrain(mesh) if len(config.seeds) == 1 else lambda x, axes: x)
-    out = jax.tree.map(lambda x: x.sharding, state), None
-    _compiled[key] = jax.jit(function, donate_argnums=0, out_shardings=out).lower(
-        state, batch, jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)).compile()
+    function, arguments, options = program(config, step, mesh)
+    _compiled[key] = jax.jit(function, **options).lower(*arguments).compile()
   return _compiled[key]
 
 
 class Batches:
-  """The batches of all seeds of a run, on the devices: a pure function of the step."""
+  """The batches of all seeds of a run, on the devices: a pure function of the step. A process reads its own rows."""
 
   def __init__(self, config, mesh):
     self.config = config
@@ -133,12 +169,28 @@ class Batches:
 
   def at(self, step: int) -> dict[str, jax.Array]:
     what = schedule.at(self.config, step)
-    rows = [source.batch_at(step, context=what.context, batch=what.batch) for source in self.sources]
-    if self.config.data.tokenizer != "bytes":
+    whole, read = None, {}  # all rows; (first, last) row -> arrays
+    if self.config.data.tokenizer != "bytes":  # what a byte costs is asked of the whole batch
+      rows = [source.batch_at(step, context=what.context, batch=what.batch) for source in self.sources]
       self._tokens_per_byte = {**{s: x for s, x in self._tokens_per_byte.items() if s > step - 4},
                                step: np.array([self._ratio(row) for row in rows])}
-    arrays = rows[0] if len(rows) == 1 else {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return jax.device_put({name: arrays[name] for name in BATCH_KEYS}, self.placed)
+      whole = self._stacked(rows)
+
+    def part(name, index):
+      rows, time = index[-2:]
+      if whole is not None:
+        return whole[name][..., rows, time]
+      if (rows.start, rows.stop) not in read:
+        read[rows.start, rows.stop] = self._stacked([
+            source.batch_at(step, context=what.context, batch=what.batch, rows=rows) for source in self.sources])
+      return read[rows.start, rows.stop][name][..., time]
+
+    shape = (len(self.sources),) * (len(self.sources) > 1) + (what.batch, what.context)
+    return {name: jax.make_array_from_callback(shape, self.placed, functools.partial(part, name)) for name in BATCH_KEYS}
+
+  @staticmethod
+  def _stacked(of_seeds):
+    return of_seeds[0] if len(of_seeds) == 1 else {key: np.stack([arrays[key] for arrays in of_seeds]) for key in BATCH_KEYS}
 
   def _ratio(self, row) -> float:
     real = row["weights"] > 0

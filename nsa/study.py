@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from nsa import config as config_lib
-from nsa import flops, metrics, train
+from nsa import flops, metrics, processes, train
 from nsa.config import Config, ConfigError
 
 
@@ -149,6 +149,8 @@ def _run_one(job: Job, todo: list[Job], directory) -> None:
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
     logging.debug("%s", traceback.format_exc())
+    if not processes.first():
+      return
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
 
@@ -170,6 +172,8 @@ def _work(job: Job) -> float:
 
 
 def _save(study, todo, directory) -> None:
+  if not processes.first():
+    return
   metrics.write_json(directory / "study.json", {
       "name": study.name, "question": study.question, "arms": list(dict.fromkeys(job.config.arm for job in todo)),
       "primary": {"metric": "second_half_bits_per_byte", "margin": study.margin},

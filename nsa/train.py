@@ -4,7 +4,8 @@
     config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
-command is given again, and reaches the same bits on the same mesh.
+command is given again, and reaches the same bits on the same mesh. With several processes each
+calls `train` with the same config and a workdir that all of them see; process 0 writes the files.
 """
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import time
 
 from absl import logging
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, schedule, sharding
+from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, processes, schedule, sharding
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -43,53 +43,69 @@ class Diverged(Exception):
     self.seed = seed
 
 
-def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bool = True) -> int:
+def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bool = True,
+          hang_seconds: float = 1800) -> int:
   """Trains, or goes on training, the run in `workdir`; returns its last step.
+
+  `hang_seconds`: with several processes, how long a step, save or evaluation may take before the
+  process ends with a message (processes.Watchdog); 0 for ever.
 
   Raises:
     ConfigError: the config cannot run, or is not the one that `workdir` was started with.
     CheckpointError: a checkpoint cannot be read or written.
     Preempted: SIGTERM; the state is saved.
     Diverged: the loss became NaN or infinite; the message names step, rows and last good checkpoint.
+    ProcessError: another process failed, or has another config, corpus or workdir.
   """
   workdir = epath.Path(workdir)
   config_lib.validate(config)
   config_lib.validate(config, jax.device_count())
+  processes.agree(config=json.dumps(config_lib.to_dict(config)))
   open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_at=config.checkpoint.keep_at,
                                        keep_period=config.checkpoint.keep_period, every=config.checkpoint.every)
-  if (workdir / "DONE").exists() and (checkpoints.latest() or 0) >= total:
+  done_before = (workdir / "DONE").exists() and (checkpoints.latest() or 0) >= total
+  processes.agree(checkpoints=f"{checkpoints.latest()} {done_before}")
+  if done_before:
     logging.info("%s is done", workdir)
     return total
 
-  batches = step_lib.Batches(config, mesh)
-  metrics.write_json(workdir / "versions.json", {**versions(), "corpus_sha256": batches.fingerprint})
+  with processes.together("reading the data"):
+    batches = step_lib.Batches(config, mesh)
+  processes.agree(corpus=batches.fingerprint)
+  first = processes.first()
+  if first:
+    metrics.write_json(workdir / "versions.json", {**versions(), "corpus_sha256": batches.fingerprint})
   state, start = initial_state(config, mesh, checkpoints)
-  writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard)
-  writer.truncate_after(start)
+  writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
+  if first:
+    writer.truncate_after(start)
   name = f"{config.arm} s{','.join(map(str, config.seeds))}"
-  bar = Progress(name, total, start_step=start, stream=None if progress else open(os.devnull, "w"))
+  bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
   with bar.pause("compile"):
     programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
 
   seeds = step_lib.seeds_of(config)
-  with _sigterm() as preempted, writer:
-    if start and _evaluates(config, start) and not (workdir / f"eval/{start}.json").exists() and start in checkpoints.steps():
+  with processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog, writer or contextlib.nullcontext():
+    cut = bool(start) and _evaluates(config, start) and not (workdir / f"eval/{start}.json").exists() and start in checkpoints.steps()
+    processes.agree(evaluation=str(cut))
+    if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
-        evaluate.write(config, state.params, workdir, start)
+        evaluate.write(config, state.params, workdir, start, mesh)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
+      watchdog.expect(f"step {index}")
       step = schedule.at(config, index)
       if step.enter:
         state = enter(config, state, step.enter)
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-      state, device_metrics = programs[step.program](state, batch, jnp.float32(step.learning_rate), seeds)
+      state, device_metrics = programs[step.program](state, batch, np.float32(step.learning_rate), seeds)
       # While the devices work: the next batch, and the metrics of the step before.
       batch = batches.at(index + 1) if index + 1 < total else None
       if pending is not None:
@@ -100,24 +116,30 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
         jax.profiler.stop_trace()
 
       done = index + 1
-      stop = preempted()
+      stop = preempted(done)
       evaluating = _evaluates(config, done)
       saving = done == total or checkpoints.should_save(done)
       if stop or evaluating or saving:
         log.step(*pending, batches, checkpoints)    # a state that is not finite is never saved
         pending = None
       if stop or saving:
+        watchdog.expect(f"the checkpoint of step {done}")
         with bar.pause("checkpoint"):
-          writer.sync()                # a checkpoint never is ahead of the records
+          if first:
+            writer.sync()              # a checkpoint never is ahead of the records
           checkpoints.save(done, state, wait=stop)
       if stop:
         raise Preempted(f"{workdir}: saved at step {done} of {total}; the same command goes on from there")
       if evaluating:
+        watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
-          evaluate.write(config, state.params, workdir, done)
+          evaluate.write(config, state.params, workdir, done, mesh)
     bar.close()
-  checkpoints.close()
-  metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
+    watchdog.expect("the last checkpoint")
+    checkpoints.close()
+  if first:
+    metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
+  processes.barrier("nsa.train.done")
   return total
 
 
@@ -131,18 +153,25 @@ def _evaluates(config, done: int) -> bool:
 
 def open_workdir(config, workdir: epath.Path) -> None:
   """Writes config.json, or checks that the run there has the same config."""
-  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "config.json"
   wanted = config_lib.to_dict(config)
-  if path.exists():
-    found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
-    changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
-    if changed:
-      raise config_lib.ConfigError(
-          [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
-            "take another --workdir, or the old value") for key in changed])
-  metrics.write_json(path, wanted)
-  (workdir / "FAILED").unlink(missing_ok=True)
+  with processes.together("opening the workdir"):
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
+      changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
+      if changed:
+        raise config_lib.ConfigError(
+            [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
+              "take another --workdir, or the old value") for key in changed])
+  with processes.together("writing config.json"):
+    if processes.first():
+      metrics.write_json(path, wanted)
+      (workdir / "FAILED").unlink(missing_ok=True)
+  with processes.together("opening the workdir"):
+    if not path.exists():
+      raise config_lib.ConfigError([("--workdir", str(workdir), f"process {jax.process_index()} does not see the config.json "
+                                     "that process 0 has written: take a directory that all hosts share")])
 
 
 def versions() -> dict:
@@ -273,7 +302,7 @@ class _Log:
     now = schedule.at(config, index)
     self.bar.update(done, tokens=(done - self.start) * self.tokens_per_step * len(config.seeds),
                     loss=float(values["loss"].mean()), bpb=float(values["bits_per_byte"].mean()), mode=now.mode)
-    if done % config.log_every and done != config.schedule.steps:
+    if self.writer is None or (done % config.log_every and done != config.schedule.steps):
       return
     speed = self.bar.tokens_per_second
     for replica, seed in enumerate(config.seeds):
@@ -289,17 +318,3 @@ class _Log:
       record["seconds"] = time.monotonic() - self.began
       self.writer.write(record)
 
-
-@contextlib.contextmanager
-def _sigterm():
-  """Yields a function that says whether SIGTERM has come; restores the old handler on the way out."""
-  seen = []
-  try:
-    old = signal.signal(signal.SIGTERM, lambda *_: seen.append(True))
-  except ValueError:                    # not the main thread (a notebook, a test): nothing to catch
-    yield lambda: False
-    return
-  try:
-    yield lambda: bool(seen)
-  finally:
-    signal.signal(signal.SIGTERM, old)

@@ -12,6 +12,7 @@ from pallas_kernels.api import compressed_top_k
 from pallas_kernels.api import index_kl
 from pallas_kernels.api import index_top_k
 from pallas_kernels.api import selected_attention
+from pallas_kernels.partition import partitioned
 
 __all__ = (
     "attention",
@@ -22,5 +23,6 @@ __all__ = (
     "compressed_top_k",
     "index_kl",
     "index_top_k",
+    "partitioned",
     "selected_attention",
 )

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backends
+from pallas_kernels import partition
 from pallas_kernels import reference
 from pallas_kernels.backends import available
 from pallas_kernels.backends import register
@@ -273,9 +274,12 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
 
 
 def _run(operation, implementation, **arguments):
-  chosen = backends.choose(operation, implementation, arguments)
-  with jax.named_scope(f"{operation}_{chosen.name}"):
-    return chosen.function(**arguments)
+  def call(**arguments):
+    chosen = backends.choose(operation, implementation, arguments)
+    with jax.named_scope(f"{operation}_{chosen.name}"):
+      return chosen.function(**arguments)
+
+  return partition.apply(operation, call, arguments)
 
 
 for _operation in backends.OPERATIONS:

@@ -137,6 +137,8 @@ WRONG = [
     ("mesh.fsdp", 0, "mesh.fsdp", "at least 1"),
     ("mesh.data", -2, "mesh.data", "-1"),
     ("mesh.tensor", 4, "mesh.tensor", "model.num_kv_heads = 2"),
+    ("mesh.context", 0, "mesh.context", "at least 1"),
+    ("mesh.context", 3, "data.context", "multiple of mesh.context = 3"),
 ]
 
 
@@ -197,7 +199,8 @@ def test_all_problems_are_listed_at_once():
     (dict(data=3), 8, "mesh", "there are 8 devices"), (dict(fsdp=3), 8, "mesh", "must divide the 8 devices"),
     (dict(data=4, fsdp=4), 8, "mesh", "= 16"), (dict(), 16, "data.global_batch", "take a multiple"),
     (dict(), 16, "eval.batch", "multiple of data * fsdp = 16"),
-                                                      (dict(fsdp=3), 3, "model.d_model", "mesh.fsdp = 3")])
+                                                      (dict(fsdp=3), 3, "model.d_model", "= 3"),
+                                                      (dict(fsdp=2, context=3), 6, "model.d_model", "mesh.fsdp * mesh.context = 6")])
 def test_meshes_are_checked_against_the_devices(mesh, devices, field, words):
   config = make_config()
   config.mesh = config_lib.MeshConfig(**mesh)

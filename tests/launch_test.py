@@ -74,7 +74,7 @@ def test_dry_run_prints_and_touches_nothing(tmp_path):
     (["--config.model.d_model=wide"], ["config.model.d_model", "wide"]),
     (["--config.model.num_heads=3", "--config.model.num_kv_heads=2", "--config.mesh.fsdp=5"],
      ["model.num_heads = 3", "multiple of model.num_kv_heads = 2"]),
-    (["--config.mesh.fsdp=5"], ["mesh", "fsdp * tensor = 5 must divide"]),
+    (["--config.mesh.fsdp=5"], ["mesh", "fsdp * context * tensor = 5 must divide"]),
     (["--config.attention.block_size=128"], ["attention.block_size = 128", "longer than the context of 64"]),
     (["--config.data.source=files:/no/such/corpus.tar.xz", "--config.data.task_share=0.5"], ["/no/such/corpus.tar.xz"]),
     (["--config.fork.workdir=/no/such/trunk"], ["fork.workdir", "/no/such/trunk"]),

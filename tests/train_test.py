@@ -197,7 +197,7 @@ def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
     class Killed(BaseException):
       pass
 
-    def write(config, params, workdir, step):
+    def write(config, params, workdir, step, mesh):
       if step == last and not killed:
         killed.append(step)
         raise Killed
