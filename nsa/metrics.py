@@ -355,33 +355,11 @@ def _replace(path, data):
 
 # --- model FLOP/s utilization -------------------------------------------------------
 
-# Peak dense bf16 matmul TFLOP/s of one JAX device, by the beginning of its device_kind; the first entry
-# that fits counts. NVIDIA: datasheets of H100, H200 and A100 (their figures "with sparsity", halved).
-# TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)".
-_PEAK_TFLOPS = (
-    ("NVIDIA H100 PCIe", 756.0),
-    ("NVIDIA H100 NVL", 835.0),
-    ("NVIDIA H100", 989.4),      # SXM5
-    ("NVIDIA H200 NVL", 835.0),
-    ("NVIDIA H200", 989.4),      # SXM5
-    ("NVIDIA A100", 312.0),
-    ("TPU v4 lite", None),       # v4i, for inference
-    ("TPU v4", 275.0),
-    ("TPU v5 lite", 197.0),      # v5e
-    ("TPU v5e", 197.0),
-    ("TPU v5", 459.0),           # v5p, by either name
-    ("TPU v6 lite", 918.0),      # v6e
-    ("TPU v6e", 918.0),
-    ("TPU7x", 2307.0 / 2),       # a chip shows as two JAX devices
-)
-
-
 def peak_tflops(device_kind: str) -> float | None:
   """Peak dense bf16 TFLOP/s of one device by `jax.Device.device_kind`; None if unknown (a CPU, say)."""
-  for prefix, peak in _PEAK_TFLOPS:
-    if device_kind.lower().startswith(prefix.lower()):
-      return peak
-  return None
+  from nsa import chips  # here: it brings JAX along
+  device = chips.find(device_kind)
+  return device and device.tflops
 
 
 def mfu(flops_per_second: float, peak_tflops: float, devices: int) -> float:

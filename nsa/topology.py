@@ -1,0 +1,164 @@
+"""Steps compiled, or lowered, for machines that are not here.
+
+TPU: libtpu on any host is the whole compiler; what it says of memory and collectives is what the slice would do.
+GPU: XLA's GPU backend needs a GPU; the step is partitioned and lowered for abstract devices, kernels included, which
+proves that it traces and fits its mesh, and says nothing of memory.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+import numpy as np
+
+from nsa import chips, config as config_lib, schedule, sharding, step as step_lib
+from pallas_kernels import backends
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A machine by name: "v5p:4x4x4" (a TPU slice, chips per torus axis) or "h100x64" (GPUs)."""
+  name: str
+  chip: chips.Device
+  devices: int                   # JAX devices
+  chips: int
+  platform: str                  # "tpu" or "gpu"
+
+
+def parse(name: str) -> Topology:
+  """Raises ConfigError for a name that is none."""
+  tpu = re.fullmatch(r"(v\d\w*|tpu7x):(\d+(?:x\d+)*)", name)
+  gpu = re.fullmatch(r"([ah]\d00)x(\d+)", name)
+  found = tpu or gpu
+  if not found or found[1] not in chips.NAMES:
+    raise config_lib.ConfigError([("--topology", name, 'a TPU slice such as "v5p:4x4x4", or GPUs such as "h100x64"; '
+                                   f"chips are {', '.join(chips.NAMES)}")])
+  kind, per_chip = chips.NAMES[found[1]]
+  count = math.prod(int(n) for n in found[2].split("x"))
+  return Topology(name, chips.find(kind), count * per_chip, count, "tpu" if tpu else "gpu")
+
+
+@dataclasses.dataclass
+class Compiled:
+  """What a compiler says of one step on one device, in bytes."""
+  arguments: int                 # state and batch
+  temporaries: int
+  total: int                     # arguments, temporaries and what the output does not share with the arguments
+  collectives: dict[str, float]  # kind -> bytes received per step, scanned layers counted each
+
+
+class DoesNotFit(Exception):
+  """The program needs `bytes` of a device's memory, or more: a compiler may stop at its temporaries."""
+
+  def __init__(self, size: float):
+    super().__init__(f"{size / 1e9:.1f} GB")
+    self.bytes = size
+
+
+def compile_step(config, step: schedule.Step, topology: Topology) -> Compiled | None:
+  """Compiles one step for a TPU slice (raises DoesNotFit); for GPUs lowers it and returns None."""
+  with backends.target_platform(topology.platform):
+    if topology.platform == "gpu":
+      mesh = sharding.abstract_mesh(config, topology.devices, _abstract_gpu(topology.chip))
+      lower(config, step, mesh, "cuda")
+      return None
+    # libtpu locks "its" TPU and asks a metadata server which one that is: there is none, and processes are many.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    shape = topology.name.split(":")
+    shape[1] += "x1" * (2 - shape[1].count("x"))
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=":".join(shape)).devices
+    mesh = sharding.make_mesh(config, devices)
+    try:
+      program = lower(config, step, mesh, "tpu").compile()
+    except jax.errors.JaxRuntimeError as error:
+      if (needed := _needed(str(error))) is None:
+        raise
+      raise DoesNotFit(needed) from None
+  memory = program.memory_analysis()
+  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, total, collectives(program.as_text()))
+
+
+def _needed(message: str) -> float | None:
+  """Bytes of device memory that a compiler's refusal speaks of."""
+  found = re.search(r"(?:Used |for HLO temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", message)
+  return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") if found else None
+
+
+def _abstract_gpu(chip):
+  kind = {"NVIDIA H100": "NVIDIA H100 80GB HBM3"}.get(chip.kind, chip.kind)
+  cores = 108 if "A100" in kind else 132
+  try:
+    return jax.sharding.AbstractDevice(kind, cores, platform="gpu")
+  except TypeError:  # jax before 0.11 knows no platform of an abstract device
+    return jax.sharding.AbstractDevice(kind, cores)
+
+
+def lower(config, step: schedule.Step, mesh, platform: str):
+  with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+    function, arguments, options = step_lib.program(config, step, mesh)
+    return jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+# --- compiled text ------------------------------------------------------------------
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8,
+          "u64": 8}
+
+
+def collectives(text: str) -> dict[str, float]:
+  """Bytes that one device receives per run of a compiled program, by kind of collective.
+
+  Of n devices' ring: all-gather and reduce-scatter (n - 1) / n of the whole array, all-reduce twice that, others
+  the array. A loop's body counts as often as the loop runs, if the text says how often, else once.
+  """
+  bodies: dict[str, list[str]] = {}
+  name, entry = None, None
+  for line in text.splitlines():
+    start = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+    if start and not line.startswith(" "):
+      name = start[2]
+      bodies[name] = []
+      entry = name if start[1] else entry
+    elif name and line.startswith("}"):
+      name = None
+    elif name:
+      bodies[name].append(line)
+  out: dict[str, float] = collections.defaultdict(float)
+
+  def visit(computation, times):
+    for line in bodies.get(computation, ()):
+      for kind in _KINDS:
+        if re.search(rf"\s{kind}(-start)?\(", line):
+          out[kind] += times * _received(kind, line)
+      trips = re.search(r'known_trip_count[^\d]*(\d+)', line)
+      for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)", line):
+        if "to_apply=" in line and any(f"{kind}" in line for kind in _KINDS):
+          continue
+        for one in called.split(", "):
+          visit(one.lstrip("%"), times * (int(trips[1]) if trips and "while(" in line else 1))
+
+  visit(entry, 1)
+  return dict(out)
+
+
+def _received(kind, line) -> float:
+  result = line.split(" = ", 1)[1].split(f" {kind}", 1)[0]
+  sizes = [_BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+           for dtype, shape in re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]", result)]
+  # An asynchronous start names its operands and its results; of several arrays in one all-reduce all count.
+  whole = (sum(sizes) / 2 if kind == "all-reduce" else max(sizes)) if "-start(" in line and len(sizes) > 1 else sum(sizes)
+  groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+  explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+  n = int(groups[2]) if groups else len(explicit[1].split(",")) if explicit else 2
+  if kind == "reduce-scatter":
+    whole *= n
+  return whole * {"all-gather": (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}.get(kind, 1.0)
