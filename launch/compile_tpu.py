@@ -1,7 +1,7 @@
 """Compiles training steps and kernels for TPUs that are not here, and says what they take.
 
-  python -m launch.compile_tpu --out=experiments/results/kernels/tpu_compiled.csv
-  python -m launch.compile_tpu --chips=v6e --configs=experiments/native.py:method=nsa --shapes=
+  python -m launch.compile_tpu --out=compiled.csv
+  python -m launch.compile_tpu --shrink --shapes= --out=experiments/results/kernels/tpu_steps.csv    # seconds each
   JAX_PLATFORMS=cpu python -m launch.compile_tpu --configs=experiments/mine.py     # does mine fit a v5e?
 
 Needs libtpu (the extra `tpu` or `test`), no TPU. A row is a program and a chip: the train step of a config on one
@@ -28,9 +28,12 @@ from pallas_kernels import arg_specs
 from pallas_kernels.mosaic_tpu import aot
 
 _CHIPS = flags.DEFINE_list("chips", list(aot.TOPOLOGIES), f"Of {', '.join(aot.TOPOLOGIES)}.")
-_CONFIGS = flags.DEFINE_spaceseplist("configs", ["experiments/native.py:method=msa", "experiments/native.py:method=nsa"],
-                             "Experiment files whose train step to compile.")
+_CONFIGS = flags.DEFINE_spaceseplist(
+    "configs", ["experiments/native.py:method=msa", "experiments/native.py:method=nsa"],
+    "Experiment files whose train step to compile.")
 _SHAPES = flags.DEFINE_list("shapes", ["study_8k_j16", "headline_g16"], "Shapes at which to compile each operation.")
+_SHRINK = flags.DEFINE_bool(
+    "shrink", False, "Configs with one layer, 4 query heads and 256 tokens: compiled in seconds.")
 _OUT = flags.DEFINE_string("out", None, "CSV file for the rows.")
 
 
@@ -39,6 +42,13 @@ def load(path):
   file, _, argument = path.partition(":")
   config = runpy.run_path(file)["get_config"](argument or None)
   config_lib.validate(config)
+  return config
+
+
+def shrunk(config):
+  """The config with little of everything, for compilation in seconds: the same kernels at small shapes."""
+  config.model.num_layers, config.model.d_model, config.model.num_heads, config.model.mlp_dim = 1, 128, 4, 256
+  config.data.context, config.data.global_batch = 256, 1
   return config
 
 
@@ -104,8 +114,9 @@ def row(program, chip, function, arguments, **jit_options):
 def programs():
   """(name, function, arguments, options of jit) of all that the flags ask for."""
   for path in _CONFIGS.value:
-    function, arguments = train_step(load(path))
-    yield f"train step {path}", function, arguments, dict(donate_argnums=0)
+    config = shrunk(load(path)) if _SHRINK.value else load(path)
+    function, arguments = train_step(config)
+    yield f"train step {path}" + ", shrunk" * _SHRINK.value, function, arguments, dict(donate_argnums=0)
   for name in _SHAPES.value:
     for operation, (function, arguments) in operations(arg_specs.get(name)).items():
       yield f"{operation} {name}", function, arguments, {}

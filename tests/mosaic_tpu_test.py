@@ -275,10 +275,7 @@ def test_libtpu_compiles_the_kernels(operation):
 
 @needs_libtpu
 def test_libtpu_compiles_a_training_step():
-  config = native.get_config("method=nsa")
-  config.model.num_layers, config.model.d_model, config.model.num_heads, config.model.mlp_dim = 1, 128, 4, 256
-  config.data.context, config.data.global_batch = 256, 1
-  function, arguments = compile_tpu.train_step(config)
+  function, arguments = compile_tpu.train_step(compile_tpu.shrunk(native.get_config("method=nsa")))
   compiled = aot.compile_for("v6e", function, *arguments, donate_argnums=0)
   # Compressed attention, the window and the selected blocks, both ways, and the choice of blocks.
   assert set(aot.kernels_of(compiled)) == {

@@ -68,7 +68,8 @@ def kernels_of(compiled) -> dict[str, int]:
   for line in compiled.as_text().splitlines():
     if "tpu_custom_call" not in line:
       continue
-    name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call"', line)  # in jvp(...) and transpose(...) where differentiated
+    # The name stands in jvp(...) and transpose(...) where it was differentiated.
+    name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call"', line)
     name = name.group(1) if name else "?"
     used = re.search(r'"used_scoped_memory_configs":(\[[^\]]*\])', line)
     sizes = [int(entry["size"]) for entry in json.loads(used.group(1))] if used else []
