@@ -11,11 +11,9 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any
 
 import jax
 from jax.experimental import topologies
-import numpy as np
 
 from nsa import chips, config as config_lib, schedule, sharding, step as step_lib
 from pallas_kernels import backends
@@ -140,6 +138,9 @@ def collectives(text: str) -> dict[str, float]:
         if re.search(rf"\s{kind}(-start)?\(", line):
           out[kind] += times * _received(kind, line)
       trips = re.search(r'known_trip_count[^\d]*(\d+)', line)
+      condition = re.search(r"condition=%?([\w.\-]+)", line)
+      if condition and not trips:  # TPU text has the bound in the condition alone
+        trips = re.search(r"s32\[\][^ ]* constant\((\d+)\)", "\n".join(bodies.get(condition[1], ())))
       for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)", line):
         if "to_apply=" in line and any(f"{kind}" in line for kind in _KINDS):
           continue

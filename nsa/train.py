@@ -19,7 +19,6 @@ import time
 from absl import logging
 from etils import epath
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, processes, schedule, sharding

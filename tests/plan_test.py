@@ -24,11 +24,12 @@ HloModule step
 }
 
 %cond (t: (s32[], bf16[8,16])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3), backend_config={"flag_configs":[]}
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
 ENTRY %main (p0: f32[10]) -> f32[10] {
-  %w = (s32[], bf16[8,16]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %w = (s32[], bf16[8,16]) while(%t), condition=%cond, body=%body
   %ar = (f32[10]{0}, f32[10]{0}) all-reduce-start(%p0), replica_groups=[2,8]<=[16], to_apply=%add
   %cp = f32[6]{0} collective-permute(%q), source_target_pairs={{0,1},{1,0}}
 }
