@@ -1,4 +1,4 @@
-"""Tests of nsa/config.py: what is written is read, every wrong field is named with value and fix."""
+"""Tests of nsa/config: what is written is read, every wrong field is named with value and fix."""
 import dataclasses
 import json
 

@@ -1,0 +1,191 @@
+"""The fields of a config, with a comment and a unit each.
+
+Annotations here and in the methods' options are real types, not strings (no `from __future__ import
+annotations`): `ml_collections.config_flags` reads them to parse overrides.
+"""
+from dataclasses import dataclass, field
+import math
+from typing import Any
+
+from nsa import methods
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run. `problems` is a list of (field, value, fix)."""
+
+  def __init__(self, problems):
+    self.problems = list(problems)
+    lines = [f"  {name} = {value!r}: {fix}" for name, value, fix in self.problems]
+    super().__init__("the configuration cannot run:\n" + "\n".join(lines))
+
+
+@dataclass
+class RopeScaling:
+  """How rotary frequencies are lowered for contexts beyond the one trained with (nsa/layers.py)."""
+  kind: str = ""                  # "" none | linear | llama3
+  factor: float = 1.0             # by which frequencies are divided
+  context: int = 8192             # llama3: tokens of the original context
+  low_frequency: float = 1.0      # llama3: waves with at most so many turns in that context are divided
+  high_frequency: float = 4.0     # llama3: those with at least so many stay
+
+
+@dataclass
+class ModelConfig:
+  """A decoder-only Transformer: GQA, RoPE, RMSNorm, SwiGLU."""
+  vocab_size: int = 320           # token ids, padded to a multiple of 64 (bytes + 3 specials = 259)
+  num_layers: int = 4             # L
+  d_model: int = 256              # D, width of the residual stream
+  num_heads: int = 8              # N, query heads
+  num_kv_heads: int = 2           # K, key/value heads; G = N / K
+  head_dim: int = 32              # H
+  mlp_dim: int = 704              # F, hidden width of SwiGLU
+  rope_theta: float = 10_000.0    # base of the rotary wavelengths
+  rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+  norm_eps: float = 1e-6          # added to the mean square in the RMSNorms of blocks, of q and k, and at the end
+  embedding_multiplier: float = 0.0  # on the embeddings; 0 = sqrt(d_model)
+  qk_norm: bool = True            # RMSNorm on every query and key head before RoPE
+  short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
+  output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)
+  tie_embeddings: bool = True     # the output projection is the embedding, transposed
+  remat: str = "none"             # "none", or "layer": recompute each layer in the backward pass
+  dtype: str = "float32"          # of activations and matmul inputs; parameters stay float32
+
+
+@dataclass
+class Stage:
+  """One stage of a schedule: what the model runs and what it learns."""
+  fraction: float = 1.0           # share of the run's steps; the shares of all stages add up to 1
+  mode: str = "dense"             # dense | sparse | warmup (dense output + selector loss) | mixed
+  train: str = "all"              # all | selector | memory: the parameter groups that learn
+  context: int = 0                # tokens per sequence; 0 = data.context. Tokens per step stay the same
+  learning_rate: float = 1.0      # factor on the schedule's learning rate
+  dense_share: float = 0.5        # mixed only: share of the steps that run dense
+  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = the method's default, 1 or its paper's
+  enter: str = ""                 # what happens to the weights at the first step, e.g. "copy_kv" (see nsa/schedule.py)
+
+
+@dataclass
+class LearningRate:
+  """The learning-rate plan of the whole run: a pure function of the step, the same for all arms."""
+  peak: float = 1e-3              # at the end of the warm-up
+  plan: str = "wsd"               # wsd (warm up, hold, decay linearly) | cosine | constant
+  warmup: float = 0.02            # share of the steps
+  decay: float = 0.2              # share of the steps, wsd only
+  final: float = 0.05             # last learning rate / peak
+
+
+@dataclass
+class ScheduleConfig:
+  steps: int = 1000               # optimizer steps of the whole run
+  stages: list[Stage] = field(default_factory=lambda: [Stage()])
+  learning_rate: LearningRate = field(default_factory=LearningRate)
+
+
+@dataclass
+class DataConfig:
+  source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
+  tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD | hf:PATH: a tokenizer.json or its folder (extra `hf`)
+  data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
+  context: int = 1024             # T, tokens per sequence
+  global_batch: int = 8           # sequences per step over all devices, at `context` tokens
+  align: int = 64                 # packed documents begin at multiples of this; the same in all arms that are compared
+  task_share: float = 0.0         # share of the sequences that are synthetic tasks, 0 to 1
+  tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
+  answer_weight: float = 5.0      # loss weight of a task's answer tokens
+  filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
+
+
+@dataclass
+class OptimizerConfig:
+  name: str = "adamw"             # adamw | muon (matrices by Muon, all else by AdamW)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1       # decoupled; matrices only
+  clip: float = 1.0               # global gradient norm of the backbone; 0 = no clipping
+  selector_clip: float = 1.0      # the same for the selector's own parameters, clipped apart
+  selector_learning_rate: float = 1.0  # factor on the learning rate of selector parameters
+
+
+@dataclass
+class MeshConfig:
+  """Devices per mesh axis. -1 on `data` takes what is left."""
+  data: int = -1                  # copies of the model
+  fsdp: int = 1                   # shards of parameters and optimizer state; each has rows of its own
+  context: int = 1                # shards of T; each has all keys and values, and a share of the parameters
+  tensor: int = 1                 # shards of KV heads and of F
+
+
+@dataclass
+class EvalConfig:
+  every: int = 0                  # steps between evaluations; 0 = only at the end
+  split: str = "val"              # val | test | ood
+  sequences: int = 32             # windows of `context` tokens, drawn evenly over the documents
+  context: int = 0                # tokens; 0 = data.context
+  batch: int = 8                  # sequences per device call
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
+  blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
+  tasks: tuple[str, ...] = ()     # () = data.tasks
+  task_examples: int = 32         # per task
+  diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
+
+
+@dataclass
+class CheckpointConfig:
+  every: int = 200                # steps between checkpoints; the last step is always saved
+  keep: int = 2                   # newest checkpoints that stay
+  keep_at: tuple[int, ...] = ()   # steps saved and never deleted (fork points)
+  keep_period: int = 0            # checkpoints at multiples of this many steps are never deleted; 0 = all may be
+
+
+@dataclass
+class ForkConfig:
+  """Start from another run's checkpoint instead of from scratch."""
+  workdir: str = ""               # the run to fork from; "" = no fork
+  step: int = -1                  # its checkpoint; -1 = the newest
+  reset: bool = False             # True: begin at step 0 with a fresh optimizer (a foreign checkpoint)
+
+
+@dataclass
+class Config:
+  arm: str = "dense"              # name of the arm, a column of every record
+  size: str = "base"              # name of the model size, a column of every record
+  seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
+  model: ModelConfig = field(default_factory=ModelConfig)
+  attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
+  layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name; () = attention in all
+  others: dict[str, Any] = field(default_factory=dict)  # options of the other methods in `layers`, by name; absent = their defaults
+  schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  eval: EvalConfig = field(default_factory=EvalConfig)
+  checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+  fork: ForkConfig = field(default_factory=ForkConfig)
+  log_every: int = 10             # steps between metric records
+  tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
+  profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
+  implementation: str = ""        # of the attention operations; "" = the best one for the platform
+  peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
+
+  def method_of(self, name: str) -> methods.Method:
+    """The options of the method that `layers` calls `name`. Raises ValueError for an unknown method."""
+    if name == "attention":
+      return self.attention
+    return self.others[name] if name in self.others else methods.get(name)()
+
+  @property
+  def methods(self) -> list[methods.Method]:
+    """The different methods of all layers."""
+    return [self.method_of(name) for name in dict.fromkeys(self.layers or ("attention",))]
+
+
+def steps_of(schedule: ScheduleConfig) -> list[tuple[int, int]]:
+  """First and one-past-last step of every stage. Boundaries are rounded, none is lost."""
+  edges = [0]
+  total = 0.0
+  for stage in schedule.stages:
+    total += stage.fraction
+    edges.append(min(schedule.steps, math.floor(total * schedule.steps + 0.5)))
+  edges[-1] = schedule.steps
+  return list(zip(edges[:-1], edges[1:]))

@@ -1,0 +1,64 @@
+"""A config to JSON-ready dicts and back: what config.json holds."""
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from nsa import methods
+from nsa.config.fields import Config, ConfigError
+
+
+def to_dict(config: Config) -> dict:
+  """The config as JSON-ready nested dicts; `attention` carries its method's name."""
+  out = dataclasses.asdict(config)
+  out["attention"] = {"method": config.attention.name, **out["attention"]}
+  out["others"] = {name: {"method": config.others[name].name, **options} for name, options in out["others"].items()}
+  return json.loads(json.dumps(out))
+
+
+def from_dict(tree: dict) -> Config:
+  """The inverse of `to_dict`. Raises ConfigError for an unknown field or method."""
+  tree = dict(tree)
+  attention = _method(tree.pop("attention", {"method": "dense"}), "attention")
+  others = {name: _method(options, f"others.{name}") for name, options in tree.pop("others", {}).items()}
+  config = _build(Config, tree, "")
+  config.attention, config.others = attention, others
+  return config
+
+
+def _method(options: dict, where: str) -> methods.Method:
+  options = dict(options)
+  name = options.pop("method", None)
+  try:
+    method = methods.get(name)
+  except ValueError as error:
+    raise ConfigError([(f"{where}.method", name, str(error))]) from None
+  return _build(method, options, f"{where}.")
+
+
+def _build(cls, tree, prefix):
+  hints = typing.get_type_hints(cls)
+  names = {f.name for f in dataclasses.fields(cls)}
+  kwargs = {}
+  for name, value in tree.items():
+    if name not in names:
+      raise ConfigError([(prefix + name, value, f"no such field; {cls.__name__} has {', '.join(sorted(names))}")])
+    kwargs[name] = _convert(hints[name], value, prefix + name)
+  return cls(**kwargs)
+
+
+def _convert(hint, value, where):
+  origin = typing.get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, where + ".")
+  if origin is list:
+    (item,) = typing.get_args(hint)
+    return [_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
+  if origin is tuple:
+    return tuple(value)
+  if origin in (typing.Union, types.UnionType) or hint is Any:
+    return value
+  if hint is float and isinstance(value, int):
+    return float(value)
+  return value
