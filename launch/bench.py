@@ -1,13 +1,14 @@
 """Times operations, whole layers and decoding against cuDNN's dense attention on the device it runs on.
 
   python -m launch.bench --operation=selected_attention --out=results.json
-  python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:blocks.npy
+  python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:selections.npz@3
   python -m launch.bench --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
   python -m launch.bench --operation=decode --shapes=length_64k,msa_64k --batches=1,8,64
   python -m launch.bench --model --chip=v5p      # every operation, predicted from data sheets: no device
 
 A row is an operation, a shape of `pallas_kernels.arg_specs`, a pattern of block indices where those come from outside
-(launch/bench_cases.py), and an implementation. `file:PATH` reads int32[B or 1, T, K, J] that were dumped with np.save.
+(launch/bench_cases.py), and an implementation. `file:PATH` or `file:PATH@LAYER` takes the lists of a trained model that
+launch.dump_selections wrote.
 
 Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on inputs that differ between calls.
 TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
@@ -49,7 +50,7 @@ _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
                                f"Of {', '.join(bench_cases.OPERATIONS)}, decode, or all.")
 _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
-_PATTERNS = flags.DEFINE_list("patterns", list(PATTERNS), f"Of {', '.join(PATTERNS)}, or file:PATH.")
+_PATTERNS = flags.DEFINE_list("patterns", list(PATTERNS), f"Of {', '.join(PATTERNS)}, or file:PATH@LAYER.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
@@ -62,14 +63,22 @@ _SEED = flags.DEFINE_integer("seed", None, "Of inputs and patterns; None takes t
 
 
 def draw_pattern(name, spec, seed):
-  """int32[B, T, K, J] of a pattern by name. Raises ValueError for a file of another shape."""
+  """int32[B, T, K, J] of a pattern by name; windows of a file take turns in the batch.
+
+  Raises ValueError for a file without that layer, or of another shape.
+  """
   if not name.startswith("file:"):
     return PATTERNS[name](spec, seed=seed)
-  blocks = np.load(name[len("file:"):])
-  if blocks.shape[1:] != (spec.T, spec.K, spec.J):
-    raise ValueError(f"--patterns: {name} holds {blocks.shape}; {spec.name} needs [B or 1, T, K, J] = "
-                     f"[{spec.B} or 1, {spec.T}, {spec.K}, {spec.J}]")
-  return np.broadcast_to(blocks[:spec.B], (spec.B, *blocks.shape[1:])).astype(np.int32)
+  path, _, layer = name[len("file:"):].partition("@")
+  with np.load(path) as file:
+    lists, layers, meta = file["block_indices"], file["layers"].tolist(), json.loads(str(file["meta"]))
+  if layer and layer not in map(str, layers):
+    raise ValueError(f"--patterns: {name}: the file has the layers {layers}")
+  lists = lists[layers.index(int(layer)) if layer else 0]
+  found, needed = (*lists.shape[1:], meta["block_size"]), (spec.T, spec.K, spec.J, spec.block_size)
+  if found != needed:
+    raise ValueError(f"--patterns: {name} has T, K, J and block size {found}; {spec.name} needs {needed}")
+  return lists[np.arange(spec.B) % len(lists)].astype(np.int32)
 
 
 def _try(what, function):

@@ -1,8 +1,10 @@
 """launch.bench: what it counts and what it concludes; times need a device."""
 import dataclasses
+import json
 
 from launch import bench
 from launch import bench_cases
+from nsa.analysis import selections
 import numpy as np
 from pallas_kernels import arg_specs
 import pytest
@@ -27,12 +29,17 @@ def test_useful_flops_of_a_layer_are_those_of_its_operations():
 
 def test_a_pattern_from_a_file(tmp_path):
   spec = dataclasses.replace(arg_specs.get("tiny_g2"), B=3)
-  blocks = np.random.default_rng(0).integers(-1, 4, (1, spec.T, spec.K, spec.J))
-  np.save(tmp_path / "blocks.npy", blocks)
-  read = bench.draw_pattern(f"file:{tmp_path / 'blocks.npy'}", spec, seed=0)
-  assert read.dtype == np.int32 and (read == blocks).all() and read.shape[0] == 3
-  with pytest.raises(ValueError, match=r"needs \[B or 1, T, K, J\] = \[3 or 1, 60, 2, 3\]"):
-    bench.draw_pattern(f"file:{tmp_path / 'blocks.npy'}", dataclasses.replace(spec, T=60), seed=0)
+  lists = np.random.default_rng(0).integers(-1, 4, (2, 2, spec.T, spec.K, spec.J)).astype(np.int16)
+  path = tmp_path / "lists.npz"
+  selections.save(path, {"block_indices": lists, "layers": np.asarray([1, 4], np.int16),
+                         "meta": np.asarray(json.dumps({"block_size": spec.block_size}))})
+  read = bench.draw_pattern(f"file:{path}@4", spec, seed=0)
+  assert read.dtype == np.int32 and (read == lists[1, [0, 1, 0]]).all()
+  assert (bench.draw_pattern(f"file:{path}", spec, seed=0) == lists[0, [0, 1, 0]]).all()
+  with pytest.raises(ValueError, match=r"needs \(60, 2, 3, 16\)"):
+    bench.draw_pattern(f"file:{path}", dataclasses.replace(spec, T=60), seed=0)
+  with pytest.raises(ValueError, match=r"layers \[1, 4\]"):
+    bench.draw_pattern(f"file:{path}@2", spec, seed=0)
 
 
 def test_crossovers_and_plot(tmp_path):
