@@ -13,17 +13,13 @@ program compiles says that Mosaic and XLA accept it for the chip and that it fit
 from __future__ import annotations
 
 import csv
-import functools
 import runpy
-import time
 
 from absl import flags
-import jax
-import jax.numpy as jnp
 
 from launch import cli
-from nsa import config as config_lib, schedule, step as step_lib
-import pallas_kernels
+from launch import tpu_programs
+from nsa import config as config_lib
 from pallas_kernels import arg_specs
 from pallas_kernels.mosaic_tpu import aot
 
@@ -45,80 +41,14 @@ def load(path):
   return config
 
 
-def shrunk(config):
-  """The config with little of everything, for compilation in seconds: the same kernels at small shapes."""
-  config.model.num_layers, config.model.d_model, config.model.num_heads, config.model.mlp_dim = 1, 128, 4, 256
-  config.data.context, config.data.global_batch = 256, 1
-  return config
-
-
-def train_step(config):
-  """The train step of the last stage of a config, and the shapes of its arguments."""
-  what = schedule.at(config, config.schedule.steps - 1)
-  seeds = step_lib.seeds_of(config)
-  state = jax.eval_shape(lambda: step_lib.init_state(config, seeds))
-  shape = (*seeds.shape, what.batch, what.context)
-  batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32)
-           for name in step_lib.BATCH_KEYS}
-  return step_lib.make_step(config, what), (state, batch, jax.ShapeDtypeStruct((), jnp.float32), seeds)
-
-
-def operations(spec):
-  """{name: (function, shapes of its arguments)} of the operations that have TPU kernels, with gradients."""
-  s, dtype = spec, jnp.dtype(spec.dtype)
-  of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
-  q, k, cmp = of(s.B, s.T, s.N, s.H), of(s.B, s.T, s.K, s.H), of(s.B, s.num_compressed, s.K, s.H)
-  q_idx, k_idx = of(s.B, s.T, s.K, s.index_dim), of(s.B, s.T, s.index_dim)
-  lse = jax.ShapeDtypeStruct((s.B, s.T, s.N), jnp.float32)
-  blocks = jax.ShapeDtypeStruct((s.B, s.T, s.K, s.J), jnp.int32)
-  ids = jax.ShapeDtypeStruct((s.B, s.T), jnp.int32)
-  lengths = dict(block_len=s.block_len, block_stride=s.block_stride)
-  choice = dict(block_size=s.block_size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)
-
-  def attend(name, **options):
-    def both(q, k, v, do, dlse, ids, *rest):
-      f = functools.partial(getattr(pallas_kernels, name), segment_ids=ids, **options)
-      out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, *rest), q, k, v)
-      return out, vjp((do, dlse))
-    return both
-
-  def kl(q, k, lse, q_idx, k_idx, blocks, ids, dloss):
-    f = lambda q_idx, k_idx: pallas_kernels.index_kl(q, k, lse, q_idx, k_idx, blocks, block_size=s.block_size,
-                                                     segment_ids=ids)
-    loss, vjp = jax.vjp(f, q_idx, k_idx)
-    return loss, vjp(dloss)
-
-  return {
-      "attention": (attend("attention"), (q, k, k, q, lse, ids)),
-      "attention, window": (attend("attention", window=s.window), (q, k, k, q, lse, ids)),
-      "compressed_attention": (attend("compressed_attention", **lengths), (q, cmp, cmp, q, lse, ids)),
-      "compressed_top_k": (lambda q, k, lse, ids: pallas_kernels.compressed_top_k(
-          q, k, lse, segment_ids=ids, **lengths, **choice), (q, cmp, lse, ids)),
-      "index_top_k": (lambda q, k, ids: pallas_kernels.index_top_k(q, k, segment_ids=ids, **choice),
-                      (q_idx, k_idx, ids)),
-      "selected_attention": (attend("selected_attention", block_size=s.block_size), (q, k, k, q, lse, ids, blocks)),
-      "index_kl": (kl, (q, k, lse, q_idx, k_idx, blocks, ids,
-                        jax.ShapeDtypeStruct((s.B, s.T, s.K), jnp.float32))),
-  }
-
-
-def row(program, chip, function, arguments, **jit_options):
-  """One line of the table."""
-  start = time.process_time()
-  compiled = aot.compile_for(chip, function, *arguments, **jit_options)
-  seconds = time.process_time() - start
-  return {"program": program, "chip": chip, "compile_cpu_seconds": round(seconds, 1), **aot.facts(compiled),
-          "kernels": " ".join(sorted(aot.kernels_of(compiled))), "jax": jax.__version__, "libtpu": aot.version()}
-
-
 def programs():
   """(name, function, arguments, options of jit) of all that the flags ask for."""
   for path in _CONFIGS.value:
-    config = shrunk(load(path)) if _SHRINK.value else load(path)
-    function, arguments = train_step(config)
+    config = tpu_programs.shrunk(load(path)) if _SHRINK.value else load(path)
+    function, arguments = tpu_programs.train_step(config)
     yield f"train step {path}" + ", shrunk" * _SHRINK.value, function, arguments, dict(donate_argnums=0)
   for name in _SHAPES.value:
-    for operation, (function, arguments) in operations(arg_specs.get(name)).items():
+    for operation, (function, arguments) in tpu_programs.operations(arg_specs.get(name)).items():
       yield f"{operation} {name}", function, arguments, {}
 
 
@@ -129,7 +59,7 @@ def main():
   print(f"{'program':52} {'chip':6} {'CPU s':>9} {'VMEM MiB':>8} {'args MiB':>9} {'temp MiB':>9}")
   for name, function, arguments, options in programs():
     for chip in _CHIPS.value:
-      rows.append(row(name, chip, function, arguments, **options))
+      rows.append(tpu_programs.row(name, chip, function, arguments, **options))
       mib = lambda key: f"{rows[-1][key] / 2**20:.1f}"
       print(f"{name:52} {chip:6} {rows[-1]['compile_cpu_seconds']:9} {mib('vmem_bytes'):>8} {mib('argument_bytes'):>9} "
             f"{mib('temporary_bytes'):>9}", flush=True)

@@ -48,8 +48,6 @@ class Attention(nnx.Module):
     return x, {"k": call.rope(k, offset=call.offset), "v": self.v(h, segments, call.tail), **self.method.streams(x, call)}
 
   def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
-    if cache is not None:
-      call = dataclasses.replace(call, state=cache.get("state"))
     x, streams = self.project(h, call)
     if cache is not None:
       streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)

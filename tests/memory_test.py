@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, evaluate, flops, layers, memory, methods, model as model_lib, optim, schedule
-from nsa import step as step_lib, train as train_lib
+from nsa import sharding, step as step_lib, train as train_lib
 from nsa.config import Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -164,7 +164,7 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_memory_learns():
   batch = dict(inputs=rng.integers(0, 256, (2, 32)), targets=rng.integers(0, 256, (2, 32)),
                weights=np.ones((2, 32), np.float32), segment_ids=np.ones((2, 32), np.int32))
   state = jax.jit(lambda: step_lib.init_state(config, step_lib.seeds_of(config)))()
-  run = jax.jit(step_lib.make_step(config, steps[2]))
+  run = jax.jit(step_lib.make_step(config, steps[2], sharding.make_mesh(config, jax.devices()[:1])))
   before, losses = state, []
   for _ in range(12):
     state, got = run(state, batch, jnp.float32(1e-2), step_lib.seeds_of(config))

@@ -8,7 +8,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule, step as step_lib
+from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule, sharding, step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -149,7 +149,7 @@ def test_steps_of_a_retrofit():
 
   def run(step, attention=OPTIONS):
     f = lambda params: step_lib.loss_and_metrics(make_config(attention=attention), params, batch, None, step,
-                                                 lambda x, axes: x)
+                                                 lambda x, axes: x, sharding.make_mesh(config, jax.devices()[:1]))
     return jax.jit(f)(params)
 
   plain, of_dense_method = run(trunk), run(trunk, methods.Dense())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import native
-from launch import compile_tpu
+from launch import tpu_programs
 import pallas_kernels
 from pallas_kernels import arg_specs
 from pallas_kernels import backends
@@ -268,14 +268,14 @@ def test_lists_name_what_tiles_see(group, slots, block_size, segments):
 @pytest.mark.parametrize("operation", ["selected_attention", "index_kl"])
 def test_libtpu_compiles_the_kernels(operation):
   spec = dataclasses.replace(arg_specs.get("study_8k_j8"), B=1, T=256, J=4)
-  row = compile_tpu.row(operation, "v6e", *compile_tpu.operations(spec)[operation])
+  row = tpu_programs.row(operation, "v6e", *tpu_programs.operations(spec)[operation])
   assert row["kernels"] == f"{operation}_backward {operation}_forward"
   assert 0 < row["vmem_bytes"] < union.VMEM_BYTES and row["argument_bytes"] > 256 * 8 * 64 * 2
 
 
 @needs_libtpu
 def test_libtpu_compiles_a_training_step():
-  function, arguments = compile_tpu.train_step(compile_tpu.shrunk(native.get_config("method=nsa")))
+  function, arguments = tpu_programs.train_step(tpu_programs.shrunk(native.get_config("method=nsa")))
   compiled = aot.compile_for("v6e", function, *arguments, donate_argnums=0)
   # Compressed attention, the window and the selected blocks, both ways, and the choice of blocks.
   assert set(aot.kernels_of(compiled)) == {
