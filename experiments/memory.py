@@ -21,9 +21,10 @@ hybrid=true compares four-layer models instead: dense, then window, MSA, window;
 first and MSA in the other three; all dense.
 
 Result at the default size (2 layers of width 32, 61,440 bytes of training, CPU, one seed; bits per byte of the second half
-of 8 held-out windows; training FLOPs): dense 3.3869 at 2.44e10, native_mag 3.3861 at 3.06e10, native_mag_window 3.366 at
-2.133e10, window 3.386 at 2.132e10, lmm 3.378 at 1.69e10. One seed of 60 steps: it runs, and no difference means anything
-yet. The retrofits, mac, mal and the hybrids have not been run to the end; what they compute is tested.
+of 8 held-out windows, training FLOPs): dense 3.387 at 2.44e10, native_mag 3.386 at 3.06e10, retrofit_mag_free 3.387 at
+2.59e10, retrofit_mag_frozen 3.530 at 2.49e10 (its backbone stops at the trunk's step 45, before the learning rate decays),
+native_mag_window 3.366 at 2.133e10, window 3.386 at 2.132e10, mac 3.339 at 2.40e10, mal 3.366 at 2.22e10, lmm 3.376 at
+1.69e10. One seed of 60 steps: it runs, and no difference means anything yet. The hybrids have not been run to the end.
 
 Arguments: steps=60, seeds=1, context=512, budget=0.25, hybrid=false.
 """

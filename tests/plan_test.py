@@ -130,7 +130,8 @@ def test_a_plan_for_tpus_is_what_libtpu_compiles():
   compiled = row["compiled"]
   want = row["memory_bytes"]["parameters"] + row["memory_bytes"]["optimizer"]
   assert want <= compiled["arguments_bytes"] < 1.2 * want  # the batch, and padding
-  assert compiled["temporaries_bytes"] > 0 and sum(compiled["collectives_bytes"].values()) > 0
+  # The libtpu of the oldest supported jax does not report temporaries.
+  assert compiled["temporaries_bytes"] > 0 or aot.version().startswith("0.0.42.")
   weights = row["collectives_bytes"]["weights (fsdp, context)"] + row["collectives_bytes"]["gradients (fsdp, context)"]
   seen = sum(compiled["collectives_bytes"].values())
   assert 0.3 * weights < seen < 10 * sum(row["collectives_bytes"].values()), "the arithmetic is of the compiler's order"
