@@ -86,6 +86,29 @@ def operations(mesh: Mesh, rules: Rules = Rules()) -> contextlib.AbstractContext
   return pk.partitioned(mesh, batch=_over(rules.batch), time=_over(rules.time), heads=_over(rules.kv_heads))
 
 
+def gathered(part: jax.Array, spec: P, dtype) -> jax.Array:
+  """Under `jax.shard_map`: the whole of an array that is cut as `spec` says, rounded to `dtype` on its way, as float32.
+
+  Its gradient is summed over the devices once, in float32 whatever `dtype` is, and each gets that of its part.
+  """
+  cuts = [(dim, axes) for dim, axes in enumerate(spec) if axes]
+
+  @jax.custom_vjp
+  def gather(part):
+    whole = part.astype(dtype)
+    for dim, axes in cuts:
+      whole = jax.lax.all_gather(whole, axes, axis=dim, tiled=True)
+    return whole.astype(part.dtype)
+
+  def scatter(_, gradient):
+    for dim, axes in reversed(cuts):
+      gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+    return gradient,
+
+  gather.defvjp(lambda part: (gather(part), None), scatter)
+  return gather(part)
+
+
 def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
   """Shardings of a TrainState: parameters by their axes, moments like their parameter, the rest replicated."""
   replicas = len(config.seeds) > 1

@@ -50,37 +50,53 @@ def abstract_state(config, mesh) -> TrainState:
                       shapes, sharding.of_state(config, shapes, mesh))
 
 
-def token_nll(config, params, out: model_lib.Output, targets, constrain, mesh):
+def token_nll(config, params, out: model_lib.Output, targets, mesh):
   """Negative log-likelihood of the targets in nats, float32[B, T].
 
   Logits of long sequences over large vocabularies would outgrow all else: past MAX_LOGITS on a device they are made,
-  used and made again in the backward pass, chunk by chunk. T is cut within each shard of it.
+  used and made again in the backward pass, chunk by chunk. On a mesh each device does so with its own tokens and the
+  whole output matrix, under `jax.shard_map`: XLA's partitioner would gather the matrix and sum its gradient over the
+  devices in every chunk. Over "tensor" the positions are cut too, as there are no heads to cut here.
   """
   B, T = targets.shape
-  shards = mesh.shape["context"]
-  local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * shards)
-  chunks = next((n for n in range(1, T // shards + 1) if T // shards % n == 0 and local / n <= MAX_LOGITS), T // shards)
-  if chunks == 1:
+  local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
+  if local <= MAX_LOGITS:
     return -jnp.take_along_axis(jax.nn.log_softmax(out.logits), targets[..., None], axis=-1)[..., 0]
+  name = "embed" if config.model.tie_embeddings else "head"
+  if mesh.size == 1:
+    return _nll_in_chunks(config, {name: params[name]}, out.hidden, targets)
+  tokens = sharding.named(mesh, ("batch", "time"), (B, T), sharding.Rules(time=("context", "tensor"))).spec
+  if tokens[1] is None:
+    tokens = sharding.named(mesh, ("batch", "time"), (B, T)).spec
+  matrix = sharding.named(mesh, model_lib.param_metadata(config, "axes")[name], params[name].shape).spec
 
-  def split(x):
-    x = jnp.moveaxis(x.reshape((B, shards, chunks, T // shards // chunks) + x.shape[2:]), 2, 0)
-    return constrain(x, (None, "batch", "time") + (None,) * (x.ndim - 3))
+  def of_device(part, hidden, targets):
+    return _nll_in_chunks(config, {name: sharding.gathered(part, matrix, hidden.dtype)}, hidden, targets)
+
+  return jax.shard_map(of_device, mesh=mesh, in_specs=(matrix, tokens, tokens), out_specs=tokens,
+                       check_vma=False)(params[name], out.hidden, targets)
+
+
+def _nll_in_chunks(config, params, hidden, targets):
+  """token_nll of one device's tokens: float32[B, T] from hidden [B, T, D] and targets int32[B, T]."""
+  B, T = targets.shape
+  chunks = next((n for n in range(1, T + 1) if T % n == 0 and B * T * config.model.vocab_size / n <= MAX_LOGITS), T)
+  split = lambda x: jnp.moveaxis(x.reshape((B, chunks, T // chunks) + x.shape[2:]), 1, 0)
 
   @jax.checkpoint
   def part(chunk):
     hidden, targets = chunk
-    logits = constrain(model_lib.unembed(config, params, hidden), ("batch", "time", None, None))
+    logits = model_lib.unembed(config, params, hidden)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
-  return jnp.moveaxis(jax.lax.map(part, (split(out.hidden), split(targets))), 0, 2).reshape(B, T)
+  return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(B, T)
 
 
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
                           losses=step.losses, constrain=constrain)
-  nll = token_nll(config, params, out, batch["targets"], constrain, mesh)
+  nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
   real = (weights > 0).astype(jnp.float32)

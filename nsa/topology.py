@@ -159,7 +159,12 @@ def _received(kind, line) -> float:
   whole = (sum(sizes) / 2 if kind == "all-reduce" else max(sizes)) if "-start(" in line and len(sizes) > 1 else sum(sizes)
   groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
   explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-  n = int(groups[2]) if groups else len(explicit[1].split(",")) if explicit else 2
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+  if named:  # over axes of a mesh, or over factors of them: 'axis':(before)size
+    sizes_of = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    n = math.prod(int(size or sizes_of[axis]) for axis, size in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
+  else:
+    n = int(groups[2]) if groups else len(explicit[1].split(",")) if explicit else 2
   if kind == "reduce-scatter":
     whole *= n
   return whole * {"all-gather": (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}.get(kind, 1.0)

@@ -31,6 +31,8 @@ HloModule step
 ENTRY %main (p0: f32[10]) -> f32[10] {
   %w = (s32[], bf16[8,16]) while(%t), condition=%cond, body=%body
   %ar = (f32[10]{0}, f32[10]{0}) all-reduce-start(%p0), replica_groups=[2,8]<=[16], to_apply=%add
+  %am = f32[100]{0} all-reduce(%p0), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=5] {'data','tensor'}, to_apply=%add
+  %af = f32[100]{0} all-gather(%p1), replica_groups=mesh['data'=8,'fsdp'=2] {'data':(2)4}, dimensions={0}
   %cp = f32[6]{0} collective-permute(%q), source_target_pairs={{0,1},{1,0}}
 }
 """
@@ -38,8 +40,8 @@ ENTRY %main (p0: f32[10]) -> f32[10] {
 
 def test_collectives_count_loops_groups_and_both_halves_of_an_all_reduce():
   got = topology.collectives(HLO)
-  assert got == {"all-gather": 3 * 8 * 64 * 2 * 3 / 4, "reduce-scatter": 3 * 2 * 40 * 4 / 2,
-                 "all-reduce": 2 * 40 * 7 / 8, "collective-permute": 24}
+  assert got == {"all-gather": 3 * 8 * 64 * 2 * 3 / 4 + 400 * 3 / 4, "reduce-scatter": 3 * 2 * 40 * 4 / 2,
+                 "all-reduce": 2 * 40 * 7 / 8 + 2 * 400 * 9 / 10, "collective-permute": 24}
 
 
 def make_config(method="msa", **mesh):

@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 SCRIPT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
-from nsa import config as C, evaluate, methods, schedule, sharding, step as S
+from nsa import config as C, evaluate, methods, schedule, sharding, step as S, topology
 tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_stride=2, window=8, index_dim=4, gate_dim=4,
             pool_len=4, pool_stride=2, segment=8, chunk=4)
 # Training-free selectors differ in their scores alone; memories take as long to compile as all the others.
@@ -71,32 +71,35 @@ def run(config, devices):
   mesh = sharding.make_mesh(config, devices)
   rows = batch if len(config.seeds) == 1 else {name: np.stack([x, x[::-1]]) for name, x in batch.items()}
   placed = sharding.of_batch(config, mesh)
-  new, values = S.compile_step(config, schedule.at(config, 0), mesh)(
-      start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.float32(1e-2), S.seeds_of(config))
+  step = S.compile_step(config, schedule.at(config, 0), mesh)
+  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.float32(1e-2),
+                     S.seeds_of(config))
   part = lambda x: x.addressable_shards[0].data.size / x.size
   weight = new.params["stacks"]["stack0"]["mlp"]["down"]
   moments = [x for x in jax.tree.leaves(new.optimizer["backbone"]) if x.shape == weight.shape]
-  return jax.device_get((new.params, new.optimizer, values)), part(weight), {part(m) for m in moments}
+  return jax.device_get((new.params, new.optimizer, values)), part(weight), {part(m) for m in moments}, step
 
 def compare(config, mesh, one):
   config.mesh = C.MeshConfig(**mesh)
-  S.MAX_LOGITS = 2 ** 12 if config.layers == ("attention",) else 2 ** 28  # chunks of logits as well
-  (params, optimizer, values), share, moments = run(config, jax.devices())
+  S.MAX_LOGITS = 2 ** 10 if config.layers == ("attention",) else 2 ** 28  # chunks of logits as well
+  (params, optimizer, values), share, moments, step = run(config, jax.devices())
   floats = lambda tree: [x for x in jax.tree.leaves(tree) if x.dtype == np.float32]
   size = lambda tree: max(float(np.abs(x).max()) for x in floats(tree))
   worst = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(floats(a), floats(b))) / size(a)
   return dict(params=worst(one[0], params), gradients=worst(one[1], optimizer), metrics=max(
                   float((np.abs(one[2][k] - values[k]) / (np.abs(values[k]) + 0.1)).max()) for k in values),
-              share=share, moments=sorted(moments), loss=float(one[2]["loss"].mean()))
+              share=share, moments=sorted(moments), loss=float(one[2]["loss"].mean()),
+              received=sum(topology.collectives(step.as_text()).values()),
+              head=params["head" if "head" in params else "embed"].nbytes)
 
 jobs, out = json.loads(sys.argv[1]), {}
 for name in dict.fromkeys(name for name, _, _ in jobs):
-  one, _, _ = run(make_config(name, {}), jax.devices()[:1])
+  one, _, _, _ = run(make_config(name, {}), jax.devices()[:1])
   for _, label, mesh in (job for job in jobs if job[0] == name):
     out[name + " " + label] = compare(make_config(name, mesh), mesh, one)
 if len(sys.argv) > 2:
   config = make_config("msa", {}, seeds=(3, 4))
-  one, _, _ = run(config, jax.devices()[:1])
+  one, _, _, _ = run(config, jax.devices()[:1])
   out["seeds"] = compare(config, dict(context=2, tensor=2), one)
   config = make_config("msa", dict(fsdp=2, context=2, tensor=2))
   config.eval = C.EvalConfig(sequences=2, batch=2, run_modes=("sparse",))
@@ -135,6 +138,11 @@ def check(got, mesh):
 @pytest.mark.parametrize("method,mesh", PAIRS)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(results, method, mesh):
   check(results[f"{method} {mesh}"], MESHES[mesh])
+
+
+def test_chunks_of_logits_gather_the_output_matrix_once(results):
+  got = results["msa data=2,fsdp=2,tensor=2"]  # 12 chunks, which share one copy of the matrix and one sum of its gradient
+  assert got["head"] < got["received"] < 12 * got["head"], got
 
 
 def test_seeds_trained_together_on_a_mesh(results):
