@@ -6,8 +6,6 @@
 For TPUs every stage's step is compiled by libtpu; for GPUs it is lowered, and memory is arithmetic. A step that does
 not fit is an error (exit code 2) that names the next thing to change.
 """
-import json
-
 from absl import flags
 from ml_collections import config_flags
 

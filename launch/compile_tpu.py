@@ -16,6 +16,7 @@ import csv
 import runpy
 
 from absl import flags
+import jax
 
 from launch import cli
 from launch import tpu_programs

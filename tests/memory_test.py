@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, evaluate, flops, layers, memory, methods, model as model_lib, optim, schedule
-from nsa import sharding, step as step_lib, train as train_lib
-from nsa.config import Stage
+from nsa import sharding, step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

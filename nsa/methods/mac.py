@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from nsa import layers, memory
-from nsa.methods import blocks, interface, titans
+from nsa.methods import interface, titans
 
 
 @dataclasses.dataclass

@@ -46,7 +46,6 @@ class XAttention(prompt.PromptMethod):
       return jnp.pad(x, ((0, 0), (0, rows * size - T), (0, 0), (0, 0))).reshape((B, groups, stride) + x.shape[2:])
 
     queries = grouped(q)[:, :, ::-1].reshape(B, groups, stride, K, N // K, H) * (H ** -0.5 / stride)
-    index = jnp.arange(groups)
     mask = prompt.causal_blocks(prompt_length, groups, stride)
 
     def head(x):  # one KV head at a time: (T / stride) ** 2 scores of each of its queries

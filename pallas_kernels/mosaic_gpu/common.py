@@ -25,6 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import runs
 from pallas_kernels.mosaic_gpu import entries as entry_lists
 from pallas_kernels.mosaic_gpu import gather
 from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
@@ -112,7 +113,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
     x = jnp.pad(x, ((0, 0), (0, tiles * tokens - T)))
     return jnp.broadcast_to(x[:, None], (B, K, tiles * tokens))
 
-  first, end = entry_lists.visible_keys(plan, segment_ids, query_offset)
+  first, end = runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   token = np.minimum(np.arange(tiles * tokens), T - 1)
   rows = (np.arange(B)[:, None, None] * T + token) * K + np.arange(K)[:, None]
   rows = (rows[..., None] * plan.group + np.arange(plan.group)).reshape(-1)

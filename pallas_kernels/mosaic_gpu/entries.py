@@ -22,6 +22,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import runs
+
 TILE_ROWS = 64  # the M of one wgmma instruction
 
 
@@ -100,25 +102,6 @@ def _exclusive_cumsum(x):
   return jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(x, dtype=jnp.int32)])
 
 
-def _segment_starts(segment_ids):
-  """int32[B, S]: where the run of equal ids that holds each position begins."""
-  at = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-  differs = segment_ids[:, 1:] != segment_ids[:, :-1]
-  new = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), differs], axis=1)
-  return lax.cummax(jnp.where(new, at, 0), axis=1)
-
-
-def visible_keys(plan, segment_ids, query_offset):
-  """int32[B, T] pair (first, end): the keys that each query sees, as far as causality and segments go."""
-  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (plan.batch,))
-  position = offset[:, None] + jnp.arange(plan.queries, dtype=jnp.int32)
-  end = jnp.minimum(position + 1, plan.keys)
-  if segment_ids is None:
-    return jnp.zeros_like(end), end
-  at = jnp.clip(position, 0, plan.keys - 1)
-  return jnp.take_along_axis(_segment_starts(segment_ids), at, axis=1), end
-
-
 def _span(first, end, block, plan):
   """The part of [first, end) in a block: (start, stop), offsets into it; empty if stop <= start."""
   first_key = block * plan.block_size
@@ -145,7 +128,7 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
     Entries.
   """
   B, T, K, J = block_indices.shape
-  first, end = visible_keys(plan, segment_ids, query_offset)
+  first, end = runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   start, stop = _span(first[:, :, None, None], end[:, :, None, None], block_indices, plan)
   seen = chosen(block_indices, plan) & (stop > start)
   head = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32))[:, None, :, None]

@@ -5,37 +5,16 @@ Letters as in `pallas_kernels.api`; segments are contiguous runs of equal ids.
 """
 from __future__ import annotations
 
-import jax
-from jax import lax
 import jax.numpy as jnp
 
-FAR = 2 ** 30  # past every key; a float32 of it is exact
-
-
-def positions(queries, query_offset, batch):
-  """Absolute positions int32[B, T] of the queries."""
-  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32).reshape(-1, 1), (batch, 1))
-  return offset + jnp.arange(queries, dtype=jnp.int32)
-
-
-def runs(segment_ids, pos):
-  """Begin and end, int32[B, T] each, of the run of equal ids that holds each position.
-
-  Positions past the last id belong to its run, as in the reference.
-  """
-  at = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-  new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  last = jnp.pad(new[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-  begin = lax.cummax(jnp.where(new, at, 0), axis=1)
-  end = lax.cummin(jnp.where(last, at + 1, FAR), axis=1, reverse=True)
-  return tuple(jnp.take_along_axis(x, pos, axis=1, mode="clip") for x in (begin, end))
+from pallas_kernels import runs
 
 
 def of_tokens(pos, keys, segment_ids, *, causal=True, window=None):
   """First token and one past the last, int32[B, T] each, that each query sees of `keys` tokens."""
   begin, end = jnp.zeros_like(pos), jnp.full_like(pos, keys)
   if segment_ids is not None:
-    begin, end = runs(segment_ids, pos)
+    begin, end = runs.of_segments(segment_ids, pos)
   if causal:
     end = jnp.minimum(pos + 1, end if segment_ids is None else keys)
   if window is not None:
@@ -45,7 +24,7 @@ def of_tokens(pos, keys, segment_ids, *, causal=True, window=None):
 
 def of_compressed(pos, num_compressed, segment_ids, *, block_len, block_stride):
   """First compressed block and one past the last, int32[B, T] each, that each query sees."""
-  begin = jnp.zeros_like(pos) if segment_ids is None else runs(segment_ids, pos)[0]
+  begin = jnp.zeros_like(pos) if segment_ids is None else runs.of_segments(segment_ids, pos)[0]
   begin = -(-begin // block_stride)
   end = jnp.minimum((pos - (block_len - 1)) // block_stride + 1, num_compressed)
   return begin, end
@@ -68,10 +47,10 @@ def query_tiles(begin, end, tile_queries, tile_keys):
   """
   begin, end = (x.reshape(x.shape[0], -1, tile_queries) for x in (begin, end))
   some = begin < end
-  first = jnp.where(some, begin, FAR).min(axis=2) // tile_keys
+  first = jnp.where(some, begin, runs.FAR).min(axis=2) // tile_keys
   stop = -(-jnp.where(some, end, 0).max(axis=2) // tile_keys)
   first = jnp.where(stop > 0, first, 0)
-  return jnp.stack([first, stop, jnp.where(some, begin, FAR).max(axis=2), jnp.where(some, end, 0).min(axis=2)],
+  return jnp.stack([first, stop, jnp.where(some, begin, runs.FAR).max(axis=2), jnp.where(some, end, 0).min(axis=2)],
                    axis=2)
 
 
@@ -81,6 +60,6 @@ def key_tiles(tiles, num_key_tiles):
   key = jnp.arange(num_key_tiles, dtype=jnp.int32)[None, :, None]
   needs = (tiles[:, None, :, 0] <= key) & (key < tiles[:, None, :, 1])
   query = jnp.arange(tiles.shape[1], dtype=jnp.int32)
-  first = jnp.where(needs, query, FAR).min(axis=2)
+  first = jnp.where(needs, query, runs.FAR).min(axis=2)
   stop = jnp.where(needs, query + 1, 0).max(axis=2)
   return jnp.stack([jnp.where(stop > 0, first, 0), stop], axis=2)

@@ -5,7 +5,6 @@ fetches the first blocks of the next one, and sums over tiles need no atomics: e
 """
 from __future__ import annotations
 
-import jax
 from jax import lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu

@@ -15,9 +15,10 @@ import inspect
 import os
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import runs
 
 ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
 LOG2E = 1.4426950408889634
@@ -146,25 +147,16 @@ def visible_tokens(B, T, query_offset=0, segment_ids=None):
     query_offset: int32 scalar or [B], position of the first query.
     segment_ids: int32[B, S] in contiguous runs, or None.
   """
-  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
-  position = offset[:, None] + jnp.arange(T, dtype=jnp.int32)
-  if segment_ids is None:
-    return jnp.zeros_like(position), position
-  S = segment_ids.shape[1]
-  new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  start = lax.cummax(jnp.where(new, jnp.arange(S, dtype=jnp.int32), 0), axis=1)
-  return jnp.take_along_axis(start, jnp.clip(position, 0, S - 1), axis=1), position
+  position = runs.positions(T, query_offset, B)
+  first = jnp.zeros_like(position) if segment_ids is None else runs.of_segments(segment_ids, position)[0]
+  return first, position
 
 
 def segment_ends(B, T, S, query_offset=0, segment_ids=None):
   """int32[B, T]: one past the last token of each query's segment."""
   if segment_ids is None:
     return jnp.full((B, T), S, jnp.int32)
-  offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (B,))
-  position = jnp.clip(offset[:, None] + jnp.arange(T, dtype=jnp.int32), 0, S - 1)
-  last = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-  end = lax.cummin(jnp.where(last, jnp.arange(1, S + 1, dtype=jnp.int32), S), axis=1, reverse=True)
-  return jnp.take_along_axis(end, position, axis=1)
+  return runs.of_segments(segment_ids, runs.positions(T, query_offset, B))[1]
 
 
 def compressed_run(first, position, C, block_len, block_stride):

@@ -68,7 +68,7 @@ def _plan(q, k, J, block_size):
 
 
 def _constants(q, k, J, how, kernel):
-  (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  (N, H), (S, K) = q.shape[2:], k.shape[1:3]
   block_size, scale, precision = how
   tuned = tuning.get(kernel, head_dim=H, dtype=q.dtype)
   return dict(S=S, K=K, G=N // K, GP=call.next_power_of_2(N // K), H=H, SIZE=block_size, SCALE=scale * call.LOG2E,

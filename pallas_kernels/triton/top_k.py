@@ -51,7 +51,7 @@ class _OneHead:
 def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_blocks, num_initial, num_local, scale,
                      segment_ids, query_offset):
   """See `pallas_kernels.api.compressed_top_k`."""
-  (B, T, N, H), (C, K) = q.shape, k_cmp.shape[1:3]
+  (B, T), (C, K) = q.shape[:2], k_cmp.shape[1:3]
   first, position = call.visible_tokens(B, T, query_offset, segment_ids)
   last = T + query_offset if isinstance(query_offset, (int, np.integer)) else T
   S = max(last, C * block_stride + block_len - 1) if segment_ids is None else segment_ids.shape[1]
