@@ -32,15 +32,17 @@ def get_config(arg=None):
   nsa = methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS)
   warmup = max(0.015, 1 / a.steps)
 
-  def arm(name, attention, stages, run_modes=OWN, fork=None):
+  def arm(name, attention, stages, run_modes=OWN, fork=None, share=1.0):
+    """`share` of the steps is the arm's own: ten short evaluations on the way lie in it."""
+    dense = isinstance(attention, methods.Dense)
     return Config(
         arm=name, size="10M", attention=attention, schedule=stages,
         model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
                           dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
                         task_share=0.12, tasks=("needle:keys=4", "phonebook:entries=20", "mqar:pairs=32")),
-        eval=EvalConfig(sequences=64, task_examples=64, batch=8, run_modes=run_modes,
-                        blocks=BLOCKS if isinstance(attention, methods.Dense) else {}),
+        eval=EvalConfig(sequences=64, task_examples=64, batch=8, run_modes=run_modes, blocks=BLOCKS if dense else {},
+                        every=max(1, round(a.steps * share / 10)), during=("dense", "block_topk") if dense else ("sparse",)),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 
   arms = [
@@ -57,9 +59,9 @@ def get_config(arg=None):
     budgets[name] = budget
     # At least one step of warm-up, even for the smallest budget of a short run.
     share = max(0.1, 1 / (a.steps * budget))
-    arms.append(arm(name, msa, schedule.retrofit(a.steps, budget, selector_warmup=share, **plan), fork=trunk))
+    arms.append(arm(name, msa, schedule.retrofit(a.steps, budget, selector_warmup=share, **plan), fork=trunk, share=budget))
   trunk = ForkConfig("@dense", step=round(a.steps * (1 - BUDGETS[-1])))
-  arms.append(arm("selector_only", msa, schedule.selector_only(a.steps, BUDGETS[-1], **plan), fork=trunk))
+  arms.append(arm("selector_only", msa, schedule.selector_only(a.steps, BUDGETS[-1], **plan), fork=trunk, share=BUDGETS[-1]))
 
   if a.arms:
     wanted = a.arms.split("+")

@@ -79,14 +79,15 @@ def place_here(config, params):
   return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
 
 
-def write(config, params, workdir, step: int, mesh=None) -> list[dict]:
+def write(config, params, workdir, step: int, mesh=None, during: bool = False) -> list[dict]:
   """Evaluates and writes workdir/eval/<step>.json; returns the new records.
 
+  during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
   With several processes each must call it; the first one writes.
   Records of other run modes stay in the file. Another split or context than the run's own goes to
   a file of its own, <step>-<split>-<context>.json, which reports leave out.
   """
-  rows = records(config, params, step, mesh)
+  rows = records(config, params, step, mesh, during)
   if jax.process_index():
     return rows
   directory = epath.Path(workdir) / "eval"
@@ -101,27 +102,28 @@ def write(config, params, workdir, step: int, mesh=None) -> list[dict]:
   return rows
 
 
-def records(config, params, step: int, mesh=None) -> list[dict]:
-  """All records of one checkpoint. `params` has a leading axis of seeds if the config has several.
+def records(config, params, step: int, mesh=None, during: bool = False) -> list[dict]:
+  """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
   """
   e = config.eval
+  short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   context = e.context or config.data.context
   windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
-  names = e.tasks or config.data.tasks
+  names = () if short else e.tasks or config.data.tasks
   haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir) if names else []
   task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack) for name in names}
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
-  for run_mode in e.run_modes:
+  for run_mode in e.during if short else e.run_modes:
     found = how(config, run_mode)
     if found is None:
       continue
     run_config, mode, selector = found
     # Compiled once for all arms of an architecture.
-    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics)), mesh)
+    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics and _observed(run_config, mode))), mesh)
     for replica, seed in enumerate(config.seeds):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
       if isinstance(run_config.attention, methods.PromptMethod):
@@ -131,6 +133,7 @@ def records(config, params, step: int, mesh=None) -> list[dict]:
       _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
         rows += _task_records(run, one, name, examples, e)
+      rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
 
@@ -170,12 +173,17 @@ def how(config, run_mode: str):
   return run, "sparse", selector
 
 
+def _observed(config, mode: str):
+  """The options that diagnostics of a run need for the size and number of blocks; None where it can have none."""
+  if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)):
+    return config.attention
+  return methods.get("block_topk")(**config.eval.blocks) if mode == "dense" and config.eval.blocks else None
+
+
 @functools.lru_cache(maxsize=64)
 def _runner(static, mesh):
   """(params, batch) -> per token nll and correctness, and diagnostics per layer; whole on every process."""
-  config, mode, selector, diagnose = static.value
-  own = config.attention if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)) else None
-
+  config, mode, selector, own = static.value
   constrain = (lambda x, axes: x) if mesh is None else sharding.constrain(mesh)
   operations = contextlib.nullcontext if mesh is None else functools.partial(sharding.operations, mesh)
 
@@ -189,7 +197,7 @@ def _runner(static, mesh):
     with operations():
       out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
                               key=jax.random.key(0), losses=False, prompt=batch["prompt"], constrain=constrain,
-                              observe=observe if diagnose and own else None)
+                              observe=observe if own else None)
     nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
     # One dict per layer: those of a dense prefix have fewer diagnostics.

@@ -94,7 +94,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     processes.agree(evaluation=str(cut))
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
-        evaluate.write(config, state.params, workdir, start, mesh)
+        evaluate.write(config, state.params, workdir, start, mesh, during=start < total)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
@@ -132,7 +132,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
       if evaluating:
         watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
-          evaluate.write(config, state.params, workdir, done, mesh)
+          evaluate.write(config, state.params, workdir, done, mesh, during=done < total)
     bar.close()
     watchdog.expect("the last checkpoint")
     checkpoints.close()

@@ -118,7 +118,9 @@ def test_a_dense_model_runs_under_training_free_selectors():
   rows, _ = records(make_config(methods.Dense()), run_modes=MODES, blocks=BLOCKS)
   by_mode = {mode: [row for row in rows if row["run_mode"] == mode] for mode in MODES}
   assert not by_mode["sparse"]  # it has no selector of its own
-  assert not of_kind(by_mode["dense"], "layer")
+  dense, oracle = (of_kind(by_mode[mode], "layer") for mode in ("dense", "oracle"))  # observed in the geometry of eval.blocks
+  assert len(dense) == 2 and not any("captured_mass" in row for row in dense)
+  assert dense[0]["oracle_mass"] == pytest.approx(oracle[0]["oracle_mass"], rel=1e-5)  # layer 0 has the same input in both
   loss = {mode: np.mean([r["bits_per_byte"] for r in of_kind(by_mode[mode],
                                                              "language")]) for mode in MODES if by_mode[mode]}
   assert len(set(loss.values())) == 5
@@ -172,12 +174,13 @@ def test_diagnostics_equal_a_slow_computation(segmented):
   options = methods.BlockTopK(block_size=4, num_blocks=3)
   call = methods.Call(segment_ids=segments, key=jax.random.key(0))
   indices = np.asarray(methods.training_free.select("random", q, k, options, call))
-  got = jax.device_get(blocks.diagnostics(q, k, indices, call, options))
+  got = jax.device_get(blocks.diagnostics(q, k, indices, call, options, tile_rows=12))  # 6 queries; the last tile has 4
   p = slow_attention(q, k, segments)
-  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap")
+  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common")
   sums, limited = {name: np.zeros(2) for name in names}, 0
+  begins = lambda b, t: 0 if segments is None else int(np.argmax(segments[b] == segments[b][t])) // 4
   for b, t in np.ndindex(2, 40):
-    first = 0 if segments is None else int(np.argmax(segments[b] == segments[b][t])) // 4
+    first = begins(b, t)
     visible = range(first, t // 4 + 1)
     if len(visible) <= 3:
       continue
@@ -190,9 +193,12 @@ def test_diagnostics_equal_a_slow_computation(segmented):
       after = set(indices[b, t + 1, r].tolist()) if t < 39 else None
       before = set(indices[b, t - 1, r].tolist())
       shared = len(chosen & after) / 3 if after else len(before & chosen) / 3  # the last query has no next
+      tile = range(t // 6 * 6, min(t // 6 * 6 + 6, 40))
+      picks = [j for u in tile for j in indices[b, u, r].tolist() if begins(b, u) <= j <= u // 4]
+      common = [j for j in picks if picks.count(j) >= 2]  # a third of 6
       values = (sum(mass[j] for j in chosen), sum(mass[j] for j in best), len(best & chosen) / 3,
-                sum(mass[j] for j in best & chosen), -(heads * np.log(np.where(heads > 0, heads,
-                                                                               1))).sum(-1).mean(), shared)
+                sum(mass[j] for j in best & chosen), -(heads * np.log(np.where(heads > 0, heads, 1))).sum(-1).mean(),
+                shared, len(set(picks)) * len(tile) / len(picks), len(common) / len(picks))
       for name, value in zip(names, values):
         sums[name][r] += value
   np.testing.assert_allclose(got["queries_limited"], limited / 80, rtol=1e-6)
@@ -225,3 +231,17 @@ def test_rows_that_fill_up_a_batch_do_not_count():
   both = blocks.diagnostics(q, k, indices, methods.Call(), options, rows=jnp.array([1.0, 0.0]))
   for name, value in alone.items():
     np.testing.assert_allclose(both[name], value, rtol=1e-5, err_msg=name)
+
+
+# --- on the way -----------------------------------------------------------------------
+
+
+def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse", "dense"), during=("sparse",), tasks=("copy:length=4",))
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
+  whole = evaluate.records(config, params, 7)
+  short = evaluate.records(config, params, 7, during=True)
+  kept = [row for row in whole if row["run_mode"] == "sparse" and row["kind"] in ("language", "position", "layer")]
+  assert short == kept and {row["kind"] for row in short} == {"language", "position", "layer"}
+  config.eval.during = ()
+  assert evaluate.records(config, params, 7, during=True) == whole

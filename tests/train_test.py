@@ -197,11 +197,12 @@ def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
     class Killed(BaseException):
       pass
 
-    def write(config, params, workdir, step, mesh):
+    def write(config, params, workdir, step, mesh, during):
       if step == last and not killed:
         killed.append(step)
         raise Killed
-      return real(config, params, workdir, step)
+      assert during == (step < 4)
+      return real(config, params, workdir, step, mesh, during)
 
     killed, real = [], train_lib.evaluate.write
     with pytest.MonkeyPatch.context() as patch:

@@ -129,11 +129,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
   for name in e.blocks:
     need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
-  for mode in e.run_modes:
+  for where, mode in [("eval.run_modes", mode) for mode in e.run_modes] + [("eval.during", mode) for mode in e.during]:
     try:
       name, options = methods.parse_run_mode(mode)
     except ValueError as error:
-      need(False, "eval.run_modes", mode, str(error))
+      need(False, where, mode, str(error))
       continue
     known = methods.run_mode_fields(name)
     options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
@@ -143,7 +143,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       if own or name != "sparse":
         run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
         for n, v, f in run.check(m, e.context or d.context):
-          need(False, "eval.run_modes", mode, f"attention.{n} = {v!r} there: {f}")
+          need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= 0, "eval.sequences", e.sequences, "cannot be negative; 0 for none")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")

@@ -124,6 +124,7 @@ class EvalConfig:
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
   run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
+  during: tuple[str, ...] = ()    # run modes at steps before the last, on text alone and without heat maps; () = as at the end
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks
   task_examples: int = 32         # per task

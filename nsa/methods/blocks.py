@@ -112,7 +112,8 @@ def mean_keys(k: Float[Array, "B S K H"], block_size: int, segment_ids=None) -> 
   return jnp.sum(jnp.where(mine, k, 0.0), 2) / mine.sum(2)
 
 
-def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod, rows=None) -> dict[str, Array]:
+def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod, rows=None,
+                tile_rows: int = 128) -> dict[str, Array]:
   """Per KV head float32[K], means over the queries that had more blocks than they could take; NaN without such.
 
   Where each query head has a set of its own (`block_indices` [B, T, N, J]), per query head float32[N].
@@ -124,6 +125,10 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   score_recall    mass on the blocks both best and chosen (MSA section 5.2)
   entropy         of the dense attention over tokens, nats
   overlap         share of a query's blocks that the next query also chose
+  tile_union      different blocks of a tile over the blocks of one of its queries: 1 = all the same; the work of
+                  attending to the union of a tile. A tile is `tile_rows` query rows of one KV head: of all heads that
+                  share a list, tile_rows / group neighbouring queries (what the kernels take)
+  tile_common     share of the choices that fall on blocks which a third of the tile's queries, and two, chose
   tokens_visible  tokens attended to (over all queries)
   tokens_causal   tokens that dense attention would attend to (over all queries)
   queries_limited share of queries with more visible blocks than J (over all queries)
@@ -160,6 +165,13 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   out["block_recall"] = mean(both.sum(-1) / jnp.maximum(best.sum(-1), 1))
   shared = (chosen[:, :-1] & chosen[:, 1:]).sum(-1) / jnp.maximum(chosen[:, :-1].sum(-1), 1)
   out["overlap"] = mean(jnp.pad(shared, ((0, 0), (0, 1), (0, 0)), mode="edge"))
+  tile = max(1, tile_rows // (q.shape[2] // K))
+  tiles = lambda x: jnp.pad(x, ((0, 0), (0, -T % tile)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, tile, *x.shape[2:]).sum(2)
+  votes, count = tiles(chosen.astype(jnp.int32)), tiles(jnp.ones((1, T, 1)).repeat(B, 0))  # [B, tiles, K, blocks]
+  picks, tile_weight = jnp.maximum(votes.sum(-1), 1), tiles(weight)
+  out["tile_union"] = jnp.sum((votes > 0).sum(-1) * count / picks * tile_weight, axis=(0, 1))
+  common = votes >= max(2, round(tile / 3))
+  out["tile_common"] = jnp.sum((votes * common).sum(-1) / picks * tile_weight, axis=(0, 1))
   every = rows[:, None, None] / jnp.maximum(rows.sum() * T, 1.0)
   out["tokens_visible"] = jnp.sum((tokens[:, :, None] * chosen).sum(-1) * every, axis=(0, 1))
   out["tokens_causal"] = jnp.broadcast_to(jnp.sum(tokens.sum(-1, keepdims=True) * every), (K,))
