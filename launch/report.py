@@ -1,6 +1,9 @@
 """Writes the report of one study, or of one or several runs.
 
     python -m launch.report RUN_OR_STUDY... [--out=DIR]
+    python -m launch.report runs/pilot --out=experiments/results/pilot --publish
+
+What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
 """
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from absl import flags
 from launch import cli
 
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: report/ inside the first path.")
+_PUBLISH = flags.DEFINE_bool("publish", False, "For a repository: no HTML, small PNGs, configs without this machine's paths.")
 
 
 def main(arguments):
@@ -16,9 +20,9 @@ def main(arguments):
   paths = [Path(p) for p in arguments]
   if not paths:
     raise ValueError("name at least one run or study: python -m launch.report RUN_OR_STUDY... [--out=DIR]")
-  written = report.write(paths, Path(_OUT.value) if _OUT.value else paths[0] / "report")
+  written = report.write(paths, Path(_OUT.value) if _OUT.value else paths[0] / "report", _PUBLISH.value)
   print(report.verdict_table(paths[0]) if len(paths) == 1 else written.headline)
-  print(f"\nreport: {written.html}\n        {written.markdown}\n        {written.csv}")
+  print("\nreport: " + "\n        ".join(str(path) for path in (written.html, written.markdown, written.csv) if path))
 
 
 if __name__ == "__main__":

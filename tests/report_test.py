@@ -58,6 +58,10 @@ def write_run(path, arm, size, seeds, delta, exact, budget, rng, noise, level):
     config["attention"] = {"method": "msa", "block_size": 32, "num_blocks": 8}
     config["schedule"]["stages"] = [dataclasses.asdict(config_lib.Stage(fraction=1 - (budget or 1))),
                                     dataclasses.asdict(config_lib.Stage(fraction=budget or 1, mode="sparse"))]
+  config["data"] |= {"source": f"files:{path.parent}/corpus.tar.xz", "context": 2048, "global_batch": 4}
+  config["schedule"]["steps"], config["model"]["dtype"] = 1000, "bfloat16"
+  if budget:
+    config["fork"] |= {"workdir": str(path.parent / f"dense-{size}-{'_'.join(map(str, seeds))}"), "step": round(1000 * (1 - budget))}
   (path / "config.json").write_text(json.dumps(config))
   (path / "versions.json").write_text(json.dumps({"jax": "0.10.2", "python": "3.11.9"}))
   steps, last = 60, 1000
@@ -76,7 +80,12 @@ def write_run(path, arm, size, seeds, delta, exact, budget, rng, noise, level):
       {"step": last, "arm": arm, "size": size,
        "records": [r for seed in seeds
                    for r in _records(arm, size, seed, last, delta, exact, rng, noise, level)]}))
-  (path / "DONE").write_text("")
+  middle = round(last * (first + 1) / 2)
+  (path / "eval" / f"{middle}.json").write_text(json.dumps(  # on the way: fewer modes and kinds
+      {"step": middle, "arm": arm, "size": size,
+       "records": [r for seed in seeds for r in _records(arm, size, seed, middle, delta, exact, rng, noise, level)
+                   if r["run_mode"] in ("sparse", "block_topk") and r["kind"] == "layer"]}))
+  (path / "DONE").write_text(json.dumps({"step": last, "seconds_paused": {"compile": 60.0, "evaluate": 6.0}}))
 
 
 def _records(arm, size, seed, step, delta, exact, rng, noise, level):
@@ -104,7 +113,7 @@ def _records(arm, size, seed, step, delta, exact, rng, noise, level):
       yield dict(common, kind="layer", layer=layer, captured_mass=captured, oracle_mass=oracle,
                  block_recall=0.7, score_recall=None, entropy=2.0,
                  overlap=0.55 + 0.08 * layer - delta + rng.normal(0, 0.01),
-                 queries_limited=0.86)
+                 tile_union=3.0 + 2 * layer, tile_common=0.8, queries_limited=0.86)
     if mode == "sparse":
       n = 32
       heat = [[min(1.0, (i == j) + (j == 0) * 0.6 + 0.9 * math.exp(-0.5 * (i - j)) + 0.35 * rng.random() ** 4)
@@ -126,8 +135,8 @@ def written(study):
 def quick(monkeypatch):
   """Figures are made and not rendered, for tests that read the text."""
   from nsa.report import style
-  def save(fig, folder, name):
-    for ending in ("svg", "png"):
+  def save(fig, folder, name, endings):
+    for ending in endings:
       (folder / f"{name}.{ending}").write_text("<?xml")
   monkeypatch.setattr(style, "save", save)
 
@@ -211,12 +220,13 @@ def test_report_has_all_sections_in_order(written):
   titles = re.findall(r"^## (.*)$", text, re.M)
   assert titles == ["Verdict", "Arms", "Delta(b): retrofit minus native over the retrofit budget",
                     "Loss curves", "Loss by position", "Recall by task", "Train mode and run mode",
-                    "What the selector captures", "Which blocks one head selects",
-                    "Selector or backbone?", "What this cannot say"]
+                    "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
+                    "Which blocks one head selects", "Selector or backbone?", "Spread over seeds, and what a main study could see",
+                    "What a main study would cost", "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "closes" in text
   names = {p.name for p in written.plots}
-  for name in ("delta_budget", "loss", "position", "recall", "layers", "blocks", "decomposition"):
+  for name in ("delta_budget", "loss", "position", "recall", "layers", "learning", "sharing", "blocks", "decomposition"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
 
@@ -224,7 +234,7 @@ def test_report_has_all_sections_in_order(written):
 def test_html_needs_no_network(written):
   page = written.html.read_text()
   images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)
-  assert len(images) == 7 and page.count("<img") == 7
+  assert len(images) == 9 and page.count("<img") == 9
   assert all(base64.b64decode(i).lstrip().startswith(b"<?xml") for i in images)
   assert "http" not in page and "<script" not in page and "<link" not in page and "@import" not in page
 
@@ -287,13 +297,81 @@ def test_csv_is_exact(tmp_path, quick):
               "status": "done", "split": "val", "step": "3", "bits_per_byte": "2.75",
               "second_half_bits_per_byte": "1.75",
               "exact_match": "0.375", "answer_nll": "2.0", "windows": "2", "bytes": "400", "task_items": "3",
-              "captured_mass": "0.375", "oracle_mass": "0.875", "queries_limited": "", "tokens": "300.0",
-              "flops": "3000000.0", "tokens_per_second": "7.0"}
+              "captured_mass": "0.375", "oracle_mass": "0.875", "queries_limited": "", "overlap": "", "tile_union": "",
+              "tile_common": "", "tokens": "300.0", "flops": "3000000.0", "tokens_per_second": "7.0", "mfu": ""}
   assert sparse == expected
   assert (dense["run_mode"], dense["headline"], dense["bits_per_byte"]) == ("dense", "False", "1.5")
   assert dense["second_half_bits_per_byte"] == dense["exact_match"] == ""
   text = paths.markdown.read_text()
   assert "No verdict: no study.json" in text and "2.7500" in text and "37.5" in text
+
+
+# --- what a pilot is for -------------------------------------------------------
+
+
+def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
+  from nsa.report import planning
+  loaded = runs.load([study])
+  table = endpoints.rows(loaded)
+  found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.01)}
+  a, b = (endpoints.series(table, arm, "tiny", "sparse", loaded.primary) for arm in ("retrofit_msa_5", "native_msa"))
+  one = found["retrofit_msa_5"]
+  assert one.sd == pytest.approx(np.std(list(a.values()), ddof=1))
+  assert one.sd_difference == pytest.approx(np.std([a[s] - b[s] for s in a], ddof=1)) and one.sd_difference < one.sd
+  # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see 1.68.
+  middle, low, high = one.detectable(3)
+  assert (low / middle, high / middle) == (pytest.approx(math.sqrt(2 / 7.378), rel=1e-3), pytest.approx(math.sqrt(2 / 0.05064), rel=1e-3))
+  assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
+  assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
+  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.01 < one.detectable(one.seeds_for_margin - 1)[0]
+  pooled = found[""]
+  assert pooled.df == 8 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean([s.sd_difference ** 2 for s in found.values() if s.df == 2])))
+
+
+def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
+  from nsa.report import planning
+  loaded = runs.load([study])
+  own, other, *planned = planning.prices(loaded)[0]
+  expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
+  for run in loaded.runs:
+    tokens, speed = (1000 - run.first) * 8192, np.median(run.curves[0]["tokens_per_second"][-50:])
+    expected += tokens / (3 * speed) / 3600
+  assert own.size == "tiny" and own.tokens == 1000 * 8192 and own.measured == pytest.approx(expected, rel=0.02)
+  assert other.ratio == 20 and other.measured / other.tokens == pytest.approx(own.measured / own.tokens)
+  assert [p.size for p in planned[::2]] == ["10M", "40M", "120M"]
+  assert all(abs(p.parameters / 1e6 / float(p.size[:-1]) - 1) < 0.03 for p in planned)
+  assert all(0 < p.forecast for p in planned) and planned[-1].measured > planned[-3].measured
+
+
+def test_where_unions_of_a_tile_stop_to_pay_by_hand():
+  from nsa.report import planning
+  config = {"attention": {"block_size": 64}, "model": {"head_dim": 128, "dtype": "bfloat16"}}
+  # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at 4.8e12 B/s.
+  assert planning.union_break_even(config) == pytest.approx((2 * 260 / 4.8e12) / (4 * 128 * 64 / 989.5e12), rel=0.01)
+  assert math.isnan(planning.union_break_even({"attention": {"method": "dense"}, "model": {"head_dim": 128}}))
+
+
+def test_a_published_picture_is_one_small_file(study, tmp_path):
+  from nsa.report import plots, style
+  loaded = runs.load([study])
+  style.save(plots.masses_over_training(loaded, style.Look(loaded), "tiny"), tmp_path, "learning", ("png",))
+  (file,) = tmp_path.iterdir()
+  assert file.suffix == ".png" and 3_000 < file.stat().st_size < 100_000
+
+
+def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path, quick):
+  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n")
+  paths = report.write([study], tmp_path, publish=True)
+  files = [p for p in tmp_path.rglob("*") if p.is_file()]
+  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png"} and paths.html is None
+  assert not any(str(study).encode() in p.read_bytes() for p in files)
+  text = paths.markdown.read_text()
+  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n" in text
+  arms = json.loads((tmp_path / "study.json").read_text())["arms"]
+  assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
+  layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
+  assert {(r["arm"], r["step"]) for r in layers if r["arm"] == "retrofit_msa_5"} == {("retrofit_msa_5", "975"), ("retrofit_msa_5", "1000")}
+  assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query
 
 
 # --- what real directories look like ------------------------------------------
@@ -349,7 +427,7 @@ def test_a_study_of_nothing_yet_and_one_without_its_reference(tmp_path, quick):
       "reference_arm": "native_msa", "budgets": {"retrofit_msa_5": 0.05}, "jobs": [
           {"run": "runs/a", "arm": "native_msa", "size": "s", "seeds": [0], "status": "pending"}]}))
   text = report.write([empty], empty / "report").markdown.read_text()
-  assert "No verdict" in text and text.count("Not drawn") == 6 and "No run has finished" in text
+  assert "No verdict" in text and text.count("Not drawn") == 8 and "No run has finished" in text
   partial = write_study(tmp_path / "partial", {a: ARMS[a] for a in ("dense", "retrofit_msa_5")})
   text = words(partial)
   assert "No verdict" in text and "no finished result of native_msa" in text

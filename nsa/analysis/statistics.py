@@ -146,6 +146,17 @@ def smallest_detectable_effect(sd: float, n: int, power_wanted: float = 0.8, alp
   return high * sd
 
 
+def standard_deviation_interval(sd: float, df: int, level: float = 0.95) -> tuple[float, float]:
+  """Interval of a standard deviation that was estimated with `df` degrees of freedom: chi-square, of normal values.
+
+  (NaN, NaN) without degrees of freedom.
+  """
+  if df < 1:
+    return math.nan, math.nan
+  tail = (1 - level) / 2
+  return sd * math.sqrt(df / special.chdtri(df, tail)), sd * math.sqrt(df / special.chdtri(df, 1 - tail))
+
+
 def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: int = 0,
                            level: float = 0.95) -> Interval:
   """Percentile interval of the weighted mean of differences[seed, document], both resampled.

@@ -1,19 +1,21 @@
-"""Run directories in, a written answer out: report.md, report.html, results.csv and plots/.
+"""Run directories in, a written answer out: report.md, report.html, results.csv, layers.csv and plots/.
 
     paths = report.write([Path("runs/study")], Path("runs/study/report"))
     print(report.verdict_table(Path("runs/study")))
 
 runs.py reads what lies on disk, endpoints.py reduces it to one number per arm, seed and run mode,
-verdict.py and analyses.py judge, sections.py and plots.py say and show it, document.py writes it down.
+verdict.py and analyses.py judge, planning.py looks ahead, sections.py and plots.py say and show it, document.py writes it down.
+A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes stay.
 """
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 import textwrap
 
-from nsa.report import document, endpoints, runs, verdict as verdict_lib
+from nsa.report import document, endpoints, publish as publish_lib, runs, verdict as verdict_lib
 from nsa.report.endpoints import METRIC
 
 __all__ = ["ReportPaths", "verdict_table", "write"]
@@ -23,14 +25,16 @@ __all__ = ["ReportPaths", "verdict_table", "write"]
 class ReportPaths:
   """Where the report lies, and its first sentence."""
   markdown: Path
-  html: Path
+  html: Path | None          # None where it was published
   csv: Path
   plots: tuple[Path, ...]
   headline: str
 
 
-def write(paths: list[Path], out: Path) -> ReportPaths:
+def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   """Reports one study directory, or one or several run directories, into the directory `out`.
+
+  publish: for a repository: small PNGs alone, no page, no path of this machine, and study.json with every arm's config.
 
   Raises ValueError for a path that is neither a run nor a study. Parts that are missing become
   lines of the report.
@@ -41,18 +45,26 @@ def write(paths: list[Path], out: Path) -> ReportPaths:
   out = Path(out)
   folder = out / "plots"
   folder.mkdir(parents=True, exist_ok=True)
+  if (out / "NOTES.md").is_file():
+    study.notes = (out / "NOTES.md").read_text()
   table = endpoints.rows(study)
   verdict = verdict_lib.verdict(study, table)
   with matplotlib.rc_context(style.STYLE):
-    gallery = sections.Gallery(study, folder)
+    gallery = sections.Gallery(study, folder, ("png",) if publish else ("svg", "png"))
     blocks = sections.all_sections(study, table, verdict, gallery)
   title = f"{'Study' if study.declared else 'Run' if len(study.runs) == 1 else 'Runs'}: {study.name}"
-  pictures = tuple(folder / f"{name}.{ending}" for name in gallery.names for ending in ("png", "svg"))
-  result = ReportPaths(out / "report.md", out / "report.html", out / "results.csv", pictures,
+  pictures = tuple(folder / f"{name}.{ending}" for name in gallery.names for ending in gallery.endings[::-1])
+  result = ReportPaths(out / "report.md", None if publish else out / "report.html", out / "results.csv", pictures,
                        verdict.headline)
   endpoints.write_csv(table, result.csv)
-  result.markdown.write_text(document.markdown(title, blocks))
-  result.html.write_text(document.page(title, blocks, folder))
+  endpoints.write_layers(study, out / "layers.csv")
+  text = document.markdown(title, blocks)
+  if publish:
+    result.markdown.write_text(publish_lib.without_paths(study, text))
+    (out / "study.json").write_text(json.dumps(publish_lib.description(study), indent=1) + "\n")
+  else:
+    result.markdown.write_text(text)
+    result.html.write_text(document.page(title, blocks, folder))
   return result
 
 

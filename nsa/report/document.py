@@ -44,6 +44,26 @@ class Picture:
   alt: str
 
 
+def parse(text: str, level: int = 2) -> list:
+  """Blocks of hand-written Markdown: headings (brought to `level` and below), lists, and paragraphs; no more is known."""
+  blocks = []
+  for part in re.split(r"\n\s*\n|\n(?=#)|(?<=\n)(?=[-*] )", "\n" + text):
+    lines = part.strip().splitlines()
+    while lines and (found := re.match(r"(#+) +(.*)", lines[0])):
+      blocks.append(Heading(found[2], min(6, level - 1 + len(found[1]))))
+      lines = lines[1:]
+    if not lines:
+      continue
+    whole = " ".join(line.strip() for line in lines)
+    if not re.match(r"[-*] ", whole):
+      blocks.append(Text(whole))
+    elif blocks and isinstance(blocks[-1], Bullets):
+      blocks[-1].items.append(whole[2:])
+    else:
+      blocks.append(Bullets([whole[2:]]))
+  return blocks
+
+
 def markdown(title: str, blocks: list) -> str:
   """The document as GitHub-flavoured Markdown; pictures are linked."""
   out = [f"# {title}"]

@@ -67,10 +67,14 @@ class Row:
   task_items: int = 0
   captured_mass: float = math.nan  # mean over layers
   oracle_mass: float = math.nan
-  queries_limited: float = math.nan
+  queries_limited: float = math.nan  # share of the queries with more blocks than they could take
+  overlap: float = math.nan        # share of a query's blocks that the next one chose too, mean over layers
+  tile_union: float = math.nan     # blocks of a tile of 128 query rows over those of one query, mean over layers
+  tile_common: float = math.nan    # share of the choices on blocks that a third of the tile chose, mean over layers
   tokens: float = math.nan         # training tokens, cumulative
   flops: float = math.nan          # training FLOPs of this seed, cumulative
-  tokens_per_second: float = math.nan  # median over the logged steps
+  tokens_per_second: float = math.nan  # of this seed, median over the logged steps of the last stage
+  mfu: float = math.nan            # model FLOP/s utilisation, fraction, median over the same steps
 
 
 def rows(study: Study) -> list[Row]:
@@ -174,19 +178,47 @@ def write_csv(table: list[Row], path: Path) -> None:
       writer.writerow(["" if isinstance(c, float) and math.isnan(c) else c for c in cells])
 
 
+def write_layers(study: Study, path: Path) -> None:
+  """The diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what it would choose)."""
+  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common",
+           "queries_limited")
+  with open(path, "w", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("arm", "size", "seed", "step", "run_mode", "layer") + names)
+    for run in study.runs:
+      for step, records in sorted(run.layers.items()):
+        for r in records:
+          if r.get("run_mode") in (run.headline_mode, "block_topk") and r.get("arm", run.arm) == run.arm:
+            writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("layer")]
+                            + ["" if math.isnan(v := number(r.get(n))) else f"{v:.4g}" for n in names])
+
+
+def speed(curve: dict[str, np.ndarray], name: str) -> float:
+  """Median of a column of the metrics over the last stage, which is the arm's own; NaN without values."""
+  x = curve[name][curve["stage"] == curve["stage"][-1]] if np.isfinite(curve["stage"][-1]) else curve[name]
+  return float(np.nanmedian(x)) if np.isfinite(x).any() else math.nan
+
+
 def visible_share(run: Run) -> float:
   """Share of a full context that the last query attends to, of the run's own mode; NaN where unknown."""
   if not run.config:
     return math.nan
   if run.headline_mode == "dense":
     return 1.0
+  config = config_of(run)
+  if config is None:
+    return math.nan
+  context = config.eval.context or config.data.context
+  return min(1.0, config.attention.tokens_visible(context) / context)
+
+
+def config_of(run: Run):
+  """The run's nsa.config.Config; None where config.json is none that can be read."""
   from nsa import config as config_lib  # here: it imports jax, which the statistics do without
   try:
-    config = config_lib.from_dict(run.config)
-    context = config.eval.context or config.data.context
-    return min(1.0, config.attention.tokens_visible(context) / context)
+    return config_lib.from_dict(run.config)
   except (ValueError, TypeError, KeyError, AttributeError):
-    return math.nan
+    return None
 
 
 def _run_rows(run: Run) -> list[Row]:
@@ -208,14 +240,13 @@ def _run_rows(run: Run) -> list[Row]:
     for name in ("exact_match", "answer_nll"):
       by_task = group(kinds["task"], ("task",), name)
       setattr(row, name, float(np.mean(list(by_task.values()))) if by_task else math.nan)
-    for name in ("captured_mass", "oracle_mass", "queries_limited"):
+    for name in ("captured_mass", "oracle_mass", "queries_limited", "overlap", "tile_union", "tile_common"):
       by_layer = group(kinds["layer"], ("layer",), name)
       setattr(row, name, float(np.mean(list(by_layer.values()))) if by_layer else math.nan)
     curve = run.curves.get(seed)
     if curve is not None and len(curve["step"]):
       row.tokens, row.flops = _last(curve["tokens"]), _last(curve["flops"])
-      speed = curve["tokens_per_second"]
-      row.tokens_per_second = float(np.nanmedian(speed)) if np.isfinite(speed).any() else math.nan
+      row.tokens_per_second, row.mfu = speed(curve, "tokens_per_second"), speed(curve, "mfu")
     out.append(row)
   return out
 

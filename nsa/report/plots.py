@@ -225,6 +225,72 @@ def layers(study: Study, look: Look, size: str) -> Figure | None:
   return fig
 
 
+def masses_over_training(study: Study, look: Look, size: str) -> Figure | None:
+  """Captured (solid) and oracle mass (dashed) per layer over the arm's own training tokens."""
+  return _over_training(study, look, size, {"captured_mass": "-", "oracle_mass": (0, (4, 2))}, "attention mass (%)")
+
+
+def overlap_over_training(study: Study, look: Look, size: str) -> Figure | None:
+  """Overlap of neighbouring queries' blocks per layer over the arm's own training tokens."""
+  return _over_training(study, look, size, {"overlap": "-"}, "blocks in common (%)")
+
+
+def _over_training(study, look, size, names, unit):
+  points = {}  # (arm, name, layer) -> {seed: [(tokens, value)]}
+  labels = {}
+  for run in study.finished:
+    if run.size != size or len(run.layers) < 2:
+      continue
+    modes = set.intersection(*({r.get("run_mode") for r in records} for records in run.layers.values()))
+    mode = next((m for m in (run.headline_mode, "sparse", "block_topk", "dense") if m in modes and m != "dense"),
+                "dense" if "dense" in modes else None)
+    batch, context = (run.config.get("data", {}).get(n, 0) for n in ("global_batch", "context"))
+    for step, records in sorted(run.layers.items()):
+      for record in records:
+        for name in names:
+          value = endpoints.number(record.get(name))
+          if record.get("run_mode") == mode and math.isfinite(value) and record.get("seed") not in run.diverged:
+            labels[run.arm] = study.label(run.arm, mode)
+            line = points.setdefault((run.arm, name, record["layer"]), {}).setdefault(record.get("seed"), [])
+            line.append(((step - run.first) * batch * context, 100 * value))
+  depth = sorted({layer for _, _, layer in points})
+  if not depth or all(len(line) < 2 for of_seed in points.values() for line in of_seed.values()):
+    return None
+  columns = min(3, len(depth))
+  rows = -(-len(depth) // columns)
+  fig = Figure(figsize=(10.4, 0.9 + 2.4 * rows), layout="constrained")
+  axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  for ax, layer in zip(axes.flat, depth):
+    for arm in study.arms:
+      for name, dash in names.items():
+        seeds = points.get((arm, name, layer), {})
+        means = {}
+        for line in seeds.values():
+          x, y = zip(*line)
+          ax.plot(x, y, color=look(arm)[0], ls=dash, lw=0.6, alpha=0.6)
+          for a, b in line:
+            means.setdefault(a, []).append(b)
+        if means:
+          xs = sorted(means)
+          ax.plot(xs, [np.mean(means[x]) for x in xs], color=look(arm)[0], ls=dash, lw=1.7,
+                  marker=look(arm)[1] if len(xs) == 1 else "", ms=4, label=labels[arm] if dash == "-" else None)
+    ax.set_title(f"layer {layer}")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+  for ax in list(axes.flat)[len(depth):]:
+    ax.set_visible(False)
+  for ax in axes[-1]:
+    ax.set_xlabel("own training tokens")
+  for ax in axes[:, 0]:
+    ax.set_ylabel(unit)
+  if len(names) > 1:
+    axes[0, 0].plot([], [], color="#333333", lw=1.1, ls=(0, (4, 2)), label="best possible blocks")
+  key(fig, axes[0, 0], look)
+  return fig
+
+
 def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
   """Which key blocks one head selects: the reference arm first, the same layer, head and document."""
   order = [a for a in [study.reference] + study.retrofits()[::-1] + study.arms if a in study.arms]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 METRICS = ("second_half_bits_per_byte", "bits_per_byte", "exact_match", "answer_nll")
-_CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "seconds")
+_CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "mfu", "seconds")
 
 
 @dataclasses.dataclass
@@ -33,6 +33,8 @@ class Run:
   status: str                      # done | failed | unfinished | pending
   error: str = ""
   problems: list[str] = dataclasses.field(default_factory=list)
+  layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
+  paused: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of what was not training, by label
 
   @property
   def name(self) -> str:
@@ -46,6 +48,12 @@ class Run:
   def headline_mode(self) -> str:
     """How the arm's own number is taken: dense where it ends dense, else sparse."""
     return "dense" if self.stages and self.stages[-1].get("mode") == "dense" else "sparse"
+
+  @property
+  def first(self) -> int:
+    """The step that the run's own training begins at: where it forks, or 0."""
+    fork = self.config.get("fork", {}) if self.config else {}
+    return max(0, int(fork.get("step", 0))) if fork.get("workdir") and not fork.get("reset") else 0
 
   @property
   def diverged(self) -> list[int]:
@@ -70,6 +78,7 @@ class Study:
   reference: str = ""
   dense: str = "dense"
   budgets: dict[str, float] = dataclasses.field(default_factory=dict)
+  notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
 
   @property
@@ -114,6 +123,8 @@ def load(paths: list[Path]) -> Study:
   study = _load_study(studies[0]) if studies else Study(
       name=singles[0].name if len(singles) == 1 else f"{len(singles)} runs", runs=[])
   study.runs += singles
+  notes = (studies + paths)[0] / "NOTES.md"
+  study.notes = notes.read_text() if notes.is_file() else ""
   for run in study.runs:
     for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records}):
       study.arms += [arm] if arm not in study.arms else []
@@ -130,13 +141,13 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   config = _read_json(path / "config.json", problems) or {}
   versions = _read_json(path / "versions.json", problems) if (path / "versions.json").exists() else {}
   curves = _read_metrics(path / "metrics.jsonl", problems)
-  records, eval_step = _read_eval(path / "eval", problems)
+  records, eval_step, layers = _read_eval(path / "eval", problems)
   first = records[0] if records else {}
   status, error = _status(path, job)
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
-            seeds, config, versions or {}, curves, records, eval_step, status, error, problems)
+            seeds, config, versions or {}, curves, records, eval_step, status, error, problems, layers, _paused(path))
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -239,16 +250,28 @@ def _read_metrics(path, problems):
 
 
 def _read_eval(folder, problems):
-  """The records and the step of the newest evaluation that can be read."""
+  """The records and the step of the newest evaluation that can be read, and the layers' records of all, by step."""
+  newest, layers = ([], None), {}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):
     tree = _read_json(file, problems)
     if isinstance(tree, dict) and isinstance(tree.get("records"), list):
       records = [r for r in tree["records"] if isinstance(r, dict) and "kind" in r]
-      return records, int(tree.get("step", file.stem))
-    if tree is not None:
+      step = int(tree.get("step", file.stem))
+      newest = newest if newest[1] is not None else (records, step)
+      layers[step] = [r for r in records if r["kind"] == "layer"]
+    elif tree is not None:
       problems.append(f"eval/{file.name} has no list of records")
-  return [], None
+  return *newest, layers
+
+
+def _paused(path):
+  """Seconds by label that a finished run did not train; {} where DONE does not say."""
+  try:
+    seconds = json.loads((path / "DONE").read_text())["seconds_paused"]
+    return {name: float(s) for name, s in seconds.items()}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return {}
 
 
 def _number(value):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import analyses, endpoints, verdict as verdict_lib
+from nsa.report import analyses, document, endpoints, planning, verdict as verdict_lib
 from nsa.report.document import Bullets, Heading, Picture, Table, Text
 from nsa.report.endpoints import METRIC, Row
 from nsa.report.runs import Study
@@ -30,6 +30,15 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
                "have in common. Marks: seeds; lines: means",
                "Captured and oracle attention mass and overlap per layer",
                "no layer diagnostics (eval.diagnostics was off, or no arm is sparse)"),
+    "learning": ("masses_over_training", "Share of the attention mass that the chosen blocks hold (solid) and that as many best "
+                 "blocks would hold (dashed), per layer, over the tokens that the arm itself trained on: a retrofit "
+                 "begins where it leaves the trunk. Thin: seeds; thick: means",
+                 "Captured and oracle attention mass per layer over training",
+                 "no evaluations on the way (eval.every was 0, or eval.diagnostics off)"),
+    "sharing": ("overlap_over_training", "Share of a query's blocks that the next query chose too, per layer, over the "
+                "tokens that the arm itself trained on. Thin: seeds; thick: means",
+                "Overlap of neighbouring queries' blocks per layer over training",
+                "no evaluations on the way of an arm that chooses blocks"),
     "blocks": ("heat_maps", "Share of the queries of a query block that select a key block: one head, one "
                "document, one seed; neighbouring blocks are averaged where there are many. An "
                "illustration, not a measurement", "Heat map of selected blocks",
@@ -40,9 +49,9 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
 class Gallery:
   """Draws figures as the sections ask for them, and saves them under plots/."""
 
-  def __init__(self, study: Study, folder):
+  def __init__(self, study: Study, folder, endings=("svg", "png")):
     from nsa.report import plots, style  # here: the verdict alone needs no matplotlib
-    self.plots, self.style, self.study, self.folder = plots, style, study, folder
+    self.plots, self.style, self.study, self.folder, self.endings = plots, style, study, folder, endings
     self.look = style.Look(study)
     self.names = []
 
@@ -59,7 +68,7 @@ class Gallery:
       return Text(missing + at + ".", "note")
     if size and len(self.study.sizes) > 1:
       name = f"{name}_{_safe(size)}"
-    self.style.save(figure, self.folder, name)
+    self.style.save(figure, self.folder, name, self.endings)
     self.names.append(name)
     return Picture(name, caption + at, alt)
 
@@ -72,10 +81,15 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   blocks += budget(study, table, verdict.comparisons, gallery)
   for title, part in (("Loss curves", "loss"), ("Loss by position", "position"), ("Recall by task", "recall"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),
-                      ("Which blocks one head selects", "blocks"), ("Selector or backbone?", parts)):
+                      ("Captured and oracle mass over training", "learning"),
+                      ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"), ("Selector or backbone?", parts),
+                      ("Spread over seeds, and what a main study could see", spread)):
     blocks.append(Heading(title))
     for size in study.sizes:
       blocks += part(study, table, size, gallery) if callable(part) else [gallery.picture(part, size)]
+  blocks += costs(study)
+  if study.notes.strip():
+    blocks += [Heading("Notes"), *document.parse(study.notes, level=3)]
   return blocks + limits(study, table, verdict)
 
 
@@ -121,12 +135,16 @@ def arms(study: Study, table: list[Row]) -> list:
                       for m in ("bits_per_byte", "second_half_bits_per_byte", "exact_match")]
                    + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
                       f"{100 * shares[0]:.1f}" if shares and math.isfinite(shares[0]) else "-",
-                      _quantity(_mean(mine, "tokens_per_second"))])
+                      *(["{:.0f}".format(100 * _mean(mine, "queries_limited")) if endpoints.finite(mine, "queries_limited") else "-"]
+                        + [_quantity(_mean(mine, "tokens_per_second")),
+                           "{:.2g}".format(100 * _mean(mine, "mfu")) if endpoints.finite(mine, "mfu") else "-"]
+                        if mine[0].headline else ["-"] * 3)])
     if lines:
       blocks.append(Table(["arm", "seeds", "bits per byte", "second half (bits per byte)", "exact match (%)",
                            "training tokens", "training FLOPs per seed", "visible share (%)",
-                           "tokens/s (median)"], lines,
-                          f"Size {size}. Visible share: what the last query of a full context attends to. "
+                           "queries with more blocks than they take (%)", "tokens/s", "MFU (%)"], lines,
+                          f"Size {size}. Visible share: what the last query of a full context attends to. Tokens/s per "
+                          "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last stage. "
                           "\"arm -> mode\": the trained arm, run in another mode."))
     else:
       blocks.append(Text(f"Size {size}: no evaluation yet.", "note"))
@@ -203,6 +221,84 @@ def parts(study, table, size, gallery) -> list:
   return [table_block, gallery.block("decomposition", gallery.plots.decomposition(study, found),
                                      "Delta and its two parts. Marks: seeds; bars: means; lines: t intervals",
                                      "Selector error and backbone mismatch", "Not drawn", size)]
+
+
+def locality(study, table, size, gallery) -> list:
+  """What neighbouring queries share, and which way to attend on a GPU that favours."""
+  lines, words = [], []
+  for arm in study.arms:
+    mine = [r for r in table if (r.arm, r.size) == (arm, size) and r.headline and r.status == "done"]
+    if not endpoints.finite(mine, "tile_union"):
+      continue
+    by_layer = endpoints.group(endpoints.select(study, "layer", arm, size, study.headline_mode(arm)), ("layer",), "tile_union")
+    unions = list(by_layer.values())
+    even = planning.union_break_even(study.arm_runs(arm, size)[0].config)
+    word = ("-" if not math.isfinite(even) else "union tiles" if max(unions) < even else "KV-outer" if min(unions) > even else
+            f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
+    lines.append([arm, *(f"{100 * _mean(mine, n):.1f}" for n in ("overlap", "tile_common")), f"{_mean(mine, 'tile_union'):.2f}",
+                  f"{min(unions):.2f} to {max(unions):.2f}", "-" if math.isnan(even) else f"{even:.1f}", word])
+  blocks = [gallery.picture("sharing", size)]
+  if not lines:
+    return blocks + [Text("No evaluation has measured what a tile of queries shares.", "note")]
+  return blocks + [Table(
+      ["arm", "next query's blocks in common (%)", "choices on common blocks (%)", "union of a tile / one query", "over layers",
+       "break-even", "favours"], lines,
+      "At the end of training, of queries with more blocks than they take. A tile: 128 query rows, all heads that share a list. "
+      "Common: chosen by a third of its queries. Break-even: a tile that attends to the union of its blocks does that many "
+      "times the products, and saves the partial result that KV-outer writes and reads for each (query, block); forward "
+      "pass, both at the H200's data-sheet speed. Exploratory.")]
+
+
+def spread(study, table, size, gallery) -> list:
+  """The SD over seeds of each endpoint, and the smallest effect that a main study could see."""
+  blocks = []
+  for metric, margin in ((METRIC[study.primary], study.margin), (METRIC[study.secondary], study.secondary_margin)):
+    lines = []
+    for s in planning.spreads(study, table, size, metric.name, margin):
+      paired = s.df > 0 and s.sd_difference > 0
+      low, high = planning.statistics.standard_deviation_interval(s.sd_difference, s.df)
+      seen = ["{} ({} to {})".format(*map(metric.text, s.detectable(n))) if paired else "-" for n in planning.SEEDS]
+      least = s.seeds_for_margin if paired else None
+      lines.append([s.arm or "**pooled**", str(s.n), metric.text(s.mean), metric.text(s.sd), metric.text(s.sd_difference),
+                    f"{metric.text(low)} to {metric.text(high)}" if paired else "-", *seen,
+                    ("-" if not paired else str(least) if least else f"over {planning.MOST_SEEDS}")])
+    if lines:
+      at = f"size {size}, " if len(study.sizes) > 1 else ""
+      blocks.append(Table(
+          ["arm", "seeds", "mean", "SD over seeds", f"SD of paired difference from {study.reference or 'the reference'}",
+           "95 % interval of that SD"] + [f"smallest detectable, {n} seeds" for n in planning.SEEDS]
+          + [f"seeds to see {metric.text(margin)}"], lines,
+          f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired difference "
+          "found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
+          "Pooled as if the arms' differences were independent; they share the reference's runs, so its interval is too narrow."))
+  return blocks or [Text("No endpoint has a finished result.", "note")]
+
+
+def costs(study: Study) -> list:
+  """What a main study with these arms would cost, and where the time of this one went."""
+  blocks = [Heading("What a main study would cost")]
+  prices, rates, device = planning.prices(study)
+  if not prices:
+    return blocks + [Text("Not given: no finished run has logged tokens per second.", "note")]
+  hours = lambda h: f"{h:.3g}"
+  lines = [[p.size, f"{p.parameters / 1e6:.1f}M", _quantity(p.tokens), f"{p.ratio:.3g}"]
+           + [hours(n * p.measured) for n in planning.SEEDS] + [hours(n * p.forecast) for n in planning.SEEDS] for p in prices]
+  kinds = sorted({str(r.versions.get("device_kind", "?")) for r in study.finished})
+  blocks.append(Table(
+      ["size", "parameters", "tokens per run", "per parameter"] + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
+      + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
+      f"Device hours of training for all {len(rates)} arms that have finished here, forks from their fork on, at this study's context; "
+      "parameters without embeddings. As measured: at the FLOP/s that each arm reached here at its own size on "
+      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/forecast.py`, a floor. Without "
+      "compilation, evaluation and failures.", left=1))
+  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs: " + ", ".join(
+      f"{arm} {r / 1e12:.3g}T" for arm, r in rates.items())]))
+  paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
+  if paused:
+    trained = sum(planning.training_seconds(run) for run in study.finished)
+    blocks[-1].items.append("The finished runs took: " + ", ".join(
+        f"{label} {s / 60:.1f} min" for label, s in (("training", trained), *sorted(paused.items()))) + ".")
+  return blocks
 
 
 def limits(study: Study, table: list[Row], verdict: Verdict) -> list:

@@ -53,11 +53,14 @@ class Look:
     return self.of.get(label.split(" ")[0], ("", ""))[1]
 
 
-def save(fig: Figure, folder, name: str) -> None:
-  """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file."""
-  fig.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-  fig.set_layout_engine("none")  # keep the layout just found: finding it again would double the time
-  fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+def save(fig: Figure, folder, name: str, endings=("svg", "png")) -> None:
+  """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file. A PNG alone is small."""
+  for ending in endings:
+    options = dict(metadata={"Date": None, "Creator": None}) if ending == "svg" else dict(metadata={"Software": None})
+    if endings == ("png",):
+      options |= dict(dpi=90, pil_kwargs={"optimize": True})
+    fig.savefig(folder / f"{name}.{ending}", **options)
+    fig.set_layout_engine("none")  # keep the layout just found: finding it again would double the time
 
 
 def figure(width, height, columns=1, width_ratios=None, **kw):
