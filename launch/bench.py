@@ -14,12 +14,12 @@ Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on
 TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
 over the rates in `CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
 queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from which
-length on an operation wins.
+length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same run, on
+the same block lists, where that package is installed (launch/bench_peer.py); what it refuses is said.
 """
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import sys
 import time
@@ -30,17 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import bench_cases
+from launch import bench_peer
 from launch import cli
 from launch import model_bench
 from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
 
-PATTERNS = {
-    "uniform": arg_specs.uniform,
-    "neighbours80": functools.partial(arg_specs.neighbours, share=0.8),
-    "stripes": arg_specs.stripes,
-}
 CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
     "NVIDIA H200": (790e12, 4.3e12),
     "NVIDIA H100 80GB HBM3": (778e12, 3.0e12),
@@ -50,9 +46,11 @@ _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
                                f"Of {', '.join(bench_cases.OPERATIONS)}, decode, or all.")
 _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
-_PATTERNS = flags.DEFINE_list("patterns", list(PATTERNS), f"Of {', '.join(PATTERNS)}, or file:PATH@LAYER.")
+_PATTERNS = flags.DEFINE_list("patterns", list(bench_cases.PATTERNS),
+                              f"Of {', '.join(bench_cases.PATTERNS)}, or file:PATH@LAYER.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
+_PEERS = flags.DEFINE_boolean("peers", True, "Times flash-linear-attention too, where it is installed.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture of the speed-up over the length.")
 _CALLS = flags.DEFINE_integer("calls", 4, "Calls per timed group.", lower_bound=1)
@@ -60,25 +58,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lowe
 _MODEL = flags.DEFINE_boolean("model", False, "Predict the least times on --chip instead of measuring.")
 _CHIP = flags.DEFINE_enum("chip", "v5p", list(cost.CHIPS), "For --model.")
 _SEED = flags.DEFINE_integer("seed", None, "Of inputs and patterns; None takes the clock.")
-
-
-def draw_pattern(name, spec, seed):
-  """int32[B, T, K, J] of a pattern by name; windows of a file take turns in the batch.
-
-  Raises ValueError for a file without that layer, or of another shape.
-  """
-  if not name.startswith("file:"):
-    return PATTERNS[name](spec, seed=seed)
-  path, _, layer = name[len("file:"):].partition("@")
-  with np.load(path) as file:
-    lists, layers, meta = file["block_indices"], file["layers"].tolist(), json.loads(str(file["meta"]))
-  if layer and layer not in map(str, layers):
-    raise ValueError(f"--patterns: {name}: the file has the layers {layers}")
-  lists = lists[layers.index(int(layer)) if layer else 0]
-  found, needed = (*lists.shape[1:], meta["block_size"]), (spec.T, spec.K, spec.J, spec.block_size)
-  if found != needed:
-    raise ValueError(f"--patterns: {name} has T, K, J and block size {found}; {spec.name} needs {needed}")
-  return lists[np.arange(spec.B) % len(lists)].astype(np.int32)
 
 
 def _try(what, function):
@@ -94,28 +73,39 @@ def time_dense(spec, seed):
   dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
   case = bench_cases.Case(lambda x, blocks: dense(x["q"], x["k"], x["v"]), (), ("q", "k", "v"), (0.0, 0.0))
   sets = [(bench_cases.arrays(spec, seed + i), None) for i in range(2)]
-  run = lambda: [timing.milliseconds(f, sets, _CALLS.value, _REPEATS.value) for f in bench_cases.functions(case)]
-  return _try(f"cudnn dense, {spec.name}", run) or (None, None)
+  return _try(f"cudnn dense, {spec.name}", lambda: _times(bench_cases.functions(case), sets)) or (None, None)
 
 
 def time_case(operation, spec, pattern, implementation, seed):
   """Columns of a row: ms, TFLOP/s and the fraction of the limit, forward and with gradients."""
-  sets, keys = [], []
+  spec, sets, keys = bench_cases.at(operation, spec), [], []
   patterned = bench_cases.make(operation, spec).patterned
   for i in range(2):
-    blocks = draw_pattern(pattern, spec, seed + i) if patterned else None
+    blocks = bench_cases.draw_pattern(pattern, spec, seed + i) if patterned else None
     keys += [bench_cases.visible_keys(blocks, spec)] if patterned else []
     sets.append((bench_cases.arrays(spec, seed + i), None if blocks is None else jnp.asarray(blocks, jnp.int32)))
   case = bench_cases.make(operation, spec, implementation, float(np.mean(keys)) if patterned else None)
   least = bench_cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
-  return _columns(case, bench_cases.functions(case), least, sets)
+  return _columns(case, _times(bench_cases.functions(case), sets), least)
 
 
-def _columns(case, functions, least, sets, steps=1):
+def peer_columns(operation, spec, found):
+  """The same columns for what launch.bench_peer measured, whose times and visible keys leave `found`."""
+  times, keys = (found.pop("forward_ms"), found.pop("both_ms")), found.pop("keys")
+  case = bench_cases.make(operation, spec, keys=keys)
+  x = jax.eval_shape(lambda: bench_cases.arrays(bench_cases.at(operation, spec), 0))
+  lists = jax.ShapeDtypeStruct((spec.B, spec.T, spec.K, spec.J), jnp.int32)
+  return _columns(case, times, bench_cases.least_bytes(case, x, jax.eval_shape(case.function, x, lists)))
+
+
+def _times(functions, sets):
+  return [None if f is None else timing.milliseconds(f, sets, _CALLS.value, _REPEATS.value) for f in functions]
+
+
+def _columns(case, times, least):
   flop_rate, byte_rate = CEILINGS.get(jax.devices()[0].device_kind, (None, None))
   row = {}
-  for part, function, flops, data in zip(("forward", "both"), functions, case.flops, least):
-    ms = None if function is None else timing.milliseconds(function, sets, _CALLS.value, _REPEATS.value) / steps
+  for part, ms, flops, data in zip(("forward", "both"), times, case.flops, least):
     limit = None if ms is None or flop_rate is None else max((flops or 0) / flop_rate, data / byte_rate) * 1e3
     row |= {f"{part}_ms": ms, f"{part}_tflops": ms and flops and flops / ms / 1e9, f"{part}_limit_ms": limit,
             f"{part}_of_limit": limit and limit / ms}
@@ -124,11 +114,9 @@ def _columns(case, functions, least, sets, steps=1):
 
 def time_decode(operation, spec, batch, implementation):
   case, x = bench_cases.decode(operation, spec, batch, implementation)
-  steps = bench_cases.DECODE_STEPS
-  row = _columns(case, (jax.jit(case.function), None), (case.bytes, None), [(x, None)], steps)
-  dense = lambda: timing.milliseconds(jax.jit(bench_cases.dense_decode), [(x, None)], _CALLS.value,
-                                      _REPEATS.value) / steps
-  return row, _try(f"cudnn decode, {spec.name}", dense)
+  time_of = lambda f: _times([jax.jit(f)], [(x, None)])[0] / bench_cases.DECODE_STEPS
+  row = _columns(case, (time_of(case.function), None), (case.bytes, None))
+  return row, _try(f"cudnn decode, {spec.name}", lambda: time_of(bench_cases.dense_decode))
 
 
 def _line(row):
@@ -158,6 +146,20 @@ def crossovers(rows):
       start = f"from {min(winning):,} tokens" if winning else f"not up to {ratios[-1][0]:,} tokens"
       lines.append(f"{operation} {pattern} {implementation} {N}/{K} heads of {H}, block {size} x {J}, {part}: wins "
                    f"{start}{'' if losing else ' (the shortest measured)'}")
+  return lines
+
+
+def against_peer(rows):
+  """Lines: what the other package takes over the fastest of ours, per operation, shape and pattern."""
+  lines = []
+  for row in (row for row in rows if row["implementation"] == bench_peer.NAME):
+    same = lambda other: all(other[name] == row[name] for name in ("operation", "shape", "pattern"))
+    ours = [other for other in rows if same(other) and other["implementation"] != bench_peer.NAME]
+    for part, words in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+      best = min((other[part] for other in ours if other[part]), default=None)
+      if best and row[part]:
+        lines.append(f"{row['operation']} {row['shape']} {row['pattern']}, {words}: {bench_peer.NAME} {row[part]:.3f} "
+                     f"ms, here {best:.3f} ms, {row[part] / best:.2f} times as fast")
   return lines
 
 
@@ -206,15 +208,17 @@ def _operations():
 
 def main():
   names, operations = _names(), _operations()
-  unknown = [name for name in _PATTERNS.value if name not in PATTERNS and not name.startswith("file:")]
+  known = bench_cases.PATTERNS
+  unknown = [name for name in _PATTERNS.value if name not in known and not name.startswith("file:")]
   if unknown:
-    raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(PATTERNS)}, or file:PATH")
+    raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or file:PATH")
   if _MODEL.value:
-    return model_bench.main(names, {name: PATTERNS[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
+    return model_bench.main(names, {name: known[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
+  peers = set(operations) & set(bench_peer.OPERATIONS) if _PEERS.value else ()
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}; flash-linear-attention "
-        f"{'installed, not timed here' if importlib.util.find_spec('fla') else 'not installed'}")
+        f"{bench_peer.missing() or ('is timed after the rest' if peers else 'is not asked for')}")
   print(f"{'operation':<21} {'shape':<13} {'pattern':<12} {'implement.':<10} {'ms fwd':>9} {'ms f+b':>9} {'TF/s f':>6} "
         f"{'TF/s b':>6} {'lim f':>6} {'lim b':>6} {'vs f':>7} {'vs f+b':>7}")
   rows = []
@@ -227,14 +231,15 @@ def main():
     for part, ms in zip(("forward", "both"), dense):
       row[f"{part}_vs_dense"] = ms and row[f"{part}_ms"] and ms / row[f"{part}_ms"]
     rows.append(row)
-    print(_line(row), flush=True)
+    print(_line(row) + (f"  REFUSES: {row['refused']}" if row.get("refused") else ""), flush=True)
     if _OUT.value:  # after each row: what was measured stays if a later shape fails
       with open(_OUT.value, "w") as file:
         json.dump(rows, file, indent=1)
 
+  denses = {}
   for name in names:
     spec = arg_specs.get(name)
-    dense = time_dense(spec, seed) if set(operations) - {"decode"} else None
+    dense = denses[name] = time_dense(spec, seed) if set(operations) - {"decode"} else None
     for operation in operations:
       for implementation in (i or None for i in _IMPLEMENTATION.value):
         if operation == "decode":
@@ -248,8 +253,12 @@ def main():
           columns = _try(f"{operation}, {name}", lambda: time_case(operation, spec, pattern, implementation, seed))
           if columns:
             record(operation, spec, pattern, implementation, columns, dense)
+  for found in bench_peer.measure(sorted(peers), names, _PATTERNS.value, seed, _CALLS.value, _REPEATS.value):
+    operation, spec, pattern = found.pop("operation"), arg_specs.get(found.pop("shape")), found.pop("pattern")
+    record(operation, spec, pattern, bench_peer.NAME, peer_columns(operation, spec, found), denses[spec.name], **found)
   losing = [row for row in rows if any((row[f"{part}_vs_dense"] or 1) < 1 for part in ("forward", "both"))]
-  print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere", *crossovers(rows), sep="\n")
+  print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere", *crossovers(rows), *against_peer(rows),
+        sep="\n")
   if _PLOT.value:
     plot(rows, _PLOT.value)
 

@@ -1,4 +1,4 @@
-"""What launch.bench times: every operation, whole NSA and MSA layers without projections, and decoding.
+"""What launch.bench times: every operation, whole NSA and MSA layers without projections, and decoding; block lists.
 
 A case is a function of (arrays, block indices) with the FLOPs that its result needs and the bytes that it cannot
 avoid. Useful FLOPs count visible (query, key) pairs alone: 2 H for a score, 2 H for P V, and for gradients the five
@@ -7,6 +7,8 @@ products of dense attention, recomputation not counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from typing import Any, Callable
 
 import jax
@@ -15,6 +17,31 @@ import numpy as np
 
 from pallas_kernels import arg_specs
 import pallas_kernels as pk
+
+PATTERNS = {
+    "uniform": arg_specs.uniform,
+    "neighbours80": functools.partial(arg_specs.neighbours, share=0.8),
+    "stripes": arg_specs.stripes,
+}
+
+
+def draw_pattern(name, spec, seed):
+  """int32[B, T, K, J] of a pattern by name; windows of a file take turns in the batch.
+
+  Raises ValueError for a file without that layer, or of another shape.
+  """
+  if not name.startswith("file:"):
+    return PATTERNS[name](spec, seed=seed)
+  path, _, layer = name[len("file:"):].partition("@")
+  with np.load(path) as file:
+    lists, layers, meta = file["block_indices"], file["layers"].tolist(), json.loads(str(file["meta"]))
+  if layer and layer not in map(str, layers):
+    raise ValueError(f"--patterns: {name}: the file has the layers {layers}")
+  lists = lists[layers.index(int(layer)) if layer else 0]
+  found, needed = (*lists.shape[1:], meta["block_size"]), (spec.T, spec.K, spec.J, spec.block_size)
+  if found != needed:
+    raise ValueError(f"--patterns: {name} has T, K, J and block size {found}; {spec.name} needs {needed}")
+  return lists[np.arange(spec.B) % len(lists)].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +79,15 @@ def selected_keys(spec):
   return spec.B * spec.K * causal_pairs(spec.T, spec.J * spec.block_size)
 
 
+def at(operation, spec):
+  """The spec of an operation: `pooled_and_top_k` compresses each selection block to one key, what others publish."""
+  one = dict(block_len=spec.block_size, block_stride=spec.block_size) if operation == "pooled_and_top_k" else {}
+  return dataclasses.replace(spec, **one)
+
+
 def make(operation, spec, implementation=None, keys=None):
   """The case of an operation at a shape; `keys` are the `visible_keys` of its pattern."""
-  s = spec
+  s = at(operation, spec)
   heads = s.B * s.N
   keys = selected_keys(s) if keys is None else keys
   how = dict(implementation=implementation)
@@ -69,7 +102,7 @@ def make(operation, spec, implementation=None, keys=None):
   both_kl = kl + keys * 4 * s.index_dim
 
   def select(x):
-    named = how if operation.startswith("compressed") else {}
+    named = how if operation.startswith(("compressed", "pooled")) else {}
     o, lse = pk.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], **strides, **named)
     return o, pk.compressed_top_k(x["q"], x["k_cmp"], lse, **strides, **choice)
 
@@ -109,10 +142,11 @@ def make(operation, spec, implementation=None, keys=None):
       "msa_layer": lambda: Case(msa, (*qkv, *idx), (*qkv, *idx),
                                 add(attention(sparse), (index + kl, index + both_kl))),
   }
+  cases["pooled_and_top_k"] = cases["compressed_and_top_k"]
   return cases[operation]()
 
 
-OPERATIONS = ("attention", "window", "compressed_attention", "compressed_and_top_k", "index_top_k",
+OPERATIONS = ("attention", "window", "compressed_attention", "compressed_and_top_k", "pooled_and_top_k", "index_top_k",
               "selected_attention", "index_kl", "nsa_layer", "msa_layer")
 DECODE_STEPS = 8  # of a timed program
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 
+import jax
 from launch import bench
 from launch import bench_cases
 from nsa.analysis import selections
@@ -33,13 +34,13 @@ def test_a_pattern_from_a_file(tmp_path):
   path = tmp_path / "lists.npz"
   selections.save(path, {"block_indices": lists, "layers": np.asarray([1, 4], np.int16),
                          "meta": np.asarray(json.dumps({"block_size": spec.block_size}))})
-  read = bench.draw_pattern(f"file:{path}@4", spec, seed=0)
+  read = bench_cases.draw_pattern(f"file:{path}@4", spec, seed=0)
   assert read.dtype == np.int32 and (read == lists[1, [0, 1, 0]]).all()
-  assert (bench.draw_pattern(f"file:{path}", spec, seed=0) == lists[0, [0, 1, 0]]).all()
+  assert (bench_cases.draw_pattern(f"file:{path}", spec, seed=0) == lists[0, [0, 1, 0]]).all()
   with pytest.raises(ValueError, match=r"needs \(60, 2, 3, 16\)"):
-    bench.draw_pattern(f"file:{path}", dataclasses.replace(spec, T=60), seed=0)
+    bench_cases.draw_pattern(f"file:{path}", dataclasses.replace(spec, T=60), seed=0)
   with pytest.raises(ValueError, match=r"layers \[1, 4\]"):
-    bench.draw_pattern(f"file:{path}@2", spec, seed=0)
+    bench_cases.draw_pattern(f"file:{path}@2", spec, seed=0)
 
 
 def test_crossovers_and_plot(tmp_path):
@@ -52,3 +53,28 @@ def test_crossovers_and_plot(tmp_path):
   assert any("both: wins from 4,096 tokens (the shortest measured)" in line for line in lines)
   bench.plot(rows, tmp_path / "plot.png")
   assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_another_package_gets_the_same_columns_and_a_comparison(monkeypatch):
+  monkeypatch.setitem(bench.CEILINGS, jax.devices()[0].device_kind, (1e12, 1e9))
+  spec = arg_specs.get("tiny_g2")
+  measured = dict(forward_ms=2.0, both_ms=None, keys=300.0, refused="AssertionError: heads")
+  columns = bench.peer_columns("selected_attention", spec, measured)
+  assert measured == {"refused": "AssertionError: heads"}
+  numbers = 2 * spec.B * spec.T * (spec.N + spec.K) * spec.H  # q, k, v and o in float32
+  assert columns["forward_limit_ms"] == pytest.approx(4 * numbers / 1e9 * 1e3)
+  assert columns["forward_tflops"] == pytest.approx(4 * 16 * 300 * spec.G / 2.0 / 1e9)
+  assert columns["both_ms"] is None and columns["both_of_limit"] is None
+  row = dict(operation="selected_attention", shape="tiny_g2", pattern="uniform")
+  rows = [dict(row, implementation=name, forward_ms=ms, both_ms=both)
+          for name, ms, both in (("", 1.5, 4.0), ("triton", 1.0, 5.0), ("fla", 2.0, None))]
+  line, = bench.against_peer(rows)
+  assert "fla 2.000 ms, here 1.000 ms, 2.00 times as fast" in line
+
+
+def test_pooled_compression_has_one_key_per_selection_block():
+  spec = arg_specs.get("tiny_g2")
+  pooled = bench_cases.at("pooled_and_top_k", spec)
+  assert pooled.num_compressed == spec.num_blocks and bench_cases.at("compressed_and_top_k", spec) == spec
+  seen = sum((c + 1) * 16 - 1 <= t for t in range(64) for c in range(4))
+  assert bench_cases.make("pooled_and_top_k", spec).flops[0] == 6 * spec.H * spec.B * spec.N * seen
