@@ -198,7 +198,7 @@ def _runner(static, mesh):
       out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
                               key=jax.random.key(0), losses=False, prompt=batch["prompt"], constrain=constrain,
                               observe=observe if own else None)
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], axis=-1)[..., 0]
+    nll = step_lib.target_nll(out.logits, batch["targets"])
     correct = jnp.argmax(out.logits, axis=-1) == batch["targets"]
     # One dict per layer: those of a dense prefix have fewer diagnostics.
     seen = [{name: x[i] for name, x in stack.items()} for stack in out.layers

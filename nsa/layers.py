@@ -4,6 +4,7 @@ Modules are thin holders of parameters; their `__call__` is pure mathematics.
 """
 from __future__ import annotations
 
+import functools
 import zlib
 
 from flax import nnx
@@ -14,6 +15,7 @@ import numpy as np
 
 # Above this many positions a RoPE table would bloat the program as a constant.
 _MAX_CONSTANT_POSITIONS = 32_768
+_ONE_HOT_ROWS = 1024  # vocabularies up to this size sum the gradient of their embeddings by a product
 
 
 class Init:
@@ -41,11 +43,35 @@ class Init:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else x is kept in float32 for the gradient
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
   """x / rms(x) * gain, computed in float32, returned in x.dtype (arXiv 1910.07467, eq. 4)."""
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   return (x32 * scale * gain).astype(x.dtype)
+
+
+@jax.custom_vjp
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  """table[tokens]; the gradient is summed in float32.
+
+  Over a small vocabulary that sum is a product with one-hot rows. As a scatter all the tokens of a batch fight for a few
+  rows: 65,536 bytes of text took 63 to 178 ms of a training step on one H100, the product takes less than one.
+  """
+  return table[tokens]
+
+
+def _look_up_backward(saved, cotangent):
+  table, tokens = saved
+  if table.shape[0] <= _ONE_HOT_ROWS:
+    rows = jax.nn.one_hot(tokens, table.shape[0], dtype=cotangent.dtype)
+    total = jnp.einsum("btv,btd->vd", rows, cotangent, preferred_element_type=jnp.float32)
+  else:
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(cotangent.astype(jnp.float32))
+  return total.astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_backward)
 
 
 def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):

@@ -253,7 +253,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
                       implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
   table = constrain(net.embed[...].astype(dtype), ("vocab", None))
-  x = constrain(table[tokens] * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
+  x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
   all_losses, seen, new_cache, first = [], [], [], 0
   for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
     stack_def, stack_state = nnx.split(stack)

@@ -61,7 +61,7 @@ def token_nll(config, params, out: model_lib.Output, targets, mesh):
   B, T = targets.shape
   local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
   if local <= MAX_LOGITS:
-    return -jnp.take_along_axis(jax.nn.log_softmax(out.logits), targets[..., None], axis=-1)[..., 0]
+    return target_nll(out.logits, targets)
   name = "embed" if config.model.tie_embeddings else "head"
   if mesh.size == 1:
     return _nll_in_chunks(config, {name: params[name]}, out.hidden, targets)
@@ -77,6 +77,12 @@ def token_nll(config, params, out: model_lib.Output, targets, mesh):
                        check_vma=False)(params[name], out.hidden, targets)
 
 
+def target_nll(logits, targets):
+  """float32[B, T], nats, of logits [B, T, V]. The target's logit is a sum over the others' zeros: no scatter in the gradient."""
+  own = targets[..., None] == jnp.arange(logits.shape[-1])
+  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0), axis=-1)
+
+
 def _nll_in_chunks(config, params, hidden, targets):
   """token_nll of one device's tokens: float32[B, T] from hidden [B, T, D] and targets int32[B, T]."""
   B, T = targets.shape
@@ -87,7 +93,7 @@ def _nll_in_chunks(config, params, hidden, targets):
   def part(chunk):
     hidden, targets = chunk
     logits = model_lib.unembed(config, params, hidden)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return target_nll(logits, targets)
 
   return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(B, T)
 
