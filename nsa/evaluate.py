@@ -122,8 +122,7 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
     if found is None:
       continue
     run_config, mode, selector = found
-    # Compiled once for all arms of an architecture.
-    run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, e.diagnostics and _observed(run_config, mode))), mesh)
+    run = _runner(_program(run_config, mode, selector), mesh)
     for replica, seed in enumerate(config.seeds):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
       if isinstance(run_config.attention, methods.PromptMethod):
@@ -171,6 +170,11 @@ def how(config, run_mode: str):
     return None
   run.attention = attention
   return run, "sparse", selector
+
+
+def _program(config, mode: str, selector: str) -> model_lib.Static:
+  """What a run mode compiles: once for all arms of an architecture, whatever their seeds, data and schedules."""
+  return model_lib.Static((model_lib.architecture(config), mode, selector, config.eval.diagnostics and _observed(config, mode)))
 
 
 def _observed(config, mode: str):

@@ -6,6 +6,8 @@ import pytest
 
 from experiments import arguments
 from nsa import config as config_lib
+from nsa import evaluate, schedule, sharding
+from nsa import step as step_lib
 from nsa import study as study_lib
 
 FILES = [path for path in sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
@@ -48,6 +50,19 @@ def test_docstring_states_question_and_command(path):
                                                                                "ssa", "block_topk", "seer"))])
 def test_arguments_resolve(stem, arg):
   config_lib.validate(load(next(path for path in FILES if path.stem == stem), arg))
+
+
+def test_the_runs_of_the_pilot_share_their_programs():
+  """30 runs, and what is compiled does not grow with seeds and budgets: minutes on a GPU that each run would cost."""
+  jobs = study_lib.jobs(load(next(path for path in FILES if path.stem == "pilot")), "study")
+  mesh = sharding.make_mesh(jobs[0].config)
+  steps = {(step_lib._key(job.config, mesh), step.program) for job in jobs
+           for step in schedule.programs(job.config, max(0, job.config.fork.step))}
+  modes = {evaluate._program(*found) for job in jobs for mode in job.config.eval.run_modes + job.config.eval.during
+           if (found := evaluate.how(job.config, mode))}
+  # Steps: dense; MSA warming up, sparse, mixed dense, mixed sparse = sparse, the selector alone; NSA sparse.
+  # Evaluations: five modes of the dense model, six each of MSA and NSA.
+  assert (len(jobs), len(steps), len(modes)) == (30, 6, 17)
 
 
 def test_arguments_are_typed_and_named():
