@@ -5,8 +5,11 @@ budget, other arms take what is left of the Okabe-Ito colours; colour is doubled
 """
 from __future__ import annotations
 
+import io
+
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image  # matplotlib's own
 
 from nsa.report.runs import Study
 
@@ -55,11 +58,14 @@ class Look:
 
 def save(fig: Figure, folder, name: str, endings=("svg", "png")) -> None:
   """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file. A PNG alone is small."""
+  if endings == ("png",):
+    data = io.BytesIO()
+    fig.savefig(data, dpi=120)
+    Image.open(data).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(folder / f"{name}.png", optimize=True)
+    return
   for ending in endings:
-    options = dict(metadata={"Date": None, "Creator": None}) if ending == "svg" else dict(metadata={"Software": None})
-    if endings == ("png",):
-      options |= dict(dpi=90, pil_kwargs={"optimize": True})
-    fig.savefig(folder / f"{name}.{ending}", **options)
+    fig.savefig(folder / f"{name}.{ending}",
+                metadata={"Date": None, "Creator": None} if ending == "svg" else {"Software": None})
     fig.set_layout_engine("none")  # keep the layout just found: finding it again would double the time
 
 
