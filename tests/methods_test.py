@@ -320,6 +320,38 @@ def test_remat_changes_neither_losses_nor_gradients(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, grads)
 
 
+@pytest.mark.parametrize("name", ["msa", "dsa"])
+def test_an_index_sees_the_tokens_that_attention_sees(name):
+  """Keys and queries of both change at the same positions when one hidden state does: no index is blind to what
+  the convolution brings to the attention that it has to imitate."""
+  graph, params = attention_of(name)
+  layer = nnx.merge(graph, params)
+  h = np.random.default_rng(5).standard_normal((1, T, 16)).astype(np.float32)
+
+  def seen(h):
+    call = methods.Call(rope=lambda x, offset=0, stride=1: x)
+    x, streams = layer.project(h, call)
+    q_idx = jax.tree.leaves(layer.method.selector.queries(x.h, call))[0]
+    return [np.asarray(y).reshape(T, -1) for y in (streams["k"], streams["k_idx"], x.q, q_idx)]
+
+  moved = h.copy()
+  moved[0, 20] += 1.0
+  reach = [np.flatnonzero(np.abs(a - b).max(-1) > 1e-3).tolist() for a, b in zip(seen(h), seen(moved))]
+  assert reach == [[20, 21, 22]] * 4, reach  # short_conv = 3
+
+
+def test_an_index_with_the_weights_of_the_only_head_is_that_head():
+  """MSA with one query head: its index branch can be the very attention that it learns from."""
+  options = methods.MSA(index_dim=4, block_size=8, num_blocks=2)
+  config = make_config(options, num_heads=1, num_kv_heads=1)
+  params = random_params(model_lib.abstract_params(config))
+  attention = params["stacks"]["stack0"]["attention"]
+  run = jax.jit(lambda params: model_lib.forward(config, params, tokens_of()).losses["index_kl"])
+  assert run(params) > 0.01
+  attention["method"]["selector"] = {"q": attention["q"], "k": attention["k"]}
+  assert abs(run(params)) < 1e-6
+
+
 def leaves_of(params):
   return {path: leaf for leaves in optim.split(params).values() for path, leaf in leaves.items()}
 

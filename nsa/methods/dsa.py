@@ -21,12 +21,14 @@ paper does not say). The KL reaches the indexer and nothing else, and nothing el
 
 The paper's model has MLA: there q_idx comes from the query latent, RoPE turns 64 of the 128 dimensions, and both
 sides are Hadamard-rotated and quantised to FP8. Here q_idx comes from x, RoPE turns all dimensions (halves, not
-interleaved), and scores are float32 sums.
+interleaved), and scores are float32 sums. Where the model convolves its q and k (`model.short_conv`) q_idx and
+k_idx are convolved too, or the indexer could not see what the attention that it imitates matches.
 
 Scores, top-k and losses are plain jnp in chunks of queries (nsa/methods/distillation.py): no operation of
 pallas_kernels covers ReLU-weighted index heads. They take every key, causally hidden or not.
 """
 import dataclasses
+import functools
 from typing import ClassVar
 
 from flax import nnx
@@ -111,21 +113,22 @@ class Indexer(nnx.Module):
   def __init__(self, init, model, options: DSA):
     self.sets, self.heads = options.sets(model), options.index_heads
     count, axis = self.sets * self.heads, "kv_heads" if options.per_group else None
-    self.q = layers.HeadProjection(init.child("q"), model.d_model, count, options.index_dim, axis=axis)
-    self.k = layers.HeadProjection(init.child("k"), model.d_model, 1, options.index_dim, axis=None)
+    projection = functools.partial(layers.HeadProjection, taps=model.short_conv)
+    self.q = projection(init.child("q"), model.d_model, count, options.index_dim, axis=axis)
+    self.k = projection(init.child("k"), model.d_model, 1, options.index_dim, axis=None)
     self.k_norm = init.constant((options.index_dim,), (None,), 1.0)
     self.k_norm_bias = init.constant((options.index_dim,), (None,), 0.0)
     self.weights = init.normal("weights", (model.d_model, count), ("embed", axis), fan_in=model.d_model)
     self.scale = (options.index_heads * options.index_dim) ** -0.5
 
   def keys(self, h, call) -> Float[Array, "B T dI"]:
-    k = layer_norm(self.k(h), self.k_norm[...], self.k_norm_bias[...])
+    k = layer_norm(self.k(h, call.query_segments(h.shape[1]), call.tail), self.k_norm[...], self.k_norm_bias[...])
     return call.rope(k, offset=call.offset)[:, :, 0]
 
   def queries(self, h, call) -> tuple[Float[Array, "B T R HI dI"], Float[Array, "B T R HI"]]:
     """The index queries of each set and their weights."""
     B, T, _ = h.shape
-    q = call.rope(self.q(h), offset=call.offset)
+    q = call.rope(self.q(h, call.query_segments(T), call.tail), offset=call.offset)
     w = jnp.einsum("btd,dj->btj", h, self.weights[...].astype(h.dtype)) * self.scale
     return q.reshape(B, T, self.sets, self.heads, -1), w.reshape(B, T, self.sets, self.heads)
 
