@@ -29,7 +29,7 @@ MOST_SEEDS = 60                   # that "seeds for the margin" looks at
 @dataclasses.dataclass
 class Spread:
   """How much the seeds of one arm differ on one endpoint, alone and paired with the reference."""
-  arm: str                        # "" for all arms pooled
+  arm: str                        # "" for the retrofits pooled
   n: int
   mean: float                     # NaN for pooled
   sd: float                       # over seeds; NaN with one
@@ -52,7 +52,7 @@ class Spread:
 
 
 def spreads(study: Study, table: list[Row], size: str, metric: str, margin: float) -> list[Spread]:
-  """One per arm in its own run mode, then all differences pooled (arm "") where several arms have some."""
+  """One per arm in its own run mode, then the retrofits' differences pooled (arm "") where several have some."""
   get = lambda arm: endpoints.series(table, arm, size, study.headline_mode(arm), metric)
   reference, out = get(study.reference) if study.reference else {}, []
   for arm in study.arms:
@@ -63,7 +63,7 @@ def spreads(study: Study, table: list[Row], size: str, metric: str, margin: floa
     sd = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
     out.append(Spread(arm, len(values), float(np.mean(list(values.values()))), sd(list(values.values())), sd(differences),
                       max(0, len(differences) - 1), margin))
-  paired = [s for s in out if s.df and s.sd_difference > 0]
+  paired = [s for s in out if s.arm in study.retrofits() and s.df and s.sd_difference > 0]
   if len(paired) > 1:
     df = sum(s.df for s in paired)
     pooled = math.sqrt(sum(s.df * s.sd_difference ** 2 for s in paired) / df)
@@ -111,12 +111,21 @@ def training_seconds(run: Run) -> float:
 
 
 def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
-  """(prices, FLOP/s of one device by arm, the device's kind): of the arms that have finished at the smallest size."""
+  """(prices, FLOP/s of one device by arm, the device's kind): of the arms that have finished at the smallest size.
+
+  Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that trained
+  longest: ten steps between evaluations say little of speed.
+  """
   from nsa import chips, config as config_lib, flops, model as model_lib
   runs = {run.arm: [r for r in study.finished if (r.arm, r.size) == (run.arm, run.size)]
           for run in study.finished if run.size == study.sizes[0]}
-  rates = {arm: float(np.mean([r for r in map(rate, of_arm) if math.isfinite(r)] or [math.nan])) for arm, of_arm in runs.items()}
-  configs = {arm: endpoints.config_of(of_arm[0]) for arm, of_arm in runs.items() if math.isfinite(rates[arm])}
+  own_rates = {arm: float(np.mean([r for r in map(rate, of_arm) if math.isfinite(r)] or [math.nan])) for arm, of_arm in runs.items()}
+  configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.config_of(of_arm[0]))}
+  ends = {arm: repr((c.attention, c.layers, c.schedule.stages[-1].mode, c.schedule.stages[-1].train)) for arm, c in configs.items()}
+  by_length = sorted((arm for arm in configs if math.isfinite(own_rates[arm])), key=lambda arm: runs[arm][0].first)
+  longest = {ends[arm]: arm for arm in reversed(by_length)}  # of equals the first named
+  rates = {arm: own_rates[longest[ends[arm]]] for arm in configs if ends[arm] in longest}
+  configs = {arm: configs[arm] for arm in rates}
   if not configs:
     return [], {}, ""
   kind = next(iter(runs.values()))[0].versions.get("device_kind", "")

@@ -348,6 +348,7 @@ def decomposition(study: Study, parts: dict) -> Figure | None:
       ax.plot(values, [y] * len(values), "osD"[k], mfc="white", mec=colors[name], ms=5, mew=1.2, ls="none",
               zorder=3, label=None if row else name)
   ax.axvline(0, color="#666666", lw=1)
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
   ax.set_yticks(range(len(parts)), list(parts))
   ax.set_ylim(len(parts) - 0.5, -0.5)
   ax.grid(axis="y", visible=False)

@@ -259,7 +259,7 @@ def spread(study, table, size, gallery) -> list:
       low, high = planning.statistics.standard_deviation_interval(s.sd_difference, s.df)
       seen = ["{} ({} to {})".format(*map(metric.text, s.detectable(n))) if paired else "-" for n in planning.SEEDS]
       least = s.seeds_for_margin if paired else None
-      lines.append([s.arm or "**pooled**", str(s.n), metric.text(s.mean), metric.text(s.sd), metric.text(s.sd_difference),
+      lines.append([s.arm or "**retrofits, pooled**", str(s.n), metric.text(s.mean), metric.text(s.sd), metric.text(s.sd_difference),
                     f"{metric.text(low)} to {metric.text(high)}" if paired else "-", *seen,
                     ("-" if not paired else str(least) if least else f"over {planning.MOST_SEEDS}")])
     if lines:
@@ -270,7 +270,7 @@ def spread(study, table, size, gallery) -> list:
           + [f"seeds to see {metric.text(margin)}"], lines,
           f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired difference "
           "found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
-          "Pooled as if the arms' differences were independent; they share the reference's runs, so its interval is too narrow."))
+          "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its interval is too narrow."))
   return blocks or [Text("No endpoint has a finished result.", "note")]
 
 
@@ -287,12 +287,13 @@ def costs(study: Study) -> list:
   blocks.append(Table(
       ["size", "parameters", "tokens per run", "per parameter"] + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
       + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
-      f"Device hours of training for all {len(rates)} arms that have finished here, forks from their fork on, at this study's context; "
-      "parameters without embeddings. As measured: at the FLOP/s that each arm reached here at its own size on "
+      f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's context; "
+      "parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
       f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/forecast.py`, a floor. Without "
       "compilation, evaluation and failures.", left=1))
-  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs: " + ", ".join(
-      f"{arm} {r / 1e12:.3g}T" for arm, r in rates.items())]))
+  shown = {r: arm for arm, r in reversed(rates.items())}  # arms that end alike share one
+  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs, of the longest run of each kind: " + ", ".join(
+      f"{arm} {r / 1e12:.3g}T" for r, arm in reversed(shown.items()))]))
   paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
   if paused:
     trained = sum(planning.training_seconds(run) for run in study.finished)
