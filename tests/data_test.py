@@ -210,6 +210,29 @@ def test_task_rows(corpus):
   assert abs(kinds.count("mqar:pairs=4") / len(kinds) - 0.25) < 0.08
 
 
+def test_short_tasks_are_packed(corpus):
+  """Rows of a length hold different examples of it, each whole and in a segment of its own; rows of text stay as they were."""
+  config = config_of(corpus, context=128, filler_weight=0.25, **MIXED)
+  whole, short = (data.make(dataclasses.replace(config, task_lengths=lengths), seed=0) for lengths in ((), (40, 128)))
+  counts = []
+  for step in range(20):
+    b, plain = short.batch_at(step), whole.batch_at(step)
+    for row, words in enumerate(short.describe(b).split("\n")):
+      if "task" not in words or "tokens" not in words:  # text, or one example as long as the row
+        for name in b:
+          np.testing.assert_array_equal(b[name][row], plain[name][row])
+        continue
+      counts.append(4 if "mqar" in words else 6)
+      segments = b["segment_ids"][row]
+      assert segments.tolist() == [1] * 40 + [2] * 40 + [3] * 40 + [0] * 8 and "3 of 40 tokens" in words
+      answers = [tuple(b["targets"][row][(segments == s) & (b["weights"][row] == 5)]) for s in (1, 2, 3)]
+      assert len(set(answers)) == 3 and {len(a) for a in answers} == {counts[-1]}
+      assert np.all(b["weights"][row][120:] == 0)
+  assert set(counts) == {4, 6} and 20 < len(counts) < 60  # a quarter of 160 rows
+  with pytest.raises(ValueError, match="data.context = 16: task copy"):
+    data.make(dataclasses.replace(config, task_lengths=(16, 128)), seed=0)
+
+
 def test_describe_names_the_document(corpus):
   pipeline = data.make(config_of(corpus), seed=0)
   b = pipeline.batch_at(3, rows=slice(2, 3))

@@ -62,6 +62,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
   need(0 <= d.task_share <= 1, "data.task_share", d.task_share, "a share between 0 and 1")
+  for length in d.task_lengths:
+    need(0 < length <= d.context, "data.task_lengths", d.task_lengths, f"lengths of 1 to data.context = {d.context} tokens")
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")

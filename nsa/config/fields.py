@@ -91,6 +91,7 @@ class DataConfig:
   align: int = 64                 # packed documents begin at multiples of this; the same in all arms that are compared
   task_share: float = 0.0         # share of the sequences that are synthetic tasks, 0 to 1
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
+  task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from these; () = context
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
   filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
 

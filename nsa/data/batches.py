@@ -109,10 +109,7 @@ class Data:
       if kind < 0:
         self._text_row(number, context, inputs[i], targets[i], weights[i], segment_ids[i])
       else:
-        example = self.tasks[kind].example(self.seed, number, t + 1, "train", self.documents)
-        inputs[i], targets[i] = example.tokens[:-1], example.tokens[1:]
-        weights[i] = np.where(example.answer_mask[1:], self.config.answer_weight, self.config.filler_weight)
-        segment_ids[i] = 1
+        self._task_row(number, kind, inputs[i], targets[i], weights[i], segment_ids[i])
     return dict(inputs=inputs, targets=targets, weights=weights, segment_ids=segment_ids, index=numbers)
 
   def check_context(self, context: int) -> None:
@@ -120,7 +117,8 @@ class Data:
     self._shape(context, None)
     if self.config.task_share > 0:
       for task in self.tasks:
-        task.check_length(context + 1)
+        for length in self._task_lengths(context):
+          task.check_length(length + 1)
 
   def _shape(self, context, batch):
     config = self.config
@@ -139,6 +137,28 @@ class Data:
     key = counter.key("kind", self.seed, context)
     is_task = counter.uniform(key, 2 * numbers) < self.config.task_share
     return np.where(is_task, counter.integers(key, 2 * numbers + 1, len(self.tasks)), -1)
+
+  # --- task rows ---
+
+  def _task_lengths(self, context):
+    return [length for length in self.config.task_lengths if length <= context] or [context]
+
+  def _task_length(self, number, context):
+    """Tokens of the examples in a task's row."""
+    lengths = self._task_lengths(context)
+    return lengths[counter.integers(counter.key("length", self.seed, context), [number], len(lengths))[0]]
+
+  def _task_row(self, number, kind, inputs, targets, weights, segment_ids):
+    """As many examples of one length as fit, a segment each."""
+    context = len(inputs)
+    length = self._task_length(number, context)
+    for j in range(context // length):
+      at = slice(j * length, (j + 1) * length)
+      # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they are.
+      example = self.tasks[kind].example(self.seed, number + (j << 40), length + 1, "train", self.documents)
+      inputs[at], targets[at] = example.tokens[:-1], example.tokens[1:]
+      weights[at] = np.where(example.answer_mask[1:], self.config.answer_weight, self.config.filler_weight)
+      segment_ids[at] = 1 + j
 
   # --- text rows ---
 
@@ -177,7 +197,9 @@ class Data:
 
   def _describe_row(self, number, kind, context):
     if kind >= 0:
-      return f"row {number}: task {self.config.tasks[kind]}, example {number} of seed {self.seed}"
+      length = self._task_length(number, context)
+      many = f", {context // length} of {length} tokens" if length < context else ""
+      return f"row {number}: task {self.config.tasks[kind]}, example {number} of seed {self.seed}{many}"
     epoch, row = self._locate(number, context)
     index = self._index(context, epoch)
     pieces = []
