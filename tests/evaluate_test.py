@@ -237,7 +237,8 @@ def test_rows_that_fill_up_a_batch_do_not_count():
 
 
 def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse", "dense"), during=("sparse",), tasks=("copy:length=4",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse", "dense"), during=("sparse",),
+                       tasks=("copy:length=4",))
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
   whole = evaluate.records(config, params, 7)
   short = evaluate.records(config, params, 7, during=True)

@@ -61,7 +61,8 @@ def write_run(path, arm, size, seeds, delta, exact, budget, rng, noise, level):
   config["data"] |= {"source": f"files:{path.parent}/corpus.tar.xz", "context": 2048, "global_batch": 4}
   config["schedule"]["steps"], config["model"]["dtype"] = 1000, "bfloat16"
   if budget:
-    config["fork"] |= {"workdir": str(path.parent / f"dense-{size}-{'_'.join(map(str, seeds))}"), "step": round(1000 * (1 - budget))}
+    trunk = path.parent / f"dense-{size}-{'_'.join(map(str, seeds))}"
+    config["fork"] |= {"workdir": str(trunk), "step": round(1000 * (1 - budget))}
   (path / "config.json").write_text(json.dumps(config))
   (path / "versions.json").write_text(json.dumps({"jax": "0.10.2", "python": "3.11.9"}))
   steps, last = 60, 1000
@@ -221,8 +222,8 @@ def test_report_has_all_sections_in_order(written):
   assert titles == ["Verdict", "Arms", "Delta(b): retrofit minus native over the retrofit budget",
                     "Loss curves", "Loss by position", "Recall by task", "Train mode and run mode",
                     "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
-                    "Which blocks one head selects", "Selector or backbone?", "Spread over seeds, and what a main study could see",
-                    "What a main study would cost", "What this cannot say"]
+                    "Which blocks one head selects", "Selector or backbone?",
+                    "Spread over seeds, and what a main study could see", "What a main study would cost", "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "closes" in text
   names = {p.name for p in written.plots}
@@ -320,12 +321,13 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
   assert one.sd_difference == pytest.approx(np.std([a[s] - b[s] for s in a], ddof=1)) and one.sd_difference < one.sd
   # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see 1.68.
   middle, low, high = one.detectable(3)
-  assert (low / middle, high / middle) == (pytest.approx(math.sqrt(2 / 7.378), rel=1e-3), pytest.approx(math.sqrt(2 / 0.05064), rel=1e-3))
+  assert [low / middle, high / middle] == pytest.approx([math.sqrt(2 / 7.378), math.sqrt(2 / 0.05064)], rel=1e-3)
   assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
   assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
   assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.01 < one.detectable(one.seeds_for_margin - 1)[0]
   pooled = found[""]
-  assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean([s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")])))
+  variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
+  assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
 
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
@@ -377,7 +379,7 @@ def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path, quic
   arms = json.loads((tmp_path / "study.json").read_text())["arms"]
   assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
   layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
-  assert {(r["arm"], r["step"]) for r in layers if r["arm"] == "retrofit_msa_5"} == {("retrofit_msa_5", "975"), ("retrofit_msa_5", "1000")}
+  assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
   assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query
 
 

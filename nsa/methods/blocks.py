@@ -166,7 +166,10 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
   shared = (chosen[:, :-1] & chosen[:, 1:]).sum(-1) / jnp.maximum(chosen[:, :-1].sum(-1), 1)
   out["overlap"] = mean(jnp.pad(shared, ((0, 0), (0, 1), (0, 0)), mode="edge"))
   tile = max(1, tile_rows // (q.shape[2] // K))
-  tiles = lambda x: jnp.pad(x, ((0, 0), (0, -T % tile)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, tile, *x.shape[2:]).sum(2)
+
+  def tiles(x):  # sums over the queries of each tile: [B, T, ...] -> [B, tiles, ...]
+    return jnp.pad(x, ((0, 0), (0, -T % tile)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, tile, *x.shape[2:]).sum(2)
+
   votes, count = tiles(chosen.astype(jnp.int32)), tiles(jnp.ones((1, T, 1)).repeat(B, 0))  # [B, tiles, K, blocks]
   picks, tile_weight = jnp.maximum(votes.sum(-1), 1), tiles(weight)
   out["tile_union"] = jnp.sum((votes > 0).sum(-1) * count / picks * tile_weight, axis=(0, 1))

@@ -61,7 +61,8 @@ def spreads(study: Study, table: list[Row], size: str, metric: str, margin: floa
       continue
     differences = statistics.paired_differences(values, reference)[1] if arm != study.reference else np.array([])
     sd = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
-    out.append(Spread(arm, len(values), float(np.mean(list(values.values()))), sd(list(values.values())), sd(differences),
+    of_seeds = list(values.values())
+    out.append(Spread(arm, len(values), float(np.mean(of_seeds)), sd(of_seeds), sd(differences),
                       max(0, len(differences) - 1), margin))
   paired = [s for s in out if s.arm in study.retrofits() and s.df and s.sd_difference > 0]
   if len(paired) > 1:
@@ -94,10 +95,13 @@ def rate(run: Run) -> float:
   stage = config_lib.steps_of(config.schedule)[-1]
   if stage[0] >= stage[1]:
     return math.nan
-  per_token = (flops.cumulative(config, stage[1]) - flops.cumulative(config, stage[0])) / _tokens(config, stage[1] - stage[0])
+  work = flops.cumulative(config, stage[1]) - flops.cumulative(config, stage[0])
+  per_token = work / _tokens(config, stage[1] - stage[0])
   speeds = [endpoints.speed(c, "tokens_per_second") for c in run.curves.values() if len(c["step"])]
   speeds = [s for s in speeds if math.isfinite(s)]
-  return float(np.mean(speeds)) * len(config.seeds) * per_token / int(run.versions.get("devices", 1)) if speeds else math.nan
+  if not speeds:
+    return math.nan
+  return float(np.mean(speeds)) * len(config.seeds) * per_token / int(run.versions.get("devices", 1))
 
 
 def training_seconds(run: Run) -> float:
@@ -119,10 +123,12 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   from nsa import chips, config as config_lib, flops, model as model_lib
   runs = {run.arm: [r for r in study.finished if (r.arm, r.size) == (run.arm, run.size)]
           for run in study.finished if run.size == study.sizes[0]}
-  own_rates = {arm: float(np.mean([r for r in map(rate, of_arm) if math.isfinite(r)] or [math.nan])) for arm, of_arm in runs.items()}
+  known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
+  own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
   configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.config_of(of_arm[0]))}
-  ends = {arm: repr((c.attention, c.layers, c.schedule.stages[-1].mode, c.schedule.stages[-1].train)) for arm, c in configs.items()}
-  by_length = sorted((arm for arm in configs if math.isfinite(own_rates[arm])), key=lambda arm: runs[arm][0].first)
+  stage = {arm: c.schedule.stages[-1] for arm, c in configs.items()}
+  ends = {arm: repr((c.attention, c.layers, stage[arm].mode, stage[arm].train)) for arm, c in configs.items()}
+  by_length = sorted((arm for arm in configs if arm in own_rates), key=lambda arm: runs[arm][0].first)
   longest = {ends[arm]: arm for arm in reversed(by_length)}  # of equals the first named
   rates = {arm: own_rates[longest[ends[arm]]] for arm in configs if ends[arm] in longest}
   configs = {arm: configs[arm] for arm in rates}
@@ -141,8 +147,8 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
     parameters = flops.parameters(shaped)["non_embedding"]
     for arm, config in configs.items():
       bare = config_lib.Config(  # what costs something, and nothing else: equal for arms that cost the same
-          model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers, others=config.others,
-          schedule=config.schedule, optimizer=config.optimizer,
+          model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers,
+          others=config.others, schedule=config.schedule, optimizer=config.optimizer,
           data=config_lib.DataConfig(context=config.data.context, global_batch=config.data.global_batch))
       work, seconds = _own_work(model_lib.Static(bare), runs[arm][0].first, chip.kind)
       whole = 3600 * _tokens(config, config.schedule.steps)

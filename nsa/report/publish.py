@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path, PurePath
+from pathlib import PurePath
 import re
 
 from nsa.report.runs import Study
@@ -41,6 +41,7 @@ def description(study: Study) -> dict:
 
 def without_paths(study: Study, text: str) -> str:
   """`text` with the directories of the runs left out: an error message may name them."""
-  for place in sorted({str(Path(p)) for run in study.runs for p in (run.path.parent, run.path.parent.resolve())}, key=len)[::-1]:
+  places = {str(p) for run in study.runs for p in (run.path.parent, run.path.parent.resolve())}
+  for place in sorted(places, key=len, reverse=True):
     text = re.sub(re.escape(place) + r"/?", "", text) if len(place) > 1 else text
   return text

@@ -82,7 +82,8 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   for title, part in (("Loss curves", "loss"), ("Loss by position", "position"), ("Recall by task", "recall"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),
                       ("Captured and oracle mass over training", "learning"),
-                      ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"), ("Selector or backbone?", parts),
+                      ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"),
+                      ("Selector or backbone?", parts),
                       ("Spread over seeds, and what a main study could see", spread)):
     blocks.append(Heading(title))
     for size in study.sizes:
@@ -135,10 +136,8 @@ def arms(study: Study, table: list[Row]) -> list:
                       for m in ("bits_per_byte", "second_half_bits_per_byte", "exact_match")]
                    + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
                       f"{100 * shares[0]:.1f}" if shares and math.isfinite(shares[0]) else "-",
-                      *(["{:.0f}".format(100 * _mean(mine, "queries_limited")) if endpoints.finite(mine, "queries_limited") else "-"]
-                        + [_quantity(_mean(mine, "tokens_per_second")),
-                           "{:.2g}".format(100 * _mean(mine, "mfu")) if endpoints.finite(mine, "mfu") else "-"]
-                        if mine[0].headline else ["-"] * 3)])
+                      *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
+                         _percent(mine, "mfu", ".2g")] if mine[0].headline else ["-"] * 3)])
     if lines:
       blocks.append(Table(["arm", "seeds", "bits per byte", "second half (bits per byte)", "exact match (%)",
                            "training tokens", "training FLOPs per seed", "visible share (%)",
@@ -235,7 +234,7 @@ def locality(study, table, size, gallery) -> list:
     even = planning.union_break_even(study.arm_runs(arm, size)[0].config)
     word = ("-" if not math.isfinite(even) else "union tiles" if max(unions) < even else "KV-outer" if min(unions) > even else
             f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
-    lines.append([arm, *(f"{100 * _mean(mine, n):.1f}" for n in ("overlap", "tile_common")), f"{_mean(mine, 'tile_union'):.2f}",
+    lines.append([arm, _percent(mine, "overlap", ".1f"), _percent(mine, "tile_common", ".1f"), f"{_mean(mine, 'tile_union'):.2f}",
                   f"{min(unions):.2f} to {max(unions):.2f}", "-" if math.isnan(even) else f"{even:.1f}", word])
   blocks = [gallery.picture("sharing", size)]
   if not lines:
@@ -259,7 +258,7 @@ def spread(study, table, size, gallery) -> list:
       low, high = planning.statistics.standard_deviation_interval(s.sd_difference, s.df)
       seen = ["{} ({} to {})".format(*map(metric.text, s.detectable(n))) if paired else "-" for n in planning.SEEDS]
       least = s.seeds_for_margin if paired else None
-      lines.append([s.arm or "**retrofits, pooled**", str(s.n), metric.text(s.mean), metric.text(s.sd), metric.text(s.sd_difference),
+      lines.append([s.arm or "**retrofits, pooled**", str(s.n), *map(metric.text, (s.mean, s.sd, s.sd_difference)),
                     f"{metric.text(low)} to {metric.text(high)}" if paired else "-", *seen,
                     ("-" if not paired else str(least) if least else f"over {planning.MOST_SEEDS}")])
     if lines:
@@ -270,7 +269,8 @@ def spread(study, table, size, gallery) -> list:
           + [f"seeds to see {metric.text(margin)}"], lines,
           f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired difference "
           "found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
-          "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its interval is too narrow."))
+          "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its interval is "
+          "too narrow."))
   return blocks or [Text("No endpoint has a finished result.", "note")]
 
 
@@ -287,8 +287,8 @@ def costs(study: Study) -> list:
   blocks.append(Table(
       ["size", "parameters", "tokens per run", "per parameter"] + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
       + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
-      f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's context; "
-      "parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
+      f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's "
+      "context; parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
       f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/forecast.py`, a floor. Without "
       "compilation, evaluation and failures.", left=1))
   shown = {r: arm for arm, r in reversed(rates.items())}  # arms that end alike share one
@@ -364,6 +364,11 @@ def _comparison_table(study, found, caption):
 def _mean(table, name):
   values = endpoints.finite(table, name)
   return float(np.mean(values)) if values else math.nan
+
+
+def _percent(table, name, form):
+  value = _mean(table, name)
+  return f"{100 * value:{form}}" if math.isfinite(value) else "-"
 
 
 def _quantity(value):
