@@ -3,7 +3,8 @@
   python -m launch.bench --operation=selected_attention --out=results.json
   python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:selections.npz@3
   python -m launch.bench --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
-  python -m launch.bench --operation=decode --shapes=length_64k,msa_64k --batches=1,8,64
+  python -m launch.bench --operation=decode,decode_paged --shapes=length_64k,msa_64k --batches=1,8,64
+  python -m launch.bench --operation=decode,decode_paged --shapes=cache --batches=1,8
   python -m launch.bench --model --chip=v5p      # every operation, predicted from data sheets: no device
 
 A row is an operation, a shape of `pallas_kernels.arg_specs`, a pattern of block indices where those come from outside
@@ -43,7 +44,7 @@ CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a la
 }
 
 _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
-                               f"Of {', '.join(bench_cases.OPERATIONS)}, decode, or all.")
+                               f"Of {', '.join((*bench_cases.OPERATIONS, *bench_cases.DECODE_KINDS))}, or all.")
 _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
 _PATTERNS = flags.DEFINE_list("patterns", list(bench_cases.PATTERNS),
@@ -199,7 +200,7 @@ def _names():
 
 
 def _operations():
-  known = (*bench_cases.OPERATIONS, "decode")
+  known = (*bench_cases.OPERATIONS, *bench_cases.DECODE_KINDS)
   unknown = [name for name in _OPERATION.value if name not in (*known, "all")]
   if unknown:
     raise ValueError(f"--operation: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or all")
@@ -239,11 +240,11 @@ def main():
   denses = {}
   for name in names:
     spec = arg_specs.get(name)
-    dense = denses[name] = time_dense(spec, seed) if set(operations) - {"decode"} else None
+    dense = denses[name] = time_dense(spec, seed) if set(operations) - set(bench_cases.DECODE_KINDS) else None
     for operation in operations:
       for implementation in (i or None for i in _IMPLEMENTATION.value):
-        if operation == "decode":
-          for kind in ("decode_dense", "decode_msa" if spec.num_initial == 0 else "decode_nsa"):
+        if operation in bench_cases.DECODE_KINDS:
+          for kind in bench_cases.DECODE_KINDS[operation](spec):
             for batch in map(int, _BATCHES.value):
               timed = _try(f"{kind}, {name}", lambda: time_decode(kind, spec, batch, implementation))
               if timed:

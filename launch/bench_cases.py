@@ -185,8 +185,18 @@ def least_bytes(case, x, out):
 # --- decoding ---------------------------------------------------------------------
 
 
+DECODE_KINDS = {  # operation of launch.bench -> what is timed
+    "decode": lambda spec: ("decode_dense", "decode_msa" if spec.num_initial == 0 else "decode_nsa"),
+    "decode_paged": lambda spec: ("decode_paged_dense", "decode_selected", "decode_paged_selected"),
+}
+
+
 def decode(operation, spec, batch, implementation=None):
-  """(case, arrays): one new token per sequence against a cache of spec.T tokens, the position traced."""
+  """(case, arrays): one new token per sequence against a cache of spec.T tokens, the position traced.
+
+  Pages are the blocks of the contiguous cache, under names in random order. `decode_selected` and
+  `decode_paged_selected` attend to blocks that are drawn, without choosing them.
+  """
   s = spec
   key = jax.random.key(0)
   draw = lambda n, *shape: jax.random.normal(jax.random.fold_in(key, n), shape, jnp.dtype(s.dtype))
@@ -196,7 +206,24 @@ def decode(operation, spec, batch, implementation=None):
   choice = dict(block_size=s.block_size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)
   token = 2 * s.K * s.H * x["k"].dtype.itemsize  # bytes of K and V of one token
   selected = s.J * s.block_size * token
-  if operation == "decode_dense":
+  pages = s.num_blocks
+  if operation in DECODE_KINDS["decode_paged"](s):
+    assert s.T % s.block_size == 0, s
+    rng = np.random.default_rng(0)
+    x["table"] = jnp.asarray(rng.permutation(batch * pages).reshape(batch, pages), jnp.int32)
+    blocks = np.argsort(rng.random((batch, 1, s.K, pages - 1), np.float32))[..., :s.J - 1]
+    x["blocks"] = jnp.asarray(np.concatenate([blocks, np.full_like(blocks[..., :1], pages - 1)], axis=-1), jnp.int32)
+  paged = lambda x, **more: pk.paged_attention(
+      x["q"], *(x[name].reshape(-1, s.block_size, s.K, s.H) for name in ("k", "v")), x["table"], **more, **where(x))[0]
+  if operation == "decode_paged_dense":
+    f, least = lambda x, blocks: paged(x), s.T * token
+  elif operation == "decode_paged_selected":
+    f, least = lambda x, blocks: paged(x, block_indices=x["blocks"]), selected
+  elif operation == "decode_selected":
+    f = lambda x, blocks: pk.selected_attention(x["q"], x["k"], x["v"], x["blocks"], block_size=s.block_size,
+                                                **where(x))[0]
+    least = selected
+  elif operation == "decode_dense":
     f = lambda x, blocks: pk.attention(x["q"], x["k"], x["v"], **where(x))[0]
     least = s.T * token
   elif operation == "decode_nsa":

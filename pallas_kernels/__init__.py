@@ -11,6 +11,7 @@ from pallas_kernels.api import compressed_attention
 from pallas_kernels.api import compressed_top_k
 from pallas_kernels.api import index_kl
 from pallas_kernels.api import index_top_k
+from pallas_kernels.api import paged_attention
 from pallas_kernels.api import selected_attention
 from pallas_kernels.partition import partitioned
 
@@ -23,6 +24,7 @@ __all__ = (
     "compressed_top_k",
     "index_kl",
     "index_top_k",
+    "paged_attention",
     "partitioned",
     "selected_attention",
 )

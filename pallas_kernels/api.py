@@ -24,18 +24,17 @@ from __future__ import annotations
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backends
 from pallas_kernels import partition
 from pallas_kernels import reference
+from pallas_kernels import validate
 from pallas_kernels.backends import available
 from pallas_kernels.backends import register
 from pallas_kernels.backends import target_platform
 
 __all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k",
-           "index_kl", "index_top_k", "register", "selected_attention", "target_platform")
+           "index_kl", "index_top_k", "paged_attention", "register", "selected_attention", "target_platform")
 
 
 def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None, query_offset=0,
@@ -53,10 +52,10 @@ def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None
   Returns:
     o [B, T, N, H] in q.dtype and lse float32[B, T, N], both differentiable.
   """
-  _check_attention("attention", q, k, v)
-  _check_common("attention", q, k.shape[1], segment_ids, query_offset)
+  validate.attention("attention", q, k, v)
+  validate.common("attention", q, k.shape[1], segment_ids, query_offset)
   if window is not None:
-    _check_int("attention", "window", window, 1, "tokens, the query's own included")
+    validate.integer("attention", "window", window, 1, "tokens, the query's own included")
     if not causal:
       raise ValueError(f"attention: window = {window} needs causal = True")
   return _run("attention", implementation, q=q, k=k, v=v, causal=bool(causal), window=window,
@@ -81,10 +80,10 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
     o [B, T, N, H] in q.dtype and lse float32[B, T, N], both differentiable.
   """
   name = "compressed_attention"
-  _check_attention(name, q, k_cmp, v_cmp, k_name="k_cmp", v_name="v_cmp")
-  _check_common(name, q, None, segment_ids, query_offset)
-  _check_int(name, "block_len", block_len, 1, "tokens")
-  _check_int(name, "block_stride", block_stride, 1, "tokens")
+  validate.attention(name, q, k_cmp, v_cmp, k_name="k_cmp", v_name="v_cmp")
+  validate.common(name, q, None, segment_ids, query_offset)
+  validate.integer(name, "block_len", block_len, 1, "tokens")
+  validate.integer(name, "block_stride", block_stride, 1, "tokens")
   return _run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len,
               block_stride=block_stride, scale=_scale(scale, q), segment_ids=segment_ids,
               query_offset=query_offset)
@@ -117,12 +116,12 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
     block_indices int32[B, T, K, J], -1 where fewer blocks are visible.
   """
   name = "compressed_top_k"
-  _check_attention(name, q, k_cmp, None, k_name="k_cmp")
-  _check_lse(name, lse, q)
-  _check_common(name, q, None, segment_ids, query_offset)
-  _check_int(name, "block_len", block_len, 1, "tokens")
-  _check_int(name, "block_stride", block_stride, 1, "tokens")
-  _check_selection(name, block_size, num_blocks, num_initial, num_local)
+  validate.attention(name, q, k_cmp, None, k_name="k_cmp")
+  validate.lse(name, lse, q)
+  validate.common(name, q, None, segment_ids, query_offset)
+  validate.integer(name, "block_len", block_len, 1, "tokens")
+  validate.integer(name, "block_stride", block_stride, 1, "tokens")
+  validate.selection(name, block_size, num_blocks, num_initial, num_local)
   indices = _run(name, implementation, q=lax.stop_gradient(q), k_cmp=lax.stop_gradient(k_cmp),
                  lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride,
                  block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
@@ -148,9 +147,9 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
     block_indices int32[B, T, K, J], -1 where fewer blocks are visible.
   """
   name = "index_top_k"
-  _check_index(name, q_idx, k_idx)
-  _check_common(name, q_idx, k_idx.shape[1], segment_ids, query_offset)
-  _check_selection(name, block_size, num_blocks, num_initial, num_local)
+  validate.index(name, q_idx, k_idx)
+  validate.common(name, q_idx, k_idx.shape[1], segment_ids, query_offset)
+  validate.selection(name, block_size, num_blocks, num_initial, num_local)
   indices = _run(name, implementation, q_idx=lax.stop_gradient(q_idx), k_idx=lax.stop_gradient(k_idx),
                  block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
                  scale=1.0 if scale is None else scale, segment_ids=segment_ids, query_offset=query_offset)
@@ -172,12 +171,46 @@ def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segmen
     o [B, T, N, H] in q.dtype and lse float32[B, T, N], both differentiable (q, k, v).
   """
   name = "selected_attention"
-  _check_attention(name, q, k, v)
-  _check_indices(name, block_indices, q, k.shape[2])
-  _check_common(name, q, k.shape[1], segment_ids, query_offset)
-  _check_int(name, "block_size", block_size, 1, "tokens")
+  validate.attention(name, q, k, v)
+  validate.indices(name, block_indices, q, k.shape[2])
+  validate.common(name, q, k.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
   return _run(name, implementation, q=q, k=k, v=v, block_indices=block_indices, block_size=block_size,
               scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+
+
+def paged_attention(q, k_pages, v_pages, page_table, *, block_indices=None, window=None, scale=None, query_offset=0,
+                    implementation=None):
+  """`attention` or, with block indices, `selected_attention` over a cache of pages: decoding.
+
+  A page holds the keys of one block, so that a selected block is one page. Page page_table[b, j] holds the tokens
+  [j * page_size, (j + 1) * page_size) of sequence b; sequences may share pages. What a page holds past the last
+  query's position is not read, so that pages are filled token by token. Kernels have no gradient; the reference has.
+
+  Args:
+    q: [B, T, N, H], the newest T tokens of each sequence.
+    k_pages, v_pages: [pages, page_size, K, H], of all sequences; they hold these T tokens already, and have to be
+      finite where the table names them.
+    page_table: int32[B, table]. Entries outside 0 .. pages - 1, as -1, name no page: their tokens are invisible.
+    block_indices: int32[B, T, K, J], see the module; block_size is page_size. None attends to all visible tokens.
+    window: tokens a query sees, its own included; None for all. Not with block_indices.
+    scale: of the scores; None is H ** -0.5.
+    query_offset: position of the first query; int32[B] where lengths differ.
+
+  Returns:
+    o [B, T, N, H] in q.dtype and lse float32[B, T, N].
+  """
+  name = "paged_attention"
+  validate.pages(name, q, k_pages, v_pages, page_table)
+  validate.common(name, q, None, None, query_offset)
+  if block_indices is not None:
+    validate.indices(name, block_indices, q, k_pages.shape[2])
+  if window is not None:
+    validate.integer(name, "window", window, 1, "tokens, the query's own included")
+    if block_indices is not None:
+      raise ValueError(f"{name}: window = {window} with block_indices; pass one of them and call twice for both")
+  return _run(name, implementation, q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table,
+              block_indices=block_indices, window=window, scale=_scale(scale, q), query_offset=query_offset)
 
 
 def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None,
@@ -201,16 +234,16 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
     loss float32[B, T, K] in nats, 0 for rows that see nothing.
   """
   name = "index_kl"
-  _check_attention(name, q, k, None)
-  _check_lse(name, lse, q)
-  _check_index(name, q_idx, k_idx)
+  validate.attention(name, q, k, None)
+  validate.lse(name, lse, q)
+  validate.index(name, q_idx, k_idx)
   if q_idx.shape[:3] != q.shape[:2] + (k.shape[2],) or k_idx.shape[:2] != k.shape[:2]:
     raise ValueError(f"{name}: q_idx {q_idx.shape} and k_idx {k_idx.shape} must be [B, T, K, Hi] and "
                      f"[B, S, Hi] for q {q.shape} and k {k.shape}")
   if block_indices is not None:
-    _check_indices(name, block_indices, q, k.shape[2])
-  _check_common(name, q, k.shape[1], segment_ids, query_offset)
-  _check_int(name, "block_size", block_size, 1, "tokens")
+    validate.indices(name, block_indices, q, k.shape[2])
+  validate.common(name, q, k.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
   return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
               lse=lax.stop_gradient(lse), q_idx=q_idx, k_idx=k_idx, block_indices=block_indices,
               block_size=block_size, scale=_scale(scale, q), index_scale=_scale(index_scale, q_idx),
@@ -232,14 +265,14 @@ def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, k
     block_indices int32[B, T, K, J], -1 where fewer blocks are visible.
   """
   name = "block_top_k"
-  _check_array(name, "scores", scores, 4, "[B, T, K, blocks]")
-  _check_selection(name, block_size, num_blocks, num_initial, num_local)
+  validate.array(name, "scores", scores, 4, "[B, T, K, blocks]")
+  validate.selection(name, block_size, num_blocks, num_initial, num_local)
   if keys is None:
     keys = scores.shape[3] * block_size if segment_ids is None else segment_ids.shape[1]
   if -(-keys // block_size) != scores.shape[3]:
     raise ValueError(f"{name}: scores has {scores.shape[3]} blocks; {keys} keys in blocks of {block_size} "
                      f"make {-(-keys // block_size)}")
-  _check_common(name, scores, keys, segment_ids, query_offset)
+  validate.common(name, scores, keys, segment_ids, query_offset)
   indices = _run(name, implementation, scores=lax.stop_gradient(scores), block_size=block_size,
                  num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, keys=keys,
                  segment_ids=segment_ids, query_offset=query_offset)
@@ -261,10 +294,10 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
     1, and entropy float32[B, T, K] in nats, the mean over the heads of the token distribution's. No gradient.
   """
   name = "block_mass"
-  _check_attention(name, q, k, None)
-  _check_lse(name, lse, q)
-  _check_common(name, q, k.shape[1], segment_ids, query_offset)
-  _check_int(name, "block_size", block_size, 1, "tokens")
+  validate.attention(name, q, k, None)
+  validate.lse(name, lse, q)
+  validate.common(name, q, k.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
   return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
               lse=lax.stop_gradient(lse), block_size=block_size, scale=_scale(scale, q),
               segment_ids=segment_ids, query_offset=query_offset)
@@ -285,99 +318,6 @@ def _run(operation, implementation, **arguments):
 for _operation in backends.OPERATIONS:
   register(_operation, "reference", getattr(reference, _operation), platforms=None,
            supports=lambda arguments: None)
-
-
-# --- validation ---------------------------------------------------------------
-
-
-def _check_array(operation, name, x, ndim, letters, kind=jnp.floating):
-  if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-    raise ValueError(f"{operation}: {name} is a {type(x).__name__}; pass an array {letters}")
-  if len(x.shape) != ndim:
-    raise ValueError(f"{operation}: {name} has the shape {x.shape}; it must be {letters}")
-  if not jnp.issubdtype(x.dtype, kind):
-    raise ValueError(f"{operation}: {name} has the dtype {x.dtype}; it must be {kind.__name__}")
-
-
-def _check_attention(operation, q, k, v, k_name="k", v_name="v"):
-  S = "C" if k_name == "k_cmp" else "S"
-  _check_array(operation, "q", q, 4, "[B, T, N, H]")
-  _check_array(operation, k_name, k, 4, f"[B, {S}, K, H]")
-  if v is not None:
-    _check_array(operation, v_name, v, 4, f"[B, {S}, K, H]")
-    if v.shape != k.shape:
-      raise ValueError(f"{operation}: {v_name} has the shape {v.shape}; it must be that of {k_name}, "
-                       f"{k.shape}")
-  if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-    raise ValueError(f"{operation}: {k_name} has the shape {k.shape}; B and H must be those of q, {q.shape}")
-  if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-    raise ValueError(f"{operation}: q has N = {q.shape[2]} heads; it must be a multiple of the "
-                     f"K = {k.shape[2]} heads of {k_name}")
-
-
-def _check_index(operation, q_idx, k_idx):
-  _check_array(operation, "q_idx", q_idx, 4, "[B, T, K, Hi]")
-  _check_array(operation, "k_idx", k_idx, 3, "[B, S, Hi]")
-  if (k_idx.shape[0], k_idx.shape[2]) != (q_idx.shape[0], q_idx.shape[3]):
-    raise ValueError(f"{operation}: k_idx has the shape {k_idx.shape}; B and Hi must be those of q_idx, "
-                     f"{q_idx.shape}")
-
-
-def _check_lse(operation, lse, q):
-  _check_array(operation, "lse", lse, 3, "[B, T, N]")
-  if lse.shape != q.shape[:3]:
-    raise ValueError(f"{operation}: lse has the shape {lse.shape}; it must be [B, T, N] = {q.shape[:3]}")
-
-
-def _check_indices(operation, block_indices, q, K):
-  _check_array(operation, "block_indices", block_indices, 4, "[B, T, K, J]", jnp.signedinteger)
-  if block_indices.shape[:3] != q.shape[:2] + (K,) or block_indices.shape[3] < 1:
-    raise ValueError(f"{operation}: block_indices has the shape {block_indices.shape}; it must be "
-                     f"[B, T, K, J] = {q.shape[:2] + (K,)} + (J,) with J >= 1")
-
-
-def _check_common(operation, q, S, segment_ids, query_offset):
-  """Segments and offset. S = None takes S from the segment ids."""
-  B, T = q.shape[:2]
-  if segment_ids is not None:
-    _check_array(operation, "segment_ids", segment_ids, 2, "[B, S]", jnp.signedinteger)
-    want = (B, segment_ids.shape[1] if S is None else S)
-    if segment_ids.shape != want:
-      raise ValueError(f"{operation}: segment_ids has the shape {segment_ids.shape}; it must be "
-                       f"[B, S] = {want}")
-    S = segment_ids.shape[1]
-  if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
-    if query_offset < 0:
-      raise ValueError(f"{operation}: query_offset = {query_offset}; positions begin at 0")
-    if segment_ids is not None and query_offset + T > S:
-      raise ValueError(f"{operation}: query_offset = {query_offset} puts the last of {T} queries past the "
-                       f"{S} segment_ids; they cover all key positions")
-    return
-  _check_offset_array(operation, query_offset, B)
-
-
-def _check_offset_array(operation, query_offset, B):
-  if not hasattr(query_offset, "shape") or query_offset.shape not in ((), (B,)):
-    shape = getattr(query_offset, "shape", type(query_offset).__name__)
-    raise ValueError(f"{operation}: query_offset is of shape {shape}; pass an int, an int32 scalar "
-                     f"or int32[{B}]")
-  if not jnp.issubdtype(query_offset.dtype, jnp.integer):
-    raise ValueError(f"{operation}: query_offset has the dtype {query_offset.dtype}; it must be int32")
-
-
-def _check_int(operation, name, value, least, unit):
-  if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-    raise ValueError(f"{operation}: {name} = {value!r}; it must be an int of at least {least} ({unit})")
-
-
-def _check_selection(operation, block_size, num_blocks, num_initial, num_local):
-  _check_int(operation, "block_size", block_size, 1, "tokens")
-  _check_int(operation, "num_blocks", num_blocks, 1, "blocks per query, the forced ones included")
-  _check_int(operation, "num_initial", num_initial, 0, "forced blocks")
-  _check_int(operation, "num_local", num_local, 0, "forced blocks")
-  if num_initial + num_local > num_blocks:
-    raise ValueError(f"{operation}: num_initial + num_local = {num_initial} + {num_local}; forced blocks "
-                     f"take slots of num_blocks = {num_blocks}, raise it or force fewer")
 
 
 def _scale(scale, q):

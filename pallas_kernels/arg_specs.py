@@ -105,7 +105,13 @@ LENGTHS = (
 MSA = tuple(_headline(f"msa_{T // 1024}k", N=64, K=4, T=T, block_size=128, num_initial=0, num_local=1)
             for T in (8192, 16384, 32768, 65536))
 
-ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS + MSA}
+# Long caches to decode from; nothing else is run at these lengths.
+CACHES = (
+    _headline("cache_256k", N=64, K=4, T=262144),
+    _headline("cache_1m", N=64, K=4, T=1048576),
+)
+
+ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS + MSA + CACHES}
 
 
 def get(name: str) -> AttentionSpec:

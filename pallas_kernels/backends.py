@@ -20,7 +20,7 @@ import jax
 logger = logging.getLogger("pallas_kernels")
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
-              "index_kl", "block_top_k", "block_mass")
+              "paged_attention", "index_kl", "block_top_k", "block_mass")
 
 # Platform -> (implementation, module) in order of preference; the module registers under that name.
 BACKENDS = {

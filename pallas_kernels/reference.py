@@ -108,6 +108,25 @@ def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segmen
   return _over_queries(part, k.shape[1], query_offset, None, q, block_indices, pos, seg)
 
 
+def paged_attention(q, k_pages, v_pages, page_table, *, block_indices=None, window=None, scale=None, query_offset=0):
+  """Attention over a cache of pages; see `api.paged_attention`."""
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  (B, blocks), (pages, size) = page_table.shape, k_pages.shape[:2]
+  there = (page_table >= 0) & (page_table < pages)
+  k, v = (x[jnp.where(there, page_table, 0)].reshape(B, blocks * size, *x.shape[2:]) for x in (k_pages, v_pages))
+  there = jnp.repeat(there, size, axis=1)[:, None, None]  # [B, 1, 1, S]
+  pos, _ = _query_positions(q.shape[1], query_offset, None)
+
+  def part(keys, q, block_indices, pos):
+    if block_indices is None:
+      mask = _visible_tokens(pos, None, keys, None, window=window)[:, None]
+    else:
+      mask = _selected_tokens(block_indices, pos, None, keys, None, size)
+    return _attend(q, k[:, keys], v[:, keys], mask & there[..., keys], scale)
+
+  return _over_queries(part, blocks * size, query_offset, window, q, block_indices, pos)
+
+
 def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None,
              segment_ids=None, query_offset=0):
   """KL from the main attention to the index branch; see `api.index_kl`."""

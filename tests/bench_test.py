@@ -78,3 +78,15 @@ def test_pooled_compression_has_one_key_per_selection_block():
   assert pooled.num_compressed == spec.num_blocks and bench_cases.at("compressed_and_top_k", spec) == spec
   seen = sum((c + 1) * 16 - 1 <= t for t in range(64) for c in range(4))
   assert bench_cases.make("pooled_and_top_k", spec).flops[0] == 6 * spec.H * spec.B * spec.N * seen
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_from_pages_is_decoding_from_the_cache(batch):
+  spec = dataclasses.replace(arg_specs.get("tiny_g2"), J=3)
+  for kind in bench_cases.DECODE_KINDS["decode_paged"](spec):
+    case, x = bench_cases.decode(kind, spec, batch, "reference")
+    assert sorted(np.asarray(x["table"]).ravel()) == list(range(batch * 4))
+    blocks = np.sort(x["blocks"])
+    assert (blocks[..., 1:] > blocks[..., :-1]).all() and (blocks[..., -1] == 3).all()
+    assert case.bytes == batch * 2 * spec.K * spec.H * 4 * (64 if "dense" in kind else 48)
+    assert jax.eval_shape(case.function, x, None).shape == x["q"].shape

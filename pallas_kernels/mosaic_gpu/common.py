@@ -85,7 +85,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   """
   B, T, K, J = block_indices.shape
   tokens, tiles = tokens_of(plan), tiles_of(plan)
-  picks = jnp.where(entry_lists.chosen(block_indices, plan), block_indices, -1)
+  picks = jnp.where(entry_lists.chosen(block_indices, plan.blocks), block_indices, -1)
   picks = jnp.pad(picks, ((0, 0), (0, tiles * tokens - T), (0, 0), (0, 0)), constant_values=-1)
   picks = picks.transpose(0, 2, 1, 3).reshape(-1, tokens, J)
   samples = -(-SLOTS // J)

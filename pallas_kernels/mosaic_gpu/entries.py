@@ -108,11 +108,11 @@ def _span(first, end, block, plan):
   return jnp.clip(first - first_key, 0, plan.block_size), jnp.clip(end - first_key, 0, plan.block_size)
 
 
-def chosen(block_indices, plan):
-  """bool[B, T, K, J]: the slots that name a block, each block once."""
+def chosen(block_indices, blocks):
+  """bool[B, T, K, J]: the slots that name one of that many blocks, each block once."""
   same = block_indices[..., :, None] == block_indices[..., None, :]
-  earlier = np.tril(np.ones((plan.slots, plan.slots), bool), -1)
-  return (block_indices >= 0) & (block_indices < plan.blocks) & ~(same & earlier).any(axis=-1)
+  earlier = np.tril(np.ones(2 * block_indices.shape[-1:], bool), -1)
+  return (block_indices >= 0) & (block_indices < blocks) & ~(same & earlier).any(axis=-1)
 
 
 def invert(block_indices, plan, segment_ids=None, query_offset=0):
@@ -130,7 +130,7 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
   B, T, K, J = block_indices.shape
   first, end = runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   start, stop = _span(first[:, :, None, None], end[:, :, None, None], block_indices, plan)
-  seen = chosen(block_indices, plan) & (stop > start)
+  seen = chosen(block_indices, plan.blocks) & (stop > start)
   head = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32))[:, None, :, None]
   which = (jnp.arange(T, dtype=jnp.int32) // plan.range_size)[None, :, None, None]
   key = (head * plan.ranges + which) * plan.blocks + block_indices

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pallas_kernels import backends
 from pallas_kernels.triton import kl
+from pallas_kernels.triton import paged
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import selected
 from pallas_kernels.triton import top_k
@@ -17,6 +18,7 @@ for _operation, _function, _supports in (
     ("index_top_k", top_k.index_top_k, top_k.supports_index_top_k),
     ("block_top_k", top_k.block_top_k, top_k.supports_block_top_k),
     ("selected_attention", selected.selected_attention, selected.supports_selected_attention),
+    ("paged_attention", paged.paged_attention, paged.supports_paged_attention),
     ("index_kl", kl.index_kl, kl.supports_index_kl),
 ):
   backends.register(_operation, "triton", _function, platforms=("gpu",), supports=_supports)

@@ -79,7 +79,7 @@ def _slots(q, k, rest, how):
   """Block indices with each block once, and the keys that each token sees: what forward and dQ read."""
   block_indices, segment_ids, offset = rest
   low, position = call.visible_tokens(*q.shape[:2], offset, segment_ids)
-  once = entry_lists.chosen(block_indices, _plan(q, k, block_indices.shape[3], how[0]))
+  once = entry_lists.chosen(block_indices, -(-k.shape[1] // how[0]))
   return jnp.where(once, block_indices, -1).astype(jnp.int32), low, jnp.minimum(position + 1, k.shape[1])
 
 

@@ -14,7 +14,7 @@ from pallas_kernels.triton.range_kernels import load_block
 
 
 @triton.jit
-def _head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr):
+def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr):
   """Of (batch, token, KV head) number `item`: its batch, its KV head, its rows of q, whether there is such a row."""
   b = item // (T * K)
   m = tl.arange(0, GP)
@@ -47,7 +47,7 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
   """o [SPLITS, B, T, N, H] and lse [SPLITS, B, T, N], from one of SPLITS parts of the slots."""
   part = tl.program_id(0) % SPLITS
   item = tl.program_id(0) // SPLITS
-  b, r, row, ok = _head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP, H)
   first, stop = tl.load(low + item // K), tl.load(high + item // K)
   queries = tl.load(q + row[:, None] * H + tl.arange(0, H)[None, :], mask=ok[:, None], other=0.0)
   acc = tl.zeros((GP, H), tl.float32)
@@ -80,7 +80,7 @@ def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, ITEMS: tl.constex
               J: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
               PRECISION: tl.constexpr):
   item = tl.program_id(0)
-  b, r, row, ok = _head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP, H)
   first, stop = tl.load(low + item // K), tl.load(high + item // K)
   square = row[:, None] * H + tl.arange(0, H)[None, :]
   queries = tl.load(q + square, mask=ok[:, None], other=0.0)
