@@ -199,7 +199,11 @@ def decode(operation, spec, batch, implementation=None):
   """
   s = spec
   key = jax.random.key(0)
-  draw = lambda n, *shape: jax.random.normal(jax.random.fold_in(key, n), shape, jnp.dtype(s.dtype))
+
+  def draw(n, batch, *shape):  # one sequence's numbers for all: random bits of long caches take more memory than they
+    one = jax.random.normal(jax.random.fold_in(key, n), (1, *shape), jnp.dtype(s.dtype))
+    return jnp.tile(one, (batch,) + (1,) * len(shape))
+
   x: dict[str, Any] = dict(position=jnp.int32(s.T - 1), q=draw(0, batch, 1, s.N, s.H), k=draw(1, batch, s.T, s.K, s.H),
                            v=draw(2, batch, s.T, s.K, s.H))
   where = lambda x: dict(query_offset=x["position"], implementation=implementation)
