@@ -1,6 +1,9 @@
 """Runs a study, or goes on with it, and writes its report.
 
     python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
+    python -m launch.study --config=experiments/pilot.py --workdir=runs/pilot --only='*-s0,dense-*'    # beside others, one per device
+
+With --only the process runs the named runs alone; the report is written by the call that finds all runs done.
 """
 import time
 
@@ -12,6 +15,7 @@ from launch import cli
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a study, e.g. experiments/quickstart.py",
                                           lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is not there.")
+_ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, e.g. *-s0; other processes take the rest.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
 flags.mark_flag_as_required("config")
 cli.define_common()
@@ -30,7 +34,11 @@ def main():
     return
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   began = time.monotonic()
-  jobs = study_lib.run(study, workdir, on_job=lambda line: print(line, flush=True))
+  jobs = study_lib.run(study, workdir, only=tuple(_ONLY.value), on_job=lambda line: print(line, flush=True))
+  left = study_lib.unfinished(study, workdir)
+  if left:
+    print(f"{len(left)} runs are left to other processes: {', '.join(left)}")
+    return exit_code(jobs)
   paths = report.write([workdir], f"{workdir}/report")
   print("\n" + report.verdict_table(workdir))
   print(f"\nreport: {paths.html}\n        {paths.markdown}\nin {time.monotonic() - began:.0f} s")

@@ -186,17 +186,21 @@ def _observed(config, mode: str):
 
 @functools.lru_cache(maxsize=64)
 def _runner(static, mesh):
-  """(params, batch) -> per token nll and correctness, and diagnostics per layer; whole on every process."""
+  """(params, batch, watch) -> per token nll and correctness, and diagnostics per layer; whole on every process.
+
+  watch: bool; without it the diagnostics, which take longer than the model, are zeros. One program serves both.
+  """
   config, mode, selector, own = static.value
   constrain = (lambda x, axes: x) if mesh is None else sharding.constrain(mesh)
   operations = contextlib.nullcontext if mesh is None else functools.partial(sharding.operations, mesh)
 
-  def run(params, batch):
+  def run(params, batch, watch):
     def observe(method, q, k, block_indices, call):
       if isinstance(own, methods.PromptMethod):
         return {}  # it measures itself
       options = method if isinstance(method, blocks.BlockMethod) else own  # a dense layer beside sparse ones
-      return blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
+      measure = lambda: blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
+      return jax.lax.cond(watch, measure, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure)))
 
     with operations():
       out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,
@@ -215,7 +219,7 @@ def _runner(static, mesh):
   if mesh is None:
     return jax.jit(run)
   compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
-  return lambda params, batch: compiled(params, sharding.place_rows(mesh, batch))
+  return lambda params, batch, watch: compiled(params, sharding.place_rows(mesh, batch), watch)
 
 
 def _batches(arrays: dict[str, np.ndarray], size: int):
@@ -241,7 +245,7 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   nll = np.zeros((len(windows), context))
   seen, weights = [], []
   for batch, rows in _batches(arrays, e.batch):
-    values, _, layers = run(params, batch)
+    values, _, layers = run(params, batch, True)
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
     seen.append(jax.device_get(layers))
     weights.append(rows.stop - rows.start)
@@ -299,7 +303,7 @@ def _task_records(run, params, name, examples, e):
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
   for batch, rows in _batches(examples, e.batch):
-    values, right, _ = run(params, batch)
+    values, right, _ = run(params, batch, False)
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
   out = []

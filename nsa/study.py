@@ -6,6 +6,7 @@ Finished runs are reused, cut runs resume, a failed run is noted and does not st
 """
 import copy
 from dataclasses import dataclass, field
+import fnmatch
 import time
 import traceback
 
@@ -24,6 +25,7 @@ class Study:
   question: str = ""
   arms: list[Config] = field(default_factory=list)
   seeds: tuple[int, ...] = (0, 1, 2)
+  few: dict[str, tuple[int, ...]] = field(default_factory=dict)  # arm -> its seeds, where it has not all of them
   vmap_seeds: bool = True          # all seeds of an arm as one program: fewer compilations and launches;
                                    # on a CPU no faster per token (17.0k against 18.8k tokens/s in the quickstart)
   dense: str = "dense"             # the arm that is the quality anchor
@@ -45,6 +47,10 @@ class Job:
 
 def jobs(study: Study, directory) -> list[Job]:
   """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
+  unknown = [f"few[{arm!r}]" for arm in study.few if arm not in {one.arm for one in study.arms}]
+  if unknown or study.vmap_seeds and study.few:
+    raise ConfigError([(name, "", f"no arm has that name; there are {sorted({one.arm for one in study.arms})}") for name in unknown]
+                      or [("few", study.few, "seeds that train as one program are the same for all arms: set vmap_seeds = False")])
   cohorts = [tuple(study.seeds)] if study.vmap_seeds else [(seed,) for seed in study.seeds]
   out = [job for seeds in cohorts for job in _cohort(study, directory, seeds)]
   names = [job.run for job in out]
@@ -57,6 +63,8 @@ def jobs(study: Study, directory) -> list[Job]:
 def _cohort(study, directory, seeds) -> list[Job]:
   configs = {}
   for arm in study.arms:
+    if not set(seeds) <= set(study.few.get(arm.arm, seeds)):
+      continue
     config = copy.deepcopy(arm)
     config.seeds = seeds
     configs[config.arm, config.size] = config
@@ -97,14 +105,21 @@ def _trunks_first(unordered: list[Job]) -> list[Job]:
   return out
 
 
-def run(study: Study, directory, *, on_job=print) -> list[Job]:
+def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) -> list[Job]:
   """Runs what is not done yet and writes study.json after every run. Returns the jobs.
+
+  only: patterns of run names ("*-s0", "dense-*"); other runs are left to other processes that share the directory.
+    A fork's trunk has to be done, or among them.
 
   Raises ConfigError before anything is trained, and train.Preempted on SIGTERM (the same call
   goes on). Everything else that happens to a run is its own failure.
   """
   directory = epath.Path(directory)
   todo = jobs(study, directory)
+  others = [job for job in todo if only and not any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only)]
+  todo = [job for job in todo if job not in others]
+  if not todo:
+    raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
   directory.mkdir(parents=True, exist_ok=True)
   work = {job.run: _work(job) for job in todo}
   clock, trained, began = 0.0, 0.0, time.monotonic()
@@ -112,7 +127,7 @@ def run(study: Study, directory, *, on_job=print) -> list[Job]:
   while position < len(todo):
     job = todo[position]
     position += 1
-    _save(study, todo, directory)
+    _save(study, todo + others, directory)
     if (directory / job.run / "DONE").exists():
       job.status = "done"
       on_job(f"[{position}/{len(todo)}] {job.run}: done before")
@@ -131,9 +146,15 @@ def run(study: Study, directory, *, on_job=print) -> list[Job]:
         on_job(f"[{position}/{len(todo)}] its seeds run one by one, so that one does not take the others along")
         todo[position:position] = alone
         work.update({other.run: _work(other) for other in alone})
-  _save(study, todo, directory)
+  _save(study, todo + others, directory)
   on_job(f"{sum(job.status == 'done' for job in todo)} of {len(todo)} runs done in {_minutes(time.monotonic() - began)}")
   return todo
+
+
+def unfinished(study: Study, directory) -> list[str]:
+  """The runs that are neither done nor failed."""
+  directory = epath.Path(directory)
+  return [job.run for job in jobs(study, directory) if not any((directory / job.run / name).exists() for name in ("DONE", "FAILED"))]
 
 
 def _run_one(job: Job, todo: list[Job], directory) -> None:
@@ -174,8 +195,11 @@ def _work(job: Job) -> float:
 def _save(study, todo, directory) -> None:
   if not processes.first():
     return
+  for job in todo:
+    if job.status == "pending" and (directory / job.run / "DONE").exists():
+      job.status = "done"            # by another process
   metrics.write_json(directory / "study.json", {
-      "name": study.name, "question": study.question, "arms": list(dict.fromkeys(job.config.arm for job in todo)),
+      "name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
       "primary": {"metric": "second_half_bits_per_byte", "margin": study.margin},
       "secondary": {"metric": "exact_match", "margin": study.task_margin},
       "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
