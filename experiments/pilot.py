@@ -3,73 +3,120 @@
 The pilot of the main study at one size (about 10M non-embedding parameters), before any claim is made:
 
     python -m launch.study --config=experiments/pilot.py:corpus=/path/to/longdoc-v1.tar.xz --workdir=runs/pilot
-    python -m launch.study --config=experiments/pilot.py:corpus=...,arms=dense+native_msa --workdir=runs/pilot   # a slice
+    python -m launch.study --config=experiments/pilot.py:corpus=... --workdir=runs/pilot --only='*-s0'      # beside others
+    python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=1000 --workdir=runs/rates
 
-4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 12 % of the
-sequences are recall tasks. All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the
-dense trunk in the stable phase or in the decay, wherever their budget puts them, at the trunk's own learning rate.
-From it: the standard deviation over seeds of each endpoint, learning rates per arm (`rate=`), task difficulty,
-overlap of neighbouring selections, and the smallest effect that a main study can detect.
+4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 15 % of the
+sequences are recall tasks, most of them packed with short examples: of 4,096 bytes each they were not learnt in 80M bytes.
+All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the dense trunk in the stable phase or
+in the decay, wherever their budget puts them, at the trunk's own learning rate. Selectors learn at five times that rate in
+both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
+`part=rates` is the grid of learning rates, the same three for each kind of arm.
 
-Arguments: corpus= (none: the standard library's source), steps=1000, seeds=3, rate=2e-3, batch=16, arms= (all; names
-joined by +, trunks come along). Not yet run to the end: no result is claimed here.
+Arguments: corpus= (none: the standard library's source), part=main (or rates), steps=2400, seeds=3, few=1 (seeds of the
+arms beside the question), rate=3e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule
-from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig, OptimizerConfig
 from nsa.study import Study
 
 BLOCKS = dict(block_size=32, num_blocks=16)
 BUDGETS = (0.01, 0.05, 0.13, 0.25)
+RATES = (1.5, 3, 6)  # thousandths
+ON_TOP = 0.13        # of the steps, for the selector alone
 OWN = ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8", "sparse:num_blocks=32")
 CONTROLS = ("dense", "oracle", "random", "block_topk", "sink_window")
+FEW = ("native_msa_cold", "native_nsa", "mixed_msa")
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", steps=1000, seeds=3, rate=2e-3, batch=16, arms="")
-  plan = dict(peak=a.rate, warmup=0.02, decay=0.2)
-  msa = methods.MSA(index_dim=64, **BLOCKS)
-  nsa = methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS)
-  warmup = max(0.015, 1 / a.steps)
+  a = arguments.parse(arg, corpus="", part="main", steps=2400, seeds=3, few=1, rate=3e-3, batch=8, arms="")
+  if a.part not in ("main", "rates"):
+    raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
+  study = rates(a) if a.part == "rates" else main(a)
+  if a.arms:
+    wanted, known = a.arms.split("+"), [one.arm for one in study.arms]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+      raise ValueError(f"experiment argument arms = {a.arms!r}: {unknown[0]} is none of {', '.join(known)}")
+    trunks = {one.fork.workdir.removeprefix("@") for one in study.arms if one.arm in wanted}
+    needed = {*wanted, *trunks, study.dense, study.reference}  # the anchor, and what all are compared with
+    study.arms = [one for one in study.arms if one.arm in needed]
+    study.budgets = {name: b for name, b in study.budgets.items() if name in needed}
+    study.few = {name: seeds for name, seeds in study.few.items() if name in needed}
+  return study
 
-  def arm(name, attention, stages, run_modes=OWN, fork=None, share=1.0):
-    """`share` of the steps is the arm's own: ten short evaluations on the way lie in it."""
-    dense = isinstance(attention, methods.Dense)
+
+def main(a):
+  make = Arms(a, a.rate)
+  retrofits = {f"retrofit_msa_{100 * budget:g}": budget for budget in BUDGETS}
+  arms = [make.dense("dense"), make.native_msa("native_msa"), make.native_msa("native_msa_cold", warm=False),
+          make.native_nsa("native_nsa"), make.mixed("mixed_msa"),
+          *(make.retrofit(name, budget, "dense") for name, budget in retrofits.items()),
+          make.selector_only("selector_only", "dense")]
+  few = {name: tuple(range(min(a.few, a.seeds))) for name in FEW}
+  return Study(name="pilot", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)), few=few,
+               vmap_seeds=False, reference="native_msa", dense="dense", budgets=retrofits)
+
+
+def rates(a):
+  """One seed, run as trained; the middle rate's arms have the plain names."""
+  arms = []
+  for rate in RATES:
+    make, tail = Arms(a, rate * 1e-3, short=True), "" if rate == RATES[1] else f"_{rate:g}e-3"
+    arms += [make.dense(f"dense{tail}"), make.native_msa(f"native_msa{tail}"), make.native_nsa(f"native_nsa{tail}"),
+             make.retrofit(f"retrofit_msa_13{tail}", 0.13, f"dense{tail}")]
+  return Study(name="pilot: learning rates", question="Which learning rate suits each kind of arm?", arms=arms, seeds=(0,),
+               vmap_seeds=False, reference="native_msa", dense="dense", budgets={"retrofit_msa_13": 0.13})
+
+
+class Arms:
+  """Makes the arms of one learning rate; `short` ones are evaluated at their end alone, in their own mode."""
+
+  def __init__(self, a, rate, short=False):
+    self.a, self.short = a, short
+    self.plan = dict(peak=rate, warmup=0.02, decay=0.2)
+    self.warmup = max(1, round(0.02 * a.steps)) / a.steps  # of the selector
+    self.msa = methods.MSA(index_dim=64, **BLOCKS)
+    self.nsa = methods.NSA(compress_len=16, compress_stride=8, window=128, **BLOCKS)
+
+  def arm(self, name, attention, stages, run_modes=OWN, fork=None, share=1.0):
+    """`share` of the steps is the arm's own: five short evaluations on the way lie in it."""
+    a, dense = self.a, isinstance(attention, methods.Dense)
+    during = ("dense", "block_topk") if dense else ("sparse",)
     return Config(
         arm=name, size="10M", attention=attention, schedule=stages,
         model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
-                          dtype="bfloat16"),
+                          tie_embeddings=False, dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
-                        task_share=0.12, tasks=("needle:keys=4", "phonebook:entries=20", "mqar:pairs=32")),
-        eval=EvalConfig(sequences=64, task_examples=64, batch=8, run_modes=run_modes, blocks=BLOCKS if dense else {},
-                        every=max(1, round(a.steps * share / 10)), during=("dense", "block_topk") if dense else ("sparse",)),
+                        task_share=0.15, tasks=("mqar:pairs=32", "mqar:pairs=96"), task_lengths=(512, 512, 4096),
+                        answer_weight=20.0, filler_weight=0.0),
+        optimizer=OptimizerConfig(selector_learning_rate=5.0),
+        eval=EvalConfig(sequences=48, task_examples=32, batch=8, run_modes=during[:1] if self.short else run_modes,
+                        blocks=BLOCKS if dense else {}, every=0 if self.short else max(1, round(a.steps * share / 5)),
+                        during=during),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 
-  arms = [
-      arm("dense", methods.Dense(), schedule.dense(a.steps, **plan), CONTROLS),
-      arm("native_msa", msa, schedule.native(a.steps, selector_warmup=warmup, **plan)),
-      arm("native_msa_cold", msa, schedule.native(a.steps, selector_warmup=0, **plan)),
-      arm("native_nsa", nsa, schedule.native(a.steps, selector_warmup=0, **plan)),
-      arm("mixed_msa", msa, schedule.mixed(a.steps, **plan)),
-  ]
-  budgets = {}
-  for budget in BUDGETS:
-    trunk = ForkConfig("@dense", step=round(a.steps * (1 - budget)))
-    name = f"retrofit_msa_{100 * budget:g}"
-    budgets[name] = budget
-    # At least one step of warm-up, even for the smallest budget of a short run.
-    share = max(0.1, 1 / (a.steps * budget))
-    arms.append(arm(name, msa, schedule.retrofit(a.steps, budget, selector_warmup=share, **plan), fork=trunk, share=budget))
-  trunk = ForkConfig("@dense", step=round(a.steps * (1 - BUDGETS[-1])))
-  arms.append(arm("selector_only", msa, schedule.selector_only(a.steps, BUDGETS[-1], **plan), fork=trunk, share=BUDGETS[-1]))
+  def dense(self, name):
+    return self.arm(name, methods.Dense(), schedule.dense(self.a.steps, **self.plan), CONTROLS)
 
-  if a.arms:
-    wanted = a.arms.split("+")
-    unknown = [name for name in wanted if name not in {one.arm for one in arms}]
-    if unknown:
-      raise ValueError(f"experiment argument arms = {a.arms!r}: {unknown[0]} is none of {', '.join(one.arm for one in arms)}")
-    needed = {*wanted, "dense", "native_msa"}  # the trunk and anchor, and what all are compared with
-    arms = [one for one in arms if one.arm in needed]
-    budgets = {name: b for name, b in budgets.items() if name in needed}
-  return Study(name="pilot", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)), vmap_seeds=False,
-               reference="native_msa", dense="dense", budgets=budgets)
+  def native_msa(self, name, warm=True):
+    return self.arm(name, self.msa, schedule.native(self.a.steps, selector_warmup=self.warmup if warm else 0, **self.plan))
+
+  def native_nsa(self, name):
+    return self.arm(name, self.nsa, schedule.native(self.a.steps, selector_warmup=0, **self.plan))
+
+  def mixed(self, name):
+    return self.arm(name, self.msa, schedule.mixed(self.a.steps, **self.plan))
+
+  def retrofit(self, name, budget, trunk):
+    steps = self.a.steps
+    # At least one step of warm-up, even for the smallest budget of a short run.
+    stages = schedule.retrofit(steps, budget, selector_warmup=max(0.1, 1 / (steps * budget)), **self.plan)
+    return self.arm(name, self.msa, stages, fork=ForkConfig(f"@{trunk}", step=round(steps * (1 - budget))), share=budget)
+
+  def selector_only(self, name, trunk):
+    steps, total = self.a.steps, round((1 + ON_TOP) * self.a.steps)
+    return self.arm(name, self.msa, schedule.selector_only(total, 1 - steps / total, **self.plan),
+                    fork=ForkConfig(f"@{trunk}", step=steps), share=ON_TOP)
