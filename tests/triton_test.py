@@ -235,9 +235,32 @@ def check_selections(name, seed=0):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("by_sweeps", [True, False])
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_selections_on_device(name):
+def test_selections_on_device(name, by_sweeps, monkeypatch):
+  monkeypatch.setattr(top_k, "BY_SWEEPS", by_sweeps)
   check_selections(name)
+
+
+def check_many_slots():
+  """More slots than the least number of groups; one sequence has every score four times."""
+  B, T, K, blocks, size, J = 2, 1, 2, 700, 4, 100
+  scores = np.random.default_rng(0).normal(size=(B, T, K, blocks))
+  scores[1] = scores[1, :, :, :1] + np.arange(blocks) // 4 % 5
+  scores = jnp.asarray(scores, jnp.float32)
+  choice = dict(block_size=size, num_blocks=J, num_initial=1, num_local=2, keys=blocks * size, segment_ids=None,
+                query_offset=2700)
+  got = np.asarray(jax.jit(functools.partial(top_k.block_top_k, **choice))(scores))
+  with on_cpu():
+    want = np.asarray(jax.jit(functools.partial(reference.block_top_k, **choice))(on_host(scores)))
+  np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_many_slots_on_device(monkeypatch):
+  monkeypatch.setattr(top_k, "BY_SWEEPS", False)
+  check_many_slots()
 
 
 # --- index_kl -------------------------------------------------------------------
@@ -419,12 +442,20 @@ def test_interpreted_kernels_agree(name):
 
 
 @interprets
+@pytest.mark.parametrize("by_sweeps", [True, False])
 @pytest.mark.parametrize("name", ["g3_packed", "few_queries"])
-def test_interpreted_selections(name, monkeypatch):
+def test_interpreted_selections(name, by_sweeps, monkeypatch):
+  monkeypatch.setattr(top_k, "BY_SWEEPS", by_sweeps)
   (B, T, N, H), *rest = SELECTIONS[name]
   monkeypatch.setitem(SELECTIONS, name, ((B, min(T, 40), N, 16), *rest))
   with tuning.override("compressed_scores", TINY), tuning.override("index_scores", TINY):
     check_selections(name)
+
+
+@interprets
+def test_interpreted_many_slots(monkeypatch):
+  monkeypatch.setattr(top_k, "BY_SWEEPS", False)
+  check_many_slots()
 
 
 @interprets

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.triton import call
+from pallas_kernels.triton import choose_kernel
 from pallas_kernels.triton import ranged
+from pallas_kernels.triton import score_kernels
 from pallas_kernels.triton import top_k_kernels
 from pallas_kernels.triton import tuning
 
+BY_SWEEPS = True  # scores and choice of top_k_kernels.py, until those of score_kernels.py and choose_kernel.py are timed
 MAX_SLOTS = 128
+CHUNK = 128     # blocks that the choice looks at together
 SCRATCH_BYTES = 2 ** 28  # of scores alive at a time; more queries go through in chunks
 
 
@@ -58,7 +62,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   f = functools.partial(
       _compressed_top_k, LEN=block_len, STRIDE=block_stride, SIZE=block_size, BLOCKS=max(1, -(-S // block_size)),
       choice=(num_blocks, num_initial, num_local), scale=float(scale))
-  line = 8 * -(-k_cmp.shape[1] * block_stride // block_size)
+  line = 8 * _width(-(-k_cmp.shape[1] * block_stride // block_size))
   return call.batched(functools.partial(_in_chunks, f, B * K * line))(q, lse.astype(jnp.float32), first, position, k_cmp)
 
 
@@ -91,10 +95,12 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
   tuned = tuning.get("compressed_scores", head_dim=H, dtype=q.dtype)
   rows, block = sizes.rows(tuned.rows), max(tuned.block, call.next_power_of_2(ratio))
   tokens, width = rows // sizes.GP, -(-C // block) * (block // ratio)
+  if not BY_SWEEPS:
+    width = _width(max(width + 1, BLOCKS))  # what begins in the last block may reach into one more
   items = B * K * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, C // (2 * block)))
   scores = call.kernel_call(
-      top_k_kernels.compressed_scores_kernel, (q, k, lse, first, position),
+      (top_k_kernels if BY_SWEEPS else score_kernels).compressed_scores_kernel, (q, k, lse, first, position),
       jax.ShapeDtypeStruct((items, tokens, 2, width), jnp.float32), grid=(items * splits,), name="compressed_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, LEN=LEN, STRIDE=STRIDE, SIZE=SIZE, ROWS=rows, BLOCK=block,
       WIDTH=width, SPLITS=splits, **sizes.constants(B))
@@ -102,9 +108,26 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
                  SIZE=SIZE, BLOCKS=BLOCKS)
 
 
-def _choose(scores, first, position, choice, *, K, BLOCKS, **constants):
+def _width(blocks):
+  """Numbers of a line of scores: whole chunks of the choice."""
+  return -(-blocks // CHUNK) * CHUNK
+
+
+def _choose(scores, first, position, choice, *, K, BLOCKS, padded=True, **constants):
   (B, T), (num_blocks, num_initial, num_local) = first.shape, choice
   lines = scores.shape[0] * scores.shape[1]
+  if not BY_SWEEPS:
+    slots = call.next_power_of_2(num_blocks)
+    groups, size = max(64, 2 * slots), max(64, 4 * slots)  # more groups than slots, or no maximum bounds the others
+    each = max(1, min(4, lines // (32 * call.processors())))
+    programs = -(-lines // each)
+    del constants["C"]
+    return call.kernel_call(
+        choose_kernel.choose_kernel, (scores, first, position),
+        [jax.ShapeDtypeStruct((B, T, K, num_blocks), jnp.int32), jax.ShapeDtypeStruct((programs, size), jnp.int32)],
+        grid=(programs,), name="choose_blocks", num_warps=1, num_stages=1, B=B, T=T, K=K, BLOCKS=BLOCKS, J=num_blocks,
+        JP=slots, INITIAL=num_initial, LOCAL=num_local, LINES=each, CHUNK=CHUNK, GROUPS=min(groups, CHUNK),
+        PARTS=-(-groups // CHUNK), LIST=size, TOTAL=lines, PADDED=padded, **constants)[0]
   sweep = min(call.next_power_of_2(BLOCKS), 512)
   each = max(1, min(2048 // sweep, 16))  # 64 numbers per thread, several lines that do not wait for each other
   return call.kernel_call(
@@ -120,7 +143,7 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local,
   first, position = call.visible_tokens(B, T, query_offset, segment_ids)
   f = functools.partial(_index_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local),
                         scale=float(scale))
-  line = 4 * -(-k_idx.shape[1] // block_size)
+  line = 4 * _width(-(-k_idx.shape[1] // block_size))
   return call.batched(functools.partial(_in_chunks, f, B * call.next_power_of_2(K) * line))(q_idx, first, position, k_idx)
 
 
@@ -131,10 +154,12 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
   rows = max(min(tuned.rows, call.next_power_of_2(T) * KP), KP, ranged.MIN_ROWS)
   block, tokens = max(tuned.block, SIZE), rows // KP
   width = -(-S // block) * (block // SIZE)
+  if not BY_SWEEPS:
+    width = _width(width)
   items = B * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, S // (2 * block)))
   scores = call.kernel_call(
-      top_k_kernels.index_scores_kernel, (q, k, first, position),
+      (top_k_kernels if BY_SWEEPS else score_kernels).index_scores_kernel, (q, k, first, position),
       jax.ShapeDtypeStruct((items, rows, width), jnp.float32), grid=(items * splits,), name="index_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, B=B, T=T, S=S, K=K, KP=KP, H=H, SIZE=SIZE, SCALE=scale, ROWS=rows,
       BLOCK=block, WIDTH=width, SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
@@ -165,4 +190,4 @@ def _block_top_k(scores, first, position, *, SIZE, choice):
   B, T, K, blocks = scores.shape
   # One tile of T tokens with K heads each per batch entry: the order that the scores have.
   return _choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, C=blocks * SIZE, KP=K, TOKENS=T,
-                 WIDTH=blocks, LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks)
+                 WIDTH=blocks, LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks, padded=False)
