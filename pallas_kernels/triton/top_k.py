@@ -14,7 +14,7 @@ from pallas_kernels.triton import score_kernels
 from pallas_kernels.triton import top_k_kernels
 from pallas_kernels.triton import tuning
 
-BY_SWEEPS = True  # kernels of top_k_kernels.py; those of score_kernels.py and choose_kernel.py wait for a GPU to time them
+BY_SWEEPS = True  # kernels of top_k_kernels.py; those of score_kernels.py and choose_kernel.py are not timed yet
 MAX_SLOTS = 128
 CHUNK = 128     # blocks that the choice looks at together
 SCRATCH_BYTES = 2 ** 28  # of scores alive at a time; more queries go through in chunks
