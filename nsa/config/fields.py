@@ -105,7 +105,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1       # decoupled; matrices only
   clip: float = 1.0               # global gradient norm of the backbone; 0 = no clipping
   selector_clip: float = 1.0      # the same for the selector's own parameters, clipped apart
-  selector_learning_rate: float = 1.0  # factor on the learning rate of selector parameters
+  selector_learning_rate: float = 1.0  # factor on the selector's learning rate; see experiments/methods.py for retrofits
 
 
 @dataclass
