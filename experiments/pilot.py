@@ -7,14 +7,15 @@ The pilot of the main study at one size (about 10M non-embedding parameters), be
     python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=1000 --workdir=runs/rates
 
 4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 15 % of the
-sequences are recall tasks, most of them packed with short examples: of 4,096 bytes each they were not learnt in 80M bytes.
+sequences are recall tasks, most of them packed with short examples of few pairs: examples of 4,096 bytes with 32 pairs
+and more were not learnt in 80M bytes by any arm.
 All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the dense trunk in the stable phase or
 in the decay, wherever their budget puts them, at the trunk's own learning rate. Selectors learn at five times that rate in
 both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
 `part=rates` is the grid of learning rates, the same three for each kind of arm.
 
-Arguments: corpus= (none: the standard library's source), part=main (or rates), steps=2400, seeds=3, few=1 (seeds of the
-arms beside the question), rate=3e-3, batch=8, arms= (all; names joined by +, trunks come along).
+Arguments: corpus= (none: the standard library's source), part=main (or rates), steps=1600, seeds=3, few=1 (seeds of the
+arms beside the question), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -31,7 +32,7 @@ FEW = ("native_msa_cold", "native_nsa", "mixed_msa")
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", part="main", steps=2400, seeds=3, few=1, rate=3e-3, batch=8, arms="")
+  a = arguments.parse(arg, corpus="", part="main", steps=1600, seeds=3, few=1, rate=1.5e-3, batch=8, arms="")
   if a.part not in ("main", "rates"):
     raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
   study = rates(a) if a.part == "rates" else main(a)
@@ -90,7 +91,7 @@ class Arms:
         model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
                           tie_embeddings=False, dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
-                        task_share=0.15, tasks=("mqar:pairs=32", "mqar:pairs=96"), task_lengths=(512, 512, 4096),
+                        task_share=0.15, tasks=("mqar:pairs=4", "mqar:pairs=16"), task_lengths=(64, 256, 1024, 4096),
                         answer_weight=20.0, filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
         eval=EvalConfig(sequences=48, task_examples=32, batch=8, run_modes=during[:1] if self.short else run_modes,
