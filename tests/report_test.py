@@ -85,7 +85,7 @@ def write_run(path, arm, size, seeds, delta, exact, budget, rng, noise, level):
   (path / "eval" / f"{middle}.json").write_text(json.dumps(  # on the way: fewer modes and kinds
       {"step": middle, "arm": arm, "size": size,
        "records": [r for seed in seeds for r in _records(arm, size, seed, middle, delta, exact, rng, noise, level)
-                   if r["run_mode"] in ("sparse", "block_topk") and r["kind"] == "layer"]}))
+                   if r["run_mode"] in ("sparse", "block_topk") and r["kind"] == "layer" or r["kind"] == "language"]}))
   (path / "DONE").write_text(json.dumps({"step": last, "seconds_paused": {"compile": 60.0, "evaluate": 6.0}}))
 
 
@@ -220,14 +220,14 @@ def test_report_has_all_sections_in_order(written):
   text = written.markdown.read_text()
   titles = re.findall(r"^## (.*)$", text, re.M)
   assert titles == ["Verdict", "Arms", "Delta(b): retrofit minus native over the retrofit budget",
-                    "Loss curves", "Loss by position", "Recall by task", "Train mode and run mode",
+                    "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Train mode and run mode",
                     "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
                     "Which blocks one head selects", "Selector or backbone?",
                     "Spread over seeds, and what a main study could see", "What a main study would cost", "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "closes" in text
   names = {p.name for p in written.plots}
-  for name in ("delta_budget", "loss", "position", "recall", "layers", "learning", "sharing", "blocks", "decomposition"):
+  for name in ("delta_budget", "loss", "held_out", "position", "recall", "layers", "learning", "sharing", "blocks", "decomposition"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
 
@@ -235,7 +235,7 @@ def test_report_has_all_sections_in_order(written):
 def test_html_needs_no_network(written):
   page = written.html.read_text()
   images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)
-  assert len(images) == 9 and page.count("<img") == 9
+  assert len(images) == 10 and page.count("<img") == 10
   assert all(base64.b64decode(i).lstrip().startswith(b"<?xml") for i in images)
   assert "http" not in page and "<script" not in page and "<link" not in page and "@import" not in page
 
@@ -328,6 +328,21 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
   pooled = found[""]
   variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
   assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
+
+
+def test_the_anchor_splits_delta_and_lies_on_the_way(study):
+  """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
+  from nsa.report import analyses
+  loaded = runs.load([study])
+  table = endpoints.rows(loaded)
+  dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
+                             for arm in ("dense", "native_msa", loaded.retrofits()[-1]))
+  assert native == pytest.approx(endpoints.series(table, "native_msa", "tiny", "sparse", loaded.primary))
+  assert dense == pytest.approx(endpoints.series(table, "dense", "tiny", "dense", loaded.primary))
+  gained, lost = (np.mean([a[s] - b[s] for s in a]) for a, b in ((dense, native), (retrofit, dense)))
+  (line,) = [note for note in analyses.controls(loaded, table) if note.startswith("The anchor")]
+  assert f"dense ends {gained:+.4f} bits/byte from native_msa" in line and f"ends {lost:+.4f} bits/byte from dense" in line
+  assert {step for _, step in endpoints.over_training(loaded, "retrofit_msa_5", "tiny")} == {975, 1000}
 
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
@@ -436,7 +451,7 @@ def test_a_study_of_nothing_yet_and_one_without_its_reference(tmp_path, quick):
       "reference_arm": "native_msa", "budgets": {"retrofit_msa_5": 0.05}, "jobs": [
           {"run": "runs/a", "arm": "native_msa", "size": "s", "seeds": [0], "status": "pending"}]}))
   text = report.write([empty], empty / "report").markdown.read_text()
-  assert "No verdict" in text and text.count("Not drawn") == 8 and "No run has finished" in text
+  assert "No verdict" in text and text.count("Not drawn") == 9 and "No run has finished" in text
   partial = write_study(tmp_path / "partial", {a: ARMS[a] for a in ("dense", "retrofit_msa_5")})
   text = words(partial)
   assert "No verdict" in text and "no finished result of native_msa" in text

@@ -30,6 +30,7 @@ def controls(study: Study, table: list[Row]) -> list[str]:
       notes.append(f"{at}Random blocks cost {arm} {metric.text(i.mean, True)} {metric.unit} ({spread}) "
                    f"against {instead}: " + ("sparsity is on and the choice of blocks matters." if costs else
                       "**not shown to be more than the margin, so a match between arms says little here.**"))
+    notes += _anchor(study, table, size, at)
     native = [r for r in table if r.size == size and r.arm == study.reference and r.headline]
     limited = endpoints.finite(native, "queries_limited")
     if limited:
@@ -38,6 +39,26 @@ def controls(study: Study, table: list[Row]) -> list[str]:
       notes.append(f"{at}{100 * share:.0f} % of the queries of {study.reference} had more blocks than "
                    f"they could take{'.' if share >= 0.5 else most}")
   return notes
+
+
+def _anchor(study, table, size, at):
+  """Where dense attention ends: Delta mixes what retrofitting costs with what native gains over dense."""
+  metric = METRIC[study.primary]
+  own = lambda arm: endpoints.series(table, arm, size, study.headline_mode(arm), study.primary)
+  retrofits = [arm for arm in study.retrofits() if own(arm)]
+  if not own(study.dense) or not own(study.reference) or not retrofits:
+    return []
+  longest = retrofits[-1]
+  words = []
+  for arm, other in ((study.dense, study.reference), (longest, study.dense)):
+    _, d = statistics.paired_differences(own(arm), own(other))
+    if not len(d):
+      return []
+    i = statistics.t_interval(d)
+    words.append(f"{arm} ends {metric.text(i.mean, True)} {metric.unit} from {other}"
+                 + (f" (95 % t interval {metric.between(i)})" if i.bounded else " (1 seed)"))
+  return [f"{at}The anchor: {words[0]}, and {words[1]}. Delta is the sum of the two: what native gains over dense attention, and "
+          "what a retrofit loses against the dense model that it came from."]
 
 
 def closed_gap(study: Study, table: list[Row], size: str) -> tuple[str, list[str]]:

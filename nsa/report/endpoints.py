@@ -135,6 +135,19 @@ def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = 
   return out
 
 
+def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
+  """{(seed, step): bits per byte of the second half of held-out windows} of the arm's own run mode, at every evaluation."""
+  out = {}
+  for run in study.finished:
+    if (run.arm, run.size) == (arm, size):
+      for step, records in run.text.items():
+        mine = [r for r in records if r.get("run_mode") == run.headline_mode and r.get("seed", 0) not in run.diverged
+                and r.get("split", "val") == _split(run)]
+        by_seed = group(mine, ("seed",), "second_half_bits_per_byte", "second_half_bytes")
+        out.update({(seed, step): value for (seed,), value in by_seed.items()})
+  return out
+
+
 def group(records: list[dict], keys: tuple[str, ...], value: str, weight: str | None = None) -> dict:
   """{(record[key], ...): weighted mean of record[value]}; missing and non-finite values are left out."""
   sums = collections.defaultdict(lambda: [0.0, 0.0])

@@ -108,6 +108,41 @@ def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
   return fig
 
 
+def held_out(study: Study, look: Look, size: str) -> Figure | None:
+  """Held-out bits per byte over the model's training tokens, its trunk's included, and minus the reference at the same step."""
+  values = {arm: found for arm in study.arms if (found := endpoints.over_training(study, arm, size))}
+  if all(len({step for _, step in found}) < 2 for found in values.values()):
+    return None
+  data = next(r.config.get("data", {}) for r in study.finished if r.size == size)
+  tokens = data.get("global_batch", 1) * data.get("context", 1)
+  base = values.get(study.reference)
+  fig, axes = figure(10.4 if base else 7.6, 4.2, columns=2 if base else 1)
+  for arm, found in values.items():
+    difference = {key: value - base[key] for key, value in found.items() if key in base} if base else {}
+    for ax, points in zip(axes, (found, difference)):
+      if ax is axes[-1] and base and arm == study.reference:
+        continue
+      steps = sorted({step for _, step in points})
+      for seed in sorted({seed for seed, _ in points}):
+        line = [step for step in steps if (seed, step) in points]
+        ax.plot([step * tokens for step in line], [points[seed, step] for step in line], color=look(arm)[0], lw=0.6, alpha=0.6,
+                marker=look(arm)[1], mfc="none", ms=3.5)
+      means = [np.mean([v for (_, at), v in points.items() if at == step]) for step in steps]
+      ax.plot([step * tokens for step in steps], means, color=look(arm)[0], lw=1.7, label=arm if ax is axes[0] else None)
+  for ax in axes:
+    ax.set_xlabel("training tokens")
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
+  axes[0].set_ylabel("bits per byte, second half")
+  axes[0].set_title("held-out text")
+  if base:
+    axes[1].axhline(0, color="#0072b2", lw=1.4)
+    axes[1].set_ylabel("difference (bits per byte)")
+    axes[1].set_title(f"minus {study.reference}, paired by seed")
+  key(fig, axes[0], look)
+  return fig
+
+
 def positions(study: Study, look: Look, size: str) -> Figure | None:
   """Bits per byte by position in the context, and the same minus the reference arm."""
   values = {}

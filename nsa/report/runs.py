@@ -34,7 +34,8 @@ class Run:
   error: str = ""
   problems: list[str] = dataclasses.field(default_factory=list)
   layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
-  paused: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of what was not training, by label
+  text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
+  paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
 
   @property
   def name(self) -> str:
@@ -141,13 +142,14 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   config = _read_json(path / "config.json", problems) or {}
   versions = _read_json(path / "versions.json", problems) if (path / "versions.json").exists() else {}
   curves = _read_metrics(path / "metrics.jsonl", problems)
-  records, eval_step, layers = _read_eval(path / "eval", problems)
+  records, eval_step, of_kind = _read_eval(path / "eval", problems)
   first = records[0] if records else {}
   status, error = _status(path, job)
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
-            seeds, config, versions or {}, curves, records, eval_step, status, error, problems, layers, _paused(path))
+            seeds, config, versions or {}, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"],
+            _paused(path))
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -250,8 +252,8 @@ def _read_metrics(path, problems):
 
 
 def _read_eval(folder, problems):
-  """The records and the step of the newest evaluation that can be read, and the layers' records of all, by step."""
-  newest, layers = ([], None), {}
+  """The records and the step of the newest evaluation that can be read, and those of layers and of text of all, by step."""
+  newest, of_kind = ([], None), {"layer": {}, "language": {}}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):
     tree = _read_json(file, problems)
@@ -259,10 +261,11 @@ def _read_eval(folder, problems):
       records = [r for r in tree["records"] if isinstance(r, dict) and "kind" in r]
       step = int(tree.get("step", file.stem))
       newest = newest if newest[1] is not None else (records, step)
-      layers[step] = [r for r in records if r["kind"] == "layer"]
+      for kind, by_step in of_kind.items():
+        by_step[step] = [r for r in records if r["kind"] == kind]
     elif tree is not None:
       problems.append(f"eval/{file.name} has no list of records")
-  return *newest, layers
+  return *newest, of_kind
 
 
 def _paused(path):

@@ -20,6 +20,11 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
              "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
              "a dense and of a sparse stage come from different forward passes",
              "Training loss over tokens per arm", "no metrics.jsonl holds a loss"),
+    "held_out": ("held_out", "Held-out bits per byte of the second half of the context over training, each arm in its own run mode, "
+                 "and minus the reference at the same step (exploratory). Marks: seeds; thick: means. A difference that still "
+                 "shrinks is one of speed, not of what can be reached",
+                 "Held-out bits per byte over training, and the difference from the reference",
+                 "no evaluations on the way (eval.every was 0)"),
     "position": ("positions", "Held-out bits per byte by position in the context (exploratory). Marks: "
                  "seeds; lines: means", "Bits per byte by position in the context",
                  "no records of loss by position"),
@@ -79,7 +84,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   blocks += answer(study, table, verdict)
   blocks += arms(study, table)
   blocks += budget(study, table, verdict.comparisons, gallery)
-  for title, part in (("Loss curves", "loss"), ("Loss by position", "position"), ("Recall by task", "recall"),
+  for title, part in (("Loss curves", "loss"), ("Held-out loss over training", "held_out"), ("Loss by position", "position"), ("Recall by task", "recall"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),
                       ("Captured and oracle mass over training", "learning"),
                       ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"),
