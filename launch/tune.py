@@ -123,11 +123,10 @@ def _grid(rows, blocks, warps, stages):
 
 
 KERNELS = {  # kernel -> (what is timed, candidates)
-    "compressed_scores": (compressed_scores, _grid((64,), (64, 128), (4,), (2, 3)) + _grid((128,), (64,), (4,), (2, 3))
-                          + _grid((128,), (128,), (8,), (2,)) + _grid((32,), (128,), (4,), (2, 3))
-                          + _grid((256,), (64,), (8,), (2,))),
+    "compressed_scores": (compressed_scores, _grid((64,), (64, 128), (4,), (2,)) + _grid((128,), (64,), (4,), (2, 3))
+                          + _grid((128,), (128,), (8,), (2,)) + _grid((256,), (64,), (8,), (2,))),
     "index_scores": (index_scores, _grid((64,), (64, 128), (4,), (2, 3)) + _grid((128,), (64, 128), (4,), (2, 3))
-                     + _grid((128,), (64, 128), (8,), (2, 3)) + _grid((256,), (128,), (8,), (2,))),
+                     + _grid((128,), (64, 128), (8,), (2, 3))),
     "index_kl": (index_kl, _grid((64,), (64,), (4, 8), (2, 3, 4))),
     "range_dkv": (range_backward, _grid((64, 128), (128,), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),
     "range_dq": (range_backward, _grid((128,), (64, 128), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),

@@ -197,7 +197,7 @@ SELECTIONS = {  # shape of q, K, packed, query offset, block, J, (initial, local
     "g3_packed": ((2, 500, 6, 64), 2, True, 0, 64, 4, (1, 1)),
     "few_queries": ((2, 2, 8, 64), 2, False, 3000, 64, 8, (0, 1)),
     "all_blocks": ((1, 200, 4, 64), 1, False, 0, 32, 16, (0, 0)),
-    "two_sweeps": ((1, 40, 2, 64), 1, False, 18000, 32, 5, (1, 0)),
+    "beyond_one_chunk": ((1, 40, 2, 64), 1, False, 18000, 32, 5, (1, 0)),
 }
 
 
@@ -235,10 +235,8 @@ def check_selections(name, seed=0):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("by_sweeps", [True, False])
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_selections_on_device(name, by_sweeps, monkeypatch):
-  monkeypatch.setattr(top_k, "BY_SWEEPS", by_sweeps)
+def test_selections_on_device(name):
   check_selections(name)
 
 
@@ -258,9 +256,17 @@ def check_many_slots():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_many_slots_on_device(monkeypatch):
-  monkeypatch.setattr(top_k, "BY_SWEEPS", False)
+def test_many_slots_on_device():
   check_many_slots()
+
+
+def test_blocks_that_no_tile_holds_are_refused():
+  q, k_cmp = jax.ShapeDtypeStruct((1, 480, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 29, 2, 64), jnp.bfloat16)
+  reason = lambda **sizes: top_k.supports_compressed_top_k(
+      dict(q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes})) or ""
+  assert "block_size = 48 to be a power of two times" in reason(block_size=48)
+  assert "divisor of block_size = 40" in reason(block_size=40)
+  assert "block_size" not in reason(block_size=64)
 
 
 # --- index_kl -------------------------------------------------------------------
@@ -442,10 +448,8 @@ def test_interpreted_kernels_agree(name):
 
 
 @interprets
-@pytest.mark.parametrize("by_sweeps", [True, False])
-@pytest.mark.parametrize("name", ["g3_packed", "few_queries"])
-def test_interpreted_selections(name, by_sweeps, monkeypatch):
-  monkeypatch.setattr(top_k, "BY_SWEEPS", by_sweeps)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_interpreted_selections(name, monkeypatch):
   (B, T, N, H), *rest = SELECTIONS[name]
   monkeypatch.setitem(SELECTIONS, name, ((B, min(T, 40), N, 16), *rest))
   with tuning.override("compressed_scores", TINY), tuning.override("index_scores", TINY):
@@ -453,8 +457,7 @@ def test_interpreted_selections(name, by_sweeps, monkeypatch):
 
 
 @interprets
-def test_interpreted_many_slots(monkeypatch):
-  monkeypatch.setattr(top_k, "BY_SWEEPS", False)
+def test_interpreted_many_slots():
   check_many_slots()
 
 

@@ -12,8 +12,8 @@ from pallas_kernels.cost import counts
 from pallas_kernels.cost.chips import Kernel
 
 # Query rows of a tile, keys of a block, stages: the defaults of pallas_kernels.triton.tuning, which needs Triton.
-TRITON = {"range_forward": (128, 64, 3), "range_dq": (128, 64, 2), "compressed_scores": (64, 128, 2),
-          "index_scores": (128, 128, 3)}
+TRITON = {"range_forward": (128, 64, 3), "range_dq": (128, 64, 2), "compressed_scores": (128, 64, 2),
+          "index_scores": (64, 128, 3)}
 SORT_BYTES = 80  # per choice: passes of a radix sort over key and payload, and the lists made of it
 
 

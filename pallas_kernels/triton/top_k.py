@@ -11,10 +11,8 @@ from pallas_kernels.triton import call
 from pallas_kernels.triton import choose_kernel
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import score_kernels
-from pallas_kernels.triton import top_k_kernels
 from pallas_kernels.triton import tuning
 
-BY_SWEEPS = True  # kernels of top_k_kernels.py; those of score_kernels.py and choose_kernel.py are not timed yet
 MAX_SLOTS = 128
 CHUNK = 128     # blocks that the choice looks at together
 SCRATCH_BYTES = 2 ** 28  # of scores alive at a time; more queries go through in chunks
@@ -32,6 +30,8 @@ def supports_compressed_top_k(a):
   length, stride, size = a["block_len"], a["block_stride"], a["block_size"]
   if size % stride:
     return f"block_stride = {stride}: the kernels need a divisor of block_size = {size}"
+  if (size // stride) & (size // stride - 1):
+    return f"block_stride = {stride}: the kernels need block_size = {size} to be a power of two times it"
   if size - stride + length > 2 * size:
     return f"block_len = {length}: the kernels take compressed blocks that touch two blocks of {size}, no more"
   return ranged.reasons(a["q"], a["k_cmp"], None, a["scale"], "k_cmp") or _selection_reason(size, a["num_blocks"])
@@ -94,17 +94,16 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
   ratio = SIZE // STRIDE
   tuned = tuning.get("compressed_scores", head_dim=H, dtype=q.dtype)
   rows, block = sizes.rows(tuned.rows), max(tuned.block, call.next_power_of_2(ratio))
-  tokens, width = rows // sizes.GP, -(-C // block) * (block // ratio)
-  if not BY_SWEEPS:
-    width = _width(max(width + 1, BLOCKS))  # what begins in the last block may reach into one more
+  tokens = rows // sizes.GP
+  width = _width(max(-(-C // block) * (block // ratio) + 1, BLOCKS))  # what begins in a block may reach into one more
   items = B * K * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, C // (2 * block)))
   scores = call.kernel_call(
-      (top_k_kernels if BY_SWEEPS else score_kernels).compressed_scores_kernel, (q, k, lse, first, position),
+      score_kernels.compressed_scores_kernel, (q, k, lse, first, position),
       jax.ShapeDtypeStruct((items, tokens, 2, width), jnp.float32), grid=(items * splits,), name="compressed_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, LEN=LEN, STRIDE=STRIDE, SIZE=SIZE, ROWS=rows, BLOCK=block,
       WIDTH=width, SPLITS=splits, **sizes.constants(B))
-  return _choose(scores, first, position, choice, K=K, C=C, KP=1, TOKENS=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE,
+  return _choose(scores, first, position, choice, K=K, KP=1, TOKENS=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE,
                  SIZE=SIZE, BLOCKS=BLOCKS)
 
 
@@ -113,28 +112,19 @@ def _width(blocks):
   return -(-blocks // CHUNK) * CHUNK
 
 
-def _choose(scores, first, position, choice, *, K, BLOCKS, padded=True, **constants):
+def _choose(scores, first, position, choice, *, K, padded=True, **constants):
   (B, T), (num_blocks, num_initial, num_local) = first.shape, choice
   lines = scores.shape[0] * scores.shape[1]
-  if not BY_SWEEPS:
-    slots = call.next_power_of_2(num_blocks)
-    groups, size = max(64, 2 * slots), max(64, 4 * slots)  # more groups than slots, or no maximum bounds the others
-    each = max(1, min(4, lines // (32 * call.processors())))
-    programs = -(-lines // each)
-    del constants["C"]
-    return call.kernel_call(
-        choose_kernel.choose_kernel, (scores, first, position),
-        [jax.ShapeDtypeStruct((B, T, K, num_blocks), jnp.int32), jax.ShapeDtypeStruct((programs, size), jnp.int32)],
-        grid=(programs,), name="choose_blocks", num_warps=1, num_stages=1, B=B, T=T, K=K, BLOCKS=BLOCKS, J=num_blocks,
-        JP=slots, INITIAL=num_initial, LOCAL=num_local, LINES=each, CHUNK=CHUNK, GROUPS=min(groups, CHUNK),
-        PARTS=-(-groups // CHUNK), LIST=size, TOTAL=lines, PADDED=padded, **constants)[0]
-  sweep = min(call.next_power_of_2(BLOCKS), 512)
-  each = max(1, min(2048 // sweep, 16))  # 64 numbers per thread, several lines that do not wait for each other
+  slots = call.next_power_of_2(num_blocks)
+  groups, size = max(64, 2 * slots), max(64, 4 * slots)  # more groups than slots, or no maximum bounds the others
+  each = max(1, min(4, lines // (32 * call.processors())))
+  programs = -(-lines // each)
   return call.kernel_call(
-      top_k_kernels.choose_kernel, (scores, first, position), jax.ShapeDtypeStruct((B, T, K, num_blocks), jnp.int32),
-      grid=(-(-lines // each),), name="choose_blocks", num_warps=1, num_stages=1, B=B, T=T, K=K, BLOCKS=BLOCKS,
-      J=num_blocks, JP=call.next_power_of_2(num_blocks), INITIAL=num_initial, LOCAL=num_local, LINES=each, SWEEP=sweep,
-      TOTAL=lines, **constants)
+      choose_kernel.choose_kernel, (scores, first, position),
+      [jax.ShapeDtypeStruct((B, T, K, num_blocks), jnp.int32), jax.ShapeDtypeStruct((programs, size), jnp.int32)],
+      grid=(programs,), name="choose_blocks", num_warps=1, num_stages=1, B=B, T=T, K=K, J=num_blocks, JP=slots,
+      INITIAL=num_initial, LOCAL=num_local, LINES=each, CHUNK=CHUNK, GROUPS=min(groups, CHUNK),
+      PARTS=-(-groups // CHUNK), LIST=size, TOTAL=lines, PADDED=padded, **constants)[0]
 
 
 def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local, scale, segment_ids, query_offset):
@@ -153,17 +143,15 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
   tuned = tuning.get("index_scores", head_dim=H, dtype=q.dtype)
   rows = max(min(tuned.rows, call.next_power_of_2(T) * KP), KP, ranged.MIN_ROWS)
   block, tokens = max(tuned.block, SIZE), rows // KP
-  width = -(-S // block) * (block // SIZE)
-  if not BY_SWEEPS:
-    width = _width(width)
+  width = _width(-(-S // block) * (block // SIZE))
   items = B * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, S // (2 * block)))
   scores = call.kernel_call(
-      (top_k_kernels if BY_SWEEPS else score_kernels).index_scores_kernel, (q, k, first, position),
+      score_kernels.index_scores_kernel, (q, k, first, position),
       jax.ShapeDtypeStruct((items, rows, width), jnp.float32), grid=(items * splits,), name="index_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, B=B, T=T, S=S, K=K, KP=KP, H=H, SIZE=SIZE, SCALE=scale, ROWS=rows,
       BLOCK=block, WIDTH=width, SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
-  return _choose(scores, first, position, choice, K=K, C=S, KP=KP, TOKENS=tokens, WIDTH=width, LEN=0, STRIDE=0,
+  return _choose(scores, first, position, choice, K=K, KP=KP, TOKENS=tokens, WIDTH=width, LEN=0, STRIDE=0,
                  SIZE=SIZE, BLOCKS=-(-S // SIZE))
 
 
@@ -189,5 +177,5 @@ def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys,
 def _block_top_k(scores, first, position, *, SIZE, choice):
   B, T, K, blocks = scores.shape
   # One tile of T tokens with K heads each per batch entry: the order that the scores have.
-  return _choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, C=blocks * SIZE, KP=K, TOKENS=T,
-                 WIDTH=blocks, LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks, padded=False)
+  return _choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, KP=K, TOKENS=T, WIDTH=blocks,
+                 LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks, padded=False)
