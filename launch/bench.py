@@ -37,6 +37,7 @@ from launch import model_bench
 from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
+from pallas_kernels import cudnn
 
 CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
     "NVIDIA H200": (790e12, 4.3e12),
@@ -220,6 +221,8 @@ def main():
   peers = set(operations) & set(bench_peer.OPERATIONS) if _PEERS.value else ()
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}; flash-linear-attention "
         f"{bench_peer.missing() or ('is timed after the rest' if peers else 'is not asked for')}")
+  if cudnn.deterministic():
+    print("XLA_FLAGS asks for determinism: the dense baseline is cuDNN's deterministic one")
   print(f"{'operation':<21} {'shape':<13} {'pattern':<12} {'implement.':<10} {'ms fwd':>9} {'ms f+b':>9} {'TF/s f':>6} "
         f"{'TF/s b':>6} {'lim f':>6} {'lim b':>6} {'vs f':>7} {'vs f+b':>7}")
   rows = []

@@ -116,7 +116,9 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
   reasons = [f"{name}: {_import_errors[module] or 'it has no ' + operation}"
              for name, module in BACKENDS[platform]
              if _import_errors[module] or name not in _registered[operation]]
-  candidates = sorted(_in_order(operation), key=lambda i: 2 if i.name == "reference" else i.avoid(arguments) is not None)
+  order = _in_order(operation)
+  avoided = {i.name: i.avoid(arguments) for i in order}
+  candidates = sorted(order, key=lambda i: 2 if i.name == "reference" else avoided[i.name] is not None)
   for candidate in candidates:
     if candidate.platforms is not None and platform not in candidate.platforms:
       continue
@@ -125,7 +127,9 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
       if candidate.name == "reference" and reasons:
         _log(logging.WARNING, operation, f"reference ({platform}), because " + "; ".join(reasons))
       else:
-        _log(logging.INFO, operation, f"{candidate.name} ({platform})")
+        left = [f"{i.name}: {avoided[i.name]}" for i in order[:order.index(candidate)]
+                if avoided[i.name] and (not i.platforms or platform in i.platforms) and i.supports(arguments) is None]
+        _log(logging.INFO, operation, f"{candidate.name} ({platform})" + (f", not {'; '.join(left)}" if left else ""))
       return candidate
     reasons.append(f"{candidate.name}: {reason}")
   raise NotImplementedError(f"{operation}: no implementation for {platform}: " + "; ".join(reasons))

@@ -5,10 +5,12 @@ keys, the tokens t and t + stride see the same stairs, one further down: token t
 (t - (block_len - 1)) // stride. So, from token block_len - 1 on, token i * stride + p becomes head p of row i:
 causal attention of C rows with stride * G query heads per KV head, for the price of two transpositions.
 
-Three limits. lse comes out in float32 through JAX's private `fused_attention_stablehlo` only: the public function
+Four limits. lse comes out in float32 through JAX's private `fused_attention_stablehlo` only: the public function
 rounds it to bfloat16. cuDNN has no derivative of lse: where somebody asks for one, a second pass makes it. And it
 adds up dQ in no fixed order, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true (5 % slower on one
-H200): without that flag equal inputs give almost equal gradients, and a call gets these kernels only by name.
+H200): without that flag equal inputs give almost equal gradients, and a call gets these kernels only by name. With it
+the backward pass takes a workspace of one dQ for every 128 keys (`workspace_bytes`), so it grows with the square of the
+length: past `WORKSPACE_LIMIT`, too, a call gets these kernels only by name.
 """
 from __future__ import annotations
 
@@ -23,6 +25,9 @@ import numpy as np
 
 from pallas_kernels import backends
 
+# Of one call, which other kernels serve without any: 4 GiB is a twentieth of a card of 80 GB, beside a model that fills
+# the rest. At 64 heads of 128 that is one sequence of 5,792 tokens, or of 23,170 where 16 tokens make one key.
+WORKSPACE_LIMIT = 4 * 2 ** 30
 
 @functools.cache
 def unavailable():
@@ -41,13 +46,32 @@ def unavailable():
   return None
 
 
-def in_any_order(arguments):
-  """Why not to choose cuDNN without being asked: see the module. None if XLA is told to be deterministic."""
-  del arguments
-  if re.search(r"--xla_gpu_(exclude_nondeterministic|deterministic)_ops(=true|=1|\s|$)", os.environ.get("XLA_FLAGS", "")):
-    return None
-  return ("XLA_FLAGS lacks --xla_gpu_exclude_nondeterministic_ops=true: cuDNN's gradients would differ in their last "
-          "bits from run to run")
+def deterministic():
+  """Whether XLA_FLAGS lets XLA take only operations whose sums have an order."""
+  flag = r"--xla_gpu_(exclude_nondeterministic|deterministic)_ops(=true|=1|\s|$)"
+  return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None
+
+
+def workspace_bytes(q, k):
+  """What the backward pass allocates beside its arrays if it is `deterministic`: a dQ of q's dtype per 128 keys.
+
+  Read off what XLA asked for at 65,536 tokens and 64 heads of 128: 514 GiB, of which this is 512, and 518 for an NSA
+  layer, whose window thus saves nothing. For compressed attention, whose rows hold as many numbers as q, it is a guess.
+  """
+  return q.size * q.dtype.itemsize * -(-k.shape[1] // 128)
+
+
+def avoid(a):
+  """Why not to choose cuDNN without being asked, or None: see the module. Nobody knows yet if a gradient is taken."""
+  if not deterministic():
+    return ("XLA_FLAGS lacks --xla_gpu_exclude_nondeterministic_ops=true: cuDNN's gradients would differ in their last "
+            "bits from run to run")
+  q, k = a["q"], a["k_cmp"] if "k_cmp" in a else a["k"]
+  needed = workspace_bytes(q, k)
+  if needed > WORKSPACE_LIMIT:
+    return (f"q {q.shape} and {k.shape[1]} keys: cuDNN's deterministic gradient would allocate {needed / 2 ** 30:.1f} "
+            f"GiB, more than {WORKSPACE_LIMIT / 2 ** 30:.0f}")
+  return None
 
 
 def _reason(q, k, v, scale, segment_ids, query_offset, k_name):
@@ -155,6 +179,6 @@ def _backward(causal, window, scale, residuals, cotangents):
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 backends.register("attention", "cudnn", attention, platforms=("gpu",), supports=supports_attention,
-                  avoid=in_any_order)
+                  avoid=avoid)
 backends.register("compressed_attention", "cudnn", compressed_attention, platforms=("gpu",),
-                  supports=supports_compressed_attention, avoid=in_any_order)
+                  supports=supports_compressed_attention, avoid=avoid)

@@ -375,13 +375,54 @@ def test_dispatch_on_a_gpu():
 
 
 def test_cudnn_is_chosen_only_where_its_sums_have_an_order(monkeypatch):
+  a = call_of("attention", T=512)
   monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
-  assert "XLA_FLAGS" in cudnn.in_any_order({})
+  assert "XLA_FLAGS" in cudnn.avoid(a)
   for flag in ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_deterministic_ops --xla_foo=1"):
     monkeypatch.setenv("XLA_FLAGS", flag)
-    assert cudnn.in_any_order({}) is None
+    assert cudnn.avoid(a) is None
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
-  assert cudnn.in_any_order({}) is not None
+  assert cudnn.avoid(a) is not None
+
+
+def call_of(operation, T, B=1, N=64, H=128):
+  """Arguments of a call that cuDNN serves."""
+  sds = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  where = dict(q=sds(B, T, N, H), scale=0.1, segment_ids=None, query_offset=0)
+  if operation == "attention":
+    return dict(where, k=sds(B, T, 4, H), v=sds(B, T, 4, H), causal=True, window=512)
+  k = sds(B, T // 16 - 1, 4, H)
+  return dict(where, k_cmp=k, v_cmp=k, **COMPRESSED)
+
+
+WORKSPACES = [  # operation, T, B, GiB, and whether that is too much
+    ("attention", 65536, 1, "512.0", True), ("compressed_attention", 65536, 1, "32.0", True),
+    ("attention", 8192, 1, "8.0", True), ("attention", 4096, 2, "4.0", False), ("attention", 4096, 3, "6.0", True),
+    ("compressed_attention", 16384, 1, "2.0", False),
+]
+
+
+@pytest.mark.parametrize("operation, T, B, gib, refused", WORKSPACES)
+def test_cudnn_with_a_large_workspace_is_served_by_name_only(operation, T, B, gib, refused, monkeypatch, caplog):
+  monkeypatch.setattr(cudnn, "unavailable", lambda: None)
+  monkeypatch.setattr(backends, "_logged", set())
+  caplog.set_level("INFO", logger="pallas_kernels")
+  a = call_of(operation, T, B)
+  chosen = lambda name: backends.choose(operation, name, a).name
+  with backends.target_platform("gpu"):
+    backends.available(operation)  # imports what there is, so that nothing replaces the stand-in
+    monkeypatch.setitem(backends._registered[operation], "triton",
+                        backends.Implementation("triton", None, ("gpu",), lambda a: None))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
+    assert f"{cudnn.workspace_bytes(a['q'], a.get('k', a.get('k_cmp'))) / 2 ** 30:.1f}" == gib
+    assert chosen("cudnn") == "cudnn"
+    if refused:
+      assert f"{gib} GiB, more than 4" in cudnn.avoid(a) and chosen(None) == "triton"
+      assert caplog.records[-1].message == f"{operation}: triton (gpu), not cudnn: {cudnn.avoid(a)}"
+    else:
+      assert cudnn.avoid(a) is None and chosen(None) == "cudnn"
+    monkeypatch.delenv("XLA_FLAGS")
+    assert chosen(None) == "triton" and "XLA_FLAGS" in cudnn.avoid(a)
 
 
 # --- lowering, and the interpreter ----------------------------------------------
