@@ -384,13 +384,13 @@ def test_a_published_picture_is_one_small_file(study, tmp_path):
 
 
 def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path, quick):
-  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n")
+  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
   paths = report.write([study], tmp_path, publish=True)
   files = [p for p in tmp_path.rglob("*") if p.is_file()]
   assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png"} and paths.html is None
   assert not any(str(study).encode() in p.read_bytes() for p in files)
   text = paths.markdown.read_text()
-  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n" in text
+  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n\n| a | b |\n| :-- | --: |\n| c | 1 |\n" in text
   arms = json.loads((tmp_path / "study.json").read_text())["arms"]
   assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
   layers = list(csv.DictReader(open(tmp_path / "layers.csv")))

@@ -45,7 +45,7 @@ class Picture:
 
 
 def parse(text: str, level: int = 2) -> list:
-  """Blocks of hand-written Markdown: headings (brought to `level` and below), lists, and paragraphs; no more is known."""
+  """Blocks of hand-written Markdown: headings (brought to `level` and below), lists, tables, and paragraphs; no more is known."""
   blocks = []
   for part in re.split(r"\n\s*\n|\n(?=#)|(?<=\n)(?=[-*] )", "\n" + text):
     lines = part.strip().splitlines()
@@ -53,6 +53,10 @@ def parse(text: str, level: int = 2) -> list:
       blocks.append(Heading(found[2], min(6, level - 1 + len(found[1]))))
       lines = lines[1:]
     if not lines:
+      continue
+    if len(lines) > 2 and all(line.startswith("|") for line in lines):
+      header, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+      blocks.append(Table(header, rows))
       continue
     whole = " ".join(line.strip() for line in lines)
     if not re.match(r"[-*] ", whole):
