@@ -1,0 +1,36 @@
+"""Gradients that are written by hand or by another route than JAX would take."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa import layers
+from nsa import step as step_lib
+
+
+@pytest.mark.parametrize("vocab", [48, layers._ONE_HOT_ROWS + 1], ids=["product", "scatter"])
+def test_the_embedding_is_a_look_up_whose_gradient_is_summed_in_float32(vocab):
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(np.minimum(rng.zipf(1.3, (4, 512)) - 1, vocab - 1))  # a few rows get most of the sum
+  table = jnp.asarray(rng.normal(size=(vocab, 8)), jnp.bfloat16)
+  do = jnp.asarray(rng.normal(size=(4, 512, 8)), jnp.bfloat16)
+  out, pull = jax.vjp(lambda t: layers.look_up(t, tokens), table)
+  np.testing.assert_array_equal(out, table[tokens])
+  want = np.zeros((vocab, 8))
+  np.add.at(want, np.asarray(tokens), np.asarray(do, np.float64))
+  got = np.asarray(pull(do)[0], np.float64)
+  np.testing.assert_allclose(got, want, rtol=2 ** -8, atol=1e-4)  # one rounding to bfloat16, at the end
+  by_jax = np.asarray(jax.vjp(lambda t: t[tokens], table)[1](do)[0], np.float64)
+  assert np.abs(got - want).max() < np.abs(by_jax - want).max() / 4  # which adds up in bfloat16
+
+
+def test_the_targets_loss_and_its_gradient_are_those_of_log_softmax():
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.normal(size=(2, 16, 64)) * 5, jnp.float32)
+  targets = jnp.asarray(rng.integers(0, 64, (2, 16)))
+  plain = lambda x: -jnp.take_along_axis(jax.nn.log_softmax(x), targets[..., None], axis=-1)[..., 0]
+  weight = jnp.asarray(rng.normal(size=(2, 16)), jnp.float32)
+  ours, theirs = (jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weight))(logits)
+                  for f in (lambda x: step_lib.target_nll(x, targets), plain))
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+  np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
