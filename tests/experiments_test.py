@@ -54,16 +54,16 @@ def test_arguments_resolve(stem, arg):
 
 
 def test_the_runs_of_the_pilot_share_their_programs():
-  """24 runs, and what is compiled does not grow with seeds and budgets: minutes on a GPU that each run would cost."""
+  """25 runs, and what is compiled does not grow with seeds and budgets: minutes on a GPU that each run would cost."""
   jobs = study_lib.jobs(load(next(path for path in FILES if path.stem == "pilot")), "study")
   mesh = sharding.make_mesh(jobs[0].config)
   steps = {(step_lib._key(job.config, mesh), step.program) for job in jobs
            for step in schedule.programs(job.config, max(0, job.config.fork.step))}
   modes = {evaluate._program(*found) for job in jobs for mode in job.config.eval.run_modes + job.config.eval.during
            if (found := evaluate.how(job.config, mode))}
-  # Steps: dense; MSA warming up, sparse, mixed dense, mixed sparse = sparse, the selector alone; NSA sparse.
-  # Evaluations: five modes of the dense model, six each of MSA and NSA.
-  assert (len(jobs), len(steps), len(modes)) == (24, 6, 17)
+  # Steps: dense; MSA warming up, sparse, mixed dense, mixed sparse = sparse, the selector alone; NSA sparse; window.
+  # Evaluations: five modes of the dense model, six each of MSA and NSA, two of the window.
+  assert (len(jobs), len(steps), len(modes)) == (25, 7, 19)
 
 
 def test_arguments_are_typed_and_named():
