@@ -43,9 +43,13 @@ class Init:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else x is kept in float32 for the gradient
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
   """x / rms(x) * gain, computed in float32, returned in x.dtype (arXiv 1910.07467, eq. 4)."""
+  return _rms_norm(x, gain, eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # else x is kept in float32 for the gradient
+def _rms_norm(x, gain, eps):
   x32 = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   return (x32 * scale * gain).astype(x.dtype)
