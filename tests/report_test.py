@@ -1,9 +1,7 @@
 """nsa.report on synthetic study directories with planted truths, and on the ways real ones are broken."""
 import base64
 import csv
-import dataclasses
 import json
-import math
 from pathlib import Path
 import re
 import subprocess
@@ -12,115 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from nsa import config as config_lib
 from nsa import report
 from nsa.report import endpoints, runs, verdict
-
-ARMS = {  # arm -> (bits/byte minus native, exact match minus native, share of tokens after dense)
-    "dense": (-0.004, 0.01, None),
-    "native_msa": (0.0, 0.0, None),
-    "retrofit_msa_1": (0.030, -0.10, 0.01),
-    "retrofit_msa_5": (0.012, -0.04, 0.05),
-    "retrofit_msa_25": (0.002, 0.0, 0.25),
-}
-MODES = {"dense": ("dense", "oracle", "block_topk", "random"), None: ("dense", "sparse", "oracle", "random")}
-PENALTY = {"dense": 0.0, "sparse": 0.0, "oracle": -0.006, "block_topk": 0.09, "random": 0.30}
-TASKS = {"mqar": 0.95, "needle:keys=4": 0.82, "copy": 0.6}
-
-
-def write_study(root: Path, arms=ARMS, seeds=(0, 1, 2), sizes=("tiny",), noise=0.0015, together=True) -> Path:
-  """A study directory in which arm a is `arms[a][0]` bits per byte worse than native, plus noise.
-
-  `together`: all seeds of an arm in one run directory, as one vmapped program writes them.
-  """
-  rng = np.random.default_rng(0)
-  jobs = []
-  for size_index, size in enumerate(sizes):
-    for arm, (delta, exact, budget) in arms.items():
-      for group in ([tuple(seeds)] if together else [(s,) for s in seeds]):
-        name = f"runs/{arm}-{size}-{'_'.join(map(str, group))}"
-        write_run(root / name, arm, size, group, delta, exact, budget, rng, noise, 2.1 - 0.2 * size_index)
-        jobs.append({"run": name, "arm": arm, "size": size, "seeds": list(group), "status": "done"})
-  plan = {"name": "native against retrofit", "question": "Can a retrofit match native sparse attention?",
-          "arms": list(arms), "primary": {"metric": "second_half_bits_per_byte", "margin": 0.01},
-          "secondary": {"metric": "exact_match", "margin": 0.02},
-          "reference_arm": "native_msa", "dense_arm": "dense",
-          "budgets": {a: b for a, (_, _, b) in arms.items() if b}, "jobs": jobs}
-  (root / "study.json").write_text(json.dumps(plan))
-  return root
-
-
-def write_run(path, arm, size, seeds, delta, exact, budget, rng, noise, level):
-  """One finished run directory."""
-  (path / "eval").mkdir(parents=True)
-  config = config_lib.to_dict(config_lib.Config(arm=arm, size=size, seeds=seeds))
-  if arm != "dense":
-    config["attention"] = {"method": "msa", "block_size": 32, "num_blocks": 8}
-    config["schedule"]["stages"] = [dataclasses.asdict(config_lib.Stage(fraction=1 - (budget or 1))),
-                                    dataclasses.asdict(config_lib.Stage(fraction=budget or 1, mode="sparse"))]
-  config["data"] |= {"source": f"files:{path.parent}/corpus.tar.xz", "context": 2048, "global_batch": 4}
-  config["schedule"]["steps"], config["model"]["dtype"] = 1000, "bfloat16"
-  if budget:
-    trunk = path.parent / f"dense-{size}-{'_'.join(map(str, seeds))}"
-    config["fork"] |= {"workdir": str(trunk), "step": round(1000 * (1 - budget))}
-  (path / "config.json").write_text(json.dumps(config))
-  (path / "versions.json").write_text(json.dumps({"jax": "0.10.2", "python": "3.11.9"}))
-  steps, last = 60, 1000
-  first = 0 if not budget else 1 - budget
-  lines = []
-  for i in range(steps + 1):
-    step = round(last * (first + (1 - first) * i / steps)) or 1
-    for seed in seeds:
-      loss = 1.45 * level / 2 + 3.5 * (step + 12) ** -0.45 + delta + rng.normal(0, 0.012)
-      lines.append({"step": step, "seed": seed, "stage": int(bool(budget) and i > 0), "mode": "sparse",
-                    "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": step * 8192,
-                    "flops": step * 8192 * 6.2e6,
-                    "tokens_per_second": 21000 + rng.normal(0, 300), "seconds": step * 0.4})
-  (path / "metrics.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
-  (path / "eval" / f"{last}.json").write_text(json.dumps(
-      {"step": last, "arm": arm, "size": size,
-       "records": [r for seed in seeds
-                   for r in _records(arm, size, seed, last, delta, exact, rng, noise, level)]}))
-  middle = round(last * (first + 1) / 2)
-  (path / "eval" / f"{middle}.json").write_text(json.dumps(  # on the way: fewer modes and kinds
-      {"step": middle, "arm": arm, "size": size,
-       "records": [r for seed in seeds for r in _records(arm, size, seed, middle, delta, exact, rng, noise, level)
-                   if r["run_mode"] in ("sparse", "block_topk") and r["kind"] == "layer" or r["kind"] == "language"]}))
-  (path / "DONE").write_text(json.dumps({"step": last, "seconds_paused": {"compile": 60.0, "evaluate": 6.0}}))
-
-
-def _records(arm, size, seed, step, delta, exact, rng, noise, level):
-  seed_level = 0.01 * np.random.default_rng(100 + seed).normal()  # the same in all arms: pairing removes it
-  own = rng.normal(0, noise)
-  for mode in MODES.get(arm, MODES[None]):
-    common = {"seed": seed, "arm": arm, "size": size, "step": step, "run_mode": mode}
-    value = level + seed_level + delta + own + PENALTY[mode]
-    for k, document in enumerate(("emma", "dracula", "walden", "origin", "ulysses", "middlemarch")):
-      x = value + 0.04 * math.sin(7 * k) + rng.normal(0, noise)
-      yield dict(common, kind="language", split="val", document=document, start=0,
-                 bits_per_byte=x + 0.05, bytes=2048, second_half_bits_per_byte=x, second_half_bytes=1024)
-    for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
-      yield dict(common, kind="position", start=start, end=end, bytes=(end - start) * 6,
-                 bits_per_byte=value + 0.9 * (end / 64) ** -0.7 + delta * math.log2(end / 128) / 4
-                 + rng.normal(0, 0.004))
-    for task, ease in TASKS.items():
-      for index in range(40):
-        p = min(0.99, max(0.0, ease + exact - 2 * max(0, PENALTY[mode]) - 0.001 * index))
-        yield dict(common, kind="task", task=task, index=index, exact_match=int(rng.random() < p),
-                   answer_nll=0.2 + (1 - p), evidence_distance=int(2 ** rng.uniform(5, 11)), depth=index / 40)
-    for layer in range(4):
-      oracle = 0.93 - 0.05 * layer
-      captured = {"dense": None, "oracle": oracle}.get(mode, oracle * (0.9 - 2 * max(0, delta)))
-      yield dict(common, kind="layer", layer=layer, captured_mass=captured, oracle_mass=oracle,
-                 block_recall=0.7, score_recall=None, entropy=2.0,
-                 overlap=0.55 + 0.08 * layer - delta + rng.normal(0, 0.01),
-                 tile_union=3.0 + 2 * layer, tile_common=0.8, queries_limited=0.86)
-    if mode == "sparse":
-      n = 32
-      heat = [[min(1.0, (i == j) + (j == 0) * 0.6 + 0.9 * math.exp(-0.5 * (i - j)) + 0.35 * rng.random() ** 4)
-               if j <= i else 0.0 for j in range(n)] for i in range(n)]
-      yield dict(common, kind="heat", layer=1, kv_head=0, document="emma", heat=heat)
-
+from report_planted import ARMS, MODES, write_study
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
@@ -305,97 +197,6 @@ def test_csv_is_exact(tmp_path, quick):
   assert dense["second_half_bits_per_byte"] == dense["exact_match"] == ""
   text = paths.markdown.read_text()
   assert "No verdict: no study.json" in text and "2.7500" in text and "37.5" in text
-
-
-# --- what a pilot is for -------------------------------------------------------
-
-
-def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
-  from nsa.report import planning
-  loaded = runs.load([study])
-  table = endpoints.rows(loaded)
-  found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.01)}
-  a, b = (endpoints.series(table, arm, "tiny", "sparse", loaded.primary) for arm in ("retrofit_msa_5", "native_msa"))
-  one = found["retrofit_msa_5"]
-  assert one.sd == pytest.approx(np.std(list(a.values()), ddof=1))
-  assert one.sd_difference == pytest.approx(np.std([a[s] - b[s] for s in a], ddof=1)) and one.sd_difference < one.sd
-  # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see 1.68.
-  middle, low, high = one.detectable(3)
-  assert [low / middle, high / middle] == pytest.approx([math.sqrt(2 / 7.378), math.sqrt(2 / 0.05064)], rel=1e-3)
-  assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
-  assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
-  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.01 < one.detectable(one.seeds_for_margin - 1)[0]
-  pooled = found[""]
-  variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
-  assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
-
-
-def test_the_anchor_splits_delta_and_lies_on_the_way(study):
-  """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
-  from nsa.report import analyses
-  loaded = runs.load([study])
-  table = endpoints.rows(loaded)
-  dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
-                             for arm in ("dense", "native_msa", loaded.retrofits()[-1]))
-  assert native == pytest.approx(endpoints.series(table, "native_msa", "tiny", "sparse", loaded.primary))
-  assert dense == pytest.approx(endpoints.series(table, "dense", "tiny", "dense", loaded.primary))
-  gained, lost = (np.mean([a[s] - b[s] for s in a]) for a, b in ((dense, native), (retrofit, dense)))
-  (line,) = [note for note in analyses.controls(loaded, table) if note.startswith("The anchor")]
-  assert f"dense ends {gained:+.4f} bits/byte from native_msa" in line and f"ends {lost:+.4f} bits/byte from dense" in line
-  assert {step for _, step in endpoints.over_training(loaded, "retrofit_msa_5", "tiny")} == {975, 1000}
-
-
-def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
-  from nsa.report import planning
-  loaded = runs.load([study])
-  own, other, *planned = planning.prices(loaded)[0]
-  expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
-  for run in loaded.runs:
-    fastest = run if run.arm == "dense" else next(r for r in loaded.runs if r.arm == "native_msa")  # what the retrofits end as
-    speed = np.mean([np.median(c["tokens_per_second"]) for c in fastest.curves.values()])
-    expected += (1000 - run.first) * 8192 / (3 * speed) / 3600
-  assert own.size == "tiny" and own.tokens == 1000 * 8192 and own.measured == pytest.approx(expected, rel=1e-3)
-  assert other.ratio == 20 and other.measured / other.tokens == pytest.approx(own.measured / own.tokens)
-  assert [p.size for p in planned[::2]] == ["10M", "40M", "120M"]
-  assert all(abs(p.parameters / 1e6 / float(p.size[:-1]) - 1) < 0.03 for p in planned)
-  assert all(0 < p.forecast for p in planned) and planned[-1].measured > planned[-3].measured
-
-
-def test_where_unions_of_a_tile_stop_to_pay_by_hand():
-  from nsa.report import planning
-  config = {"attention": {"block_size": 64}, "model": {"head_dim": 128, "dtype": "bfloat16"}}
-  # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at 4.8e12 B/s.
-  assert planning.union_break_even(config) == pytest.approx((2 * 260 / 4.8e12) / (4 * 128 * 64 / 989.5e12), rel=0.01)
-  assert math.isnan(planning.union_break_even({"attention": {"method": "dense"}, "model": {"head_dim": 128}}))
-
-
-def test_a_published_picture_is_one_small_file(study, tmp_path):
-  from PIL import Image
-  from nsa.report import plots, style
-  loaded = runs.load([study])
-  look = style.Look(loaded)
-  style.save(plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
-  (file,) = tmp_path.iterdir()
-  assert file.suffix == ".png" and 3_000 < file.stat().st_size < 100_000
-  colors = np.array([c for _, c in Image.open(file).convert("RGB").getcolors(2 ** 24)])
-  for arm in loaded.arms:  # a palette must not turn one arm's colour into another's
-    wanted = [int(look(arm)[0][i:i + 2], 16) for i in (1, 3, 5)]
-    assert np.abs(colors - wanted).max(1).min() <= 4, arm
-
-
-def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path, quick):
-  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
-  paths = report.write([study], tmp_path, publish=True)
-  files = [p for p in tmp_path.rglob("*") if p.is_file()]
-  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png"} and paths.html is None
-  assert not any(str(study).encode() in p.read_bytes() for p in files)
-  text = paths.markdown.read_text()
-  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n\n| a | b |\n| :-- | --: |\n| c | 1 |\n" in text
-  arms = json.loads((tmp_path / "study.json").read_text())["arms"]
-  assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
-  layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
-  assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
-  assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query
 
 
 # --- what real directories look like ------------------------------------------

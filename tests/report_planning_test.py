@@ -1,0 +1,104 @@
+"""What a report says for the study that comes next, and what of it goes into a repository."""
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from nsa import report
+from nsa.report import endpoints, runs
+from report_planted import write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+  return write_study(tmp_path_factory.mktemp("study"))
+
+
+def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
+  from nsa.report import planning
+  loaded = runs.load([study])
+  table = endpoints.rows(loaded)
+  found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.01)}
+  a, b = (endpoints.series(table, arm, "tiny", "sparse", loaded.primary) for arm in ("retrofit_msa_5", "native_msa"))
+  one = found["retrofit_msa_5"]
+  assert one.sd == pytest.approx(np.std(list(a.values()), ddof=1))
+  assert one.sd_difference == pytest.approx(np.std([a[s] - b[s] for s in a], ddof=1)) and one.sd_difference < one.sd
+  # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see 1.68.
+  middle, low, high = one.detectable(3)
+  assert [low / middle, high / middle] == pytest.approx([math.sqrt(2 / 7.378), math.sqrt(2 / 0.05064)], rel=1e-3)
+  assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
+  assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
+  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.01 < one.detectable(one.seeds_for_margin - 1)[0]
+  pooled = found[""]
+  variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
+  assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
+
+
+def test_the_anchor_splits_delta_and_lies_on_the_way(study):
+  """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
+  from nsa.report import analyses
+  loaded = runs.load([study])
+  table = endpoints.rows(loaded)
+  dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
+                             for arm in ("dense", "native_msa", loaded.retrofits()[-1]))
+  assert native == pytest.approx(endpoints.series(table, "native_msa", "tiny", "sparse", loaded.primary))
+  assert dense == pytest.approx(endpoints.series(table, "dense", "tiny", "dense", loaded.primary))
+  gained, lost = (np.mean([a[s] - b[s] for s in a]) for a, b in ((dense, native), (retrofit, dense)))
+  (line,) = [note for note in analyses.controls(loaded, table) if note.startswith("The anchor")]
+  assert f"dense ends {gained:+.4f} bits/byte from native_msa" in line and f"ends {lost:+.4f} bits/byte from dense" in line
+  assert {step for _, step in endpoints.over_training(loaded, "retrofit_msa_5", "tiny")} == {975, 1000}
+
+
+def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
+  from nsa.report import planning
+  loaded = runs.load([study])
+  own, other, *planned = planning.prices(loaded)[0]
+  expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
+  for run in loaded.runs:
+    fastest = run if run.arm == "dense" else next(r for r in loaded.runs if r.arm == "native_msa")  # what the retrofits end as
+    speed = np.mean([np.median(c["tokens_per_second"]) for c in fastest.curves.values()])
+    expected += (1000 - run.first) * 8192 / (3 * speed) / 3600
+  assert own.size == "tiny" and own.tokens == 1000 * 8192 and own.measured == pytest.approx(expected, rel=1e-3)
+  assert other.ratio == 20 and other.measured / other.tokens == pytest.approx(own.measured / own.tokens)
+  assert [p.size for p in planned[::2]] == ["10M", "40M", "120M"]
+  assert all(abs(p.parameters / 1e6 / float(p.size[:-1]) - 1) < 0.03 for p in planned)
+  assert all(0 < p.forecast for p in planned) and planned[-1].measured > planned[-3].measured
+
+
+def test_where_unions_of_a_tile_stop_to_pay_by_hand():
+  from nsa.report import planning
+  config = {"attention": {"block_size": 64}, "model": {"head_dim": 128, "dtype": "bfloat16"}}
+  # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at 4.8e12 B/s.
+  assert planning.union_break_even(config) == pytest.approx((2 * 260 / 4.8e12) / (4 * 128 * 64 / 989.5e12), rel=0.01)
+  assert math.isnan(planning.union_break_even({"attention": {"method": "dense"}, "model": {"head_dim": 128}}))
+
+
+def test_a_published_picture_is_one_small_file(study, tmp_path):
+  from PIL import Image
+  from nsa.report import plots, style
+  loaded = runs.load([study])
+  look = style.Look(loaded)
+  style.save(plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
+  (file,) = tmp_path.iterdir()
+  assert file.suffix == ".png" and 3_000 < file.stat().st_size < 100_000
+  colors = np.array([c for _, c in Image.open(file).convert("RGB").getcolors(2 ** 24)])
+  for arm in loaded.arms:  # a palette must not turn one arm's colour into another's
+    wanted = [int(look(arm)[0][i:i + 2], 16) for i in (1, 3, 5)]
+    assert np.abs(colors - wanted).max(1).min() <= 4, arm
+
+
+def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):
+  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
+  paths = report.write([study], tmp_path, publish=True)
+  files = [p for p in tmp_path.rglob("*") if p.is_file()]
+  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png"} and paths.html is None
+  assert not any(str(study).encode() in p.read_bytes() for p in files)
+  text = paths.markdown.read_text()
+  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n\n| a | b |\n| :-- | --: |\n| c | 1 |\n" in text
+  arms = json.loads((tmp_path / "study.json").read_text())["arms"]
+  assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
+  layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
+  assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
+  assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query
