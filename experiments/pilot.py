@@ -7,8 +7,8 @@ The pilot of the main study at one size (about 10M non-embedding parameters), be
     python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=1000 --workdir=runs/rates
 
 4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 15 % of the
-sequences are recall tasks, most of them packed with short examples of few pairs: examples of 4,096 bytes with 32 pairs
-and more were not learnt in 80M bytes by any arm.
+sequences are recall tasks, most of them packed with short examples of few pairs: longer and larger ones dense attention
+did not learn in 80M bytes (results/pilot/NOTES.md).
 All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the dense trunk in the stable phase or
 in the decay, wherever their budget puts them, at the trunk's own learning rate. Selectors learn at five times that rate in
 both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
@@ -17,7 +17,7 @@ both regimes. The selector alone is distilled onto the finished trunk, with 13 %
 Result (results/pilot/report.md; two H100s for 9 minutes, 52M bytes per run; native NSA was cut short, native_window came
 later and has not been run): the retrofits of 5
 to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per byte behind native MSA, which is what dense attention is
-behind. That lead of native still fell when training ended: the pilot shows a faster start, not a limit.
+behind. That lead of native still fell when training ended: what the pilot shows looks like a faster start, not a limit.
 
 Arguments: corpus= (none: the standard library's source), part=main (or rates), steps=1600, seeds=3, few=1 (seeds of the
 arms beside the question), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
