@@ -29,15 +29,16 @@ from nsa.study import Study
 
 BLOCKS = dict(block_size=32, num_blocks=16)
 BUDGETS = (0.01, 0.05, 0.13, 0.25)
-RATES = (1.5, 3, 6)  # thousandths
+RATES = (0.5, 1, 2)  # thousandths
 ON_TOP = 0.13        # of the steps, for the selector alone
 OWN = ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8", "sparse:num_blocks=32")
 CONTROLS = ("dense", "oracle", "random", "block_topk", "sink_window")
-FEW = ("native_msa_cold", "native_nsa", "native_window", "mixed_msa")
+FEW = ("native_msa_cold", "native_nsa", "mixed_msa")
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", part="main", steps=1600, seeds=3, few=1, rate=1.5e-3, batch=8, arms="")
+  a = arguments.parse(arg, corpus="", part="main", steps=3600, seeds=3, few=1, rate=1e-3, msa_rate=1e-3, nsa_rate=1e-3,
+                      batch=8, arms="")
   if a.part not in ("main", "rates"):
     raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
   study = rates(a) if a.part == "rates" else main(a)
@@ -55,10 +56,10 @@ def get_config(arg=None):
 
 
 def main(a):
-  make = Arms(a, a.rate)
+  make, msa, nsa = Arms(a, a.rate), Arms(a, a.msa_rate), Arms(a, a.nsa_rate)
   retrofits = {f"retrofit_msa_{100 * budget:g}": budget for budget in BUDGETS}
-  arms = [make.dense("dense"), make.native_msa("native_msa"), make.native_msa("native_msa_cold", warm=False),
-          make.native_nsa("native_nsa"), make.native_window("native_window"), make.mixed("mixed_msa"),
+  arms = [make.dense("dense"), msa.native_msa("native_msa"), msa.native_msa("native_msa_cold", warm=False),
+          nsa.native_nsa("native_nsa"), msa.native_window("native_window"), msa.mixed("mixed_msa"),
           *(make.retrofit(name, budget, "dense") for name, budget in retrofits.items()),
           make.selector_only("selector_only", "dense")]
   few = {name: tuple(range(min(a.few, a.seeds))) for name in FEW}
@@ -96,8 +97,8 @@ class Arms:
         model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
                           tie_embeddings=False, dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
-                        task_share=0.15, tasks=("mqar:pairs=4", "mqar:pairs=16"), task_lengths=(64, 256, 1024, 4096),
-                        answer_weight=20.0, filler_weight=0.0),
+                        task_share=0.15, tasks=("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=16,power=1"),
+                        task_lengths=(64, 256, 1024, 4096), answer_weight=20.0, filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
         eval=EvalConfig(sequences=48, task_examples=32, batch=8, run_modes=during[:1] if self.short else run_modes,
                         blocks=BLOCKS if dense else {}, every=0 if self.short else max(1, round(a.steps * share / 5)),

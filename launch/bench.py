@@ -2,6 +2,7 @@
 
   python -m launch.bench --operation=selected_attention --out=results.json
   python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:selections.npz@3
+  python -m launch.bench --shapes=study_4k_j16 --implementation=mosaic_gpu:union,mosaic_gpu:gather
   python -m launch.bench --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
   python -m launch.bench --operation=decode,decode_paged --shapes=length_64k,msa_64k --batches=1,8,64
   python -m launch.bench --operation=decode,decode_paged --shapes=cache --batches=1,8
@@ -20,6 +21,7 @@ the same block lists, where that package is installed (launch/bench_peer.py); wh
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -38,11 +40,13 @@ from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
 from pallas_kernels import cudnn
+from pallas_kernels.mosaic_gpu import common
 
 CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
     "NVIDIA H200": (790e12, 4.3e12),
     "NVIDIA H100 80GB HBM3": (778e12, 3.0e12),
 }
+ALGORITHMS = {"union": True, "gather": False}  # of mosaic_gpu: common blocks get a pass of their own, or none
 
 _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
                                f"Of {', '.join((*bench_cases.OPERATIONS, *bench_cases.DECODE_KINDS))}, or all.")
@@ -50,7 +54,8 @@ _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
 _PATTERNS = flags.DEFINE_list("patterns", list(bench_cases.PATTERNS),
                               f"Of {', '.join(bench_cases.PATTERNS)}, or file:PATH@LAYER.")
-_IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one.")
+_IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one. mosaic_gpu:union and "
+                                    "mosaic_gpu:gather force one of selected_attention's two algorithms.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
 _PEERS = flags.DEFINE_boolean("peers", True, "Times flash-linear-attention too, where it is installed.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
@@ -81,14 +86,16 @@ def time_dense(spec, seed):
 def time_case(operation, spec, pattern, implementation, seed):
   """Columns of a row: ms, TFLOP/s and the fraction of the limit, forward and with gradients."""
   spec, sets, keys = bench_cases.at(operation, spec), [], []
+  implementation, _, algorithm = (implementation or "").partition(":")
   patterned = bench_cases.make(operation, spec).patterned
   for i in range(2):
     blocks = bench_cases.draw_pattern(pattern, spec, seed + i) if patterned else None
     keys += [bench_cases.visible_keys(blocks, spec)] if patterned else []
     sets.append((bench_cases.arrays(spec, seed + i), None if blocks is None else jnp.asarray(blocks, jnp.int32)))
-  case = bench_cases.make(operation, spec, implementation, float(np.mean(keys)) if patterned else None)
-  least = bench_cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
-  return _columns(case, _times(bench_cases.functions(case), sets), least)
+  case = bench_cases.make(operation, spec, implementation or None, float(np.mean(keys)) if patterned else None)
+  with common.override(ALGORITHMS[algorithm]) if algorithm else contextlib.nullcontext():
+    least = bench_cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
+    return _columns(case, _times(bench_cases.functions(case), sets), least)
 
 
 def peer_columns(operation, spec, found):
@@ -214,6 +221,9 @@ def main():
   unknown = [name for name in _PATTERNS.value if name not in known and not name.startswith("file:")]
   if unknown:
     raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or file:PATH")
+  unknown = [name for name in _IMPLEMENTATION.value if ":" in name and name.partition(":")[2] not in ALGORITHMS]
+  if unknown:
+    raise ValueError(f"--implementation: {unknown[0]!r} is unknown; an algorithm is one of {', '.join(ALGORITHMS)}")
   if _MODEL.value:
     return model_bench.main(names, {name: known[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value

@@ -15,6 +15,7 @@ with blocks of 32 (16 x 8,192 tokens) 1.71 and 1.76. Hence the rule of `pays`.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -67,9 +68,25 @@ def tiles_of(plan):
   return -(-plan.queries // tokens_of(plan))
 
 
+_overrides: list[bool] = []
+
+
+@contextlib.contextmanager
+def override(own_pass):
+  """`pays` gives `own_pass` inside the block: for measuring. Compiled functions keep what they have."""
+  _overrides.append(own_pass)
+  try:
+    yield
+  finally:
+    _overrides.pop()
+
+
 def pays(plan, head_dim):
   """Whether common blocks are worth their own pass; measured, see above. The queries have to fill tiles."""
-  return plan.queries >= tokens_of(plan) and plan.group >= 4 and head_dim >= 128
+  fills = plan.queries >= tokens_of(plan)
+  if _overrides:
+    return fills and _overrides[-1]
+  return fills and plan.group >= 4 and head_dim >= 128
 
 
 def split(block_indices, plan, segment_ids=None, query_offset=0):
