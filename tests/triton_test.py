@@ -503,9 +503,10 @@ def test_interpreted_many_slots():
 
 
 @interprets
-@pytest.mark.parametrize("selected", [True, False])
-def test_interpreted_index_kl(selected):
+@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
+def test_interpreted_index_kl(selected, kept_bytes, monkeypatch):
   from pallas_kernels.triton import kl
+  monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
   q, k, lse, index, blocks, dloss, options = kl_inputs(
       np.random.default_rng(0), selected, True, jnp.float32, T=40, H=16, HI=16, size=16)
   with tuning.override("index_kl", TINY):
@@ -513,6 +514,20 @@ def test_interpreted_index_kl(selected):
   want = with_gradients(lambda *i: reference.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
   for x, y in zip(got, want):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+def test_interpreted_index_kl_of_several_cotangents():
+  """What the forward pass keeps of a batch must not be read as if it were that of a larger one."""
+  from pallas_kernels.triton import kl
+  q, k, lse, index, blocks, dloss, options = kl_inputs(
+      np.random.default_rng(0), True, True, jnp.float32, T=40, H=16, HI=16, size=16)
+  with tuning.override("index_kl", TINY):
+    _, pull = jax.vjp(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options), *index)
+    got = jax.vmap(pull)(jnp.stack([dloss, 2 * dloss]))
+    want = pull(dloss)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, jnp.stack([y, 2 * y]), rtol=2e-5, atol=2e-5)
 
 
 @interprets

@@ -36,6 +36,9 @@ def unavailable():
     return f"jax-triton does not import ({type(error).__name__}: {error})"
   if not hasattr(jax_triton, "triton_call"):
     return "jax-triton has no triton_call"
+  from jaxlib import gpu_triton
+  if not hasattr(gpu_triton, "TritonKernel"):  # jax-triton 0.4 imports without it
+    return "jaxlib has no CUDA plugin, which compiles Triton kernels: pip install 'jax[cuda13]'"
   device = jax.devices()[0]
   if device.platform == "gpu" and capability() < 80:
     return f"q is on {device.device_kind}: the kernels need compute capability 8.0 or more"
@@ -106,12 +109,14 @@ def _interpret(kernel, inputs, outputs, grid, constants):
   return out[0] if hasattr(outputs, "shape") else list(out)
 
 
-def batched(function):
+def batched(function, laid_out=()):
   """`function` with a batching rule: a mapped axis is folded into the first axis of every array.
 
   Args:
     function: of arrays (pytrees, None allowed) that all have a first axis of the same length B, to arrays
       that have it too, where results of one batch entry depend on that entry alone.
+    laid_out: arguments, by number, single arrays whose order inside depends on the whole batch: they have a first
+      axis of length B that may be folded, but repeating them would be wrong. `function` gets None instead.
 
   Returns:
     The same function; arrays that vmap does not map are repeated.
@@ -126,7 +131,11 @@ def batched(function):
       x = x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
       return x.reshape(axis_size * x.shape[1], *x.shape[2:])
 
-    results = call(*jax.tree.map(fold, args, tuple(in_batched)))
+    args, in_batched = list(args), list(in_batched)
+    for n in laid_out:
+      if not in_batched[n]:
+        args[n] = in_batched[n] = None
+    results = call(*jax.tree.map(fold, args, in_batched))
     results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
     return results, jax.tree.map(lambda _: True, results)
 

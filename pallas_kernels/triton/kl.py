@@ -1,7 +1,9 @@
 """`index_kl` of `pallas_kernels.api`: over selected blocks by the inverse of the selection, over all tokens by tiles.
 
 Over selected blocks the forward pass leaves five numbers per entry of the selection, the backward pass one row of
-dq_idx; both recompute the scores. Sums go in a fixed order: equal inputs give equal bits.
+dq_idx. P, which costs G products of H numbers where an index score costs one, is kept for the backward pass up to
+`KEPT_BYTES` of it (with 64/4 heads of 128 and 16 blocks of 128 as much as q) and made again beyond. Sums go in a fixed
+order: equal inputs give equal bits.
 """
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from pallas_kernels.triton import tuning
 
 BLOCK_SIZES = (16, 32, 64, 128)
 RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries takes of the L2 cache
+KEPT_BYTES = 2 * 2 ** 30    # of P, from the forward to the backward pass of one call
 
 
 def supports_index_kl(a):
@@ -53,17 +56,18 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale, index
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _index_kl(q_idx, k_idx, rest, how):
-  return call.batched(functools.partial(_losses, how=how))(q_idx, k_idx, rest)[0]
+  return call.batched(functools.partial(_losses, how=how, keep=False))(q_idx, k_idx, rest)[0]
 
 
 def _forward(q_idx, k_idx, rest, how):
-  loss, *saved = call.batched(functools.partial(_losses, how=how))(q_idx, k_idx, rest)
-  return loss, (q_idx, k_idx, rest, saved)
+  loss, *saved, targets = call.batched(functools.partial(_losses, how=how, keep=True))(q_idx, k_idx, rest)
+  return loss, (q_idx, k_idx, rest, saved, targets)
 
 
 def _backward(how, residuals, dloss):
-  q_idx, k_idx, rest, saved = residuals
-  dq, dk = call.batched(functools.partial(_gradients, how=how))(q_idx, k_idx, rest, saved, dloss)
+  gradients = call.batched(functools.partial(_gradients, how=how), laid_out=(4,))
+  q_idx, k_idx, rest, saved, targets = residuals
+  dq, dk = gradients(q_idx, k_idx, rest, saved, targets, dloss)
   nothing = lambda x: (np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer)
                        else jnp.zeros_like(x))
   return dq, dk, jax.tree.map(nothing, rest)
@@ -91,12 +95,13 @@ def _visible(q, k, segment_ids, offset):
   return low, jnp.minimum(position + 1, k.shape[1])
 
 
-def _losses(q_idx, k_idx, rest, *, how):
-  """loss, index lse, 1 / sum of P: float32[B, T, K], and over all tokens dq_idx for a loss of weight 1, else None."""
+def _losses(q_idx, k_idx, rest, *, how, keep):
+  """loss, index lse, 1 / sum of P: float32[B, T, K]; over all tokens dq_idx for a loss of weight 1, else None; P by
+  entry [B, places / B, block size] if it is to be kept, there are blocks and it is not too large, else None."""
   q, k, lse, block_indices, segment_ids, offset = rest
   tuned = tuning.get("index_kl", head_dim=q.shape[3], dtype=q.dtype)
   constants = _constants(q, k, q_idx, how, tuned)
-  dq = None
+  dq = targets = None
   if block_indices is None:
     B, T, K, HI = q_idx.shape
     moments, dq = call.kernel_call(
@@ -110,10 +115,13 @@ def _losses(q_idx, k_idx, rest, *, how):
     plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
     entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
     places = plan.max_tiles * entry_lists.TILE_ROWS
-    moments = call.kernel_call(
+    keep = keep and places * how[0] * q.dtype.itemsize <= KEPT_BYTES
+    moments, kept = call.kernel_call(
         kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
-        jax.ShapeDtypeStruct((5, places), jnp.float32), grid=(plan.max_units,), name="index_kl_forward",
-        PLACES=places, SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **constants)
+        [jax.ShapeDtypeStruct((5, places), jnp.float32), _kept(q, places if keep else 1, how[0])],
+        grid=(plan.max_units,), name="index_kl_forward", PLACES=places, SIZE=how[0], TOKENS=entry_lists.TILE_ROWS,
+        KEEP=keep, **constants)
+    targets = kept if keep else None
     used = entries.position >= 0
     top, norm, total, entropy, cross = (moments[n][entries.position] for n in range(5))
     peak = jnp.where(used, top, -jnp.inf).max(axis=-1)
@@ -123,10 +131,15 @@ def _losses(q_idx, k_idx, rest, *, how):
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)
   loss = (entropy - cross) / safe - jnp.log(safe) + index_lse
-  return jnp.where(seen, loss, 0.0), index_lse, jnp.where(seen, 1.0 / safe, 0.0), dq
+  return jnp.where(seen, loss, 0.0), index_lse, jnp.where(seen, 1.0 / safe, 0.0), dq, targets
 
 
-def _gradients(q_idx, k_idx, rest, saved, dloss, *, how):
+def _kept(q, places, block_size):
+  """P by entry; a first axis of B, as `call.batched` wants it."""
+  return jax.ShapeDtypeStruct((q.shape[0], -(-places // q.shape[0]), block_size), q.dtype)
+
+
+def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   q, k, lse, block_indices, segment_ids, offset = rest
   index_lse, factor, dq = saved
   B, T, K, HI = q_idx.shape
@@ -146,10 +159,13 @@ def _gradients(q_idx, k_idx, rest, saved, dloss, *, how):
   plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
   entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
   places = plan.max_tiles * entry_lists.TILE_ROWS
+  kept = targets is not None
+  targets = targets if kept else jnp.zeros_like(_kept(q, 1, how[0]))
   dq, dk = call.kernel_call(
-      kl_kernels.selected_backward_kernel, (*inputs, entries.rows, entries.spans, entries.units),
+      kl_kernels.selected_backward_kernel, (*inputs, entries.rows, entries.spans, entries.units, targets),
       [jax.ShapeDtypeStruct((places, HI), q_idx.dtype), jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
-      grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **constants)
+      grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, KEPT=kept,
+      **constants)
   dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
   dk = sum_units(dk, entries.unit_start, plan, heads=K)
   dk = dk.reshape(B, -1, HI)[:, :k.shape[1]]

@@ -48,11 +48,14 @@ def _moments(p, s, top):
 
 
 @triton.jit
-def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, S: tl.constexpr, K: tl.constexpr,
-                            G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
+def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, targets, S: tl.constexpr,
+                            K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                            TOKENS: tl.constexpr, PRECISION: tl.constexpr):
-  """`moments` float32[5, PLACES]: the maximum of the index scores and the `_moments` of each entry."""
+                            TOKENS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
+  """`moments` float32[5, PLACES]: the maximum of the index scores and the `_moments` of each entry.
+
+  `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask.
+  """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
   b, r, block = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 5)
@@ -77,6 +80,8 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
     tl.store(moments + 2 * PLACES + place, total, mask=ok)
     tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
     tl.store(moments + 4 * PLACES + place, cross, mask=ok)
+    if KEEP:
+      tl.store(targets + place[:, None] * SIZE + c[None, :], p.to(targets.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit
@@ -88,19 +93,20 @@ def _score_gradient(p, s, seen, index_lse, factor, weight):
 
 
 @triton.jit
-def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, rows, spans, units, dq_parts,
+def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, rows, spans, units, targets, dq_parts,
                              dk_parts, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
                              HI: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                             TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+                             TOKENS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr):
   """What a block of keys gives to dq_idx, [PLACES, HI], one row per entry, and dk_idx, float32[units, SIZE, HI].
 
-  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE.
+  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. P is read from `targets` if KEPT, else made again.
   """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
   b, r, block = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 5)
   start = tl.cast(b, tl.int64) * S
-  keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
+  if not KEPT:
+    keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
   index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
   c = tl.arange(0, SIZE)
   dk = tl.zeros((SIZE, HI), tl.float32)
@@ -110,7 +116,11 @@ def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight,
     row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
-    p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION)
+    place = tile.to(tl.int64) * TOKENS + i
+    if KEPT:
+      p = tl.load(targets + place[:, None] * SIZE + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+    else:
+      p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION)
     queries = _index_rows(q_idx, row, ok, HI)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
     ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
@@ -118,7 +128,6 @@ def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight,
     ds = ds.to(queries.dtype)
     dk = tl.dot(tl.trans(ds), queries, dk, input_precision=PRECISION)
     dq = tl.dot(ds, index_keys, input_precision=PRECISION)
-    place = tile.to(tl.int64) * TOKENS + i
     tl.store(dq_parts + place[:, None] * HI + tl.arange(0, HI)[None, :], dq.to(dq_parts.dtype.element_ty),
              mask=ok[:, None])
   if count > 0:
