@@ -54,7 +54,8 @@ _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
 _PATTERNS = flags.DEFINE_list("patterns", list(bench_cases.PATTERNS),
                               f"Of {', '.join(bench_cases.PATTERNS)}, or file:PATH@LAYER.")
-_IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one. mosaic_gpu:union and "
+_IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one, fastest the best "
+                                    "one if gradients may differ in last bits. mosaic_gpu:union and "
                                     "mosaic_gpu:gather force one of selected_attention's two algorithms.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
 _PEERS = flags.DEFINE_boolean("peers", True, "Times flash-linear-attention too, where it is installed.")

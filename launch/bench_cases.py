@@ -93,8 +93,9 @@ def make(operation, spec, implementation=None, keys=None):
   how = dict(implementation=implementation)
   strides = dict(block_len=s.block_len, block_stride=s.block_stride)
   choice = dict(block_size=s.block_size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)
-  # A name goes to the operation that the case is named after; the others are the best there are.
-  size = dict(block_size=s.block_size, **(how if operation in ("selected_attention", "index_kl") else {}))
+  # A name goes to the operation that the case is named after; the others are the best there are, or the fastest.
+  others = how if implementation == "fastest" else {}
+  size = dict(block_size=s.block_size, **(how if operation in ("selected_attention", "index_kl") else others))
   attention = lambda pairs: (4 * s.H * pairs, 14 * s.H * pairs)
   sparse, window, compressed = keys * s.G, heads * causal_pairs(s.T, s.window), heads * compressed_pairs(s)
   index = 2 * s.index_dim * s.B * s.K * causal_pairs(s.T)
@@ -102,18 +103,18 @@ def make(operation, spec, implementation=None, keys=None):
   both_kl = kl + keys * 4 * s.index_dim
 
   def select(x):
-    named = how if operation.startswith(("compressed", "pooled")) else {}
+    named = how if operation.startswith(("compressed", "pooled")) else others
     o, lse = pk.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], **strides, **named)
-    return o, pk.compressed_top_k(x["q"], x["k_cmp"], lse, **strides, **choice)
+    return o, pk.compressed_top_k(x["q"], x["k_cmp"], lse, **strides, **choice, **others)
 
   def nsa(x, blocks):
     o_cmp, blocks = select(x)
     o_slc, _ = pk.selected_attention(x["q"], x["k"], x["v"], blocks, **size)
-    o_win, _ = pk.attention(x["q"], x["k"], x["v"], window=s.window)
+    o_win, _ = pk.attention(x["q"], x["k"], x["v"], window=s.window, **others)
     return o_cmp + o_slc + o_win
 
   def msa(x, blocks):
-    blocks = pk.index_top_k(x["q_idx"], x["k_idx"], **choice)
+    blocks = pk.index_top_k(x["q_idx"], x["k_idx"], **choice, **others)
     o, lse = pk.selected_attention(x["q"], x["k"], x["v"], blocks, **size)
     return o, pk.index_kl(x["q"], x["k"], lse, x["q_idx"], x["k_idx"], blocks, **size).mean()
 

@@ -1,7 +1,8 @@
 """Attention operations for block-sparse models: arrays in, arrays out.
 
-Every operation takes `implementation=None` (the best one for the platform) or
-a name from `available(operation)`; "reference" always works. See `api`.
+Every operation takes `implementation=None` (the best one for the platform),
+"fastest" (that may differ in last bits from run to run) or a name from
+`available(operation)`; "reference" always works. See `api`.
 """
 from pallas_kernels.api import attention
 from pallas_kernels.api import available

@@ -19,13 +19,15 @@ import jax
 
 logger = logging.getLogger("pallas_kernels")
 
+FASTEST = "fastest"  # as an implementation: what None gives but for reasons to avoid it, e.g. gradients of no fixed bits
+
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
               "paged_attention", "index_kl", "block_top_k", "block_mass")
 
 # Platform -> (implementation, module) in order of preference; the module registers under that name.
 BACKENDS = {
     "gpu": [("mosaic_gpu", "pallas_kernels.mosaic_gpu"), ("cudnn", "pallas_kernels.cudnn"),
-            ("triton", "pallas_kernels.triton")],
+            ("cudnn_triton", "pallas_kernels.cudnn_triton"), ("triton", "pallas_kernels.triton")],
     "tpu": [("mosaic_tpu", "pallas_kernels.mosaic_tpu")],
     "cpu": [],
 }
@@ -103,12 +105,14 @@ def current_platform() -> str:
 def choose(operation: str, implementation: str | None, arguments: Mapping[str, Any]) -> Implementation:
   """The implementation that serves this call.
 
+  `implementation`: a name; None for the best one; FASTEST for the best one whatever there is to `avoid`.
+
   Raises:
     ValueError: `implementation` is no known name.
     NotImplementedError: it is one, but cannot serve these arguments or this platform.
   """
   platform = current_platform()
-  if implementation is not None:
+  if implementation not in (None, FASTEST):
     chosen = _named(operation, implementation, platform, arguments)
     _log(logging.INFO, operation, f"{chosen.name} ({platform}), as named")
     return chosen
@@ -117,7 +121,7 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
              for name, module in BACKENDS[platform]
              if _import_errors[module] or name not in _registered[operation]]
   order = _in_order(operation)
-  avoided = {i.name: i.avoid(arguments) for i in order}
+  avoided = {i.name: None if implementation == FASTEST else i.avoid(arguments) for i in order}
   candidates = sorted(order, key=lambda i: 2 if i.name == "reference" else avoided[i.name] is not None)
   for candidate in candidates:
     if candidate.platforms is not None and platform not in candidate.platforms:
@@ -143,7 +147,7 @@ def _named(operation, implementation, platform, arguments):
     known = [i.name for i in _in_order(operation)]
     if implementation not in modules:
       known += [name for name in modules if name not in known]
-      raise ValueError(f"implementation = {implementation!r} of {operation}: take None or one of "
+      raise ValueError(f"implementation = {implementation!r} of {operation}: take None, {FASTEST} or one of "
                        f"{', '.join(known)}")
     why = _import_errors[modules[implementation]] or f"it has no {operation}"
     raise NotImplementedError(

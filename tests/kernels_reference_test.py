@@ -393,8 +393,8 @@ def test_a_missing_backend_costs_a_warning_only(registry, caplog):
       pk.attention(q, k, v, implementation="gone")
   assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
   assert "attention: reference (tpu), because gone: no_such does not import" in caplog.records[0].message
-  with pytest.raises(ValueError, match="'fastest'.*reference"):
-    pk.attention(q, k, v, implementation="fastest")
+  with pytest.raises(ValueError, match="'quickest'.*reference"):
+    pk.attention(q, k, v, implementation="quickest")
 
 
 BAD = {

@@ -76,14 +76,14 @@ def selections():
 
 
 @triton.jit
-def past_the_end(x, o):
+def past_the_end(x, o, DISTANCE: tl.constexpr):
   i = tl.arange(0, 128)
-  tl.store(o + i + 1, tl.load(x + i))
+  tl.store(o + i + DISTANCE, tl.load(x + i))
 
 
-def planted():
+def planted(distance):
   one = jax.ShapeDtypeStruct((128,), jnp.float32)
-  return lambda x: call.kernel_call(past_the_end, (x,), one, grid=(1,), name="past_the_end"), (jnp.ones(128),)
+  return lambda x: call.kernel_call(past_the_end, (x,), one, grid=(1,), name="past_the_end", DISTANCE=distance), (jnp.ones(128),)
 
 
 CALLS = {**{f"triton_{name}": functools.partial(attention, name) for name in TRITON},
@@ -97,7 +97,7 @@ def main(names):
     return print(*CALLS, "planted", sep="\n")
   for name in names or CALLS:
     start = time.time()
-    function, arguments = planted() if name == "planted" else CALLS[name]()
+    function, arguments = planted(int(name[8:] or 1)) if name.startswith("planted") else CALLS[name]()
     jax.block_until_ready(jax.jit(function)(*arguments))
     print(f"{name}: {time.time() - start:.1f} s", flush=True)
 

@@ -18,8 +18,10 @@ from pallas_kernels import reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 from pallas_kernels import cudnn  # noqa: E402
+from pallas_kernels import cudnn_triton  # noqa: E402
 from pallas_kernels.triton import call  # noqa: E402
 from pallas_kernels.triton import ranged  # noqa: E402
+from pallas_kernels.triton import selected  # noqa: E402
 from pallas_kernels.triton import top_k  # noqa: E402
 from pallas_kernels.triton import tuning  # noqa: E402
 
@@ -146,9 +148,10 @@ def test_error_on_device_is_that_of_the_dtype(name):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("implementation", ["cudnn", "cudnn_triton"])
 @pytest.mark.parametrize("name", CUDNN)
-def test_error_of_cudnn_is_that_of_the_dtype(name):
-  check_error(CUDNN[name], "cudnn")
+def test_error_of_cudnn_is_that_of_the_dtype(name, implementation):
+  check_error(CUDNN[name], implementation)
 
 
 def test_stairs_are_causal_attention(monkeypatch):
@@ -294,10 +297,11 @@ def kl_inputs(rng, selected, packed, dtype=jnp.bfloat16, B=2, T=200, K=2, G=3, H
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("selected", [True, False])
+@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
 @pytest.mark.parametrize("packed", [True, False])
-def test_index_kl_on_device(selected, packed):
+def test_index_kl_on_device(selected, kept_bytes, packed, monkeypatch):
   from pallas_kernels.triton import kl
+  monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
   q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), selected, packed)
   got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
   with on_cpu():
@@ -316,10 +320,13 @@ def test_index_kl_on_device(selected, packed):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ["window_g3_packed", "compressed_packed", "selected_g16"])
-def test_same_bits_over_20_runs(name):
-  operation, arrays, cotangents, options, _ = inputs_of(CASES[name], 1)
-  run = with_gradients(functools.partial(getattr(pk, operation), implementation="triton", **options))
+@pytest.mark.parametrize("name, implementation", [
+    ("window_g3_packed", "triton"), ("compressed_packed", "triton"), ("selected_g16", "triton"),
+    ("dense_g16", "cudnn_triton"), ("compressed_g16", "cudnn_triton")])
+def test_same_bits_over_20_runs(name, implementation):
+  case = CUDNN[name] if implementation == "cudnn_triton" else CASES[name]
+  operation, arrays, cotangents, options, _ = inputs_of(case, 1)
+  run = with_gradients(functools.partial(getattr(pk, operation), implementation=implementation, **options))
   first = [np.asarray(x).view(np.uint8) for x in run(arrays, cotangents)]
   for _ in range(19):
     for x, y in zip(first, run(arrays, cotangents)):
@@ -411,18 +418,21 @@ def test_cudnn_with_a_large_workspace_is_served_by_name_only(operation, T, B, gi
   chosen = lambda name: backends.choose(operation, name, a).name
   with backends.target_platform("gpu"):
     backends.available(operation)  # imports what there is, so that nothing replaces the stand-in
-    monkeypatch.setitem(backends._registered[operation], "triton",
-                        backends.Implementation("triton", None, ("gpu",), lambda a: None))
+    for name in ("cudnn_triton", "triton"):
+      monkeypatch.setitem(backends._registered[operation], name,
+                          backends.Implementation(name, None, ("gpu",), lambda a: None))
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
     assert f"{cudnn.workspace_bytes(a['q'], a.get('k', a.get('k_cmp'))) / 2 ** 30:.1f}" == gib
     assert chosen("cudnn") == "cudnn"
     if refused:
-      assert f"{gib} GiB, more than 4" in cudnn.avoid(a) and chosen(None) == "triton"
-      assert caplog.records[-1].message == f"{operation}: triton (gpu), not cudnn: {cudnn.avoid(a)}"
+      assert f"{gib} GiB, more than 4" in cudnn.avoid(a) and chosen(None) == "cudnn_triton"
+      assert caplog.records[-1].message == f"{operation}: cudnn_triton (gpu), not cudnn: {cudnn.avoid(a)}"
     else:
       assert cudnn.avoid(a) is None and chosen(None) == "cudnn"
+    assert chosen("fastest") == "cudnn"
     monkeypatch.delenv("XLA_FLAGS")
-    assert chosen(None) == "triton" and "XLA_FLAGS" in cudnn.avoid(a)
+    assert chosen(None) == "cudnn_triton" and "XLA_FLAGS" in cudnn.avoid(a)
+    assert chosen("fastest") == "cudnn"
 
 
 # --- lowering, and the interpreter ----------------------------------------------
@@ -473,17 +483,25 @@ TINY = tuning.Tuned(16, 16, 1, 1)
 
 
 @interprets
-@pytest.mark.parametrize("name", SMALL)
-def test_interpreted_kernels_agree(name):
+@pytest.mark.parametrize("name", [*SMALL, "attention, another forward pass", "compressed, another forward pass"])
+def test_interpreted_kernels_agree(name, monkeypatch):
+  """Another forward pass: cudnn_triton's gradients from the o and lse that cuDNN, here the reference, leaves."""
+  name, _, other = name.partition(", ")
   operation, arrays, cotangents, options, _ = inputs_of(SMALL[name], 0, jnp.float32)
-  module = ranged if operation != "selected_attention" else __import__("pallas_kernels.triton.selected", fromlist=["x"])
   options = {**dict(scale=0.25, segment_ids=None), **options}
+  used = []
+  if other:
+    options["segment_ids"] = None
+    of_cudnn = lambda *a, **kw: used.append(operation) or getattr(reference, operation)(*a, **kw)
+    monkeypatch.setattr(cudnn, operation, of_cudnn)
+  module = cudnn_triton if other else selected if operation == "selected_attention" else ranged
   if operation == "attention":
     options = {**dict(causal=True, window=None), **options}
   with tuning.override("range_forward", TINY), tuning.override("range_dq", TINY), tuning.override("range_dkv", TINY), \
        tuning.override("range_decode", TINY):
     got = with_gradients(functools.partial(getattr(module, operation), **options))(arrays, cotangents)
   want = with_gradients(functools.partial(getattr(reference, operation), **options))(arrays, cotangents)
+  assert bool(used) == bool(other)
   for x, y in zip(got, want):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 

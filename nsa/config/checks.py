@@ -170,7 +170,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds, "one or more different seeds")
   need(not config.profile or len(config.profile) == 2 and 0 <= config.profile[0] <= config.profile[1], "profile",
        config.profile, "(first step, last step)")
-  names = {"", "reference"} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
+  names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")

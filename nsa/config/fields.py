@@ -167,7 +167,7 @@ class Config:
   log_every: int = 10             # steps between metric records
   tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
-  implementation: str = ""        # of the attention operations; "" = the best one for the platform
+  implementation: str = ""        # of the attention operations; "" = the best one for the platform; "fastest" lets last bits differ between runs
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 
   def method_of(self, name: str) -> methods.Method:

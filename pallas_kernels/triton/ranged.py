@@ -43,12 +43,16 @@ def reasons(q, k, v=None, scale=None, k_name="k"):
 
 def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset):
   """See `pallas_kernels.api.attention`."""
+  return attend(q, k, v, *runs_of(q, k, causal, window, segment_ids, query_offset), scale)
+
+
+def runs_of(q, k, causal, window, segment_ids, query_offset):
+  """low, high: int32[B, T], the keys low .. high - 1 that each query of `attention` sees."""
   (B, T), S = q.shape[:2], k.shape[1]
   low, position = call.visible_tokens(B, T, query_offset, segment_ids)
   if window is not None:
     low = jnp.maximum(low, position - (window - 1))
-  high = jnp.minimum(position + 1, S) if causal else call.segment_ends(B, T, S, query_offset, segment_ids)
-  return attend(q, k, v, low, high, scale)
+  return low, jnp.minimum(position + 1, S) if causal else call.segment_ends(B, T, S, query_offset, segment_ids)
 
 
 def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset):
@@ -90,7 +94,7 @@ class Sizes:
                 SCALE=self.scale * call.LOG2E, PRECISION=self.precision)
 
 
-def attend(q, k, v, low, high, scale):
+def attend(q, k, v, low, high, scale, forward_pass=None):
   """Attention of query t over the keys low[t] .. high[t] - 1; both do not decrease with t.
 
   Args:
@@ -98,6 +102,7 @@ def attend(q, k, v, low, high, scale):
     k, v: [B, C, K, H].
     low, high: int32[B, T].
     scale: of the scores, a positive number.
+    forward_pass: other code for the same o and lse, called like `forward`; None is `forward`.
 
   Returns:
     o [B, T, N, H] in q.dtype and lse float32[B, T, N], both differentiable (q, k, v).
@@ -105,20 +110,21 @@ def attend(q, k, v, low, high, scale):
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   sizes = Sizes(T, C, K, N // K, H, float(scale), "ieee" if q.dtype == jnp.float32 else "tf32")
-  return _attend(q, k, v, low, high, sizes)
+  return _attend(q, k, v, low, high, sizes, forward_pass or forward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, low, high, sizes):
-  return call.batched(functools.partial(forward, sizes=sizes))(q, k, v, low, high)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, low, high, sizes, forward_pass):
+  return call.batched(functools.partial(forward_pass, sizes=sizes))(q, k, v, low, high)
 
 
-def _attend_forward(q, k, v, low, high, sizes):
-  o, lse = call.batched(functools.partial(forward, sizes=sizes))(q, k, v, low, high)
+def _attend_forward(q, k, v, low, high, sizes, forward_pass):
+  o, lse = _attend(q, k, v, low, high, sizes, forward_pass)
   return (o, lse), (q, k, v, low, high, o, lse)
 
 
-def _attend_backward(sizes, residuals, cotangents):
+def _attend_backward(sizes, forward_pass, residuals, cotangents):
+  del forward_pass
   q, k, v, low, high, o, lse = residuals
   do, dlse = cotangents
   dq, dk, dv = call.batched(functools.partial(backward, sizes=sizes))(q, k, v, low, high, o, lse, do, dlse)

@@ -1,0 +1,47 @@
+"""cuDNN forward, Triton backward: `attention` and `compressed_attention` with gradients of fixed bits at any length.
+
+cuDNN's forward pass is the fastest there is on Hopper and always gives the same bits. Its backward pass does so only
+with a workspace that grows with the square of the length (cudnn.py); that of triton/ranged.py needs none, and the
+output and lse that cuDNN leaves are all that it asks for.
+"""
+from __future__ import annotations
+
+import functools
+
+
+from pallas_kernels import backends
+from pallas_kernels import cudnn
+from pallas_kernels.triton import call
+from pallas_kernels.triton import ranged
+
+
+def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset):
+  """See `pallas_kernels.api.attention`."""
+  def forward(q, k, v, low, high, sizes):
+    return cudnn.attention(q, k, v, causal=causal, window=window, scale=scale, segment_ids=None, query_offset=0)
+
+  return ranged.attend(q, k, v, *ranged.runs_of(q, k, causal, window, segment_ids, query_offset), scale, forward)
+
+
+def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset):
+  """See `pallas_kernels.api.compressed_attention`."""
+  def forward(q, k, v, low, high, sizes):
+    return cudnn.compressed_attention(q, k, v, block_len=block_len, block_stride=block_stride, scale=scale,
+                                      segment_ids=None, query_offset=0)
+
+  first, position = call.visible_tokens(*q.shape[:2], query_offset, segment_ids)
+  low, high = call.compressed_run(first, position, k_cmp.shape[1], block_len, block_stride)
+  return ranged.attend(q, k_cmp, v_cmp, low, high, scale, forward)
+
+
+def _avoid(a):
+  """Not measured to be faster than Triton's forward pass over a window."""
+  return None if a.get("window") is None else f"window = {a['window']}: other kernels are as fast"
+
+
+for _name, _function, _of_cudnn, _of_triton in (
+    ("attention", attention, cudnn.supports_attention, ranged.supports_attention),
+    ("compressed_attention", compressed_attention, cudnn.supports_compressed_attention,
+     ranged.supports_compressed_attention)):
+  backends.register(_name, "cudnn_triton", _function, platforms=("gpu",), avoid=_avoid,
+                    supports=functools.partial(lambda first, second, a: first(a) or second(a), _of_cudnn, _of_triton))
