@@ -37,8 +37,7 @@ FEW = ("native_msa_cold", "native_nsa", "mixed_msa")
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", part="main", steps=3600, seeds=3, few=1, rate=1e-3, msa_rate=1e-3, nsa_rate=1e-3,
-                      batch=8, arms="")
+  a = arguments.parse(arg, corpus="", part="main", steps=3000, seeds=3, few=1, rate=1.5e-3, batch=8, arms="")
   if a.part not in ("main", "rates"):
     raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
   study = rates(a) if a.part == "rates" else main(a)
@@ -56,10 +55,10 @@ def get_config(arg=None):
 
 
 def main(a):
-  make, msa, nsa = Arms(a, a.rate), Arms(a, a.msa_rate), Arms(a, a.nsa_rate)
+  make = Arms(a, a.rate)
   retrofits = {f"retrofit_msa_{100 * budget:g}": budget for budget in BUDGETS}
-  arms = [make.dense("dense"), msa.native_msa("native_msa"), msa.native_msa("native_msa_cold", warm=False),
-          nsa.native_nsa("native_nsa"), msa.native_window("native_window"), msa.mixed("mixed_msa"),
+  arms = [make.dense("dense"), make.native_msa("native_msa"), make.native_msa("native_msa_cold", warm=False),
+          make.native_nsa("native_nsa"), make.native_window("native_window"), make.mixed("mixed_msa"),
           *(make.retrofit(name, budget, "dense") for name, budget in retrofits.items()),
           make.selector_only("selector_only", "dense")]
   few = {name: tuple(range(min(a.few, a.seeds))) for name in FEW}
