@@ -14,13 +14,13 @@ in the decay, wherever their budget puts them, at the trunk's own learning rate.
 both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
 `part=rates` is the grid of learning rates, the same three for each kind of arm.
 
-Result (results/pilot/report.md; two H100s for 9 minutes, 52M bytes per run; native NSA was cut short, native_window came
-later and has not been run): the retrofits of 5
-to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per byte behind native MSA, which is what dense attention is
-behind. That lead of native still fell when training ended: what the pilot shows looks like a faster start, not a limit.
+Result of the first pilot (results/pilot/report.md: two H100s for 9 minutes, 1,600 steps, no `power=1` among the tasks; native
+NSA was cut short, native_window not run): the retrofits of 5 to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per
+byte behind native MSA, which is what dense attention is behind. Of a second one as it stands here (results/pilot_98M/report.md,
+3,000 steps, one H200 per run) 9 of 27 runs were finished, two seeds of dense and native MSA among them: 0.004 and 0.025.
 
-Arguments: corpus= (none: the standard library's source), part=main (or rates), steps=1600, seeds=3, few=1 (seeds of the
-arms beside the question), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
+Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,
+seeds=3, few=1 (seeds of the arms beside the question), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule

@@ -185,10 +185,10 @@ def plot(rows, path):
       name = " ".join(filter(None, (row["operation"], row["pattern"], row["implementation"])))
       groups.setdefault((name, row["N"], row["K"], row["H"], row["block_size"], row["J"]), []).append(row)
   for ax, part in zip(axes, ("forward", "both")):
-    for (name, N, K, H, _, J), group in groups.items():
+    for (name, N, K, H, size, J), group in groups.items():
       points = sorted((row["T"], row[f"{part}_vs_dense"]) for row in group if row[f"{part}_vs_dense"])
       if len(points) > 1:
-        ax.plot(*zip(*points), marker="o", label=f"{name}, {N}/{K} of {H}, J {J}")
+        ax.plot(*zip(*points), marker="o", label=f"{name}, {N}/{K} of {H}, {J} blocks of {size}")
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set(xscale="log", yscale="log", xlabel="tokens", title={"forward": "forward", "both": "forward + backward"}[part])
     ax.set_xscale("log", base=2)

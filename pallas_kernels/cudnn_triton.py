@@ -35,8 +35,9 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, seg
 
 
 def _avoid(a):
-  """Not measured to be faster than Triton's forward pass over a window."""
-  return None if a.get("window") is None else f"window = {a['window']}: other kernels are as fast"
+  """On one H200, 64/4 heads of 128, forward ms with cuDNN and with Triton: dense, 16,384 tokens, 7.4 and 9.6; compressed
+  with its top-k, 65,536 tokens, 15.1 and 16.5. Over a window of 512, 3.0 and 3.4, but with cuDNN's own gradient."""
+  return None if a.get("window") is None else f"window = {a['window']}: not known to be faster"
 
 
 for _name, _function, _of_cudnn, _of_triton in (
