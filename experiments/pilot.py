@@ -4,7 +4,7 @@ The pilot of the main study at one size (about 10M non-embedding parameters), be
 
     python -m launch.study --config=experiments/pilot.py:corpus=/path/to/longdoc-v1.tar.xz --workdir=runs/pilot
     python -m launch.study --config=experiments/pilot.py:corpus=... --workdir=runs/pilot --only='*-s0'      # beside others
-    python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=1000 --workdir=runs/rates
+    python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=600 --workdir=runs/rates
 
 4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 15 % of the
 sequences are recall tasks, most of them packed with short examples of few pairs: longer and larger ones dense attention

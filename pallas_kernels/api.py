@@ -13,9 +13,9 @@ What holds for all of them:
 * Blocks lie on the absolute grid [j * block_size, (j + 1) * block_size); the last one may be partial.
 * `block_indices` is int32[B, T, K, J]; -1 pads, order is free, duplicates count once. Within a selected block
   tokens are still masked causally and by segment.
-* `implementation` is None (the best one for the platform that serves the arguments and gives equal inputs equal
-  gradients, to the bit; logged once on logger "pallas_kernels"), "fastest" (the same without the promise about bits: on
-  GPUs cuDNN's backward pass, which sums in no fixed order) or a name from `available(operation)`.
+* `implementation` is None (the best one for the platform that serves the arguments, logged once on logger
+  "pallas_kernels"; on GPUs no kernel whose gradients differ in their last bits between runs), "fastest" (such kernels
+  too: cuDNN's backward pass, which sums in no fixed order) or a name from `available(operation)`.
 
 All raise ValueError for arguments that make no sense and for unknown implementations, NotImplementedError for
 a named implementation that cannot serve the arguments.

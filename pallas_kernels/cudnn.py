@@ -10,7 +10,8 @@ rounds it to bfloat16. cuDNN has no derivative of lse: where somebody asks for o
 adds up dQ in no fixed order, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true (5 % slower on one
 H200): without that flag equal inputs give almost equal gradients, and a call gets these kernels only by name. With it
 the backward pass takes a workspace of one dQ for every 128 keys (`workspace_bytes`), so it grows with the square of the
-length: past `WORKSPACE_LIMIT`, too, a call gets these kernels only by name.
+length: past `WORKSPACE_LIMIT`, too, a call gets these kernels only by name, or by "fastest". Other calls get the forward
+pass alone, with other gradients (cudnn_triton.py).
 """
 from __future__ import annotations
 

@@ -11,27 +11,19 @@ import functools
 
 from pallas_kernels import backends
 from pallas_kernels import cudnn
-from pallas_kernels.triton import call
 from pallas_kernels.triton import ranged
 
 
-def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset):
+def attention(q, k, v, **options):
   """See `pallas_kernels.api.attention`."""
-  def forward(q, k, v, low, high, sizes):
-    return cudnn.attention(q, k, v, causal=causal, window=window, scale=scale, segment_ids=None, query_offset=0)
-
-  return ranged.attend(q, k, v, *ranged.runs_of(q, k, causal, window, segment_ids, query_offset), scale, forward)
+  forward_pass = lambda q, k, v, low, high, sizes: cudnn.attention(q, k, v, **options)
+  return ranged.attention(q, k, v, **options, forward_pass=forward_pass)
 
 
-def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset):
+def compressed_attention(q, k_cmp, v_cmp, **options):
   """See `pallas_kernels.api.compressed_attention`."""
-  def forward(q, k, v, low, high, sizes):
-    return cudnn.compressed_attention(q, k, v, block_len=block_len, block_stride=block_stride, scale=scale,
-                                      segment_ids=None, query_offset=0)
-
-  first, position = call.visible_tokens(*q.shape[:2], query_offset, segment_ids)
-  low, high = call.compressed_run(first, position, k_cmp.shape[1], block_len, block_stride)
-  return ranged.attend(q, k_cmp, v_cmp, low, high, scale, forward)
+  forward_pass = lambda q, k, v, low, high, sizes: cudnn.compressed_attention(q, k, v, **options)
+  return ranged.compressed_attention(q, k_cmp, v_cmp, **options, forward_pass=forward_pass)
 
 
 def _avoid(a):

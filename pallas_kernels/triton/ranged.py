@@ -41,25 +41,22 @@ def reasons(q, k, v=None, scale=None, k_name="k"):
   return None
 
 
-def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset):
-  """See `pallas_kernels.api.attention`."""
-  return attend(q, k, v, *runs_of(q, k, causal, window, segment_ids, query_offset), scale)
-
-
-def runs_of(q, k, causal, window, segment_ids, query_offset):
-  """low, high: int32[B, T], the keys low .. high - 1 that each query of `attention` sees."""
+def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset, forward_pass=None):
+  """See `pallas_kernels.api.attention`; forward_pass as in `attend`."""
   (B, T), S = q.shape[:2], k.shape[1]
   low, position = call.visible_tokens(B, T, query_offset, segment_ids)
   if window is not None:
     low = jnp.maximum(low, position - (window - 1))
-  return low, jnp.minimum(position + 1, S) if causal else call.segment_ends(B, T, S, query_offset, segment_ids)
+  high = jnp.minimum(position + 1, S) if causal else call.segment_ends(B, T, S, query_offset, segment_ids)
+  return attend(q, k, v, low, high, scale, forward_pass)
 
 
-def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset):
-  """See `pallas_kernels.api.compressed_attention`."""
+def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset,
+                         forward_pass=None):
+  """See `pallas_kernels.api.compressed_attention`; forward_pass as in `attend`."""
   first, position = call.visible_tokens(*q.shape[:2], query_offset, segment_ids)
   low, high = call.compressed_run(first, position, k_cmp.shape[1], block_len, block_stride)
-  return attend(q, k_cmp, v_cmp, low, high, scale)
+  return attend(q, k_cmp, v_cmp, low, high, scale, forward_pass)
 
 
 def supports_attention(a):
