@@ -1,0 +1,214 @@
+"""Triton kernels that choose blocks, and the KL that trains the choice: in the interpreter, and `gpu` tests.
+
+Run as triton_test.py says, with whose inputs and tolerances.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernels_oracle as oracle
+import numpy as np
+import pytest
+
+from pallas_kernels import reference
+
+pytest.importorskip("triton", reason="triton is not installed")
+from pallas_kernels.triton import call  # noqa: E402
+from pallas_kernels.triton import kl  # noqa: E402
+from pallas_kernels.triton import top_k  # noqa: E402
+from pallas_kernels.triton import tuning  # noqa: E402
+from triton_test import COMPRESSED, TINY, interprets, needs_gpu  # noqa: E402
+from triton_test import drawn_segments, on_cpu, on_host, with_gradients  # noqa: E402
+
+
+# --- selections -----------------------------------------------------------------
+
+
+def block_scores(q, k, block_len, block_stride, block_size, S, scale, segment_ids, offset):
+  """float64[B, T, K, blocks] from the definition, -inf where invisible."""
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  (B, T, N, H), (C, K) = q.shape, k.shape[1:3]
+  pos, seg = reference._query_positions(T, offset, segment_ids)
+  mask = np.asarray(reference._visible_compressed(pos, seg, C, segment_ids, block_len, block_stride))
+  s = np.einsum("btkgh,bckh->bkgtc", q.reshape(B, T, K, N // K, H), k) * scale
+  s = np.where(mask[:, None, None], s, -np.inf)
+  top = s.max(axis=-1, keepdims=True)
+  p = np.exp(s - np.where(np.isfinite(top), top, 0))
+  p = (p / np.maximum(p.sum(axis=-1, keepdims=True), 1e-300)).sum(axis=2)
+  weights = reference.overlap_weights(C, -(-S // block_size), block_len, block_stride, block_size)
+  visible = np.asarray(reference._visible_blocks(pos, seg, S, segment_ids, block_size))
+  scores = np.einsum("bktc,cj->btkj", p, weights)
+  return np.where(visible[:, :, None], scores, -np.inf)
+
+
+SELECTIONS = {  # shape of q, K, packed, query offset, block, J, (initial, local)
+    "g16": ((1, 700, 16, 64), 1, False, 0, 64, 8, (1, 2)),
+    "g3_packed": ((2, 500, 6, 64), 2, True, 0, 64, 4, (1, 1)),
+    "few_queries": ((2, 2, 8, 64), 2, False, 3000, 64, 8, (0, 1)),
+    "all_blocks": ((1, 200, 4, 64), 1, False, 0, 32, 16, (0, 0)),
+    "beyond_one_chunk": ((1, 40, 2, 64), 1, False, 18000, 32, 5, (1, 0)),
+}
+
+
+def check_selections(name, seed=0):
+  (B, T, N, H), K, packed, offset, size, J, (initial, local) = SELECTIONS[name]
+  rng = np.random.default_rng(seed)
+  S, dtype = T + offset, jnp.float32 if call.INTERPRET else jnp.bfloat16
+  ids = drawn_segments(rng, B, S) if packed else None
+  strides = dict(block_len=size // 2, block_stride=size // 4, segment_ids=ids, query_offset=offset)
+  C = (S - size // 2) // (size // 4) + 1
+  q, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, N, H), (B, C, K, H)))
+  choice = dict(block_size=size, num_blocks=J, num_initial=initial, num_local=local)
+  with on_cpu():
+    _, lse = jax.jit(functools.partial(reference.compressed_attention, **on_host(strides)))(*on_host((q, k, k)))
+  lse = jnp.asarray(np.asarray(lse))
+  got = np.asarray(jax.jit(functools.partial(top_k.compressed_top_k, scale=H ** -0.5, **strides, **choice))(q, k, lse))
+  oracle.check_selection(got, block_scores(q, k, size // 2, size // 4, size, S, H ** -0.5, ids, offset), J, initial,
+                         local, size, offset, atol=1e-4)
+  # Small integers: exact scores, so ties and all must be the reference's.
+  q, k = (jnp.asarray(rng.integers(-1, 2, size=s), dtype) for s in ((B, T, K, H), (B, S, H)))
+  where = dict(segment_ids=ids, query_offset=offset, scale=1.0)
+  got = jax.jit(functools.partial(top_k.index_top_k, **where, **choice))(q, k)
+  with on_cpu():
+    want = jax.jit(functools.partial(reference.index_top_k, **on_host(where), **choice))(*on_host((q, k)))
+  np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+  scores = jnp.asarray(rng.integers(-3, 4, size=(B, T, K, -(-S // size))), dtype)  # ties, and blocks past the last
+  where = dict(segment_ids=ids, query_offset=offset, keys=S)
+  got = jax.jit(functools.partial(top_k.block_top_k, **where, **choice))(scores)
+  with on_cpu():
+    want = jax.jit(functools.partial(reference.block_top_k, **on_host(where), **choice))(on_host(scores))
+  np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_on_device(name):
+  check_selections(name)
+
+
+def check_many_slots():
+  """More slots than the least number of groups; one sequence has every score four times."""
+  B, T, K, blocks, size, J = 2, 1, 2, 700, 4, 100
+  scores = np.random.default_rng(0).normal(size=(B, T, K, blocks))
+  scores[1] = scores[1, :, :, :1] + np.arange(blocks) // 4 % 5
+  scores = jnp.asarray(scores, jnp.float32)
+  choice = dict(block_size=size, num_blocks=J, num_initial=1, num_local=2, keys=blocks * size, segment_ids=None,
+                query_offset=2700)
+  got = np.asarray(jax.jit(functools.partial(top_k.block_top_k, **choice))(scores))
+  with on_cpu():
+    want = np.asarray(jax.jit(functools.partial(reference.block_top_k, **choice))(on_host(scores)))
+  np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_many_slots_on_device():
+  check_many_slots()
+
+
+def test_blocks_that_no_tile_holds_are_refused():
+  q, k_cmp = jax.ShapeDtypeStruct((1, 480, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 29, 2, 64), jnp.bfloat16)
+  reason = lambda **sizes: top_k.supports_compressed_top_k(
+      dict(q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes})) or ""
+  assert "block_size = 48 to be a power of two times" in reason(block_size=48)
+  assert "divisor of block_size = 40" in reason(block_size=40)
+  assert "block_size" not in reason(block_size=64)
+
+
+# --- index_kl -------------------------------------------------------------------
+
+
+def kl_inputs(rng, selected, packed, dtype=jnp.bfloat16, B=2, T=200, K=2, G=3, H=64, HI=32, size=32):
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  ids = drawn_segments(rng, B, T) if packed else None
+  q, k, index = draw(B, T, K * G, H), draw(B, T, K, H), (draw(B, T, K, HI), draw(B, T, HI))
+  blocks = None
+  if selected:
+    blocks = rng.integers(-1, -(-T // size), size=(B, T, K, 4))
+    blocks[:, 5:9] = -1
+    blocks = jnp.asarray(blocks, jnp.int32)
+  with on_cpu():
+    host = on_host((q, k, k, blocks, ids))
+    attend = lambda q, k, v, blocks, ids: reference.attention(q, k, v, segment_ids=ids) if blocks is None else \
+        reference.selected_attention(q, k, v, blocks, block_size=size, segment_ids=ids)
+    lse = np.asarray(jax.jit(attend)(*host)[1])
+  lse = jnp.asarray(lse)
+  dloss = jnp.asarray(rng.normal(size=(B, T, K)), jnp.float32)
+  options = dict(block_size=size, scale=H ** -0.5, index_scale=HI ** -0.5, segment_ids=ids, query_offset=0)
+  return q, k, lse, index, blocks, dloss, options
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_index_kl_on_device(selected, kept_bytes, packed, monkeypatch):
+  monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
+  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), selected, packed)
+  got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  with on_cpu():
+    q, k, lse, index, blocks, dloss, options = on_host((q, k, lse, index, blocks, dloss, options))
+    up = lambda x: x.astype(jnp.float32)
+    exact = lambda *i: reference.index_kl(up(q), up(k), lse, *i, blocks, **options)
+    want = with_gradients(exact)(jax.tree.map(up, index), dloss)
+  for what, x, z in zip(("loss", "dq", "dk"), got, want):
+    x, z = np.asarray(x, np.float64), np.asarray(z, np.float64)
+    # float32 sums of bfloat16 products; gradients round their scores and themselves to bfloat16
+    assert np.linalg.norm(x - z) <= (1e-5 if what == "loss" else 5e-3) * np.linalg.norm(z), what
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_index_kl_same_bits_over_20_runs():
+  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), True, True, T=1000)
+  run = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))
+  first = [np.asarray(x).view(np.uint8) for x in run(index, dloss)]
+  for _ in range(19):
+    for x, y in zip(first, run(index, dloss)):
+      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+
+
+# --- the interpreter ------------------------------------------------------------
+
+
+@interprets
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_interpreted_selections(name, monkeypatch):
+  (B, T, N, H), *rest = SELECTIONS[name]
+  monkeypatch.setitem(SELECTIONS, name, ((B, min(T, 40), N, 16), *rest))
+  with tuning.override("compressed_scores", TINY), tuning.override("index_scores", TINY):
+    check_selections(name)
+
+
+@interprets
+def test_interpreted_many_slots():
+  check_many_slots()
+
+
+@interprets
+@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
+def test_interpreted_index_kl(selected, kept_bytes, monkeypatch):
+  monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
+  q, k, lse, index, blocks, dloss, options = kl_inputs(
+      np.random.default_rng(0), selected, True, jnp.float32, T=40, H=16, HI=16, size=16)
+  with tuning.override("index_kl", TINY):
+    got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  want = with_gradients(lambda *i: reference.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+def test_interpreted_index_kl_of_several_cotangents():
+  """What the forward pass keeps of a batch must not be read as if it were that of a larger one."""
+  q, k, lse, index, blocks, dloss, options = kl_inputs(
+      np.random.default_rng(0), True, True, jnp.float32, T=40, H=16, HI=16, size=16)
+  with tuning.override("index_kl", TINY):
+    _, pull = jax.vjp(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options), *index)
+    got = jax.vmap(pull)(jnp.stack([dloss, 2 * dloss]))
+    want = pull(dloss)
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, jnp.stack([y, 2 * y]), rtol=2e-5, atol=2e-5)
