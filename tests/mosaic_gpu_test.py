@@ -166,6 +166,17 @@ def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
   assert not np.asarray(got[2], np.float32)[:, 3].any()
 
 
+def test_common_blocks_get_their_own_pass_where_it_pays_or_is_asked_for():
+  """The rule, what launch.bench's mosaic_gpu:union and :gather make of it, and that queries must fill a tile."""
+  plan = lambda T, G: entry_lists.Plan(1, T, T, 2, G, 8, 32, range_size=T, tiles_per_unit=2)
+  assert [common.pays(plan(256, G), H) for G, H in ((16, 128), (2, 128), (16, 64))] == [True, False, False]
+  with common.override(True):
+    assert common.pays(plan(256, 2), 64) and not common.pays(plan(4, 16), 128)
+  with common.override(False):
+    assert not common.pays(plan(256, 16), 128)
+  assert common.pays(plan(256, 16), 128)
+
+
 @pytest.mark.parametrize("G,J", [(16, 5), (4, 4), (1, 3)])
 def test_common_blocks_and_the_rest_are_the_selection(G, J):
   rng = np.random.default_rng(G)
