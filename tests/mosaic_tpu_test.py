@@ -122,8 +122,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_selected_attention_equals_the_reference(case):
   inputs = make_inputs("packed", **CASES[case])
-  # float32 holds a score of some hundreds to 3e-5, and that is the error of its exponential.
-  o, lse, dq, dk, dv = check("packed", inputs, exact=1e-5 if case == "huge_logits" else 2e-6)
+  # float32 rounds the largest score, 315, by up to 1.5e-5, and that is the error of its exponential, here and in the
+  # reference; how much of it is left depends on the CPU (against float64 dk was off by 1.05e-5 here, 0.55e-5 there).
+  o, lse, dq, dk, dv = check("packed", inputs, exact=2.0 ** -16 if case == "huge_logits" else 2e-6)
   if case == "all_empty":
     assert not (o.any() or dq.any() or dk.any() or dv.any()) and (lse == -np.inf).all()
   if case == "late_block":  # the blocks nobody chose
