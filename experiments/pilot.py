@@ -20,7 +20,7 @@ byte behind native MSA, which is what dense attention is behind. Of a second one
 3,000 steps, one H200 per run) 9 of 27 runs were finished, two seeds of dense and native MSA among them: 0.004 and 0.025.
 
 Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,
-seeds=3, few=1 (seeds of the arms beside the question), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
+seeds=5, rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -33,11 +33,11 @@ RATES = (0.5, 1, 2)  # thousandths
 ON_TOP = 0.13        # of the steps, for the selector alone
 OWN = ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8", "sparse:num_blocks=32")
 CONTROLS = ("dense", "oracle", "random", "block_topk", "sink_window")
-FEW = ("native_msa_cold", "native_nsa", "mixed_msa")
+FEW = {"native_msa_cold": 1, "native_nsa": 1, "mixed_msa": 1, "native_window": 3, "selector_only": 3}  # seeds of arms beside the question
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", part="main", steps=3000, seeds=3, few=1, rate=1.5e-3, batch=8, arms="")
+  a = arguments.parse(arg, corpus="", part="main", steps=3000, seeds=5, rate=1.5e-3, batch=8, arms="")
   if a.part not in ("main", "rates"):
     raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
   study = rates(a) if a.part == "rates" else main(a)
@@ -61,7 +61,7 @@ def main(a):
           make.native_nsa("native_nsa"), make.native_window("native_window"), make.mixed("mixed_msa"),
           *(make.retrofit(name, budget, "dense") for name, budget in retrofits.items()),
           make.selector_only("selector_only", "dense")]
-  few = {name: tuple(range(min(a.few, a.seeds))) for name in FEW}
+  few = {name: tuple(range(min(seeds, a.seeds))) for name, seeds in FEW.items()}
   return Study(name="pilot", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)), few=few,
                vmap_seeds=False, reference="native_msa", dense="dense", budgets=retrofits)
 

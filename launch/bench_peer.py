@@ -52,9 +52,12 @@ def measure(operations, shapes, patterns, seed, calls, repeats):
   if missing() or not operations:
     return
   request = dict(operations=operations, shapes=shapes, patterns=patterns, seed=seed, calls=calls, repeats=repeats)
+  environment = dict(os.environ, JAX_PLATFORMS="cpu")
+  if not environment.get("TRITON_CACHE_DIR"):  # jax-triton 0.3 sets it to "" on import, and Triton then refuses to compile
+    environment.pop("TRITON_CACHE_DIR", None)
   process = subprocess.Popen(
       [sys.executable, "-m", "launch.bench_peer", json.dumps(request)], stdout=subprocess.PIPE, text=True,
-      cwd=pathlib.Path(__file__).parent.parent, env=dict(os.environ, JAX_PLATFORMS="cpu"))
+      cwd=pathlib.Path(__file__).parent.parent, env=environment)
   for line in process.stdout:
     if line.startswith("{"):
       yield json.loads(line)
