@@ -16,8 +16,9 @@ both regimes. The selector alone is distilled onto the finished trunk, with 13 %
 
 Result of the first pilot (results/pilot/report.md: two H100s for 9 minutes, 1,600 steps, no `power=1` among the tasks; native
 NSA was cut short, native_window not run): the retrofits of 5 to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per
-byte behind native MSA, which is what dense attention is behind. Of a second one as it stands here (results/pilot_98M/report.md,
-3,000 steps, one H200 per run) 9 of 27 runs were finished, two seeds of dense and native MSA among them: 0.004 and 0.025.
+byte behind native MSA, which is what dense attention is behind. Of the second, as it stands here (results/pilot_98M/report.md,
+3,000 steps, H200s; three seeds of most arms): dense and the retrofits of 13 and 25 % end 0.01 behind native MSA, undecided;
+small budgets lack far evidence (79 and 85 % of recall against 99), and have it with the oracle's blocks.
 
 Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,
 seeds=5, rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
