@@ -63,7 +63,7 @@ def test_the_runs_of_the_pilot_share_their_programs():
            if (found := evaluate.how(job.config, mode))}
   # Steps: dense; MSA warming up, sparse, mixed dense, mixed sparse = sparse, the selector alone; NSA sparse; window.
   # Evaluations: five modes of the dense model, six each of MSA and NSA, two of the window.
-  assert (len(jobs), len(steps), len(modes)) == (27, 7, 19)
+  assert (len(jobs), len(steps), len(modes)) == (39, 7, 19)
 
 
 def test_arguments_are_typed_and_named():
