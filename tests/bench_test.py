@@ -4,6 +4,7 @@ import json
 
 import jax
 from launch import bench
+from launch import bench_peer
 from launch import bench_cases
 from nsa.analysis import selections
 import numpy as np
@@ -90,3 +91,25 @@ def test_decoding_from_pages_is_decoding_from_the_cache(batch):
     assert (blocks[..., 1:] > blocks[..., :-1]).all() and (blocks[..., -1] == 3).all()
     assert case.bytes == batch * 2 * spec.K * spec.H * 4 * (64 if "dense" in kind else 48)
     assert jax.eval_shape(case.function, x, None).shape == x["q"].shape
+
+
+def test_the_peer_is_not_handed_the_empty_triton_cache_of_jax_triton(monkeypatch):
+  monkeypatch.setenv("TRITON_CACHE_DIR", "")
+  monkeypatch.setattr(bench_peer, "missing", lambda: None)
+  seen = []
+
+  class Process:
+    stdout = ('{"operation": "selected_attention"}\n', "a warning\n")
+
+    def __init__(self, command, env, **kwargs):
+      seen.append(env)
+
+    def wait(self):
+      return 0
+
+  monkeypatch.setattr(bench_peer.subprocess, "Popen", Process)
+  assert list(bench_peer.measure(["selected_attention"], [], [], 0, 1, 1)) == [{"operation": "selected_attention"}]
+  assert "TRITON_CACHE_DIR" not in seen[0]
+  monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+  list(bench_peer.measure(["selected_attention"], [], [], 0, 1, 1))
+  assert seen[1]["TRITON_CACHE_DIR"] == "/somewhere"
