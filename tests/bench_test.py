@@ -4,8 +4,8 @@ import json
 
 import jax
 from launch import bench
-from launch import bench_peer
 from launch import bench_cases
+from launch import bench_peer
 from nsa.analysis import selections
 import numpy as np
 from pallas_kernels import arg_specs
