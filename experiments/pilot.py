@@ -17,11 +17,11 @@ both regimes. The selector alone is distilled onto the finished trunk, with 13 %
 Result of the first pilot (results/pilot/report.md: two H100s for 9 minutes, 1,600 steps, no `power=1` among the tasks; native
 NSA was cut short, native_window not run): the retrofits of 5 to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per
 byte behind native MSA, which is what dense attention is behind. Of the second, as it stands here (results/pilot_98M/report.md,
-3,000 steps, H200s; three seeds of most arms): dense and the retrofits of 13 and 25 % end 0.01 behind native MSA, undecided;
-small budgets lack far evidence (79 and 85 % of recall against 99), and have it with the oracle's blocks.
+3,000 steps, H200s), 25 of 39 runs: undecided. Retrofits of 13 and 25 % end 0.001 behind their trunk, of 5 % 0.005, of 1 % 0.013;
+dense ends 0.004 to 0.025 behind native MSA. Small budgets lack far evidence, and have it with the oracle's blocks.
 
 Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,
-seeds=5, rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
+seeds=5 (fewer of the arms in FEW), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -34,7 +34,8 @@ RATES = (0.5, 1, 2)  # thousandths
 ON_TOP = 0.13        # of the steps, for the selector alone
 OWN = ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8", "sparse:num_blocks=32")
 CONTROLS = ("dense", "oracle", "random", "block_topk", "sink_window")
-FEW = {"native_msa_cold": 1, "native_nsa": 1, "mixed_msa": 1, "native_window": 3, "selector_only": 3}  # seeds of arms beside the question
+# Seeds of the arms beside the question.
+FEW = {"native_msa_cold": 1, "native_nsa": 1, "mixed_msa": 1, "native_window": 3, "selector_only": 3}
 
 
 def get_config(arg=None):
