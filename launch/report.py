@@ -2,7 +2,10 @@
 
     python -m launch.report RUN_OR_STUDY... [--out=DIR]
     python -m launch.report runs/pilot --out=experiments/results/pilot --publish
+    python -m launch.report experiments/results/pilot --out=DIR        # the same report, from what was published
+    python -m launch.report runs/pilot experiments/results/pilot --out=experiments/results/pilot --publish
 
+The last takes the runs that runs/pilot has not finished from what was published before.
 What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
 """
 from pathlib import Path
@@ -12,7 +15,8 @@ from absl import flags
 from launch import cli
 
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: report/ inside the first path.")
-_PUBLISH = flags.DEFINE_bool("publish", False, "For a repository: no HTML, small PNGs, configs without this machine's paths.")
+_PUBLISH = flags.DEFINE_bool("publish", False, "For a repository: no HTML, small PNGs, configs and records without this "
+                             "machine's paths.")
 
 
 def main(arguments):
@@ -20,8 +24,9 @@ def main(arguments):
   paths = [Path(p) for p in arguments]
   if not paths:
     raise ValueError("name at least one run or study: python -m launch.report RUN_OR_STUDY... [--out=DIR]")
+  table = report.verdict_table(*paths)  # before anything is written: DIR may be one of the paths
   written = report.write(paths, Path(_OUT.value) if _OUT.value else paths[0] / "report", _PUBLISH.value)
-  print(report.verdict_table(paths[0]) if len(paths) == 1 else written.headline)
+  print(table)
   print("\nreport: " + "\n        ".join(str(path) for path in (written.html, written.markdown, written.csv) if path))
 
 

@@ -1,6 +1,7 @@
 """What a report says for the study that comes next, and what of it goes into a repository."""
 import csv
 import json
+import lzma
 import math
 
 import numpy as np
@@ -93,8 +94,9 @@ def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):
   (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
   paths = report.write([study], tmp_path, publish=True)
   files = [p for p in tmp_path.rglob("*") if p.is_file()]
-  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png"} and paths.html is None
-  assert not any(str(study).encode() in p.read_bytes() for p in files)
+  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png", ".xz"} and paths.html is None
+  read = lambda p: lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes()
+  assert not any(str(study).encode() in read(p) for p in files)
   text = paths.markdown.read_text()
   assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n\n| a | b |\n| :-- | --: |\n| c | 1 |\n" in text
   arms = json.loads((tmp_path / "study.json").read_text())["arms"]

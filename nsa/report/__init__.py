@@ -3,8 +3,9 @@
     paths = report.write([Path("runs/study")], Path("runs/study/report"))
     print(report.verdict_table(Path("runs/study")))
 
-runs.py reads what lies on disk, endpoints.py reduces it to one number per arm, seed and run mode,
-verdict.py and analyses.py judge, planning.py looks ahead, sections.py and plots.py say and show it, document.py writes it down.
+runs.py reads what lies on disk, published.py what publish.py wrote into a repository, endpoints.py reduces it to one number
+per arm, seed and run mode, verdict.py and analyses.py judge, planning.py looks ahead, sections.py and plots.py say and show
+it, document.py writes it down.
 A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes stay.
 """
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from pathlib import Path
 import textwrap
 
-from nsa.report import document, endpoints, publish as publish_lib, runs, verdict as verdict_lib
+from nsa.report import document, endpoints, publish as publish_lib, published, runs, verdict as verdict_lib
 from nsa.report.endpoints import METRIC
 
 __all__ = ["ReportPaths", "verdict_table", "write"]
@@ -32,17 +33,22 @@ class ReportPaths:
 
 
 def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
-  """Reports one study directory, or one or several run directories, into the directory `out`.
+  """Reports a study with what was published of it before, or one or several run directories, into the directory `out`.
 
-  publish: for a repository: small PNGs alone, no page, no path of this machine, and study.json with every arm's config.
+  publish: for a repository: small PNGs alone, no page, no path of this machine, study.json with every arm's config and
+  records.tar.xz, from which the same report can be written again. `out` may be one of `paths` that was published: all
+  is read before anything is written.
 
-  Raises ValueError for a path that is neither a run nor a study. Parts that are missing become
-  lines of the report.
+  Raises ValueError for a path that is neither a run nor a study, for published directories of another experiment, and
+  for publishing over the study.json of a study that runs. Parts that are missing become lines of the report.
   """
+  out = Path(out)
+  if publish and (out / "study.json").is_file() and not published.is_published(runs.read_plan(out)):
+    raise ValueError(f"out = {str(out)!r}: a study runs there, and its study.json would be lost; give another directory")
   study = runs.load([Path(p) for p in paths])
+  archive = publish_lib.records(study) if publish else b""
   import matplotlib  # here: whoever wants the verdict alone does not wait for it
   from nsa.report import sections, style
-  out = Path(out)
   folder = out / "plots"
   folder.mkdir(parents=True, exist_ok=True)
   if (out / "NOTES.md").is_file():
@@ -62,18 +68,21 @@ def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   if publish:
     result.markdown.write_text(publish_lib.without_paths(study, text))
     (out / "study.json").write_text(json.dumps(publish_lib.description(study), indent=1) + "\n")
+    (out / publish_lib.RECORDS).unlink(missing_ok=True)  # of what was published here before
+    if archive:
+      (out / publish_lib.RECORDS).write_bytes(archive)
   else:
     result.markdown.write_text(text)
     result.html.write_text(document.page(title, blocks, folder))
   return result
 
 
-def verdict_table(study_dir: Path) -> str:
+def verdict_table(*paths: Path) -> str:
   """The arms and the verdict as plain text for a terminal, at most 100 columns where names are short.
 
-  Takes a study or a run directory; raises ValueError for anything else.
+  Takes the paths that `write` takes, and raises its ValueErrors.
   """
-  study = runs.load([Path(study_dir)])
+  study = runs.load([Path(p) for p in paths])
   table = endpoints.rows(study)
   verdict = verdict_lib.verdict(study, table)
   primary, secondary = METRIC[study.primary], METRIC[study.secondary]

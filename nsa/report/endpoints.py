@@ -81,7 +81,7 @@ def rows(study: Study) -> list[Row]:
   """All rows of all runs that have an evaluation; of two runs with the same key the later one counts."""
   found = {}
   for run in study.runs:
-    for row in _run_rows(run):
+    for row in _run_rows(run) if run.rows is None else run.rows:
       key = (row.arm, row.size, row.seed, row.run_mode)
       # A finished run is never replaced by one that is not.
       if key in found and found[key].status == "done" and row.status != "done":
@@ -141,11 +141,30 @@ def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], fl
   for run in study.finished:
     if (run.arm, run.size) == (arm, size):
       for step, records in run.text.items():
-        mine = [r for r in records if r.get("run_mode") == run.headline_mode and r.get("seed", 0) not in run.diverged
-                and r.get("split", "val") == _split(run)]
-        by_seed = group(mine, ("seed",), "second_half_bits_per_byte", "second_half_bytes")
-        out.update({(seed, step): value for (seed,), value in by_seed.items()})
+        by_seed = group(own_text(run, records), ("seed",), "second_half_bits_per_byte", "second_half_bytes")
+        out.update({(seed, step): value for (seed,), value in by_seed.items() if seed not in run.diverged})
   return out
+
+
+def own_text(run: Run, records: list[dict]) -> list[dict]:
+  """Those of the run's own run mode and split."""
+  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == _split(run)]
+
+
+def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:
+  """(arm, record of selected blocks) to draw: the reference arm first, the same layer, head and document; at most three."""
+  order = [a for a in [study.reference] + study.retrofits()[::-1] + study.arms if a in study.arms]
+  chosen, same = [], None
+  for arm in dict.fromkeys(order):
+    heats = select(study, "heat", arm, size)
+    heats = [r for r in heats if r.get("run_mode") == study.headline_mode(arm)] or heats
+    where = {(r.get("layer"), r.get("kv_head"), r.get("document")): r
+             for r in reversed(heats) if r.get("heat")}
+    if where:
+      same = same or next(reversed(where))
+      if same in where:
+        chosen.append((arm, where[same]))
+  return chosen[:3]
 
 
 def group(records: list[dict], keys: tuple[str, ...], value: str, weight: str | None = None) -> dict:
@@ -191,25 +210,61 @@ def write_csv(table: list[Row], path: Path) -> None:
       writer.writerow(["" if isinstance(c, float) and math.isnan(c) else c for c in cells])
 
 
+def read_csv(path: Path) -> list[Row]:
+  """What `write_csv` wrote, to the last digit; a column that an older table lacks has its default."""
+  read = {"str": str, "int": int, "bool": lambda cell: cell == "True", "float": lambda cell: float(cell) if cell else math.nan}
+  fields = dataclasses.fields(Row)
+  with open(path, newline="") as file:
+    lines = list(csv.DictReader(file))
+  return [Row(**{f.name: read[f.type](line[f.name]) for f in fields if f.name in line}) for line in lines]
+
+
+LAYER = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common",
+         "queries_limited")        # columns of layers.csv
+
+
 def write_layers(study: Study, path: Path) -> None:
   """The diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what it would choose)."""
-  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common",
-           "queries_limited")
   with open(path, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", "size", "seed", "step", "run_mode", "layer") + names)
+    writer.writerow(("arm", "size", "seed", "step", "run_mode", "layer") + LAYER)
     for run in study.runs:
       for step, records in sorted(run.layers.items()):
         for r in records:
           if r.get("run_mode") in (run.headline_mode, "block_topk") and r.get("arm", run.arm) == run.arm:
             writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("layer")]
-                            + ["" if math.isnan(v := number(r.get(n))) else f"{v:.4g}" for n in names])
+                            + ["" if math.isnan(v := number(r.get(n))) else f"{v:.4g}" for n in LAYER])
+
+
+def read_layers(path: Path) -> dict[tuple[str, str], dict[int, list[dict]]]:
+  """What `write_layers` wrote: {(arm, size): {step: records}}, in the order of the file."""
+  out = collections.defaultdict(lambda: collections.defaultdict(list))
+  with open(path, newline="") as file:
+    for line in csv.DictReader(file):
+      record = {"kind": "layer", "seed": int(line["seed"] or 0), "run_mode": line["run_mode"], "layer": int(line["layer"])}
+      record |= {n: float(line[n]) for n in LAYER if line.get(n)}
+      out[line["arm"], line["size"]][int(line["step"])].append(record)
+  return out
 
 
 def speed(curve: dict[str, np.ndarray], name: str) -> float:
   """Median of a column of the metrics over the last stage, which is the arm's own; NaN without values."""
-  x = curve[name][curve["stage"] == curve["stage"][-1]] if np.isfinite(curve["stage"][-1]) else curve[name]
+  x = curve[name][last_stage(curve)]
   return float(np.nanmedian(x)) if np.isfinite(x).any() else math.nan
+
+
+def last_stage(curve: dict[str, np.ndarray]) -> np.ndarray:
+  """bool[logged steps]; all of them where the stage was not logged."""
+  stage = curve["stage"]
+  return stage == stage[-1] if np.isfinite(stage[-1]) else np.ones(len(stage), bool)
+
+
+def speeds(run: Run) -> list[float]:
+  """Tokens per second of each seed over the last stage, as far as they are known."""
+  if run.rows is not None:
+    return list({r.seed: r.tokens_per_second for r in run.rows if math.isfinite(r.tokens_per_second)}.values())
+  found = [speed(c, "tokens_per_second") for c in run.curves.values() if len(c["step"])]
+  return [s for s in found if math.isfinite(s)]
 
 
 def visible_share(run: Run) -> float:
@@ -218,18 +273,18 @@ def visible_share(run: Run) -> float:
     return math.nan
   if run.headline_mode == "dense":
     return 1.0
-  config = config_of(run)
+  config = parsed(run.config)
   if config is None:
     return math.nan
   context = config.eval.context or config.data.context
   return min(1.0, config.attention.tokens_visible(context) / context)
 
 
-def config_of(run: Run):
-  """The run's nsa.config.Config; None where config.json is none that can be read."""
+def parsed(config: dict):
+  """The nsa.config.Config of a config.json; None where it is none that can be read."""
   from nsa import config as config_lib  # here: it imports jax, which the statistics do without
   try:
-    return config_lib.from_dict(run.config)
+    return config_lib.from_dict(config)
   except (ValueError, TypeError, KeyError, AttributeError):
     return None
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from nsa.analysis import statistics
 from nsa.report import endpoints
-from nsa.report.endpoints import METRIC, Row
+from nsa.report.endpoints import Row
 from nsa.report.runs import Run, Study
 
 SEEDS = (3, 5)                    # of the main study
@@ -89,19 +89,18 @@ class Price:
 def rate(run: Run) -> float:
   """FLOP/s of one device over the last stage, all seeds of the run together; NaN where it was not logged."""
   from nsa import config as config_lib, flops  # here and below: the verdict alone does without jax
-  config = endpoints.config_of(run)
-  if config is None:
+  config, devices = endpoints.parsed(run.config), run.versions.get("devices", 1)
+  if config is None or devices is None:
     return math.nan
   stage = config_lib.steps_of(config.schedule)[-1]
   if stage[0] >= stage[1]:
     return math.nan
   work = flops.cumulative(config, stage[1]) - flops.cumulative(config, stage[0])
   per_token = work / _tokens(config, stage[1] - stage[0])
-  speeds = [endpoints.speed(c, "tokens_per_second") for c in run.curves.values() if len(c["step"])]
-  speeds = [s for s in speeds if math.isfinite(s)]
+  speeds = endpoints.speeds(run)
   if not speeds:
     return math.nan
-  return float(np.mean(speeds)) * len(config.seeds) * per_token / int(run.versions.get("devices", 1))
+  return float(np.mean(speeds)) * len(config.seeds) * per_token / int(devices)
 
 
 def training_seconds(run: Run) -> float:
@@ -125,7 +124,7 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
           for run in study.finished if run.size == study.sizes[0]}
   known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
   own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
-  configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.config_of(of_arm[0]))}
+  configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.parsed(of_arm[0].config))}
   stage = {arm: c.schedule.stages[-1] for arm, c in configs.items()}
   ends = {arm: repr((c.attention, c.layers, stage[arm].mode, stage[arm].train)) for arm, c in configs.items()}
   by_length = sorted((arm for arm in configs if arm in own_rates), key=lambda arm: runs[arm][0].first)

@@ -113,7 +113,7 @@ def held_out(study: Study, look: Look, size: str) -> Figure | None:
   values = {arm: found for arm in study.arms if (found := endpoints.over_training(study, arm, size))}
   if all(len({step for _, step in found}) < 2 for found in values.values()):
     return None
-  data = next(r.config.get("data", {}) for r in study.finished if r.size == size)
+  data = next(r.config.get("data", {}) for r in study.finished if r.size == size and r.text)
   tokens = data.get("global_batch", 1) * data.get("context", 1)
   base = values.get(study.reference)
   fig, axes = figure(10.4 if base else 7.6, 4.2, columns=2 if base else 1)
@@ -328,20 +328,9 @@ def _over_training(study, look, size, names, unit):
 
 def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
   """Which key blocks one head selects: the reference arm first, the same layer, head and document."""
-  order = [a for a in [study.reference] + study.retrofits()[::-1] + study.arms if a in study.arms]
-  chosen, same = [], None
-  for arm in dict.fromkeys(order):
-    heats = endpoints.select(study, "heat", arm, size)
-    heats = [r for r in heats if r.get("run_mode") == study.headline_mode(arm)] or heats
-    where = {(r.get("layer"), r.get("kv_head"), r.get("document")): r
-             for r in reversed(heats) if r.get("heat")}
-    if where:
-      same = same or next(reversed(where))
-      if same in where:
-        chosen.append((arm, where[same]))
+  chosen = endpoints.illustrated(study, size)
   if not chosen:
     return None
-  chosen = chosen[:3]
   fig, axes = figure(3.2 * len(chosen) + 1.2, 3.9, columns=len(chosen), sharey=True)
   for ax, (arm, record) in zip(axes, chosen):
     rows = record["heat"]
@@ -358,7 +347,7 @@ def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
       a.set_major_locator(ticker.MaxNLocator(6, integer=True))
   axes[0].set_ylabel("queries (% of the context)")
   fig.colorbar(image, ax=axes, shrink=0.82, pad=0.02).set_label("queries that select the block (%)")
-  layer, head, document = same
+  layer, head, document = (chosen[0][1].get(name) for name in ("layer", "kv_head", "document"))
   fig.suptitle(f"layer {layer}, KV head {head}, {document}, seed {chosen[0][1].get('seed')}",
                fontsize=10, x=0.02, ha="left")
   return fig

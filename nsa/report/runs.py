@@ -1,8 +1,9 @@
 """Reading run and study directories as they lie on disk: finished, cut short, failed or never begun.
 
 A run directory has config.json, metrics.jsonl, eval/<step>.json and DONE or FAILED; a study
-directory has study.json and runs/. What is missing or broken becomes a line in `problems`, never
-an exception, except for a path that is neither, and a study.json that does not say what it must.
+directory has study.json and runs/; a directory that a report was published into is read by published.py. What is
+missing or broken becomes a line in `problems`, never an exception, except for a path that is none of these, and a
+study.json that does not say what it must.
 """
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ class Run:
   layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
+  rows: list | None = None         # endpoints.Row, ready-made: of a run that is known by its published numbers alone
 
   @property
   def name(self) -> str:
@@ -57,8 +59,16 @@ class Run:
     return max(0, int(fork.get("step", 0))) if fork.get("workdir") and not fork.get("reset") else 0
 
   @property
+  def message(self) -> str:
+    """Its error in one line."""
+    text = self.error
+    return (text.strip().splitlines() or ["no message"])[-1 if text.startswith("Traceback") else 0][:300]
+
+  @property
   def diverged(self) -> list[int]:
-    """Seeds whose loss was finite once and was not at the last logged step."""
+    """Seeds whose loss was finite once and was not at the last logged step: they have no line in results.csv."""
+    if self.rows:
+      return sorted({*self.seeds} - {row.seed for row in self.rows})
     losses = {s: np.isfinite(c["loss"]) for s, c in self.curves.items()}
     return [s for s, finite in losses.items() if finite.any() and not finite[-1]]
 
@@ -81,10 +91,15 @@ class Study:
   budgets: dict[str, float] = dataclasses.field(default_factory=dict)
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
+  versions: list[dict] = dataclasses.field(default_factory=list)  # published ones: of which run each was may be unknown
 
   @property
   def finished(self) -> list[Run]:
     return [r for r in self.runs if r.status == "done"]
+
+  def by_numbers(self, size: str | None = None) -> list[Run]:
+    """The finished runs that are known by their published numbers alone: no curves, no documents, no task items."""
+    return [r for r in self.finished if r.rows is not None and size in (None, r.size)]
 
   def arm_runs(self, arm: str, size: str | None = None) -> list[Run]:
     return [r for r in self.runs if r.arm == arm and size in (None, r.size)]
@@ -105,13 +120,21 @@ class Study:
 
 
 def load(paths: list[Path]) -> Study:
-  """One study, or the given runs side by side. Raises ValueError for a path that is neither."""
+  """One study and what was published of it before, or the given runs side by side.
+
+  A run that the study has not finished is taken from the first published directory that has it finished. Raises
+  ValueError for a path that is none of these, and for published directories of another experiment.
+  """
+  from nsa.report import published  # here: it reads with this file
   paths = [Path(p) for p in paths]
   if not paths:
     raise ValueError("paths = []: give at least one run directory or one study directory")
-  studies = [p for p in paths if (p / "study.json").is_file()]
-  if len(studies) > 1:
-    raise ValueError(f"paths = {[str(p) for p in studies]}: one report holds one study; give one each time")
+  plans = [(p, read_plan(p)) for p in paths if (p / "study.json").is_file()]
+  plans.sort(key=lambda one: published.is_published(one[1]))  # the live one first
+  studies = [p for p, _ in plans]
+  live = [str(p) for p, plan in plans if not published.is_published(plan)]
+  if len(live) > 1:
+    raise ValueError(f"paths = {live}: one report holds one study; give one each time, with what was published of it")
   singles = []
   for path in paths:
     if path in studies:
@@ -121,18 +144,21 @@ def load(paths: list[Path]) -> Study:
       raise ValueError(f"{path}: {hint}; expected a run directory (config.json, metrics.jsonl) "
                        "or a study directory (study.json)")
     singles.append(load_run(path))
-  study = _load_study(studies[0]) if studies else Study(
-      name=singles[0].name if len(singles) == 1 else f"{len(singles)} runs", runs=[])
+  study = Study(name=singles[0].name if len(singles) == 1 else f"{len(singles)} runs", runs=[])
+  for i, (path, plan) in enumerate(plans):
+    one = published.load(path, plan) if published.is_published(plan) else _load_study(path, plan)
+    study = published.merge(study, one, path) if i else one
   study.runs += singles
   notes = (studies + paths)[0] / "NOTES.md"
   study.notes = notes.read_text() if notes.is_file() else ""
   for run in study.runs:
-    for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records}):
+    for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records} | {r.arm for r in run.rows or ()}):
       study.arms += [arm] if arm not in study.arms else []
     study.sizes += [run.size] if run.size not in study.sizes else []
     study.problems += [f"`{run.name}`: {p}" for p in run.problems]
     for seed in run.diverged:
-      study.problems.append(f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out")
+      why = "has no line in the published results.csv" if run.rows else "diverged (its last loss is not finite)"
+      study.problems.append(f"`{run.name}`: seed {seed} {why}, left out")
   return study
 
 
@@ -160,15 +186,22 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   return run
 
 
-def _load_study(path: Path) -> Study:
+def read_plan(path: Path) -> dict:
+  """study.json of a study, live or published."""
   try:
     plan = json.loads((path / "study.json").read_text())
   except json.JSONDecodeError as error:
     raise ValueError(f"{path / 'study.json'}: not JSON ({error}); run the study launcher again") from None
+  if not isinstance(plan, dict):
+    raise ValueError(f"{path / 'study.json'}: study = {plan!r}: an object with name, arms, jobs")
+  return plan
+
+
+def study_of(path: Path, plan: dict, runs: list[Run], arms: list[str], declared: bool = True) -> Study:
+  """What study.json asks, checked, with its runs."""
   def need(ok, name, value, fix):
     if not ok:
       raise ValueError(f"{path / 'study.json'}: {name} = {value!r}: {fix}")
-  need(isinstance(plan, dict), "study", plan, "an object with name, arms, jobs")
   primary, secondary = plan.get("primary") or {}, plan.get("secondary") or {}
   budgets = plan.get("budgets") or {}
   for name, endpoint in (("primary", primary), ("secondary", secondary)):
@@ -178,26 +211,32 @@ def _load_study(path: Path) -> Study:
   for arm, b in budgets.items():
     need(isinstance(b, (int, float)) and 0 < b <= 1, f"budgets.{arm}", b,
          "a share of the tokens, above 0, at most 1")
-  problems, runs = [], []
+  return Study(name=plan.get("name") or path.name, runs=runs, declared=declared,
+               question=plan.get("question") or "", arms=arms,
+               primary=primary.get("metric", METRICS[0]),
+               margin=primary.get("margin", 0.01), secondary=secondary.get("metric", "exact_match"),
+               secondary_margin=secondary.get("margin", 0.02), reference=plan.get("reference_arm") or "",
+               dense=plan.get("dense_arm") or "dense", budgets={k: float(v) for k, v in budgets.items()})
+
+
+def _load_study(path: Path, plan: dict) -> Study:
+  study = study_of(path, plan, [], list(plan.get("arms") or []))
   jobs = plan.get("jobs") or []
   for job in jobs:
     where = path / job.get("run", "?")
     if where.is_dir():
-      runs.append(load_run(where, job))
+      study.runs.append(load_run(where, job))
     else:
-      status = "failed" if job.get("status") == "failed" else "pending"
-      seeds = tuple(job.get("seeds") or ())
-      runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), seeds, {}, {}, {}, [],
-                      None, status, job.get("error") or ""))
+      study.runs.append(never_begun(where, job, "failed" if job.get("status") == "failed" else "pending"))
   if not jobs:
-    problems.append("study.json lists no jobs")
-  return Study(name=plan.get("name") or path.name, runs=runs, declared=True,
-               question=plan.get("question") or "", arms=list(plan.get("arms") or []),
-               primary=primary.get("metric", METRICS[0]),
-               margin=primary.get("margin", 0.01), secondary=secondary.get("metric", "exact_match"),
-               secondary_margin=secondary.get("margin", 0.02), reference=plan.get("reference_arm") or "",
-               dense=plan.get("dense_arm") or "dense", budgets={k: float(v) for k, v in budgets.items()},
-               problems=problems)
+    study.problems.append("study.json lists no jobs")
+  return study
+
+
+def never_begun(path: Path, job: dict, status: str) -> Run:
+  """A run of which there is nothing but its line in study.json."""
+  return Run(path, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [],
+             None, status, job.get("error") or "")
 
 
 def _status(path, job):

@@ -49,6 +49,7 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
                "illustration, not a measurement", "Heat map of selected blocks",
                "no record of selected blocks"),
 }
+OF_RECORDS = ("loss", "held_out", "position", "recall", "blocks")  # pictures of what results.csv and layers.csv do not hold
 
 
 class Gallery:
@@ -61,10 +62,18 @@ class Gallery:
     self.names = []
 
   def picture(self, name, size):
-    """The picture `name` of PICTURES for one model size."""
+    """The picture `name` of PICTURES for one model size, and what it leaves out."""
     function, caption, alt, missing = PICTURES[name]
     figure = getattr(self.plots, function)(self.study, self.look, size)
-    return self.block(name, figure, caption, alt, "Not drawn: " + missing, size)
+    without = self.study.by_numbers(size) if name in OF_RECORDS else []
+    finished = [run for run in self.study.finished if run.size == size]
+    if without and len(without) == len(finished):
+      missing = "it needs records, and of these runs numbers alone were published"
+    blocks = [self.block(name, figure, caption, alt, "Not drawn: " + missing, size)]
+    if 0 < len(without) < len(finished):
+      blocks.append(Text(f"Left out: {len(without)} of {len(finished)} finished runs, of which numbers alone were published.",
+                         "note"))
+    return blocks
 
   def block(self, name, figure, caption, alt, missing, size=""):
     """A Picture, or the one line that says what is missing. `figure` is None where nothing can be drawn."""
@@ -92,7 +101,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
                       ("Spread over seeds, and what a main study could see", spread)):
     blocks.append(Heading(title))
     for size in study.sizes:
-      blocks += part(study, table, size, gallery) if callable(part) else [gallery.picture(part, size)]
+      blocks += part(study, table, size, gallery) if callable(part) else gallery.picture(part, size)
   blocks += costs(study)
   if study.notes.strip():
     blocks += [Heading("Notes"), *document.parse(study.notes, level=3)]
@@ -126,6 +135,17 @@ def arms(study: Study, table: list[Row]) -> list:
   counts = ", ".join(f"{runs[s]} {s}" for s in ("done", "failed", "unfinished", "pending") if runs[s])
   blocks.append(Text(f"{len(study.runs)} run{'s' * (len(study.runs) != 1)}: {counts}. Numbers are mean ± "
                      "half-width of the 95 % t interval over seeds; without ± there is one seed."))
+  if numbers := study.by_numbers():
+    by_arm = collections.defaultdict(list)
+    for run in numbers:
+      by_arm[run.arm if len(study.sizes) == 1 else f"{run.arm} {run.size}"] += run.seeds
+    share = "all" if len(numbers) == len(study.finished) else f"{len(numbers)} of the {len(study.finished)}"
+    blocks.append(Text(
+        f"**Numbers alone were published of {share} finished runs**: their lines of results.csv and layers.csv. They count "
+        "fully in the verdict's t intervals, in the tables of endpoints, and per layer. They are left out of what needs "
+        "records: loss curves, held-out loss over training, loss by position, recall by task, the bootstrap over (seed, "
+        "document), selected blocks, and the time that runs took. By arm (seeds): "
+        + ", ".join(f"{arm} ({', '.join(map(str, sorted(seeds)))})" for arm, seeds in by_arm.items()) + "."))
   shown = [r for r in table if r.status == "done"] or table
   if shown and shown[0].status != "done":
     blocks.append(Text("No run has finished: these are the numbers of the latest evaluations.", "note"))
@@ -135,12 +155,13 @@ def arms(study: Study, table: list[Row]) -> list:
       mine = [r for r in shown if (r.arm, r.run_mode, r.size) == (arm, mode, size)]
       if not mine[0].headline and arm not in (study.dense,) and study.declared:
         continue  # train mode x run mode has them
-      shares = [endpoints.visible_share(r) for r in study.arm_runs(arm, size)] if mine[0].headline else []
+      shares = [share for r in study.arm_runs(arm, size)
+                if mine[0].headline and math.isfinite(share := endpoints.visible_share(r))]
       lines.append([study.label(arm, mode), str(len({r.seed for r in mine}))]
                    + [endpoints.interval_text(METRIC[m], endpoints.finite(mine, m), False)
                       for m in ("bits_per_byte", "second_half_bits_per_byte", "exact_match")]
                    + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
-                      f"{100 * shares[0]:.1f}" if shares and math.isfinite(shares[0]) else "-",
+                      f"{100 * shares[0]:.1f}" if shares else "-",
                       *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
                          _percent(mine, "mfu", ".2g")] if mine[0].headline else ["-"] * 3)])
     if lines:
@@ -229,19 +250,20 @@ def parts(study, table, size, gallery) -> list:
 
 def locality(study, table, size, gallery) -> list:
   """What neighbouring queries share, and which way to attend on a GPU that favours."""
-  lines, words = [], []
+  lines = []
   for arm in study.arms:
     mine = [r for r in table if (r.arm, r.size) == (arm, size) and r.headline and r.status == "done"]
     if not endpoints.finite(mine, "tile_union"):
       continue
     by_layer = endpoints.group(endpoints.select(study, "layer", arm, size, study.headline_mode(arm)), ("layer",), "tile_union")
     unions = list(by_layer.values())
-    even = planning.union_break_even(study.arm_runs(arm, size)[0].config)
-    word = ("-" if not math.isfinite(even) else "union tiles" if max(unions) < even else "KV-outer" if min(unions) > even else
-            f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
+    even = planning.union_break_even(next((run.config for run in study.arm_runs(arm, size) if run.config), {}))
+    word = ("-" if not unions or not math.isfinite(even) else "union tiles" if max(unions) < even else
+            "KV-outer" if min(unions) > even else f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
     lines.append([arm, _percent(mine, "overlap", ".1f"), _percent(mine, "tile_common", ".1f"), f"{_mean(mine, 'tile_union'):.2f}",
-                  f"{min(unions):.2f} to {max(unions):.2f}", "-" if math.isnan(even) else f"{even:.1f}", word])
-  blocks = [gallery.picture("sharing", size)]
+                  f"{min(unions):.2f} to {max(unions):.2f}" if unions else "-",
+                  "-" if math.isnan(even) else f"{even:.1f}", word])
+  blocks = gallery.picture("sharing", size)
   if not lines:
     return blocks + [Text("No evaluation has measured what a tile of queries shares.", "note")]
   return blocks + [Table(
@@ -302,7 +324,8 @@ def costs(study: Study) -> list:
   paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
   if paused:
     trained = sum(planning.training_seconds(run) for run in study.finished)
-    blocks[-1].items.append("The finished runs took: " + ", ".join(
+    which = "runs that have records" if study.by_numbers() else "runs"
+    blocks[-1].items.append(f"The finished {which} took: " + ", ".join(
         f"{label} {s / 60:.1f} min" for label, s in (("training", trained), *sorted(paused.items()))) + ".")
   return blocks
 
@@ -338,7 +361,7 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
   splits = sorted({r.split for r in table})
   if splits and splits != ["val"]:
     items.append(f"**Split.** Evaluated on {', '.join(splits)}.")
-  versions = sorted({f"{k} {v}" for r in study.runs for k, v in r.versions.items()
+  versions = sorted({f"{k} {v}" for one in [r.versions for r in study.runs] + study.versions for k, v in one.items()
                      if isinstance(v, (str, int, float))})
   if versions:
     items.append("**Ran with** " + ", ".join(versions[:16]) + ".")
@@ -349,12 +372,15 @@ def _comparison_table(study, found, caption):
   metric = METRIC[found[0].metric]
   secondary = found[0].role == "secondary"
   many = len(study.sizes) > 1
-  lines = []
+  lines, fewer = [], False
   for c in found:
     i = c.judgement.interval
+    covered = c.documents.n if c.documents else 0
+    of = f" ({covered} of {i.n} seeds)" if covered < i.n and not secondary else ""
+    fewer = fewer or bool(of)
     lines.append([c.arm] + ([c.size] if many else []) + [
         c.word, verdict_lib.percent(c.budget) if c.budget else "-", str(i.n), metric.text(i.mean, True),
-        metric.between(i)] + ([] if secondary else [metric.between(c.documents)])
+        metric.between(i)] + ([] if secondary else [metric.between(c.documents) + of])
         + [verdict_lib.p_text(c.p_tost_holm if secondary else c.judgement.p_tost),
            verdict_lib.p_text(c.p_difference_holm if secondary else c.judgement.p_difference),
            metric.text(c.judgement.detectable)])
@@ -363,6 +389,9 @@ def _comparison_table(study, found, caption):
       [] if secondary else ["95 % bootstrap (seed, document)"]) + [
       f"p, two one-sided tests, ±{metric.text(found[0].margin)}", "p, difference from 0",
       "smallest detectable"]
+  if fewer:
+    caption += (". **The bootstrap covers fewer seeds than the t interval where it says so**: of the others no documents are "
+                "known" + (", as numbers alone were published of them" if study.by_numbers() else ""))
   return Table(header, lines, caption, left=2 + many)
 
 

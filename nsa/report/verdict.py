@@ -30,7 +30,7 @@ class Comparison:
   role: str                                # primary | secondary | exploratory
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   judgement: statistics.Judgement | None = None
-  documents: statistics.Interval | None = None  # bootstrap over (seed, document)
+  documents: statistics.Interval | None = None  # bootstrap over (seed, document); its n: the seeds whose documents are known
   budget: float | None = None
   reason: str = ""
   p_tost_holm: float = math.nan            # secondary only
@@ -259,7 +259,8 @@ def p_text(p: float) -> str:
 
 
 def _bootstrap(ours, theirs, seeds):
-  names = sorted({d for s, d in ours if s in seeds and (s, d) in theirs})
+  both = [(s, d) for s, d in ours if s in seeds and (s, d) in theirs]
+  seeds, names = sorted({s for s, _ in both}), sorted({d for _, d in both})
   if not names:
     return None
   values, weights = np.full((2, len(seeds), len(names)), np.nan)
