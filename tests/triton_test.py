@@ -181,6 +181,7 @@ def test_stairs_are_causal_attention(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("name, implementation", [
     ("window_g3_packed", "triton"), ("compressed_packed", "triton"), ("selected_g16", "triton"),
+    ("cache", "triton"), ("compressed_decode", "triton"), ("selected_decode", "triton"),
     ("dense_g16", "cudnn_triton"), ("compressed_g16", "cudnn_triton")])
 def test_same_bits_over_20_runs(name, implementation):
   case = CUDNN[name] if implementation == "cudnn_triton" else CASES[name]
@@ -318,6 +319,14 @@ def test_lowers_for_h100(monkeypatch):
                  "index_kl_forward", "index_kl_backward", "sum_units"):
     assert kernel in names, kernel
   assert len(set(names)) <= text.count("@triton_kernel_call") <= len(names)  # equal calls may be merged
+
+
+@lowers
+@pytest.mark.parametrize("name", ["beyond_a_cache", "compressed_decode", "selected_decode"])
+def test_decoding_lowers_for_h100_to_one_kernel(name):
+  operation, arrays, _, options, _ = inputs_of(CASES[name], 0)
+  f = functools.partial(getattr(pk, operation), implementation="triton", **options)
+  assert lowered(f, *arrays).count("@triton_kernel_call") == 1
 
 
 SMALL = {  # for the interpreter

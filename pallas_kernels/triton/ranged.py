@@ -152,7 +152,11 @@ def forward(q, k, v, low, high, *, sizes):
 
 
 def combine(o, lse, dtype):
-  """Parts of the keys, softmax over each, to the softmax over all: o [parts, ..., H], lse [parts, ...]."""
+  """Parts of the keys, softmax over each, to the softmax over all: o [parts, ..., H], lse [parts, ...].
+
+  The last program of a tile to come adding the parts up, inside the kernel, was slower on an H200: one token of a cache
+  of 1M, batch 1, NSA's three branches 0.30 ms and not 0.17; paged dense, 64K, 0.10 and not 0.06; lists 0.03 both ways.
+  """
   top = lse.max(axis=0)
   weight = jnp.exp(lse - jnp.where(top > -jnp.inf, top, 0.0))
   total = weight.sum(axis=0)
