@@ -15,6 +15,8 @@ from pallas_kernels.mosaic_gpu import entries as entry_lists
 from pallas_kernels.triton import call
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import tuning
+from pallas_kernels.triton.range_kernels import softmax_step
+from pallas_kernels.triton.range_kernels import store_softmax
 from pallas_kernels.triton.selected_kernels import head_rows
 
 MAX_SPLITS = 128
@@ -93,17 +95,7 @@ def kernel(q, k, v, table, slots, low, high, o, lse, ITEMS: tl.constexpr, T: tl.
     at += tl.arange(0, H)[None, :]
     s = tl.dot(queries, tl.trans(tl.load(k + at, mask=seen[:, None], other=0.0)), input_precision=PRECISION)
     s = tl.where(seen[None, :], s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s * SCALE - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(p, axis=1)
+    p, decay, top, total = softmax_step(s, top, total, SCALE, True)
     values = tl.load(v + at, mask=seen[:, None], other=0.0)
     acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-    top = new
-  safe = tl.where(total > 0, total, 1.0)
-  row += tl.cast(part, tl.int64) * (ITEMS * G)
-  tl.store(o + row[:, None] * H + tl.arange(0, H)[None, :], (acc / safe[:, None]).to(o.dtype.element_ty),
-           mask=ok[:, None])
-  natural = (top + tl.log2(safe)) * 0.6931471805599453
-  tl.store(lse + row, tl.where(total > 0, natural, float("-inf")), mask=ok)
+  store_softmax(acc, top, total, row + tl.cast(part, tl.int64) * (ITEMS * G), ok, o, lse, H)

@@ -46,6 +46,26 @@ def load_block(pointer, block, C, stride: tl.constexpr, H: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def softmax_step(s, top, total, SCALE: tl.constexpr, MASKED: tl.constexpr):
+  """Online softmax over scores [rows, keys]: exponentials, what the sums so far shrink by, the new maxima and sums."""
+  new = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+  shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+  p = tl.exp2(s * SCALE - shift[:, None])
+  decay = tl.exp2(top - shift)
+  return p, decay, new, total * decay + tl.sum(p, axis=1)
+
+
+@triton.jit
+def store_softmax(acc, top, total, row, ok, o, lse, H: tl.constexpr):
+  """Its end: o and the natural lse of the rows; 0 and -inf where nothing was seen."""
+  safe = tl.where(total > 0, total, 1.0)
+  at_o = o + row[:, None] * H + tl.arange(0, H)[None, :]
+  tl.store(at_o, (acc / safe[:, None]).to(o.dtype.element_ty), mask=ok[:, None])
+  natural = (top + tl.log2(safe)) * 0.6931471805599453
+  tl.store(lse + row, tl.where(total > 0, natural, float("-inf")), mask=ok)
+
+
+@triton.jit
 def _attend(acc, top, total, q, k, v, block, low, high, C, K: tl.constexpr, H: tl.constexpr,
             SCALE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
   """One step of online softmax: a block of keys."""
@@ -54,14 +74,10 @@ def _attend(acc, top, total, q, k, v, block, low, high, C, K: tl.constexpr, H: t
   if MASKED:
     c = block * BLOCK + tl.arange(0, BLOCK)
     s = tl.where((c[None, :] >= low[:, None]) & (c[None, :] < high[:, None]), s, float("-inf"))
-  new = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-  shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-  p = tl.exp2(s * SCALE - shift[:, None])
-  decay = tl.exp2(top - shift)
-  total = total * decay + tl.sum(p, axis=1)
+  p, decay, top, total = softmax_step(s, top, total, SCALE, MASKED)
   values = load_block(v, block, C, K * H, H, BLOCK, MASKED)
   acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-  return acc, new, total
+  return acc, top, total
 
 
 @triton.jit
@@ -102,12 +118,7 @@ def forward_kernel(q, k, v, low, high, o, lse,
     block = tl.where(i < full_begin, i, i + (full_end - full_begin))
     acc, top, total = _attend(acc, top, total, queries, k + keys, v + keys, block, first, stop, C, K, H, SCALE,
                               BLOCK, PRECISION, True)
-  safe = tl.where(total > 0, total, 1.0)
-  row += part.to(tl.int64) * (B * T) * (K * G)
-  at_o = o + row[:, None] * H + tl.arange(0, H)[None, :]
-  tl.store(at_o, (acc / safe[:, None]).to(o.dtype.element_ty), mask=ok[:, None])
-  natural = (top + tl.log2(safe)) * 0.6931471805599453
-  tl.store(lse + row, tl.where(total > 0, natural, float("-inf")), mask=ok)
+  store_softmax(acc, top, total, row + part.to(tl.int64) * (B * T) * (K * G), ok, o, lse, H)
 
 
 @triton.jit

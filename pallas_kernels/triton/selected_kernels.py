@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.triton.range_kernels import load_block
+from pallas_kernels.triton.range_kernels import softmax_step
+from pallas_kernels.triton.range_kernels import store_softmax
 
 
 @triton.jit
@@ -58,20 +60,10 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
     at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop)
     s = tl.dot(queries, tl.trans(_rows(k + at, there, K * H, H, SIZE)), input_precision=PRECISION)
     s = tl.where(seen[None, :], s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s * SCALE - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay + tl.sum(p, axis=1)
+    p, decay, top, total = softmax_step(s, top, total, SCALE, True)
     values = _rows(v + at, there, K * H, H, SIZE)
     acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-    top = new
-  safe = tl.where(total > 0, total, 1.0)
-  row += tl.cast(part, tl.int64) * (ITEMS * G)
-  tl.store(o + row[:, None] * H + tl.arange(0, H)[None, :], (acc / safe[:, None]).to(o.dtype.element_ty),
-           mask=ok[:, None])
-  natural = (top + tl.log2(safe)) * 0.6931471805599453
-  tl.store(lse + row, tl.where(total > 0, natural, float("-inf")), mask=ok)
+  store_softmax(acc, top, total, row + tl.cast(part, tl.int64) * (ITEMS * G), ok, o, lse, H)
 
 
 @triton.jit
