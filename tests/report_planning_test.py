@@ -39,7 +39,7 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
 
 def test_the_anchor_splits_delta_and_lies_on_the_way(study):
   """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
-  from nsa.report import analyses
+  from nsa.report import analyses, sections, verdict
   loaded = runs.load([study])
   table = endpoints.rows(loaded)
   dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
@@ -50,6 +50,17 @@ def test_the_anchor_splits_delta_and_lies_on_the_way(study):
   (line,) = [note for note in analyses.controls(loaded, table) if note.startswith("The anchor")]
   assert f"dense ends {gained:+.4f} bits/byte from native_msa" in line and f"ends {lost:+.4f} bits/byte from dense" in line
   assert {step for _, step in endpoints.over_training(loaded, "retrofit_msa_5", "tiny")} == {975, 1000}
+  split = analyses.by_way_of_dense(loaded, table, "tiny")
+  assert list(split) == loaded.retrofits()
+  behind, ahead = split[loaded.retrofits()[-1]]
+  assert (behind.mean(), ahead.mean()) == pytest.approx((lost, gained))
+  deltas = {c.arm: c.judgement.interval.mean for c in verdict.comparisons(loaded, table) if c.role == "primary"}
+  assert {arm: (a + b).mean() for arm, (a, b) in split.items()} == pytest.approx(deltas)
+  (shown,) = sections.way_of_dense(loaded, table, "tiny")
+  assert [line[0] for line in shown.rows] == loaded.retrofits() and shown.rows[-1][3] == f"{lost:+.4f}"
+  one_seed = [row for row in table if row.seed == 0]
+  assert sections.way_of_dense(loaded, one_seed, "tiny")[0].rows[0][4:7] == ["-", "-", "-"]
+  assert sections.way_of_dense(loaded, [row for row in table if row.arm != "dense"], "tiny") == []
 
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):

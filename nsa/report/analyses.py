@@ -41,6 +41,21 @@ def controls(study: Study, table: list[Row]) -> list[str]:
   return notes
 
 
+def by_way_of_dense(study: Study, table: list[Row], size: str) -> dict:
+  """{retrofit arm: (retrofit minus dense, dense minus reference)}, float64[seeds] each, over the seeds that all three have.
+
+  Delta is their sum, and its scatter may be of the second alone, which no retrofit has a part in.
+  """
+  own = lambda arm: endpoints.series(table, arm, size, study.headline_mode(arm), study.primary)
+  out, dense, native = {}, own(study.dense), own(study.reference) if study.reference else {}
+  for arm in study.retrofits():
+    ours = own(arm)
+    seeds = sorted(set(ours) & set(dense) & set(native))
+    if seeds:
+      out[arm] = (np.array([ours[s] - dense[s] for s in seeds]), np.array([dense[s] - native[s] for s in seeds]))
+  return out
+
+
 def _anchor(study, table, size, at):
   """Where dense attention ends: Delta mixes what retrofitting costs with what native gains over dense."""
   metric = METRIC[study.primary]

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from nsa.analysis import statistics
 from nsa.report import analyses, document, endpoints, planning, verdict as verdict_lib
 from nsa.report.document import Bullets, Heading, Picture, Table, Text
 from nsa.report.endpoints import METRIC, Row
@@ -199,9 +200,28 @@ def budget(study, table, found: list[Comparison], gallery: Gallery) -> list:
       blocks.append(Text(at + (f"The limit Delta_inf {fit.reason}." if not fit.fitted else
                                "Delta(b) = Delta_inf + A · b^-gamma: "
                                f"{verdict_lib.fit_text(study, fit)}, gamma = {fit.gamma:.2f}.")))
+    blocks += way_of_dense(study, table, size)
     head, lines = analyses.closed_gap(study, table, size)
     blocks += ([Text(head)] if head else []) + ([Bullets(lines)] if lines else [])
   return blocks
+
+
+def way_of_dense(study, table, size) -> list:
+  """Delta split at the dense model: does a retrofit reach what it came from, and how far is that from native?"""
+  metric, lines = METRIC[study.primary], []
+  for arm, (lost, gained) in analyses.by_way_of_dense(study, table, size).items():
+    judged = statistics.judge(lost, study.margin)
+    spread = lambda x: metric.text(float(np.std(x, ddof=1))) if len(x) > 1 else "-"
+    lines.append([arm, str(len(lost)), metric.text(float(np.mean(lost + gained)), True), metric.text(float(np.mean(lost)), True),
+                  metric.between(judged.interval), spread(lost), verdict_lib.p_text(judged.p_tost),
+                  metric.text(float(np.mean(gained)), True), spread(gained)])
+  if not lines:
+    return []
+  at = f"size {size}, " if len(study.sizes) > 1 else ""
+  return [Table(["retrofit arm", "seeds", "Delta", f"minus {study.dense}", "95 % t interval", "SD over seeds",
+                 f"p, two one-sided tests, ±{metric.text(study.margin)}", f"{study.dense} minus {study.reference}", "SD over seeds"],
+                lines, f"{metric.title[0].upper()}{metric.title[1:]}; {at}paired by seed. Delta by way of the dense model: what a "
+                f"retrofit loses against {study.dense} of its seed, and what {study.reference} gains over it. Exploratory.")]
 
 
 def modes(study, table, size, gallery) -> list:
