@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nsa import report
-from nsa.report import endpoints, runs
+from nsa.report import endpoints, loading
 from report_planted import write_study
 
 
@@ -19,7 +19,7 @@ def study(tmp_path_factory):
 
 def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
   from nsa.report import planning
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   table = endpoints.rows(loaded)
   found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.01)}
   a, b = (endpoints.series(table, arm, "tiny", "sparse", loaded.primary) for arm in ("retrofit_msa_5", "native_msa"))
@@ -40,7 +40,7 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
 def test_the_anchor_splits_delta_and_lies_on_the_way(study):
   """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
   from nsa.report import analyses, sections, verdict
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   table = endpoints.rows(loaded)
   dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
                              for arm in ("dense", "native_msa", loaded.retrofits()[-1]))
@@ -65,7 +65,7 @@ def test_the_anchor_splits_delta_and_lies_on_the_way(study):
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
   from nsa.report import planning
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   own, other, *planned = planning.prices(loaded)[0]
   expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
   for run in loaded.runs:
@@ -90,7 +90,7 @@ def test_where_unions_of_a_tile_stop_to_pay_by_hand():
 def test_a_published_picture_is_one_small_file(study, tmp_path):
   from PIL import Image
   from nsa.report import plots, style
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   look = style.Look(loaded)
   style.save(plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
   (file,) = tmp_path.iterdir()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nsa import report
-from nsa.report import endpoints, publish, runs, verdict
+from nsa.report import endpoints, loading, publish, verdict
 from report_planted import ARMS, write_study
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -61,7 +61,7 @@ def as_before_archives(folder):
 
 
 def primaries(*paths):
-  study = runs.load(list(paths))
+  study = loading.load(list(paths))
   return [c for c in verdict.comparisons(study, endpoints.rows(study)) if c.role == "primary"]
 
 
@@ -151,7 +151,7 @@ def test_seeds_that_were_trained_together_and_finished_apart(whole, tmp_path):
     if not run.name.endswith("-0"):
       (run / "DONE").unlink()
   first = contents(published([live, old], tmp_path / "out"))
-  study = runs.load([tmp_path / "out"])
+  study = loading.load([tmp_path / "out"])
   assert sorted((r.name, r.seeds, r.rows is None) for r in study.runs if r.arm == "dense") == [
       ("dense-tiny-0", (0,), True), ("dense-tiny-0_1_2", (1, 2), False)]
   assert all(r.config["seeds"] == [0, 1, 2] for r in study.by_numbers())  # a speed is of all three
@@ -192,7 +192,7 @@ def test_a_running_study_is_not_published_over_and_a_broken_archive_is_named(who
 @pytest.mark.parametrize("name, deltas", [("pilot_98M", (0.0259, 0.0189, 0.0158, 0.0153)),
                                           ("pilot", (0.0412, 0.0222, 0.0195, 0.0189))])
 def test_the_pilots_say_what_they_said(name, deltas, tmp_path):
-  study = runs.load([RESULTS / name])
+  study = loading.load([RESULTS / name])
   table = endpoints.rows(study)
   found = [c for c in verdict.comparisons(study, table) if c.role == "primary"]
   assert tuple(round(c.judgement.interval.mean, 4) for c in found) == deltas

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nsa import report
-from nsa.report import endpoints, runs, verdict
+from nsa.report import endpoints, loading, runs, verdict
 from report_planted import ARMS, MODES, write_study
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_worse_retrofit_is_worse_by_what_was_planted(tmp_path):
   root = write_study(tmp_path, with_retrofit(0.05))
   text = words(root)
   assert "Retrofit is worse than native_msa." in text and "matches" not in text
-  study = runs.load([root])
+  study = loading.load([root])
   (primary,) = [c for c in verdict.comparisons(study, endpoints.rows(study)) if c.role == "primary"]
   i = primary.judgement.interval
   assert i.low < 0.05 < i.high and i.half_width < 0.02
@@ -95,7 +95,7 @@ def test_equality_that_says_nothing_is_no_match(tmp_path, quick):
 
 def test_seeds_are_paired_and_not_pooled(tmp_path):
   """Seed levels vary by 0.01 here and the paired noise by 0.0015: only a paired analysis can match."""
-  study = runs.load([write_study(tmp_path, with_retrofit(0.0))])
+  study = loading.load([write_study(tmp_path, with_retrofit(0.0))])
   table = endpoints.rows(study)
   a, b = (endpoints.series(table, arm, "tiny", "sparse", study.primary)
           for arm in ("native_msa", "retrofit_msa_5"))
@@ -134,7 +134,7 @@ def test_html_needs_no_network(written):
 
 def test_decomposition_adds_up_and_planted_parts_are_found(study):
   from nsa.report import analyses
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   found = analyses.decompose(loaded, endpoints.rows(loaded), "tiny")
   for arm in ("retrofit_msa_1", "retrofit_msa_25"):
     d = found[arm]
@@ -146,7 +146,7 @@ def test_decomposition_adds_up_and_planted_parts_are_found(study):
 
 
 def test_secondary_words_are_after_holm(study):
-  loaded = runs.load([study])
+  loaded = loading.load([study])
   found = verdict.comparisons(loaded, endpoints.rows(loaded))
   secondary = [c for c in found if c.role == "secondary"]
   assert len(secondary) == 3 and all(c.metric == "exact_match" for c in secondary)
@@ -237,7 +237,7 @@ def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp
   assert "`retrofit_msa_5-tiny-1` (retrofit_msa_5, tiny, seeds 1) **failed**: loss is not finite" in text
   assert "**failed**: out of memory" in text and "`native_msa-tiny-3` (native_msa, tiny) is pending" in text
   assert "`retrofit_msa_1-tiny-0`: seed 0 diverged" in text and "2 of 17 runs failed" in text
-  study = runs.load([root])
+  study = loading.load([root])
   found = verdict.comparisons(study, endpoints.rows(study))
   seeds = {c.arm: sorted(c.differences) for c in found if c.role == "primary"}
   assert seeds == {"retrofit_msa_1": [1, 2], "retrofit_msa_5": [0, 2], "retrofit_msa_25": [0, 1]}

@@ -3,9 +3,9 @@
     paths = report.write([Path("runs/study")], Path("runs/study/report"))
     print(report.verdict_table(Path("runs/study")))
 
-runs.py reads what lies on disk, published.py what publish.py wrote into a repository, endpoints.py reduces it to one number
-per arm, seed and run mode, verdict.py and analyses.py judge, planning.py looks ahead, sections.py and plots.py say and show
-it, document.py writes it down.
+runs.py reads what lies on disk, published.py what publish.py wrote into a repository, loading.py both; endpoints.py reduces it
+to one number per arm, seed and run mode, verdict.py and analyses.py judge, planning.py looks ahead, sections.py and plots.py
+say and show it, document.py writes it down.
 A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes stay.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 import textwrap
 
-from nsa.report import document, endpoints, publish as publish_lib, published, runs, verdict as verdict_lib
+from nsa.report import document, endpoints, loading, publish as publish_lib, published, runs, verdict as verdict_lib
 from nsa.report.endpoints import METRIC
 
 __all__ = ["ReportPaths", "verdict_table", "write"]
@@ -45,7 +45,7 @@ def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   out = Path(out)
   if publish and (out / "study.json").is_file() and not published.is_published(runs.read_plan(out)):
     raise ValueError(f"out = {str(out)!r}: a study runs there, and its study.json would be lost; give another directory")
-  study = runs.load([Path(p) for p in paths])
+  study = loading.load([Path(p) for p in paths])
   archive = publish_lib.records(study) if publish else b""
   import matplotlib  # here: whoever wants the verdict alone does not wait for it
   from nsa.report import sections, style
@@ -82,7 +82,7 @@ def verdict_table(*paths: Path) -> str:
 
   Takes the paths that `write` takes, and raises its ValueErrors.
   """
-  study = runs.load([Path(p) for p in paths])
+  study = loading.load([Path(p) for p in paths])
   table = endpoints.rows(study)
   verdict = verdict_lib.verdict(study, table)
   primary, secondary = METRIC[study.primary], METRIC[study.secondary]
