@@ -320,11 +320,14 @@ def _run_rows(run: Run) -> list[Row]:
 
 
 def _ratio(records, value, weight):
-  """Weighted mean over all windows. One that is not finite makes the whole not finite: it is not hidden."""
+  """Weighted mean over all windows. One that is not finite makes the whole not finite: it is not hidden.
+
+  fsum, as sum() has other last digits from Python 3.12 on: a published table can be written again to the byte.
+  """
   pairs = [(number(r.get(value)), number(r.get(weight))) for r in records if r.get(value) is not None]
   pairs = [(v, w) for v, w in pairs if not w <= 0]
-  total = sum(w for _, w in pairs)
-  return sum(v * w for v, w in pairs) / total if total else math.nan
+  total = math.fsum(w for _, w in pairs)
+  return math.fsum(v * w for v, w in pairs) / total if total else math.nan
 
 
 def _split(run):
