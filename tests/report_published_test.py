@@ -55,7 +55,7 @@ def as_before_archives(folder):
   """What the directories of the first pilots hold: no records, and less in study.json."""
   (folder / publish.RECORDS).unlink()
   plan = json.loads((folder / "study.json").read_text())
-  del plan["order"], plan["declared"]
+  del plan["order"], plan["declared"], plan["files"]
   (folder / "study.json").write_text(json.dumps(plan))
   return folder
 
@@ -178,15 +178,91 @@ def test_another_experiment_is_refused_by_its_field(field, message, whole, live,
   assert not (tmp_path / "out").exists()
 
 
-def test_a_running_study_is_not_published_over_and_a_broken_archive_is_named(whole, live, tmp_path):
-  plan = (live / "study.json").read_text()
-  with pytest.raises(ValueError, match="a study runs there"):
-    report.write([live], live, publish=True)
-  assert (live / "study.json").read_text() == plan
+def test_nothing_is_lost_in_the_directory_written_to(whole, live, tmp_path):
   before = published([whole], tmp_path / "before")
-  (before / publish.RECORDS).write_text("version https://git-lfs.github.com/spec/v1")
-  with pytest.raises(ValueError, match=r"records.tar.xz: cannot be read"):
-    report.verdict_table(before)
+  kept = contents(before)
+  for paths, out, publishing, message in (
+      ([live], live, True, "a study runs there"), ([live], before, True, "6 finished seeds that were published there, the first "
+       "of them dense tiny 1, are not in this report; name the directory among the paths too"),
+      ([live, before], before, False, "its results.csv would no longer belong to its study.json")):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      report.write(paths, out, publish=publishing)
+  assert contents(before) == kept and "jobs" in json.loads((live / "study.json").read_text())
+  link = tmp_path / "link"
+  link.symlink_to(before)
+  assert contents(published([before], link)) == kept
+
+
+@pytest.mark.parametrize("name", [publish.RECORDS, "results.csv", "layers.csv"])
+def test_damaged_files_are_named(name, whole, tmp_path):
+  """By their hash; where study.json has none, as far as they say it themselves."""
+  before = published([whole], tmp_path / "before")
+  data = (before / name).read_bytes()
+  flipped = bytearray(data)
+  flipped[len(data) // 2] ^= 4
+  pointer = b"version https://git-lfs.github.com/spec/v1\nsize 12\n"
+  plan = json.loads((before / "study.json").read_text())
+  for damaged in (bytes(flipped), data[:len(data) // 2], pointer, None):
+    (before / name).unlink() if damaged is None else (before / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{name}: SHA-256"):
+      report.verdict_table(before)
+  del plan["files"]
+  (before / "study.json").write_text(json.dumps(plan))
+  damages = [data[:-8], *(data[:i] + bytes([data[i] ^ 4]) + data[i + 1:] for i in range(20, len(data) - 20, 997))]
+  for damaged in [pointer] + (damages if name == publish.RECORDS else [data.replace(b",tiny,1,", b",tiny,x,")]):
+    (before / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{name}.*take it from the repository again"):
+      report.verdict_table(before)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(arms=None), "arms = None"), (dict(arms={"dense": 3}), "arms = "), (dict(runs=None), "runs = None"),
+    (dict(runs=["dense"]), "runs = ['dense']"), (dict(versions={"a": 1}), "versions = "), (dict(order="dense"), "order = 'dense'"),
+    (dict(primary="loss"), "primary = 'loss'"), (dict(budgets=[1]), "budgets = [1]"), (dict(run="../x"), "runs[0].run = '../x'"),
+    (dict(run="/x"), "runs[0].run = '/x'"), (dict(arm=None), "runs[0].arm = None"), (dict(seeds=["0"]), "runs[0].seeds = ['0']"),
+    (dict(seeds=[]), "runs[0].seeds = []"), (dict(status="finished"), "runs[0].status = 'finished'"),
+    (dict(versions=7, run="dense-tiny-0"), "runs[0].versions = 7"), (dict(trained_with=5), "runs[0].trained_with = 5")])
+def test_a_study_json_that_cannot_be_read_is_refused_by_its_field(change, message, whole, tmp_path):
+  before = published([whole], tmp_path / "before")
+  plan = json.loads((before / "study.json").read_text())
+  of_run = set(change) & {"run", "arm", "seeds", "status", "trained_with"}
+  (plan["runs"][0] if of_run else plan).update(change)
+  (before / "study.json").write_text(json.dumps(plan))
+  with pytest.raises(ValueError, match=re.escape(f"study.json: {message}")):
+    loading.load([before])
+
+
+def test_single_runs_beside_what_was_published_are_of_its_experiment_and_not_in_it(whole, tmp_path):
+  before = published([whole], tmp_path / "before")
+  with pytest.raises(ValueError, match="the study has a run of that name"):
+    loading.load([before, whole / "runs/dense-tiny-0"])
+  other = shutil.copytree(whole / "runs/native_msa-tiny-0", tmp_path / "native_msa-tiny-7")
+  config = (other / "config.json").read_text()
+  (other / "config.json").write_text(config.replace('"num_blocks": 8', '"num_blocks": 9'))
+  with pytest.raises(ValueError, match=re.escape("arms.native_msa.attention.num_blocks = 9, and 8")):
+    loading.load([before, other])
+  (other / "config.json").write_text(config)
+  assert len(loading.load([before, other]).runs) == 10
+
+
+def test_what_could_not_be_read_and_paths_in_errors_are_said_the_same_way_again(whole, tmp_path):
+  root = shutil.copytree(whole, tmp_path / "study")
+  (root / "runs/dense-tiny-0/eval/1000.json").write_text("{")
+  (root / "runs/dense-tiny-1/DONE").unlink()
+  (root / "runs/dense-tiny-1/FAILED").write_text(json.dumps({"error": "OSError: /home/user/secret/corpus.tar.xz: not there"}))
+  shutil.rmtree(root / "runs/dense-tiny-2")
+  (root / "runs/dense-tiny-2").mkdir()
+  first = contents(published([root], tmp_path / "first"))
+  text = first["report.md"].decode()
+  assert "1000.json" in text and "OSError: corpus.tar.xz: not there" in text and "secret" not in text
+  assert contents(published([tmp_path / "first"], tmp_path / "again")) == first
+
+
+def test_records_replace_numbers_whichever_directory_comes_first(whole, tmp_path):
+  new = published([whole], tmp_path / "new")
+  old = as_before_archives(published([whole], tmp_path / "old"))
+  for paths in ([old, new], [new, old]):
+    assert loading.load(paths).by_numbers() == []
 
 
 @pytest.mark.parametrize("name, deltas", [("pilot_98M", (0.0259, 0.0189, 0.0158, 0.0153)),

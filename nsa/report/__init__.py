@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 import textwrap
 
-from nsa.report import document, endpoints, loading, publish as publish_lib, published, runs, verdict as verdict_lib
+from nsa.report import document, endpoints, loading, publish as publish_lib, published, verdict as verdict_lib
 from nsa.report.endpoints import METRIC
 
 __all__ = ["ReportPaths", "verdict_table", "write"]
@@ -40,13 +40,19 @@ def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   is read before anything is written.
 
   Raises ValueError for a path that is neither a run nor a study, for published directories of another experiment, and
-  for publishing over the study.json of a study that runs. Parts that are missing become lines of the report.
+  where something in `out` would be lost: the study.json of a study that runs, or runs that were published there and are
+  not in the new report. Parts that are missing become lines of the report.
   """
   out = Path(out)
-  if publish and (out / "study.json").is_file() and not published.is_published(runs.read_plan(out)):
-    raise ValueError(f"out = {str(out)!r}: a study runs there, and its study.json would be lost; give another directory")
   study = loading.load([Path(p) for p in paths])
-  archive = publish_lib.records(study) if publish else b""
+  published.check_out(out, study, publish)
+  archive = b""
+  if publish:
+    archive = publish_lib.records(study)
+    for run in study.runs:
+      run.error = publish_lib.bare(study, run.message) if run.status == "failed" else run.error
+      run.problems = [publish_lib.bare(study, problem) for problem in run.problems]
+    study.problems = [publish_lib.bare(study, problem) for problem in study.problems]
   import matplotlib  # here: whoever wants the verdict alone does not wait for it
   from nsa.report import sections, style
   folder = out / "plots"
@@ -67,10 +73,11 @@ def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   text = document.markdown(title, blocks)
   if publish:
     result.markdown.write_text(publish_lib.without_paths(study, text))
-    (out / "study.json").write_text(json.dumps(publish_lib.description(study), indent=1) + "\n")
     (out / publish_lib.RECORDS).unlink(missing_ok=True)  # of what was published here before
     if archive:
       (out / publish_lib.RECORDS).write_bytes(archive)
+    files = {path.name: path.read_bytes() for path in (result.csv, out / "layers.csv", out / publish_lib.RECORDS) if path.is_file()}
+    (out / "study.json").write_text(json.dumps(publish_lib.description(study, files), indent=1) + "\n")
   else:
     result.markdown.write_text(text)
     result.html.write_text(document.page(title, blocks, folder))

@@ -105,9 +105,12 @@ def series(table: Iterable[Row], arm: str, size: str, run_mode: str, metric: str
   return {s: v for s, v in values.items() if math.isfinite(v)}
 
 
+OF_DOCUMENTS = ("bits_per_byte", "second_half_bits_per_byte")  # metrics that each document of the held-out text has
+
+
 def documents(study: Study, arm: str, size: str, run_mode: str, metric: str) -> dict:
   """{(seed, document): (bits, bytes)} of a language metric; {} for any other."""
-  if metric not in ("bits_per_byte", "second_half_bits_per_byte"):
+  if metric not in OF_DOCUMENTS:
     return {}
   weight = "bytes" if metric == "bits_per_byte" else "second_half_bytes"
   out = collections.defaultdict(lambda: [0.0, 0.0])
@@ -211,12 +214,27 @@ def write_csv(table: list[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-  """What `write_csv` wrote, to the last digit; a column that an older table lacks has its default."""
+  """What `write_csv` wrote, to the last digit; a column that an older table lacks has its default. ValueError for any other file."""
   read = {"str": str, "int": int, "bool": lambda cell: cell == "True", "float": lambda cell: float(cell) if cell else math.nan}
   fields = dataclasses.fields(Row)
+  needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+  return _lines_of(path, needed, lambda line: Row(**{f.name: read[f.type](line[f.name]) for f in fields if f.name in line}))
+
+
+def _lines_of(path, needed, convert):
+  """convert(line) of every line of a CSV file that has the columns `needed`; ValueError names file, line and fix."""
   with open(path, newline="") as file:
-    lines = list(csv.DictReader(file))
-  return [Row(**{f.name: read[f.type](line[f.name]) for f in fields if f.name in line}) for line in lines]
+    reader = csv.DictReader(file)
+    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    if missing:
+      raise ValueError(f"{path}: has no column {missing[0]!r}; take it from the repository again")
+    out = []
+    for line in reader:
+      try:
+        out.append(convert(line))
+      except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: cannot be read ({error}); take it from the repository again") from None
+  return out
 
 
 LAYER = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common",
@@ -237,13 +255,14 @@ def write_layers(study: Study, path: Path) -> None:
 
 
 def read_layers(path: Path) -> dict[tuple[str, str], dict[int, list[dict]]]:
-  """What `write_layers` wrote: {(arm, size): {step: records}}, in the order of the file."""
+  """What `write_layers` wrote: {(arm, size): {step: records}}, in the order of the file. ValueError for any other file."""
+  def convert(line):
+    record = {"kind": "layer", "seed": int(line["seed"] or 0), "run_mode": line["run_mode"], "layer": int(line["layer"])}
+    return (line["arm"], line["size"]), int(line["step"]), record | {n: float(line[n]) for n in LAYER if line.get(n)}
+
   out = collections.defaultdict(lambda: collections.defaultdict(list))
-  with open(path, newline="") as file:
-    for line in csv.DictReader(file):
-      record = {"kind": "layer", "seed": int(line["seed"] or 0), "run_mode": line["run_mode"], "layer": int(line["layer"])}
-      record |= {n: float(line[n]) for n in LAYER if line.get(n)}
-      out[line["arm"], line["size"]][int(line["step"])].append(record)
+  for key, step, record in _lines_of(path, ("arm", "size", "seed", "step", "run_mode", "layer"), convert):
+    out[key][step].append(record)
   return out
 
 

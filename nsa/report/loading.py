@@ -34,6 +34,11 @@ def load(paths: list[Path]) -> runs.Study:
   for i, (path, plan) in enumerate(plans):
     one = published.load(path, plan) if published.is_published(plan) else runs.load_study(path, plan)
     study = published.merge(study, one, path) if i else one
+  for run in singles if studies else ():
+    if run.name in [other.name for other in study.runs]:
+      raise ValueError(f"{run.path}: the study has a run of that name; leave it out, or rename it")
+    if any(published.is_published(plan) for _, plan in plans):
+      published.same_arms(study, [run], run.path)
   study.runs += singles
   notes = (studies + paths)[0] / "NOTES.md"
   study.notes = notes.read_text() if notes.is_file() else ""

@@ -120,8 +120,7 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   longest: ten steps between evaluations say little of speed.
   """
   from nsa import chips, config as config_lib, flops, model as model_lib
-  runs = {run.arm: [r for r in study.finished if (r.arm, r.size) == (run.arm, run.size)]
-          for run in study.finished if run.size == study.sizes[0]}
+  runs = {arm: of_arm for arm in study.arms if (of_arm := [r for r in study.finished if (r.arm, r.size) == (arm, study.sizes[0])])}
   known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
   own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
   configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.parsed(of_arm[0].config))}

@@ -7,6 +7,7 @@ drawn alone is thinned.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import lzma
@@ -32,8 +33,9 @@ _FIELDS = {                        # that the report reads
 _WRITTEN = ("block_recall", "score_recall", "entropy")  # of a layer in layers.csv, to 4 digits, and nowhere else
 
 
-def description(study: Study) -> dict:
-  """What was asked, the config of every arm (of its first run, with all seeds), and the software it ran with."""
+def description(study: Study, files: dict[str, bytes]) -> dict:
+  """What was asked, the config of every arm (of its first run, with all seeds), the software it ran with, and the SHA-256 of
+  the files that belong together."""
   arms, directories = {}, {run.name: run.arm for run in study.runs}
   for run in study.runs:
     if not run.config:
@@ -51,7 +53,9 @@ def description(study: Study) -> dict:
   for run in study.runs:
     listed.append({"run": run.name, "arm": run.arm, "size": run.size, "seeds": list(run.seeds), "status": run.status})
     if run.status == "failed":
-      listed[-1]["error"] = _bare(without_paths(study, run.message))
+      listed[-1]["error"] = bare(study, run.message)
+    if run.problems:
+      listed[-1]["problems"] = [bare(study, problem) for problem in run.problems]
     if run.rows is not None and run.versions:  # of other runs the archive says it
       listed[-1]["versions"] = versions.index(run.versions)
     if run.rows is not None and run.config and run.config["seeds"] != list(run.seeds):
@@ -59,18 +63,21 @@ def description(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "declared": study.declared, "reference_arm": study.reference,
           "dense_arm": study.dense, "budgets": study.budgets, "primary": {"metric": study.primary, "margin": study.margin},
           "secondary": {"metric": study.secondary, "margin": study.secondary_margin}, "order": study.arms,
-          "runs": listed, "arms": arms, "versions": versions}
+          "runs": listed, "arms": arms, "versions": versions,
+          "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
 
 
 def records(study: Study) -> bytes:
   """The archive: of every run that has left something to read, what the report reads of it. b"" where there is none.
 
-  The same study gives the same bytes, and so does what is read back from them. Raises ValueError for two runs of one name.
+  The same study gives the same bytes, and so does what is read back from them. Raises ValueError for two runs of one name
+  and for a run without one.
   """
   names = [run.name for run in study.runs]
-  twice = next((name for name in names if names.count(name) > 1), None)
-  if twice is not None:
-    raise ValueError(f"run = {twice!r}: two runs of that name, and what is published of a run is found by it; rename one")
+  wrong = next((name for name in names if names.count(name) > 1 or not is_name(name)), None)
+  if wrong is not None:
+    raise ValueError(f"run = {wrong!r}: what is published of a run is found by the name of its directory, and no other run may "
+                     "have it; rename one, or give its path from a directory above")
   directories = {run.name: run.arm for run in study.runs}
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
   files = {}
@@ -92,10 +99,21 @@ def records(study: Study) -> bytes:
 
 def without_paths(study: Study, text: str) -> str:
   """`text` with the directories of the runs left out: an error message may name them."""
-  places = {str(p) for run in study.runs for p in (run.path.parent, run.path.parent.resolve())}
+  places = {str(p) for run in study.runs if run.path.is_dir()  # what was published lies nowhere
+            for p in (run.path.parent, run.path.parent.resolve())}
   for place in sorted(places, key=len, reverse=True):
-    text = re.sub(re.escape(place) + r"(?:/|(?![\w.-]))", "", text) if len(place) > 1 else text
+    text = re.sub(r"(?<![\w.-])" + re.escape(place) + r"(?:/|(?![\w.-]))", "", text) if len(place) > 1 else text
   return text
+
+
+def bare(study: Study, text: str) -> str:
+  """`text` without the directories of the runs, and with the last part alone of every other absolute path."""
+  return re.sub(r"(?<![\w/.])/(?:[^/\s'\"]+/)*(?=[^/\s'\"])", "", without_paths(study, text))
+
+
+def is_name(name: str) -> bool:
+  """Whether it can name a directory inside another."""
+  return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def without_machine(config: dict, directories: dict[str, str]) -> dict:
@@ -103,8 +121,11 @@ def without_machine(config: dict, directories: dict[str, str]) -> dict:
   config = copy.deepcopy(config)
   data, fork = config.get("data", {}), config.get("fork", {})
   for field in ("source", "tokenizer", "data_dir"):
-    kind, colon, path = str(data.get(field, "")).rpartition(":")
-    data[field] = kind + colon + PurePath(path).name
+    kind, colon, path = str(data.get(field, "")).partition(":")
+    if not colon:
+      data[field] = PurePath(kind).name
+    elif kind != "tfds":  # whose names have slashes
+      data[field] = kind + colon + PurePath(path).name
   if fork.get("workdir"):
     name = PurePath(fork["workdir"]).name
     fork["workdir"] = f"@{directories[name]}" if name in directories else name
@@ -185,8 +206,3 @@ def _rounded(value, digits):
 
 def _short(value):
   return int(value) if value == int(value) and abs(value) < 2 ** 53 else float(value)
-
-
-def _bare(text):
-  """`text` with the last part alone of every absolute path."""
-  return re.sub(r"(?<![\w/.])/(?:[^/\s'\"]+/)*(?=[^/\s'\"])", "", text)

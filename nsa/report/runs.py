@@ -122,8 +122,8 @@ class Study:
 def load_run(path: Path, job: dict | None = None) -> Run:
   """The run at `path`; `job` is its line in study.json, which names it where config.json cannot."""
   path, job, problems = Path(path), job or {}, []
-  config = _read_json(path / "config.json", problems) or {}
-  versions = _read_json(path / "versions.json", problems) if (path / "versions.json").exists() else {}
+  config = _read_object(path / "config.json", problems)
+  versions = _read_object(path / "versions.json", problems) if (path / "versions.json").exists() else {}
   curves = _read_metrics(path / "metrics.jsonl", problems)
   records, eval_step, of_kind = _read_eval(path / "eval", problems)
   first = records[0] if records else {}
@@ -131,7 +131,7 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
-            seeds, config, versions or {}, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"],
+            seeds, config, versions, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"],
             _paused(path))
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
@@ -159,6 +159,8 @@ def study_of(path: Path, plan: dict, runs: list[Run], arms: list[str], declared:
   def need(ok, name, value, fix):
     if not ok:
       raise ValueError(f"{path / 'study.json'}: {name} = {value!r}: {fix}")
+  for name in ("primary", "secondary", "budgets"):
+    need(isinstance(plan.get(name) or {}, dict), name, plan.get(name), "an object")
   primary, secondary = plan.get("primary") or {}, plan.get("secondary") or {}
   budgets = plan.get("budgets") or {}
   for name, endpoint in (("primary", primary), ("secondary", secondary)):
@@ -210,6 +212,14 @@ def _status(path, job):
   if job.get("status") == "failed":
     return "failed", job.get("error") or "no message"
   return "unfinished", ""
+
+
+def _read_object(path, problems):
+  tree = _read_json(path, problems) or {}
+  if not isinstance(tree, dict):
+    problems.append(f"{path.name} is not an object")
+    return {}
+  return tree
 
 
 def _read_json(path, problems):

@@ -175,7 +175,7 @@ def arms(study: Study, table: list[Row]) -> list:
     else:
       blocks.append(Text(f"Size {size}: no evaluation yet.", "note"))
   lost = [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: "
-          f"{_first_line(r.error)}" for r in study.runs if r.status == "failed"]
+          f"{r.message}" for r in study.runs if r.status == "failed"]
   lost += [f"`{r.name}` ({r.arm}, {r.size}) is {r.status}; it is in no comparison" for r in study.runs
            if r.status in ("unfinished", "pending")]
   lost += study.problems
@@ -220,7 +220,7 @@ def way_of_dense(study, table, size) -> list:
   at = f"size {size}, " if len(study.sizes) > 1 else ""
   return [Table(["retrofit arm", "seeds", "Delta", f"minus {study.dense}", "95 % t interval", "SD over seeds",
                  f"p, two one-sided tests, ±{metric.text(study.margin)}", f"{study.dense} minus {study.reference}", "SD over seeds"],
-                lines, f"{metric.title[0].upper()}{metric.title[1:]}; {at}paired by seed. Delta by way of the dense model: what a "
+                lines, f"{metric.title[0].upper()}{metric.title[1:]}; {at}paired by seed, over those that have all three. Delta by way of the dense model: what a "
                 f"retrofit loses against {study.dense} of its seed, and what {study.reference} gains over it. Exploratory.")]
 
 
@@ -396,7 +396,7 @@ def _comparison_table(study, found, caption):
   for c in found:
     i = c.judgement.interval
     covered = c.documents.n if c.documents else 0
-    of = f" ({covered} of {i.n} seeds)" if covered < i.n and not secondary else ""
+    of = f" ({covered} of {i.n} seeds)" if covered < i.n and not secondary and c.metric in endpoints.OF_DOCUMENTS else ""
     fewer = fewer or bool(of)
     lines.append([c.arm] + ([c.size] if many else []) + [
         c.word, verdict_lib.percent(c.budget) if c.budget else "-", str(i.n), metric.text(i.mean, True),
@@ -430,10 +430,6 @@ def _quantity(value):
   if not math.isfinite(value):
     return "-"
   return f"{value:.0f}" if abs(value) < 1e4 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _first_line(text):
-  return (text.strip().splitlines() or ["no message"])[-1 if text.startswith("Traceback") else 0][:300]
 
 
 def _safe(name):
