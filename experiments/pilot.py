@@ -17,7 +17,7 @@ both regimes. The selector alone is distilled onto the finished trunk, with 13 %
 Result of the first pilot (results/pilot/report.md: two H100s for 9 minutes, 1,600 steps, no `power=1` among the tasks; native
 NSA was cut short, native_window not run): the retrofits of 5 to 25 % end where the dense trunk ends, 0.019 to 0.022 bits per
 byte behind native MSA, which is what dense attention is behind. Of the second, as it stands here (results/pilot_98M/report.md,
-3,000 steps, H200s): worse than native MSA. Retrofits of 13 and 25 % end 0.001 behind their trunk, of 5 % 0.005, of 1 % 0.012;
+3,000 steps, H200s): all worse than native MSA. Retrofits of 13 and 25 % end 0.001 behind their trunk, of 5 % 0.005, of 1 % 0.012;
 dense ends 0.004 to 0.027 behind native MSA. Small budgets lack far evidence, and have it with the oracle's blocks.
 
 Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,

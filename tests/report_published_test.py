@@ -243,6 +243,11 @@ def test_single_runs_beside_what_was_published_are_of_its_experiment_and_not_in_
     loading.load([before, other])
   (other / "config.json").write_text(config)
   assert len(loading.load([before, other]).runs) == 10
+  known = shutil.copytree(whole, tmp_path / "known")
+  for file in [*known.glob("runs/*/versions.json"), other / "versions.json"]:
+    file.write_text(file.read_text().replace('"jax"', f'"corpus_sha256": "{"abc" if known in file.parents else "def"}", "jax"'))
+  with pytest.raises(ValueError, match=re.escape("versions.corpus_sha256[0] = 'def', and 'abc'")):
+    loading.load([published([known], tmp_path / "of_known"), other])
 
 
 def test_what_could_not_be_read_and_paths_in_errors_are_said_the_same_way_again(whole, tmp_path):

@@ -58,17 +58,13 @@ def by_way_of_dense(study: Study, table: list[Row], size: str) -> dict:
 
 def _anchor(study, table, size, at):
   """Where dense attention ends: Delta mixes what retrofitting costs with what native gains over dense."""
-  metric = METRIC[study.primary]
-  own = lambda arm: endpoints.series(table, arm, size, study.headline_mode(arm), study.primary)
-  retrofits = [arm for arm in study.retrofits() if own(arm)]
-  if not own(study.dense) or not own(study.reference) or not retrofits:
+  metric, words = METRIC[study.primary], []
+  split = by_way_of_dense(study, table, size)
+  if not split:
     return []
-  longest = retrofits[-1]
-  words = []
-  for arm, other in ((study.dense, study.reference), (longest, study.dense)):
-    _, d = statistics.paired_differences(own(arm), own(other))
-    if not len(d):
-      return []
+  longest = list(split)[-1]
+  lost, gained = split[longest]
+  for arm, other, d in ((study.dense, study.reference, gained), (longest, study.dense, lost)):
     i = statistics.t_interval(d)
     words.append(f"{arm} ends {metric.text(i.mean, True)} {metric.unit} from {other}"
                  + (f" (95 % t interval {metric.between(i)})" if i.bounded else " (1 seed)"))

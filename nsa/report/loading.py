@@ -9,8 +9,9 @@ from nsa.report import published, runs
 def load(paths: list[Path]) -> runs.Study:
   """One study and what was published of it before, or the given runs side by side.
 
-  A run that the study has not finished is taken from the first published directory that has it finished. Raises
-  ValueError for a path that is none of these, and for published directories of another experiment.
+  A run that the study has not finished is taken from the first published directory that has it finished, from one with
+  records rather than numbers alone. Raises ValueError for a path that is none of these, for published directories of
+  another experiment, and for single runs beside them that are of another one or in the study already.
   """
   paths = [Path(p) for p in paths]
   if not paths:

@@ -66,14 +66,14 @@ def load(path: Path, plan: dict) -> Study:
   return study
 
 
-def check_out(out: Path, study: Study, publish: bool) -> None:
+def check_out(out: Path, study: Study, publishing: bool) -> None:
   """Raises ValueError where a report of `study` written into `out` would lose something that is there."""
   plan = read_plan(out) if (out / "study.json").is_file() else None
-  if plan is None or not is_published(plan) and not publish:
+  if plan is None or not is_published(plan) and not publishing:
     return
   if not is_published(plan):
     raise ValueError(f"out = {str(out)!r}: a study runs there, and its study.json would be lost; give another directory")
-  if not publish:
+  if not publishing:
     raise ValueError(f"out = {str(out)!r}: a report was published there, and its results.csv would no longer belong to its "
                      "study.json; give another directory, or --publish")
   done = lambda s: {(run.arm, run.size, seed) for run in s.finished for seed in run.seeds}
@@ -192,21 +192,17 @@ def _same_experiment(study, other, path):
   budgets = lambda s: {arm: s.budgets[arm] for arm in sorted(common)}
   ours, theirs = ({**asked(s), "budgets": budgets(s)} for s in (study, other))
   found = _difference(ours, theirs, "")
-  corpora = [sorted({v["corpus_sha256"] for v in [r.versions for r in s.runs] + s.versions if "corpus_sha256" in v})
-             for s in (study, other)]
-  if not found and all(corpora):
-    found = _difference(*corpora, "versions.corpus_sha256")
   if found:
     _refuse(study, path, *found)
   same_arms(study, other.runs, path, other.versions)
 
 
 def same_arms(study: Study, others: list[Run], path: Path, versions=()) -> None:
-  """Raises ValueError where a run of `others` is configured otherwise than its arm in `study`."""
-  directories = {run.name: run.arm for run in [*others, *study.runs]}
-  hashes = [{v["corpus_sha256"] for v in [r.versions for r in runs] + list(more) if "corpus_sha256" in v}
-            for runs, more in ((study.runs, study.versions), (others, versions))]
-  corpus_known, found, first = all(hashes), None, {}
+  """Raises ValueError where a run of `others` read another corpus, or is configured otherwise than its arm in `study`."""
+  directories, first = {run.name: run.arm for run in [*others, *study.runs]}, {}
+  corpora = [sorted({v["corpus_sha256"] for v in [r.versions for r in runs] + list(more) if "corpus_sha256" in v})
+             for runs, more in ((study.runs, study.versions), (others, versions))]
+  found = _difference(*corpora, "versions.corpus_sha256") if all(corpora) else None
   for run in study.runs:
     if run.config:
       first.setdefault((run.arm, run.size), run.config)
@@ -215,7 +211,7 @@ def same_arms(study: Study, others: list[Run], path: Path, versions=()) -> None:
     found = found or _difference((same.arm, same.size), (run.arm, run.size), f"arm and size of run {run.name!r}")
     mine = first.get((run.arm, run.size))
     if not found and run.config and mine:
-      pair = [_comparable(config, directories, corpus_known) for config in (mine, run.config)]
+      pair = [_comparable(config, directories, all(corpora)) for config in (mine, run.config)]
       found = _difference(*pair, f"arms.{run.arm}")
   if found:
     _refuse(study, path, *found)
