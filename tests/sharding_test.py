@@ -72,7 +72,7 @@ def run(config, devices):
   rows = batch if len(config.seeds) == 1 else {name: np.stack([x, x[::-1]]) for name, x in batch.items()}
   placed = sharding.of_batch(config, mesh)
   step = S.compile_step(config, schedule.at(config, 0), mesh)
-  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.float32(1e-2),
+  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.full(2, 1e-2, np.float32),
                      S.seeds_of(config))
   part = lambda x: x.addressable_shards[0].data.size / x.size
   weight = new.params["stacks"]["stack0"]["mlp"]["down"]
