@@ -232,7 +232,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     losses: whether to compute the auxiliary losses.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
-      (methods/prompt.py); given with the first tokens, offset 0.
+      (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
   """

@@ -6,7 +6,7 @@ import jax
 from launch import bench
 from launch import bench_cases
 from launch import bench_peer
-from nsa.analysis import selections
+from nsa.look import selections
 import numpy as np
 from pallas_kernels import arg_specs
 import pytest
