@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import analyses, document, endpoints, planning, verdict as verdict_lib
 from nsa.report.document import Bullets, Heading, Picture, Table, Text
 from nsa.report.endpoints import METRIC, Row
