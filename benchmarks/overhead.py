@@ -1,7 +1,7 @@
 """What a training step waits for besides the devices: the loop, its input, its checkpoints.
 
-    python -m launch.overhead --config=experiments/native.py:method=dense --config.data.global_batch=4
-    python -m launch.overhead --config=experiments/native.py --device_ms=50 --out=overhead.json
+    python -m benchmarks.overhead --config=experiments/native.py:method=dense --config.data.global_batch=4
+    python -m benchmarks.overhead --config=experiments/native.py --device_ms=50 --out=overhead.json
 
 A CPU is no device beside the host: there, `--device_ms=50` puts a stand-in in the place of the compiled step that takes
 50 ms for each step in its turn and lets the host go on meanwhile, as accelerators do.
