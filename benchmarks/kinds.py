@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import re
 
-from nsa.analysis import profile
+from nsa.look import profile
 
 OWN = re.compile(r"(range_attention|selected_attention|paged_attention|index_kl|sum_units|compressed_scores|index_scores|"
                  r"choose_blocks)\w*")  # names of pallas_kernels' kernels, of `kernel_name` and `name`

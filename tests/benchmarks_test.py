@@ -11,7 +11,7 @@ from benchmarks import peer
 from benchmarks import timing
 from nsa import flops
 from nsa import schedule
-from nsa.analysis import selections
+from nsa.look import selections
 import numpy as np
 from pallas_kernels import arg_specs
 import pytest
