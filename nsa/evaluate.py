@@ -8,6 +8,13 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
+Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
+score every answer: "exact_match" and "answer_nll" are means over the answers of an example, and "answers" lists them one by one
+as [query, evidence, correct, nll] (first token of the query, last token of the evidence, 0 or 1, nats per token), in the last
+evaluation. "far_answers", "far_exact_match" and "far_answer_nll" are of those alone whose evidence lies outside of what any arm sees
+without selecting (eval.near); the two means are absent where an example has none. An answer whose evidence is in several places is
+far if all of them are.
+
 Methods that choose once per prompt (methods/prompt.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
@@ -98,7 +105,7 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False) -
     path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
   old = metrics.read_json(path)["records"] if path.exists() else []
   kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
-  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows})
+  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows}, indent=None)
   return rows
 
 
@@ -111,10 +118,14 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
   short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   context = e.context or config.data.context
-  windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
-  names = () if short else e.tasks or config.data.tasks
-  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir) if names else []
-  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack) for name in names}
+  texts = config.data.texts
+  windows = {corpus: data.eval_windows(config.data, e.split, e.sequences, context, corpus)
+             for corpus in texts if e.sequences and texts[corpus] != "tasks"}
+  items = e.during_examples if short else e.task_examples
+  names = (e.tasks or config.data.tasks) if items else ()
+  haystack = [document for source in texts.values() if names
+              for document in data.load(source, e.split, data_dir=config.data.data_dir)]
+  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack) for name in names}
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:
@@ -128,10 +139,13 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
       if isinstance(run_config.attention, methods.PromptMethod):
         one = model_lib.backbone(one)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = _text_records(run, one, windows, e, context, run_config.attention, token_bytes)
+      rows = []
+      for corpus, of_corpus in windows.items():
+        of_text = _text_records(run, one, of_corpus, e, context, run_config.attention, token_bytes)
+        rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += _task_records(run, one, name, examples, e)
+        rows += _task_records(run, one, name, examples, e, not short)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -243,12 +257,18 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
   arrays["prompt"] = np.full(len(windows), half, np.int32)
   nll = np.zeros((len(windows), context))
-  seen, weights = [], []
-  for batch, rows in _batches(arrays, e.batch):
-    values, _, layers = run(params, batch, True)
+  seen, weights, done = [], [], []
+  watched = _spread(-(-len(windows) // e.batch), -(-e.diagnosed // e.batch))
+  for number, (batch, rows) in enumerate(_batches(arrays, e.batch)):
+    watch = number in watched or bool(scored)  # methods that choose once per prompt measure themselves, always
+    values, _, layers = run(params, batch, watch)
+    done.append((rows, values))                # read below: the device does not wait for the host
+    if watch:
+      seen.append(layers)
+      weights.append(rows.stop - rows.start)
+  for rows, values in done:
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-    seen.append(jax.device_get(layers))
-    weights.append(rows.stop - rows.start)
+  seen = jax.device_get(seen)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
   rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
@@ -262,7 +282,12 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
       continue
     rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
                  "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
-  return rows + _layer_records(seen, weights, windows[0].document)
+  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
+
+
+def _spread(count, wanted):
+  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
+  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
 
 
 def _layer_records(seen, weights, document):
@@ -297,20 +322,32 @@ def _shrink(heat):
   return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
 
 
-def _task_records(run, params, name, examples, e):
-  count = len(examples["inputs"])
-  nll, correct = np.zeros(examples["inputs"].shape), np.zeros(examples["inputs"].shape, bool)
+def _task_records(run, params, name, examples, e, listed: bool):
+  """One record per example; `listed`: with its answers one by one."""
+  count, length = examples["inputs"].shape
+  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  for batch, rows in _batches(examples, e.batch):
-    values, right, _ = run(params, batch, False)
+  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
+  for rows, values, right in done:
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
+  first, last = e.near or (length // 32, length // 8)
   out = []
   for i in range(count):
     group = examples["answer_group"][i]
-    answers = [correct[i, group == g].all() for g in range(group.max() + 1)]
-    out.append({"kind": "task", "task": name, "index": i, "exact_match": float(np.mean(answers)),
-                "answer_nll": float(nll[i, group >= 0].mean()),
-                "evidence_distance": int(examples["evidence_distance"][i]), "depth": float(examples["depth"][i])})
+    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
+    missing = evidence < 0  # an answer with fewer pieces than others
+    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
+    answers = [(correct[i, group == g].all(), nll[i, group == g].mean()) for g in range(group.max() + 1)]
+    right, loss = np.array(answers, float).T
+    far = far[:len(answers)]
+    row = {"kind": "task", "task": name, "index": i, "exact_match": float(right.mean()),
+           "answer_nll": float(nll[i, group >= 0].mean()), "evidence_distance": int(examples["evidence_distance"][i]),
+           "depth": float(examples["depth"][i]), "far_answers": int(far.sum())}
+    if far.any():
+      row |= {"far_exact_match": float(right[far].mean()), "far_answer_nll": float(loss[far].mean())}
+    if listed:
+      row["answers"] = [[int(query[g]), int(evidence[g].max()), int(right[g]), round(float(loss[g]), 4)] for g in range(len(answers))]
+    out.append(row)
   return out
