@@ -1,11 +1,11 @@
 """Does a run that is cut again and again reach the bits of one that never was?
 
-    python -m launch.soak --workdir=runs/soak --seed=0
+    python -m benchmarks.soak --workdir=runs/soak --seed=0
     python -m launch.study --config=experiments/soak.py --workdir=runs/soak     # the study alone, in peace
 
 Thirty runs of one study, six arms of five seeds each, every run by itself: dense trunks, native MSA and NSA,
 and three kinds of retrofit that fork from the trunks, so that a trunk's checkpoint is somebody else's beginning.
-`launch.soak` runs the study twice: once in peace, and once under random SIGTERMs and SIGKILLs and with
+`benchmarks.soak` runs the study twice: once in peace, and once under random SIGTERMs and SIGKILLs and with
 newest checkpoints truncated, deleted in part or overwritten. Then all states, records and evaluations have to agree.
 Nothing is learned here; the models are as small as they get.
 
@@ -32,7 +32,7 @@ def get_config(arg=None):
     return Config(
         arm=name, size="tiny", attention=attention, schedule=plan,
         model=ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64, short_conv=2),
-        data=DataConfig(source="stdlib", context=128, global_batch=4, align=8, task_share=0.25, tasks=("mqar:pairs=4",)),
+        data=DataConfig(source="stdlib", context=128, global_batch=4, align=8, task_share=0.25, tasks=("mqar:pairs=4,layout=paper",)),
         eval=EvalConfig(every=a.steps // 3, sequences=4, batch=4, task_examples=4, diagnostics=False,
                         run_modes=("dense",) if name == "dense" else ("sparse",)),
         fork=ForkConfig("@dense", step=a.steps // 2) if fork else ForkConfig(),

@@ -1,6 +1,6 @@
 """Evaluation: held-out text and recall tasks, with the model run dense, sparse, and under controls.
 
-Every record carries its seed, arm, size, step and run mode. Text windows and task examples are
+Every record carries its seed, arm, size, step and run mode (records.py has the schema). Text windows and task examples are
 the same for all arms and seeds, so that differences are paired.
 
 A run mode is "dense", "sparse" (the method's own selector) or a training-free selector in its
@@ -9,13 +9,10 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
-score every answer: "exact_match" and "answer_nll" are means over the answers of an example, and "answers" lists them one by one
-as [query, evidence, correct, nll] (first token of the query, last token of the evidence, 0 or 1, nats per token), in the last
-evaluation. "far_answers", "far_exact_match" and "far_answer_nll" are of those alone whose evidence lies outside of what any arm sees
-without selecting (eval.near); the two means are absent where an example has none. An answer whose evidence is in several places is
-far if all of them are.
+score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
+arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
 
-Methods that choose once per prompt (methods/prompt.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
+Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
 has no bits_per_byte but that of the second half; a task's prompt ends where its first answer begins.
@@ -40,7 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, sharding, tasks
+from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, records as record_lib, sharding, tasks
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
@@ -271,17 +268,17 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   seen = jax.device_get(seen)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
-  rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
-           **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
-           "bytes": int(real[i, scored:].sum()),
-           "second_half_bits_per_byte": float(bits[i, half:].sum() / real[i, half:].sum()),
-           "second_half_bytes": int(real[i, half:].sum())} for i, w in enumerate(windows)]
+  rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
+                          **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
+                          bytes=int(real[i, scored:].sum()),
+                          second_half_bits_per_byte=float(bits[i, half:].sum() / real[i, half:].sum()),
+                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
     if first < scored:
       continue
-    rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
-                 "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
+    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
+                                bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
   return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
 
 
@@ -296,10 +293,10 @@ def _layer_records(seen, weights, document):
   for layer, first in enumerate(seen[0]):
     means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
              for name in first if name != "heat"}
-    rows.append({"kind": "layer", "layer": layer, **{n: x for n, x in means.items() if np.isfinite(x)}})
+    rows.append(record_lib.make("layer", layer=layer, **{n: x for n, x in means.items() if np.isfinite(x)}))
     if "heat" in first:
-      rows.append({"kind": "heat", "layer": layer, "kv_head": 0, "document": document,
-                   "heat": np.round(_shrink(first["heat"][0]), 3).tolist()})
+      rows.append(record_lib.make("heat", layer=layer, kv_head=0, document=document,
+                                  heat=np.round(_shrink(first["heat"][0]), 3).tolist()))
   return rows
 
 
@@ -323,7 +320,7 @@ def _shrink(heat):
 
 
 def _task_records(run, params, name, examples, e, listed: bool):
-  """One record per example; `listed`: with its answers one by one."""
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
   count, length = examples["inputs"].shape
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
@@ -333,21 +330,33 @@ def _task_records(run, params, name, examples, e, listed: bool):
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
   first, last = e.near or (length // 32, length // 8)
-  out = []
+  out, answers = [], []
   for i in range(count):
     group = examples["answer_group"][i]
     query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
     missing = evidence < 0  # an answer with fewer pieces than others
     far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
-    answers = [(correct[i, group == g].all(), nll[i, group == g].mean()) for g in range(group.max() + 1)]
-    right, loss = np.array(answers, float).T
-    far = far[:len(answers)]
-    row = {"kind": "task", "task": name, "index": i, "exact_match": float(right.mean()),
-           "answer_nll": float(nll[i, group >= 0].mean()), "evidence_distance": int(examples["evidence_distance"][i]),
-           "depth": float(examples["depth"][i]), "far_answers": int(far.sum())}
-    if far.any():
-      row |= {"far_exact_match": float(right[far].mean()), "far_answer_nll": float(loss[far].mean())}
-    if listed:
-      row["answers"] = [[int(query[g]), int(evidence[g].max()), int(right[g]), round(float(loss[g]), 4)] for g in range(len(answers))]
-    out.append(row)
+    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
+            for g in range(group.max() + 1)]
+    answers += mine
+    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
+    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
+    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
+    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
+                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
+  return out + _answer_records(name, answers, length)
+
+
+def _answer_records(name, answers, length):
+  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
+  out, end = [], length >> max(0, length.bit_length() - 6)
+  start = 0
+  while start < length:
+    for far in (True, False):
+      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
+      if mine:
+        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
+                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
+    start, end = end, 2 * end
   return out

@@ -87,7 +87,7 @@ def flattened(rows):
 def test_batches_do_not_change_the_records():
   config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), tasks=("mqar:pairs=2",))
   (three, _), (eight, _) = records(config, batch=3), records(config, batch=8)
-  assert {row["kind"] for row in three} == {"language", "position", "task", "layer", "heat"}
+  assert {row["kind"] for row in three} == {"language", "position", "task", "answer", "layer", "heat"}
   assert [{k: v for k, v in a.items() if not isinstance(v, float)} for a in three] == [
       {k: v for k, v in b.items() if not isinstance(v, float)} for b in eight]
   a, b = flattened(three), flattened(eight)
@@ -104,8 +104,9 @@ def test_task_records_score_whole_answers():
   run = jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)
   logits = np.asarray(run(params, examples["inputs"]))
   log_p = np.asarray(jax.nn.log_softmax(logits))
-  assert [row["index"] for row in rows] == [0, 1, 2]
-  for i, row in enumerate(rows):
+  items, everything = of_kind(rows, "task"), []
+  assert [row["index"] for row in items] == [0, 1, 2]
+  for i, row in enumerate(items):
     group, targets = examples["answer_group"][i], examples["targets"][i]
     right = logits[i].argmax(-1) == targets
     answers = [right[group == g].all() for g in range(group.max() + 1)]
@@ -118,13 +119,20 @@ def test_task_records_score_whole_answers():
       assert (query, evidence) == (examples["query"][i, g], examples["evidence"][i, g, 0, 1]) and correct == answers[g]
       np.testing.assert_allclose(loss, -log_p[i, query, targets[query]], atol=6e-5)  # the key's target is its value
       far += [g] * (evidence >= 2 and query - evidence > 8)
+      everything.append((query - evidence, g in far, loss))
     assert row["far_answers"] == len(far)
     if far:
       assert row["far_exact_match"] == np.mean([answers[g] for g in far])
       np.testing.assert_allclose(row["far_answer_nll"], np.mean([row["answers"][g][3] for g in far]), atol=6e-5)
     else:
       assert "far_exact_match" not in row
-  assert sum(r["far_answers"] for r in rows) > 0
+  assert sum(row["far_answers"] for row in items) > 0
+  by_distance = of_kind(rows, "answer")
+  assert sum(row["answers"] for row in by_distance) == len(everything)
+  for row in by_distance:
+    mine = [loss for distance, far, loss in everything if row["start"] <= distance < row["end"] and far != row["forced"]]
+    assert row["answers"] == len(mine) and row["end"] in (32, 64)
+    np.testing.assert_allclose(row["answer_nll"], np.mean(mine), atol=6e-5)
 
 
 def test_corpora_have_records_of_their_own(tmp_path):

@@ -5,7 +5,8 @@ Language Models" (arXiv:2312.04927), section 4 and appendix: key-value pairs,
 then each key once more at gaps drawn from a power law, to be followed by its
 value. There all bindings lie at the very beginning, which is one block that
 every sparse method sees: `layout=paper`. By default bindings and queries are
-scattered over the whole example, so that the evidence can be anywhere.
+scattered over the whole example, so that the evidence can be anywhere. (Runs
+of before there were layouts, the two pilots among them, had the paper's.)
 """
 from __future__ import annotations
 

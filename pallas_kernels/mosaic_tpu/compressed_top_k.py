@@ -11,7 +11,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
 from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu import selection
@@ -78,7 +78,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   S = tokens_of(q, k_cmp, block_len, block_stride, segment_ids, query_offset)
   blocks = -(-S // block_size)
   bt, bk = tiles or tile_sizes(T, G, per_block, blocks)
-  pos = runs.positions(T, query_offset, B)
+  pos = spans.positions(T, query_offset, B)
   keys = intervals.of_compressed(pos, C, segment_ids, block_len=block_len, block_stride=block_stride)
   before = -(-block_len // block_stride) - 1  # compressed blocks that begin before a block and reach into it
   shared = lambda n: min(n * block_stride + block_len, block_size) - max(n * block_stride, 0)

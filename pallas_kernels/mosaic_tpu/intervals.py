@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 
 
 def of_tokens(pos, keys, segment_ids, *, causal=True, window=None):
   """First token and one past the last, int32[B, T] each, that each query sees of `keys` tokens."""
   begin, end = jnp.zeros_like(pos), jnp.full_like(pos, keys)
   if segment_ids is not None:
-    begin, end = runs.of_segments(segment_ids, pos)
+    begin, end = spans.of_segments(segment_ids, pos)
   if causal:
     end = jnp.minimum(pos + 1, end if segment_ids is None else keys)
   if window is not None:
@@ -24,7 +24,7 @@ def of_tokens(pos, keys, segment_ids, *, causal=True, window=None):
 
 def of_compressed(pos, num_compressed, segment_ids, *, block_len, block_stride):
   """First compressed block and one past the last, int32[B, T] each, that each query sees."""
-  begin = jnp.zeros_like(pos) if segment_ids is None else runs.of_segments(segment_ids, pos)[0]
+  begin = jnp.zeros_like(pos) if segment_ids is None else spans.of_segments(segment_ids, pos)[0]
   begin = -(-begin // block_stride)
   end = jnp.minimum((pos - (block_len - 1)) // block_stride + 1, num_compressed)
   return begin, end
@@ -47,10 +47,10 @@ def query_tiles(begin, end, tile_queries, tile_keys):
   """
   begin, end = (x.reshape(x.shape[0], -1, tile_queries) for x in (begin, end))
   some = begin < end
-  first = jnp.where(some, begin, runs.FAR).min(axis=2) // tile_keys
+  first = jnp.where(some, begin, spans.FAR).min(axis=2) // tile_keys
   stop = -(-jnp.where(some, end, 0).max(axis=2) // tile_keys)
   first = jnp.where(stop > 0, first, 0)
-  return jnp.stack([first, stop, jnp.where(some, begin, runs.FAR).max(axis=2), jnp.where(some, end, 0).min(axis=2)],
+  return jnp.stack([first, stop, jnp.where(some, begin, spans.FAR).max(axis=2), jnp.where(some, end, 0).min(axis=2)],
                    axis=2)
 
 
@@ -60,6 +60,6 @@ def key_tiles(tiles, num_key_tiles):
   key = jnp.arange(num_key_tiles, dtype=jnp.int32)[None, :, None]
   needs = (tiles[:, None, :, 0] <= key) & (key < tiles[:, None, :, 1])
   query = jnp.arange(tiles.shape[1], dtype=jnp.int32)
-  first = jnp.where(needs, query, runs.FAR).min(axis=2)
+  first = jnp.where(needs, query, spans.FAR).min(axis=2)
   stop = jnp.where(needs, query + 1, 0).max(axis=2)
   return jnp.stack([jnp.where(stop > 0, first, 0), stop], axis=2)

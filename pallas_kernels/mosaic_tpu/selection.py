@@ -15,7 +15,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
 from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu.flash import LANES
@@ -135,7 +135,7 @@ class Selection:
           x = jnp.where(j == before, -jnp.inf, scores[r, here])
           scores[r, here] = x
           top = x.max(axis=0, keepdims=True)
-          lowest = jnp.where(x == top, j, runs.FAR).min(axis=0, keepdims=True)
+          lowest = jnp.where(x == top, j, spans.FAR).min(axis=0, keepdims=True)
           better = top > best[0]
           return jnp.where(better, top, best[0]), jnp.where(better, lowest, best[1])
 

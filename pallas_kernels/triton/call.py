@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 
 ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
 LOG2E = 1.4426950408889634
@@ -156,8 +156,8 @@ def visible_tokens(B, T, query_offset=0, segment_ids=None):
     query_offset: int32 scalar or [B], position of the first query.
     segment_ids: int32[B, S] in contiguous runs, or None.
   """
-  position = runs.positions(T, query_offset, B)
-  first = jnp.zeros_like(position) if segment_ids is None else runs.of_segments(segment_ids, position)[0]
+  position = spans.positions(T, query_offset, B)
+  first = jnp.zeros_like(position) if segment_ids is None else spans.of_segments(segment_ids, position)[0]
   return first, position
 
 
@@ -165,7 +165,7 @@ def segment_ends(B, T, S, query_offset=0, segment_ids=None):
   """int32[B, T]: one past the last token of each query's segment."""
   if segment_ids is None:
     return jnp.full((B, T), S, jnp.int32)
-  return runs.of_segments(segment_ids, runs.positions(T, query_offset, B))[1]
+  return spans.of_segments(segment_ids, spans.positions(T, query_offset, B))[1]
 
 
 def compressed_run(first, position, C, block_len, block_stride):

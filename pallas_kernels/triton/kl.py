@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels import lists as entry_lists
 from pallas_kernels.triton import call
 from pallas_kernels.triton import kl_kernels
 from pallas_kernels.triton import ranged

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels import lists as entry_lists
 from pallas_kernels.triton import call
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import tuning

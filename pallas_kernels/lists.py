@@ -22,7 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 
 TILE_ROWS = 64  # the M of one wgmma instruction
 
@@ -128,7 +128,7 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
     Entries.
   """
   B, T, K, J = block_indices.shape
-  first, end = runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
+  first, end = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   start, stop = _span(first[:, :, None, None], end[:, :, None, None], block_indices, plan)
   seen = chosen(block_indices, plan.blocks) & (stop > start)
   head = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32))[:, None, :, None]

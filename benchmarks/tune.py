@@ -1,7 +1,7 @@
 """Measures block shapes of the Triton kernels on the GPU it runs on and writes the best ones for its kind.
 
-  python -m launch.tune                                  # all kernels, some ten minutes, most of it compilation
-  python -m launch.tune --kernels=index_kl,range_dq      # these; other entries of the file stay
+  python -m benchmarks.tune                                  # all kernels, some ten minutes, most of it compilation
+  python -m benchmarks.tune --kernels=index_kl,range_dq      # these; other entries of the file stay
 
 Results go to pallas_kernels/tuned/<device kind>.json (or --out), which `pallas_kernels.triton.tuning` reads. Shapes
 that do not compile, or need more shared memory than there is, are skipped.
@@ -17,8 +17,8 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from launch import cli
-from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels.triton import kl
 from pallas_kernels.triton import ranged

@@ -1,4 +1,4 @@
-"""What launch.bench times: every operation, whole NSA and MSA layers without projections, and decoding; block lists.
+"""What benchmarks.kernels times: every operation, whole NSA and MSA layers without projections, and decoding; block lists.
 
 A case is a function of (arrays, block indices) with the FLOPs that its result needs and the bytes that it cannot
 avoid. Useful FLOPs count visible (query, key) pairs alone: 2 H for a score, 2 H for P V, and for gradients the five
@@ -186,7 +186,7 @@ def least_bytes(case, x, out):
 # --- decoding ---------------------------------------------------------------------
 
 
-DECODE_KINDS = {  # operation of launch.bench -> what is timed
+DECODE_KINDS = {  # operation of benchmarks.kernels -> what is timed
     "decode": lambda spec: ("decode_dense", "decode_msa" if spec.num_initial == 0 else "decode_nsa"),
     "decode_paged": lambda spec: ("decode_paged_dense", "decode_selected", "decode_paged_selected"),
 }

@@ -1,4 +1,4 @@
-"""The table of `python -m launch.bench --model`: what kernels cannot be faster than, from data sheets.
+"""The table of `python -m benchmarks.kernels --model`: what kernels cannot be faster than, from data sheets.
 
 Nothing is run and no device is touched. Rows are shapes and operations; `bound` is what takes most of the time.
 Where experiments/results has measurements of the chip, they stand beside the predictions with the ratio.

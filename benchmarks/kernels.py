@@ -1,15 +1,15 @@
 """Times operations, whole layers and decoding against cuDNN's dense attention on the device it runs on.
 
-  python -m launch.bench --operation=selected_attention --out=results.json
-  python -m launch.bench --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:selections.npz@3
-  python -m launch.bench --shapes=study_4k_j16 --implementation=mosaic_gpu:union,mosaic_gpu:gather
-  python -m launch.bench --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
-  python -m launch.bench --operation=decode,decode_paged --shapes=length_64k,msa_64k --batches=1,8,64
-  python -m launch.bench --operation=decode,decode_paged --shapes=cache --batches=1,8
-  python -m launch.bench --model --chip=v5p      # every operation, predicted from data sheets: no device
+  python -m benchmarks.kernels --operation=selected_attention --out=results.json
+  python -m benchmarks.kernels --shapes=study_8k_j16,headline_g4 --patterns=uniform,file:selections.npz@3
+  python -m benchmarks.kernels --shapes=study_4k_j16 --implementation=mosaic_gpu:union,mosaic_gpu:gather
+  python -m benchmarks.kernels --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
+  python -m benchmarks.kernels --operation=decode,decode_paged --shapes=length_64k,msa_64k --batches=1,8,64
+  python -m benchmarks.kernels --operation=decode,decode_paged --shapes=cache --batches=1,8
+  python -m benchmarks.kernels --model --chip=v5p      # every operation, predicted from data sheets: no device
 
 A row is an operation, a shape of `pallas_kernels.arg_specs`, a pattern of block indices where those come from outside
-(launch/bench_cases.py), and an implementation. `file:PATH` or `file:PATH@LAYER` takes the lists of a trained model that
+(benchmarks/cases.py), and an implementation. `file:PATH` or `file:PATH@LAYER` takes the lists of a trained model that
 launch.dump_selections wrote.
 
 Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on inputs that differ between calls.
@@ -17,7 +17,7 @@ TFLOP/s count useful work. "limit" is what the device could do at best, the larg
 over the rates in `CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
 queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from which
 length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same run, on
-the same block lists, where that package is installed (launch/bench_peer.py); what it refuses is said.
+the same block lists, where that package is installed (benchmarks/peer.py); what it refuses is said.
 """
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import bench_cases
-from launch import bench_peer
+from benchmarks import cases
+from benchmarks import peer
+from benchmarks import predict
+from benchmarks import timing
 from launch import cli
-from launch import model_bench
-from launch import timing
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
 from pallas_kernels import cudnn
-from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu import shared_blocks
 
 CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
     "NVIDIA H200": (790e12, 4.3e12),
@@ -49,11 +49,11 @@ CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a la
 ALGORITHMS = {"union": True, "gather": False}  # of mosaic_gpu: common blocks get a pass of their own, or none
 
 _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
-                               f"Of {', '.join((*bench_cases.OPERATIONS, *bench_cases.DECODE_KINDS))}, or all.")
+                               f"Of {', '.join((*cases.OPERATIONS, *cases.DECODE_KINDS))}, or all.")
 _SHAPES = flags.DEFINE_list(
     "shapes", [spec.name for spec in arg_specs.HEADLINE + arg_specs.STUDY], "Names or prefixes.")
-_PATTERNS = flags.DEFINE_list("patterns", list(bench_cases.PATTERNS),
-                              f"Of {', '.join(bench_cases.PATTERNS)}, or file:PATH@LAYER.")
+_PATTERNS = flags.DEFINE_list("patterns", list(cases.PATTERNS),
+                              f"Of {', '.join(cases.PATTERNS)}, or file:PATH@LAYER.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty one is the best one, fastest the best "
                                     "one if gradients may differ in last bits. mosaic_gpu:union and "
                                     "mosaic_gpu:gather force one of selected_attention's two algorithms.")
@@ -79,33 +79,33 @@ def _try(what, function):
 def time_dense(spec, seed):
   """ms of cuDNN's causal attention, forward and forward + backward; None where it cannot run."""
   dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-  case = bench_cases.Case(lambda x, blocks: dense(x["q"], x["k"], x["v"]), (), ("q", "k", "v"), (0.0, 0.0))
-  sets = [(bench_cases.arrays(spec, seed + i), None) for i in range(2)]
-  return _try(f"cudnn dense, {spec.name}", lambda: _times(bench_cases.functions(case), sets)) or (None, None)
+  case = cases.Case(lambda x, blocks: dense(x["q"], x["k"], x["v"]), (), ("q", "k", "v"), (0.0, 0.0))
+  sets = [(cases.arrays(spec, seed + i), None) for i in range(2)]
+  return _try(f"cudnn dense, {spec.name}", lambda: _times(cases.functions(case), sets)) or (None, None)
 
 
 def time_case(operation, spec, pattern, implementation, seed):
   """Columns of a row: ms, TFLOP/s and the fraction of the limit, forward and with gradients."""
-  spec, sets, keys = bench_cases.at(operation, spec), [], []
+  spec, sets, keys = cases.at(operation, spec), [], []
   implementation, _, algorithm = (implementation or "").partition(":")
-  patterned = bench_cases.make(operation, spec).patterned
+  patterned = cases.make(operation, spec).patterned
   for i in range(2):
-    blocks = bench_cases.draw_pattern(pattern, spec, seed + i) if patterned else None
-    keys += [bench_cases.visible_keys(blocks, spec)] if patterned else []
-    sets.append((bench_cases.arrays(spec, seed + i), None if blocks is None else jnp.asarray(blocks, jnp.int32)))
-  case = bench_cases.make(operation, spec, implementation or None, float(np.mean(keys)) if patterned else None)
-  with common.override(ALGORITHMS[algorithm]) if algorithm else contextlib.nullcontext():
-    least = bench_cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
-    return _columns(case, _times(bench_cases.functions(case), sets), least)
+    blocks = cases.draw_pattern(pattern, spec, seed + i) if patterned else None
+    keys += [cases.visible_keys(blocks, spec)] if patterned else []
+    sets.append((cases.arrays(spec, seed + i), None if blocks is None else jnp.asarray(blocks, jnp.int32)))
+  case = cases.make(operation, spec, implementation or None, float(np.mean(keys)) if patterned else None)
+  with shared_blocks.override(ALGORITHMS[algorithm]) if algorithm else contextlib.nullcontext():
+    least = cases.least_bytes(case, sets[0][0], jax.eval_shape(case.function, *sets[0]))
+    return _columns(case, _times(cases.functions(case), sets), least)
 
 
 def peer_columns(operation, spec, found):
-  """The same columns for what launch.bench_peer measured, whose times and visible keys leave `found`."""
+  """The same columns for what benchmarks.peer measured, whose times and visible keys leave `found`."""
   times, keys = (found.pop("forward_ms"), found.pop("both_ms")), found.pop("keys")
-  case = bench_cases.make(operation, spec, keys=keys)
-  x = jax.eval_shape(lambda: bench_cases.arrays(bench_cases.at(operation, spec), 0))
+  case = cases.make(operation, spec, keys=keys)
+  x = jax.eval_shape(lambda: cases.arrays(cases.at(operation, spec), 0))
   lists = jax.ShapeDtypeStruct((spec.B, spec.T, spec.K, spec.J), jnp.int32)
-  return _columns(case, times, bench_cases.least_bytes(case, x, jax.eval_shape(case.function, x, lists)))
+  return _columns(case, times, cases.least_bytes(case, x, jax.eval_shape(case.function, x, lists)))
 
 
 def _times(functions, sets):
@@ -123,10 +123,10 @@ def _columns(case, times, least):
 
 
 def time_decode(operation, spec, batch, implementation):
-  case, x = bench_cases.decode(operation, spec, batch, implementation)
-  time_of = lambda f: _times([jax.jit(f)], [(x, None)])[0] / bench_cases.DECODE_STEPS
+  case, x = cases.decode(operation, spec, batch, implementation)
+  time_of = lambda f: _times([jax.jit(f)], [(x, None)])[0] / cases.DECODE_STEPS
   row = _columns(case, (time_of(case.function), None), (case.bytes, None))
-  return row, _try(f"cudnn decode, {spec.name}", lambda: time_of(bench_cases.dense_decode))
+  return row, _try(f"cudnn decode, {spec.name}", lambda: time_of(cases.dense_decode))
 
 
 def _line(row):
@@ -162,13 +162,13 @@ def crossovers(rows):
 def against_peer(rows):
   """Lines: what the other package takes over the fastest of ours, per operation, shape and pattern."""
   lines = []
-  for row in (row for row in rows if row["implementation"] == bench_peer.NAME):
+  for row in (row for row in rows if row["implementation"] == peer.NAME):
     same = lambda other: all(other[name] == row[name] for name in ("operation", "shape", "pattern"))
-    ours = [other for other in rows if same(other) and other["implementation"] != bench_peer.NAME]
+    ours = [other for other in rows if same(other) and other["implementation"] != peer.NAME]
     for part, words in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
       best = min((other[part] for other in ours if other[part]), default=None)
       if best and row[part]:
-        lines.append(f"{row['operation']} {row['shape']} {row['pattern']}, {words}: {bench_peer.NAME} {row[part]:.3f} "
+        lines.append(f"{row['operation']} {row['shape']} {row['pattern']}, {words}: {peer.NAME} {row[part]:.3f} "
                      f"ms, here {best:.3f} ms, {row[part] / best:.2f} times as fast")
   return lines
 
@@ -209,7 +209,7 @@ def _names():
 
 
 def _operations():
-  known = (*bench_cases.OPERATIONS, *bench_cases.DECODE_KINDS)
+  known = (*cases.OPERATIONS, *cases.DECODE_KINDS)
   unknown = [name for name in _OPERATION.value if name not in (*known, "all")]
   if unknown:
     raise ValueError(f"--operation: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or all")
@@ -218,7 +218,7 @@ def _operations():
 
 def main():
   names, operations = _names(), _operations()
-  known = bench_cases.PATTERNS
+  known = cases.PATTERNS
   unknown = [name for name in _PATTERNS.value if name not in known and not name.startswith("file:")]
   if unknown:
     raise ValueError(f"--patterns: {unknown[0]!r} is unknown; take some of {', '.join(known)}, or file:PATH")
@@ -226,12 +226,12 @@ def main():
   if unknown:
     raise ValueError(f"--implementation: {unknown[0]!r} is unknown; an algorithm is one of {', '.join(ALGORITHMS)}")
   if _MODEL.value:
-    return model_bench.main(names, {name: known[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
+    return predict.main(names, {name: known[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
-  peers = set(operations) & set(bench_peer.OPERATIONS) if _PEERS.value else ()
+  peers = set(operations) & set(peer.OPERATIONS) if _PEERS.value else ()
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}; flash-linear-attention "
-        f"{bench_peer.missing() or ('is timed after the rest' if peers else 'is not asked for')}")
+        f"{peer.missing() or ('is timed after the rest' if peers else 'is not asked for')}")
   if cudnn.deterministic():
     print("XLA_FLAGS asks for determinism: the dense baseline is cuDNN's deterministic one")
   print(f"{'operation':<21} {'shape':<13} {'pattern':<12} {'implement.':<10} {'ms fwd':>9} {'ms f+b':>9} {'TF/s f':>6} "
@@ -254,23 +254,23 @@ def main():
   denses = {}
   for name in names:
     spec = arg_specs.get(name)
-    dense = denses[name] = time_dense(spec, seed) if set(operations) - set(bench_cases.DECODE_KINDS) else None
+    dense = denses[name] = time_dense(spec, seed) if set(operations) - set(cases.DECODE_KINDS) else None
     for operation in operations:
       for implementation in (i or None for i in _IMPLEMENTATION.value):
-        if operation in bench_cases.DECODE_KINDS:
-          for kind in bench_cases.DECODE_KINDS[operation](spec):
+        if operation in cases.DECODE_KINDS:
+          for kind in cases.DECODE_KINDS[operation](spec):
             for batch in map(int, _BATCHES.value):
               timed = _try(f"{kind}, {name}", lambda: time_decode(kind, spec, batch, implementation))
               if timed:
                 record(kind, spec, f"batch {batch}", implementation, timed[0], (timed[1], None), batch=batch)
           continue
-        for pattern in _PATTERNS.value if bench_cases.make(operation, spec).patterned else ("",):
+        for pattern in _PATTERNS.value if cases.make(operation, spec).patterned else ("",):
           columns = _try(f"{operation}, {name}", lambda: time_case(operation, spec, pattern, implementation, seed))
           if columns:
             record(operation, spec, pattern, implementation, columns, dense)
-  for found in bench_peer.measure(sorted(peers), names, _PATTERNS.value, seed, _CALLS.value, _REPEATS.value):
+  for found in peer.measure(sorted(peers), names, _PATTERNS.value, seed, _CALLS.value, _REPEATS.value):
     operation, spec, pattern = found.pop("operation"), arg_specs.get(found.pop("shape")), found.pop("pattern")
-    record(operation, spec, pattern, bench_peer.NAME, peer_columns(operation, spec, found), denses[spec.name], **found)
+    record(operation, spec, pattern, peer.NAME, peer_columns(operation, spec, found), denses[spec.name], **found)
   losing = [row for row in rows if any((row[f"{part}_vs_dense"] or 1) < 1 for part in ("forward", "both"))]
   print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere", *crossovers(rows), *against_peer(rows),
         sep="\n")

@@ -1,4 +1,4 @@
-"""The programs that launch.compile_tpu compiles: train steps for one device, operations with their gradients."""
+"""The programs that benchmarks.compile_tpu compiles: train steps for one device, operations with their gradients."""
 from __future__ import annotations
 
 import functools
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nsa import schedule, sharding, step as step_lib
-import pallas_kernels
 from pallas_kernels.mosaic_tpu import aot
+import pallas_kernels
 
 
 def shrunk(config):

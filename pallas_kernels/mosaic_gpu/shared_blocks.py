@@ -1,6 +1,6 @@
 """Blocks that neighbouring queries have in common, attended tile by tile with the queries on chip.
 
-Sending every (query, block) through the lists of entries.py costs a partial result, written and read
+Sending every (query, block) through the lists of lists.py costs a partial result, written and read
 again, however many neighbours chose the same block. Trained selections share much: the sink, the query's
 own blocks, stripes. A *tile* is 128 query rows, 128 / G neighbouring tokens of one KV head; a block that
 enough of them chose is *common* to the tile (`split`), and `attend` runs plain flash attention of the tile
@@ -26,11 +26,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import runs
-from pallas_kernels.mosaic_gpu import entries as entry_lists
+from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
+from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
-from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
-from pallas_kernels.mosaic_gpu.forward import LOG2E, compiler_params, load, tile_transforms
+from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms
 
 ROWS = 2 * TILE_ROWS  # of a tile: two warpgroups share the keys that are on chip
 SLOTS = 32            # candidates of a tile, the choices of a few of its tokens: bits of a word
@@ -95,7 +95,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   Args:
     block_indices: int32[B, T, K, J].
     plan: Plan.
-    segment_ids, query_offset: as in `entries.invert`.
+    segment_ids, query_offset: as in `lists.invert`.
 
   Returns:
     Common, and int32[B, T, K, J], the selection without them.
@@ -130,7 +130,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
     x = jnp.pad(x, ((0, 0), (0, tiles * tokens - T)))
     return jnp.broadcast_to(x[:, None], (B, K, tiles * tokens))
 
-  first, end = runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
+  first, end = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   token = np.minimum(np.arange(tiles * tokens), T - 1)
   rows = (np.arange(B)[:, None, None] * T + token) * K + np.arange(K)[:, None]
   rows = (rows[..., None] * plan.group + np.arange(plan.group)).reshape(-1)

@@ -1,12 +1,12 @@
-"""flash-linear-attention's NSA kernels beside ours: what launch.bench shows as the implementation `fla`.
+"""flash-linear-attention's NSA kernels beside ours: what benchmarks.kernels shows as the implementation `fla`.
 
   pip install fla-core einops                       # beside torch and Triton; not needed by anything else here
-  python -m launch.bench --operation=selected_attention,pooled_and_top_k --shapes=headline_g16,length
+  python -m benchmarks.kernels --operation=selected_attention,pooled_and_top_k --shapes=headline_g16,length
 
-torch and jax do not share a process: launch.bench runs this file as a program, which draws the same block lists
+torch and jax do not share a process: benchmarks.kernels runs this file as a program, which draws the same block lists
 (patterns are functions of the seed) and prints a row per line as JSON. By hand:
 
-  python -m launch.bench_peer '{"operations": ["selected_attention"], "shapes": ["headline_g16"],
+  python -m benchmarks.peer '{"operations": ["selected_attention"], "shapes": ["headline_g16"],
                                 "patterns": ["uniform"], "seed": 0, "calls": 4, "repeats": 5}'
 
 * `selected_attention` is `parallel_nsa` with the lists given, the mean pooling that it then does for nothing included.
@@ -31,7 +31,7 @@ import sys
 
 import numpy as np
 
-from launch import bench_cases
+from benchmarks import cases
 from pallas_kernels import arg_specs
 
 NAME = "fla"
@@ -56,7 +56,7 @@ def measure(operations, shapes, patterns, seed, calls, repeats):
   if not environment.get("TRITON_CACHE_DIR"):  # jax-triton 0.3 sets it to "" on import, and Triton then refuses to compile
     environment.pop("TRITON_CACHE_DIR", None)
   process = subprocess.Popen(
-      [sys.executable, "-m", "launch.bench_peer", json.dumps(request)], stdout=subprocess.PIPE, text=True,
+      [sys.executable, "-m", "benchmarks.peer", json.dumps(request)], stdout=subprocess.PIPE, text=True,
       cwd=pathlib.Path(__file__).parent.parent, env=environment)
   for line in process.stdout:
     if line.startswith("{"):
@@ -85,13 +85,13 @@ def main(request, device="cuda"):
 def run(row, spec, request, device):
   """Fills a row in, as far as it goes before an error."""
   import torch
-  spec, patterned = bench_cases.at(row["operation"], spec), row["operation"] == "selected_attention"
+  spec, patterned = cases.at(row["operation"], spec), row["operation"] == "selected_attention"
   sets, keys = [], []
   for i in range(2):
     lists = None
     if patterned:
-      drawn = bench_cases.draw_pattern(row["pattern"], spec, request["seed"] + i)
-      keys.append(bench_cases.visible_keys(drawn, spec))
+      drawn = cases.draw_pattern(row["pattern"], spec, request["seed"] + i)
+      keys.append(cases.visible_keys(drawn, spec))
       lists = torch.from_numpy(drawn).to(device)
     sets.append((*tensors(spec, request["seed"] + i, patterned, device), lists))
   row["keys"] = float(np.mean(keys)) if keys else None
@@ -139,7 +139,7 @@ def pooled(q, k, v, lists, spec):
 
 
 def milliseconds(function, sets, calls, repeats):
-  """Median time of a call between CUDA events, compilation and tuning excluded; launch.timing's for torch."""
+  """Median time of a call between CUDA events, compilation and tuning excluded; benchmarks.timing's for torch."""
   import torch
   for arguments in sets:
     function(*arguments)

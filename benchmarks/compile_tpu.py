@@ -1,8 +1,8 @@
 """Compiles training steps and kernels for TPUs that are not here, and says what they take.
 
-  python -m launch.compile_tpu --out=compiled.csv
-  python -m launch.compile_tpu --shrink --shapes= --out=experiments/results/kernels/tpu_steps.csv    # seconds each
-  JAX_PLATFORMS=cpu python -m launch.compile_tpu --configs=experiments/mine.py     # does mine fit a v5e?
+  python -m benchmarks.compile_tpu --out=compiled.csv
+  python -m benchmarks.compile_tpu --shrink --shapes= --out=experiments/results/kernels/tpu_steps.csv    # seconds each
+  JAX_PLATFORMS=cpu python -m benchmarks.compile_tpu --configs=experiments/mine.py     # does mine fit a v5e?
 
 Needs libtpu (the extra `tpu` or `test`), no TPU. A row is a program and a chip: the train step of a config on one
 device (the last stage of its schedule), or an operation of `pallas_kernels`, forward and backward, at a shape of
@@ -18,8 +18,8 @@ import runpy
 from absl import flags
 import jax
 
+from benchmarks import tpu_programs
 from launch import cli
-from launch import tpu_programs
 from nsa import config as config_lib
 from pallas_kernels import arg_specs
 from pallas_kernels.mosaic_tpu import aot

@@ -1,7 +1,7 @@
 """Runs a study in peace and under random kills and damage, and compares every run bit by bit.
 
-    python -m launch.soak --workdir=runs/soak
-    python -m launch.soak --workdir=runs/soak --study=experiments/soak.py:seeds=1 --seed=7
+    python -m benchmarks.soak --workdir=runs/soak
+    python -m benchmarks.soak --workdir=runs/soak --study=experiments/soak.py:seeds=1 --seed=7
 
 Writes WORKDIR/runs.csv (one row per run: what was done to it, and what agrees), WORKDIR/events.csv (what was done when)
 and WORKDIR/summary.txt. A finished undisturbed study (WORKDIR/calm) is used again. Exits with 0 if all agree, with 1 if not.
