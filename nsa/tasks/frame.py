@@ -87,6 +87,11 @@ class Task(abc.ABC):
         more different strings than there are.
     """
 
+  def answerable(self, example: Example, answer: int, visible: np.ndarray) -> bool:
+    """Whether `visible` tokens, bool[L], alone hold what answer number `answer` has to be read from: all its evidence."""
+    pieces = example.evidence[answer]
+    return all(visible[first:last + 1].all() for first, last in pieces[pieces[:, 0] >= 0])
+
   def begin(self, seed: int, index: int, length: int, split: str) -> counter.Draws:
     """Checks split and length and gives the random numbers of one example."""
     if split not in BUCKETS:
