@@ -1,11 +1,11 @@
 """Does a run that is cut again and again reach the bits of one that never was?
 
-    python -m launch.soak --workdir=runs/soak --seed=0
+    python -m benchmarks.soak --workdir=runs/soak --seed=0
     python -m launch.study --config=experiments/soak.py --workdir=runs/soak     # the study alone, in peace
 
 Thirty runs of one study, six arms of five seeds each, every run by itself: dense trunks, native MSA and NSA,
 and three kinds of retrofit that fork from the trunks, so that a trunk's checkpoint is somebody else's beginning.
-`launch.soak` runs the study twice: once in peace, and once under random SIGTERMs and SIGKILLs and with
+`benchmarks.soak` runs the study twice: once in peace, and once under random SIGTERMs and SIGKILLs and with
 newest checkpoints truncated, deleted in part or overwritten. Then all states, records and evaluations have to agree.
 Nothing is learned here; the models are as small as they get.
 

@@ -1,7 +1,7 @@
 """Writes the block lists that a trained model chooses on held-out text, for the kernel bench.
 
     python -m launch.dump_selections --workdir=runs/native --layers=0,3,5 --windows=8 --out=selections.npz
-    python -m launch.bench --shapes=study_4k_j16 --patterns=file:selections.npz@3
+    python -m benchmarks.kernels --shapes=study_4k_j16 --patterns=file:selections.npz@3
 """
 from absl import flags
 
@@ -22,7 +22,7 @@ cli.define_common()
 def main():
   import jax
   from nsa import config as config_lib, evaluate
-  from nsa.analysis import selections
+  from nsa.look import selections
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   seed = config.seeds[0] if _SEED.value < 0 else _SEED.value
   if seed not in config.seeds:

@@ -79,24 +79,39 @@ look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_
 
 
 def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):
-  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling."""
+  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling.
+
+  With yarn both are multiplied by its attention factor (arXiv 2309.00071, section 3.4).
+  """
   lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  size = 1.0
   if scaling is not None and scaling.kind:
-    frequency = _scale_frequencies(frequency, scaling)
+    frequency = _scale_frequencies(frequency, scaling, theta)
+    if scaling.kind == "yarn":
+      size = scaling.attention_factor or 0.1 * np.log(max(scaling.factor, 1.0)) + 1.0
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
   if lib is np:
     angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-  return jnp.cos(angle), jnp.sin(angle)
+    return (np.cos(angle) * size).astype(np.float32), (np.sin(angle) * size).astype(np.float32)
+  return jnp.cos(angle) * np.float32(size), jnp.sin(angle) * np.float32(size)
 
 
-def _scale_frequencies(frequency, scaling):
+def _scale_frequencies(frequency, scaling, theta):
   """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
   `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
-  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration)."""
+  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration). yarn: the same two ends, in
+  between a mean weighted by the wave's number, the ends rounded outwards to whole waves (arXiv 2309.00071, section 3.2,
+  and its code)."""
   if scaling.kind == "linear":
     return frequency / scaling.factor
+  if scaling.kind == "yarn":
+    count = len(frequency)
+    wave = lambda turns: count * np.log(scaling.context / (turns * 2 * np.pi)) / np.log(theta)
+    first = max(np.floor(wave(scaling.high_frequency)), 0)
+    last = min(np.ceil(wave(scaling.low_frequency)), 2 * count - 1)
+    keep = 1 - np.clip((np.arange(count) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
   turns = scaling.context * frequency / (2 * np.pi)
   keep = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0)
   return keep * frequency + (1 - keep) * frequency / scaling.factor
@@ -105,15 +120,18 @@ def _scale_frequencies(frequency, scaling):
 def rope(x: Float[Array, "B T heads H"], table, offset: int | Int[Array, ""] = 0) -> Float[Array, "B T heads H"]:
   """Rotary position embedding, halves not interleaved (arXiv 2104.09864, eq. 34; Llama's layout).
 
-  `table` comes from `rope_table`; row 0 of `x` sits at table row `offset`.
+  `table` comes from `rope_table`; row 0 of `x` sits at table row `offset`. Rows of `x` past the table's end, which can
+  only be padding where `offset` is traced, take its last row. Raises ValueError for a known `offset` past the end.
   """
   cos, sin = table
   length = x.shape[1]
   if isinstance(offset, int):
+    if offset + length > len(cos):
+      raise ValueError(f"rope: positions {offset} to {offset + length - 1} of a table of {len(cos)} positions")
     cos, sin = cos[offset:offset + length], sin[offset:offset + length]
-  else:
-    cos = jax.lax.dynamic_slice_in_dim(jnp.asarray(cos), offset, length)
-    sin = jax.lax.dynamic_slice_in_dim(jnp.asarray(sin), offset, length)
+  else:  # row by row: a slice that is clamped as a whole would turn every row by another position's angle
+    rows = offset + jnp.arange(length)
+    cos, sin = (jnp.take(jnp.asarray(part), rows, axis=0, mode="clip") for part in table)
   cos, sin = cos[None, :, None], sin[None, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -133,12 +151,14 @@ def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
 
 
 class HeadProjection(nnx.Module):
-  """Hidden state -> heads, with the optional short convolution and the optional per-head RMSNorm."""
+  """Hidden state -> heads, with the optional bias, short convolution and per-head RMSNorm, in this order."""
 
   def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
-               norm: bool = False, eps: float = 1e-6):
+               bias: bool = False, norm: bool = False, eps: float = 1e-6):
     self.eps = eps  # of the norm
     self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
+    if bias:
+      self.bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=(axis, None), decay=False)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
       value = jnp.zeros((taps, heads, head_dim)).at[0].set(1.0)
@@ -153,6 +173,8 @@ class HeadProjection(nnx.Module):
     if conv and tail is not None:
       h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
     y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
+    if hasattr(self, "bias"):
+      y = y + self.bias[...].astype(h.dtype)
     if conv:
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]

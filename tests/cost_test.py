@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from launch import model_bench
+from benchmarks import predict
 import numpy as np
 from pallas_kernels import arg_specs
 from pallas_kernels import cost
@@ -116,7 +116,7 @@ def test_the_table_has_every_operation_and_touches_no_device(chip, tmp_path, cap
   out = tmp_path / "rows.json"
   spec = arg_specs.get("study_4k_j8")
   monkeypatch.setitem(arg_specs.ALL, spec.name, dataclasses.replace(spec, B=1))
-  model_bench.main([spec.name], {"uniform": arg_specs.uniform}, chip, out)
+  predict.main([spec.name], {"uniform": arg_specs.uniform}, chip, out)
   rows = json.loads(out.read_text())
   assert [row["operation"] for row in rows] == list(cost.OPERATIONS)
   assert all(row["forward_ms"] > 0 and row["predicted"] for row in rows)

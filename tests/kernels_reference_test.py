@@ -12,6 +12,7 @@ import pallas_kernels as pk
 from pallas_kernels import api
 from pallas_kernels import arg_specs
 from pallas_kernels import backends
+from pallas_kernels import masked
 from pallas_kernels import reference
 import pytest
 
@@ -154,6 +155,16 @@ def test_compressed_top_k_matches_the_oracle(case):
                          where.get("query_offset", 0))
 
 
+def test_a_query_before_the_first_compressed_block_sees_its_own_block_wherever_its_offset_is_known():
+  """No compressed key, position 17: blocks 0, 1 and 2 of 8 tokens are all there is, traced or not."""
+  q, k_cmp, _ = make(1, 0)
+  lse = jnp.full(q.shape[:3], -jnp.inf)
+  select = lambda offset: pk.compressed_top_k(q, k_cmp, lse, block_len=32, block_stride=16, block_size=8, num_blocks=3,
+                                              query_offset=offset)
+  for indices in (select(17), jax.jit(select)(17)):
+    np.testing.assert_array_equal(np.sort(indices, -1), np.broadcast_to([0, 1, 2], (B, 1, K, 3)))
+
+
 @pytest.mark.parametrize("case", [
     dict(), dict(num_initial=1, num_local=2), dict(num_local=0), dict(num_blocks=9), dict(segments=True),
     dict(segments=True, num_initial=1, num_blocks=2), dict(T=6, query_offset=23),
@@ -288,7 +299,7 @@ def assert_close(got, want):
 @pytest.mark.parametrize("max_scores, part_queries", [(2500, 10**6), (10**9, 18)], ids=["chunks", "parts"])
 def test_chunks_and_parts_change_nothing(monkeypatch, expected, max_scores, part_queries):
   args, want = expected
-  monkeypatch.setattr(reference, "MAX_SCORES", max_scores)
+  monkeypatch.setattr(masked, "MAX_SCORES", max_scores)
   monkeypatch.setattr(reference, "PART_QUERIES", part_queries)
   assert_close(jit(outputs_and_grads())(*args), want)
 
@@ -308,7 +319,7 @@ def test_vmap_over_seeds(expected):
 
 @pytest.mark.parametrize("max_scores", [2**25, 2500], ids=["plain", "chunks"])
 def test_shard_map_over_the_batch(monkeypatch, expected, max_scores):
-  monkeypatch.setattr(reference, "MAX_SCORES", max_scores)
+  monkeypatch.setattr(masked, "MAX_SCORES", max_scores)
   args, want = expected
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
   spec = jax.sharding.PartitionSpec("data")

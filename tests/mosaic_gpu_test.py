@@ -10,14 +10,14 @@ from jax.sharding import AbstractMesh
 import numpy as np
 import pytest
 
-import pallas_kernels
 from pallas_kernels import backends
+from pallas_kernels import lists as entry_lists
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import reference
-from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu import entries as entry_lists
 from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import selected
+from pallas_kernels.mosaic_gpu import shared_blocks
+import pallas_kernels
 
 ON_HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -167,14 +167,14 @@ def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
 
 
 def test_common_blocks_get_their_own_pass_where_it_pays_or_is_asked_for():
-  """The rule, what launch.bench's mosaic_gpu:union and :gather make of it, and that queries must fill a tile."""
+  """The rule, what benchmarks.kernels's mosaic_gpu:union and :gather make of it, and that queries must fill a tile."""
   plan = lambda T, G: entry_lists.Plan(1, T, T, 2, G, 8, 32, range_size=T, tiles_per_unit=2)
-  assert [common.pays(plan(256, G), H) for G, H in ((16, 128), (2, 128), (16, 64))] == [True, False, False]
-  with common.override(True):
-    assert common.pays(plan(256, 2), 64) and not common.pays(plan(4, 16), 128)
-  with common.override(False):
-    assert not common.pays(plan(256, 16), 128)
-  assert common.pays(plan(256, 16), 128)
+  assert [shared_blocks.pays(plan(256, G), H) for G, H in ((16, 128), (2, 128), (16, 64))] == [True, False, False]
+  with shared_blocks.override(True):
+    assert shared_blocks.pays(plan(256, 2), 64) and not shared_blocks.pays(plan(4, 16), 128)
+  with shared_blocks.override(False):
+    assert not shared_blocks.pays(plan(256, 16), 128)
+  assert shared_blocks.pays(plan(256, 16), 128)
 
 
 @pytest.mark.parametrize("G,J", [(16, 5), (4, 4), (1, 3)])
@@ -184,14 +184,14 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
   plan = entry_lists.Plan(B, T, S, K, G, J, 8, range_size=10, tiles_per_unit=2)
   blocks = rng.integers(-1, 12, size=(B, T, K, J))  # some lie past the end
   blocks[..., 0] = 3
-  tiles, rest = jax.jit(lambda blocks: common.split(blocks, plan, None, 30))(jnp.asarray(blocks, jnp.int32))
-  tokens, count = common.tokens_of(plan), np.asarray(tiles.count).reshape(B, K, -1)
-  listed = np.asarray(tiles.blocks).reshape(B, K, -1, common.SLOTS)
+  tiles, rest = jax.jit(lambda blocks: shared_blocks.split(blocks, plan, None, 30))(jnp.asarray(blocks, jnp.int32))
+  tokens, count = shared_blocks.tokens_of(plan), np.asarray(tiles.count).reshape(B, K, -1)
+  listed = np.asarray(tiles.blocks).reshape(B, K, -1, shared_blocks.SLOTS)
   words = np.asarray(tiles.words).view(np.uint32).reshape(B, K, -1, G)[..., 0]
   for b, t, r in np.ndindex(B, T, K):
     tile = t // tokens
-    blocks_of = {int(x) % common.SLOTS: int(x) // common.SLOTS for x in listed[b, r, tile, :count[b, r, tile]]}
-    taken = [blocks_of[i] for i in range(common.SLOTS) if words[b, r, t] >> i & 1]
+    blocks_of = {int(x) % shared_blocks.SLOTS: int(x) // shared_blocks.SLOTS for x in listed[b, r, tile, :count[b, r, tile]]}
+    taken = [blocks_of[i] for i in range(shared_blocks.SLOTS) if words[b, r, t] >> i & 1]
     left = [int(x) for x in np.asarray(rest)[b, t, r] if x >= 0]
     assert sorted(taken + left) == sorted({int(x) for x in blocks[b, t, r] if 0 <= x < plan.blocks})
     assert 3 in blocks_of.values() or (tile + 1) * tokens > T
@@ -206,15 +206,15 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
   q, k, v, blocks, ids, _, _ = make_inputs(rng, B, T, N, K, 64, J, size, S=S, segments=segments)
   plan, _ = selected._plan_of(q, k, blocks, size)
-  tiles, rest = common.split(blocks, plan, ids, offset)
+  tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    o, lse = jax.block_until_ready(common.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
+    o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
                                                  segmented=segments, interpret=True))
   assert not interpret_pallas_call.get_races().races_found
   word = tiles.words.reshape(B, T, K, N)[..., :1]
-  listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, common.SLOTS), common.tokens_of(plan), axis=1)
-  used = jnp.arange(common.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), common.tokens_of(plan), axis=1)
-  taken = jnp.where(used & ((word >> listed % common.SLOTS) & 1 != 0), listed // common.SLOTS, -1)
+  listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)
+  used = jnp.arange(shared_blocks.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), shared_blocks.tokens_of(plan), axis=1)
+  taken = jnp.where(used & ((word >> listed % shared_blocks.SLOTS) & 1 != 0), listed // shared_blocks.SLOTS, -1)
   assert (taken >= 0).any() and (rest >= 0).any()
   want, want_lse = reference.selected_attention(
       *raised((q, k, v, taken)), block_size=size, scale=0.125, segment_ids=ids, query_offset=offset)

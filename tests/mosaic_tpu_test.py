@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import native
-from launch import tpu_programs
+from benchmarks import tpu_programs
 import pallas_kernels
 from pallas_kernels import arg_specs
 from pallas_kernels import backends

@@ -72,9 +72,9 @@ def selected_attention(spec, chip, indices, backward, common=None):
   """`common`: whether blocks that neighbours share are attended tile by tile; None is what the kernels do."""
   del chip
   from pallas_kernels.mosaic_gpu import backward as backward_kernels
-  from pallas_kernels.mosaic_gpu import common as common_blocks
+  from pallas_kernels.mosaic_gpu import shared_blocks
   from pallas_kernels.mosaic_gpu import selected
-  from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
+  from pallas_kernels.lists import TILE_ROWS
   B, T, K, J = indices.shape
   G, H, block, size = spec.G, spec.H, spec.block_size, _size(spec)
   plan, _ = selected._slices(B, T, T, K, G, J, H, block)
@@ -98,18 +98,18 @@ def selected_attention(spec, chip, indices, backward, common=None):
   kernels = []
   if not backward:
     if common is None:
-      common = common_blocks.pays(plan, H)
+      common = shared_blocks.pays(plan, H)
     choices = float(per_list.sum())
     share = 1.0
     if common:
-      tokens = common_blocks.tokens_of(plan)
-      blocks, covered = counts.shared(indices, tokens, plan.blocks, max(2, round(common_blocks.SHARE * tokens)))
+      tokens = shared_blocks.tokens_of(plan)
+      blocks, covered = counts.shared(indices, tokens, plan.blocks, max(2, round(shared_blocks.SHARE * tokens)))
       share = 1.0 - covered.sum() / choices
-      rows = float(len(blocks)) * common_blocks.ROWS
+      rows = float(len(blocks)) * shared_blocks.ROWS
       kernels.append(Kernel(
-          "selected_attention_common", flops=4 * float(blocks.sum()) * common_blocks.ROWS * block * H,
+          "selected_attention_common", flops=4 * float(blocks.sum()) * shared_blocks.ROWS * block * H,
           bytes=q + rows * row + 12 * rows + keys / (1 + ranges) * 2,
-          vector=float(blocks.sum()) * common_blocks.ROWS * block, copies=2 * float(blocks.sum()),
+          vector=float(blocks.sum()) * shared_blocks.ROWS * block, copies=2 * float(blocks.sum()),
           on_chip=2 * tile + 2 * size * block * H * (4 if H * block <= 4096 else 3 if H * block <= 8192 else 2)))
     # What is left of each list; a list that loses its whole choice keeps no tile.
     rest = np.round(per_list * share).astype(int)

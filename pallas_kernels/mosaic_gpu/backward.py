@@ -20,13 +20,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
-from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
-from pallas_kernels.mosaic_gpu.forward import compiler_params
-from pallas_kernels.mosaic_gpu.forward import load
-from pallas_kernels.mosaic_gpu.forward import LOG2E
-from pallas_kernels.mosaic_gpu.forward import tile_transforms
-from pallas_kernels.mosaic_gpu.forward import visible
+from pallas_kernels.mosaic_gpu.tiles import compiler_params
+from pallas_kernels.mosaic_gpu.tiles import load
+from pallas_kernels.mosaic_gpu.tiles import LOG2E
+from pallas_kernels.mosaic_gpu.tiles import tile_transforms
+from pallas_kernels.mosaic_gpu.tiles import visible
 
 REDUCE_ROWS = 32  # rows of dK^T that one thread block of `sum_units` adds up
 

@@ -1,6 +1,6 @@
 """Forward pass of selected attention: one block of K and V on chip, its queries gathered.
 
-A thread block takes a unit of a list (see entries.py), loads the block of K and V once and
+A thread block takes a unit of a list (see lists.py), loads the block of K and V once and
 walks the unit's tiles of 64 query rows: gather, S = Q K^T, softmax over the block, O = P V.
 The softmax is over this block alone; merge.py combines the partial results of a query,
 weighted with their log-sum-exp, in the order of its slots. `merge` and `weighted_rows` here
@@ -8,47 +8,19 @@ are its slow twins in plain jnp, which the interpreter's tests use.
 """
 from __future__ import annotations
 
-import inspect
-import math
-
 import jax
 from jax import lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
-from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
-
-LOG2E = math.log2(math.e)
-
-
-def tile_transforms(minor, dtype):
-  """Tiling and swizzle of a shared tile whose narrowest row has `minor` elements."""
-  swizzle = min(128, minor * jnp.dtype(dtype).itemsize)
-  return (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
-
-
-def compiler_params(interpret=False):
-  """Lane semantics in both supported versions of jax.
-
-  The barriers that Pallas would put around every access to shared memory are left out: the
-  kernels have their own where a buffer changes hands (`commit_smem`, `wait_smem_to_gmem`, the
-  first line of `gather_tile`).
-  """
-  return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
-                              unsafe_no_auto_barriers=not interpret)
-
-
-def load(ref, layout):
-  """`plgpu.load` of a whole reference, which wants an index in jax 0.10 and warns of one in 0.11."""
-  if _LOAD_NEEDS_INDEX:
-    return plgpu.load(ref, (), layout=layout)
-  return plgpu.load(ref, layout=layout)
-
-
-_LOAD_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-_LOAD_NEEDS_INDEX = _LOAD_INDEX is not None and _LOAD_INDEX.default is inspect.Parameter.empty
+from pallas_kernels.mosaic_gpu.tiles import compiler_params
+from pallas_kernels.mosaic_gpu.tiles import load
+from pallas_kernels.mosaic_gpu.tiles import LOG2E
+from pallas_kernels.mosaic_gpu.tiles import tile_transforms
+from pallas_kernels.mosaic_gpu.tiles import visible
 
 
 def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, interpret=False):
@@ -183,23 +155,13 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
   )(entries.units, entries.rows, entries.spans, q, k, v)
 
 
-def visible(span, shape, segmented, first_key=0):
-  """bool[rows, keys] from the span of each row; `first_key` is the offset of column 0 in the block."""
-  key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-  end = (span & 0xffff) - first_key
-  inside = key < lax.broadcast_in_dim(end, shape, [0])
-  if segmented:
-    inside &= key >= lax.broadcast_in_dim((span >> 16) - first_key, shape, [0])
-  return inside
-
-
 def merge(o, lse, position, plan, shared=None):
   """Combines the partial results of each query.
 
   Args:
     o: [1, max_tiles * 64, H] and lse of `partial_attention`.
     position: Entries.position.
-    shared: rows and lse of `common.attend`, one more slot of every query, or None.
+    shared: rows and lse of `shared_blocks.attend`, one more slot of every query, or None.
 
   Returns:
     o [B, T, K, G, H] of the dtype of o and lse float32[B, T, K, G], natural log.

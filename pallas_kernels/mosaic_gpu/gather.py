@@ -13,8 +13,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu.entries import TILE_ROWS
 
 
 def barrier_unless(interpret):

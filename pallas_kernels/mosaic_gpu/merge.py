@@ -12,8 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu import ptx
+from pallas_kernels.mosaic_gpu import shared_blocks
 
 LN2 = 0.6931471805599453
 VECTOR = 8  # numbers per thread
@@ -30,7 +30,7 @@ def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
     position: Entries.position, int32[B, T, K, J].
     plan: Plan.
     scale: factor of the result.
-    shared: rows [tiles * 128, H] and lse of `common.attend`, one more slot of every query, or None; needs lse.
+    shared: rows [tiles * 128, H] and lse of `shared_blocks.attend`, one more slot of every query, or None; needs lse.
 
   Returns:
     [B, T, K, G, H] of the dtype of rows; with lse also float32[B, T, K, G], the natural
@@ -77,7 +77,7 @@ def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
         if shared is not None:
           head, token = ptx.rem(query, K), ptx.div(query, K)
           batch, token = ptx.div(token, T), ptx.rem(token, T)
-          row = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), common.tiles_of(plan) * common.tokens_of(plan)), token)
+          row = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), shared_blocks.tiles_of(plan) * shared_blocks.tokens_of(plan)), token)
           sums.append(_load_f32(ptx.byte(addresses[4], ptx.add(ptx.mul(row, G), member), 4)))
           empty = arith.cmpf(arith.CmpFPredicate.OEQ, sums[-1], none)
           sources.append(addresses[3])

@@ -1,7 +1,7 @@
 """Selected attention on Hopper: what `pallas_kernels.api.selected_attention` runs on an H100 or H200.
 
 Forward: attend to what a tile of neighbouring queries has in common with the queries on chip
-(common.py), sort the rest of the selection by block (entries.py), attend entry by entry with
+(shared_blocks.py), sort the rest of the selection by block (lists.py), attend entry by entry with
 the block on chip (forward.py), combine each query's partial results (merge.py). Backward: lists
 of the whole selection, one kernel for dQ, dK and dV (backward.py). Partial results take
 J * N * H numbers per token; above `PARTIAL_BYTES` the queries go through in slices, one after
@@ -19,12 +19,13 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import lists as entry_lists
+from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward
-from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu import entries as entry_lists
 from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import merge
-from pallas_kernels.mosaic_gpu.entries import Plan
+from pallas_kernels.mosaic_gpu import shared_blocks
+from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (32, 64, 128)
@@ -173,9 +174,9 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     q, block_indices, first = args
     rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
     shared = None
-    if not interpret and common.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
-      tiles, block_indices = common.split(block_indices, plan, segment_ids, offset + first)
-      shared = common.attend(rows, keys, values, tiles, plan, **how)
+    if not interpret and shared_blocks.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
+      tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
+      shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
     entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
     parts, part_lse = forward.partial_attention(
         rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
@@ -200,7 +201,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   do = do.astype(q.dtype)
   delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
   # A query that sees nothing has no entries; 0 keeps its row finite.
-  lse = jnp.where(lse == -jnp.inf, 0.0, lse * forward.LOG2E)
+  lse = jnp.where(lse == -jnp.inf, 0.0, lse * LOG2E)
   delta = jnp.where(jnp.isfinite(delta), delta, 0.0)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 

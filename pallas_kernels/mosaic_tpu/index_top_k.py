@@ -7,9 +7,8 @@ from __future__ import annotations
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu import selection
 from pallas_kernels.mosaic_tpu.selection import SUBLANES
 
@@ -61,8 +60,8 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
   S = k_idx.shape[1]
   blocks = -(-S // block_size)
   bt, bk, heads = tiles or tile_sizes(T, K, block_size, blocks)
-  pos = runs.positions(T, query_offset, B)
-  tokens = intervals.of_tokens(pos, S, segment_ids)
+  pos = spans.positions(T, query_offset, B)
+  tokens = spans.of_tokens(pos, S, segment_ids)
   c = selection.Selection(
       (B, T, K), (bt, bk, heads), tokens, tokens, pos, num_keys=blocks * block_size, blocks=blocks,
       block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, overhang=False,

@@ -16,7 +16,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels import runs
+from pallas_kernels import spans
 
 LANES = 128
 STEP_KEYS = 256               # keys that a step of a kernel takes, as whole blocks
@@ -143,7 +143,7 @@ def from_blocks(plan, x):
 
 def seen_picks(plan, block_indices, segment_ids, query_offset):
   """int32[B, T, K, J]: the selection, -1 in place of what is padding, not there or out of the query's sight."""
-  first, end = (x[:, :, None, None] for x in runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset))
+  first, end = (x[:, :, None, None] for x in spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset))
   start = block_indices * plan.block_size
   seen = (block_indices >= 0) & (block_indices < plan.blocks) & (start < end) & (start + plan.block_size > first)
   return jnp.where(seen, block_indices, -1).astype(jnp.int32)
@@ -178,7 +178,7 @@ def make_lists(plan, picks):
 def row_numbers(plan, picks, segment_ids, query_offset):
   """int32[B * K, tiles, J + 2, rows]: 1 + the picks of each row's token, the first key and the end of its sight."""
   sight = [jnp.broadcast_to(x[:, :, None, None], (*picks.shape[:3], 1))
-           for x in runs.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)]
+           for x in spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)]
   x = jnp.concatenate([picks + 1, *sight], axis=3)  # + 1: rows of no query hold zeros
   x = jnp.pad(x, ((0, 0), (0, plan.tiles * plan.tokens - plan.queries), (0, 0), (0, 0)))
   x = x.reshape(plan.batch, plan.tiles, plan.tokens, plan.kv_heads, plan.slots + 2).transpose(0, 3, 1, 4, 2)

@@ -4,7 +4,7 @@ P, the mean over a group's heads of exp(score - lse), and the index scores are m
 of keys at a time, head after head: so the tensor core has 64 tokens on one side at any group size, and the mean needs
 no exchange between threads. Scores are in base 2 for P (SCALE and the lse have a factor log2(e)), natural for the index.
 
-Over selected blocks a kernel keeps one block of keys and gathers the tokens that chose it (entries.py); over all
+Over selected blocks a kernel keeps one block of keys and gathers the tokens that chose it (lists.py); over all
 visible tokens it keeps a tile of tokens (forward) or a block of keys (backward).
 """
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernels of selected attention; selected.py calls them.
 
 Forward and dQ take one token and KV head at a time, its G heads padded to GP rows; dK and dV keep a block of keys and
-gather the tokens that chose it (entries.py). Token t sees the keys low .. high - 1 of its blocks; a slot of -1 is read
+gather the tokens that chose it (lists.py). Token t sees the keys low .. high - 1 of its blocks; a slot of -1 is read
 as block 0 of which nothing is seen. Scores are in base 2: SCALE has a factor log2(e), and so has the lse of the
 backward kernels.
 """

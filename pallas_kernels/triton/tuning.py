@@ -1,7 +1,7 @@
 """Block shapes of the Triton kernels: measured ones per device kind, heuristics where there are none.
 
 `pallas_kernels/tuned/<device kind>.json` maps "kernel/head dim" to the fields of `Tuned`;
-`python -m launch.tune` writes it. Another shape changes the order of sums and with it the last bits of results,
+`python -m benchmarks.tune` writes it. Another shape changes the order of sums and with it the last bits of results,
 so nothing is timed at run time. The shapes of `compressed_scores` and `index_scores` at head dim 128, here and in the
 file of the H200, are from one H100 (experiments/results/kernels/top_k_h100.json).
 """

@@ -1,0 +1,4 @@
+"""What things cost: `python -m benchmarks.kernels`, `.overhead`, `.soak`, `.compile_tpu`; `.tune` writes block shapes.
+
+Imports all other packages; none of them imports this one.
+"""

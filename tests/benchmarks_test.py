@@ -1,0 +1,145 @@
+"""benchmarks.kernels: what it counts and what it concludes; times need a device."""
+import dataclasses
+import json
+
+import jax
+from benchmarks import cases
+from benchmarks import kernels
+from benchmarks import kinds
+from benchmarks import models
+from benchmarks import peer
+from benchmarks import timing
+from nsa import flops
+from nsa import schedule
+from nsa.look import selections
+import numpy as np
+from pallas_kernels import arg_specs
+import pytest
+
+
+def test_counted_pairs_are_those_of_the_masks():
+  assert cases.causal_pairs(5) == 15 and cases.causal_pairs(5, window=2) == 1 + 4 * 2
+  spec = arg_specs.get("tiny_g2")  # T 64, compressed blocks of 8 every 4
+  seen = sum(c * 4 + 7 <= t for t in range(64) for c in range(spec.num_compressed))
+  assert cases.compressed_pairs(spec) == seen
+  every = np.broadcast_to(np.arange(4), (spec.B, spec.T, spec.K, 4))  # all blocks: dense
+  assert cases.visible_keys(every, spec) == spec.B * spec.K * cases.causal_pairs(64)
+
+
+def test_useful_flops_of_a_layer_are_those_of_its_operations():
+  spec = arg_specs.get("tiny_g2")
+  forward = lambda name: cases.make(name, spec).flops[0]
+  parts = ("compressed_and_top_k", "selected_attention", "window")
+  assert forward("nsa_layer") == pytest.approx(sum(map(forward, parts)))
+  assert forward("msa_layer") == pytest.approx(sum(map(forward, ("index_top_k", "selected_attention", "index_kl"))))
+
+
+def test_a_pattern_from_a_file(tmp_path):
+  spec = dataclasses.replace(arg_specs.get("tiny_g2"), B=3)
+  lists = np.random.default_rng(0).integers(-1, 4, (2, 2, spec.T, spec.K, spec.J)).astype(np.int16)
+  path = tmp_path / "lists.npz"
+  selections.save(path, {"block_indices": lists, "layers": np.asarray([1, 4], np.int16),
+                         "meta": np.asarray(json.dumps({"block_size": spec.block_size}))})
+  read = cases.draw_pattern(f"file:{path}@4", spec, seed=0)
+  assert read.dtype == np.int32 and (read == lists[1, [0, 1, 0]]).all()
+  assert (cases.draw_pattern(f"file:{path}", spec, seed=0) == lists[0, [0, 1, 0]]).all()
+  with pytest.raises(ValueError, match=r"needs \(60, 2, 3, 16\)"):
+    cases.draw_pattern(f"file:{path}", dataclasses.replace(spec, T=60), seed=0)
+  with pytest.raises(ValueError, match=r"layers \[1, 4\]"):
+    cases.draw_pattern(f"file:{path}@2", spec, seed=0)
+
+
+def test_crossovers_and_plot(tmp_path):
+  row = lambda T, forward, both: dict(
+      operation="nsa_layer", pattern="", implementation="", N=8, K=2, H=64, block_size=32, J=16, T=T,
+      forward_vs_dense=forward, both_vs_dense=both)
+  rows = [row(8192, 1.5, 2.0), row(4096, 0.8, 1.1), row(2048, 1.2, None)]
+  lines = kernels.crossovers(rows)
+  assert any("forward: wins from 8,192 tokens" in line and "shortest" not in line for line in lines)
+  assert any("both: wins from 4,096 tokens (the shortest measured)" in line for line in lines)
+  kernels.plot(rows, tmp_path / "plot.png")
+  assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_another_package_gets_the_same_columns_and_a_comparison(monkeypatch):
+  monkeypatch.setitem(timing.CEILINGS, jax.devices()[0].device_kind, (1e12, 1e9))
+  spec = arg_specs.get("tiny_g2")
+  measured = dict(forward_ms=2.0, both_ms=None, keys=300.0, refused="AssertionError: heads")
+  columns = kernels.peer_columns("selected_attention", spec, measured)
+  assert measured == {"refused": "AssertionError: heads"}
+  numbers = 2 * spec.B * spec.T * (spec.N + spec.K) * spec.H  # q, k, v and o in float32
+  assert columns["forward_limit_ms"] == pytest.approx(4 * numbers / 1e9 * 1e3)
+  assert columns["forward_tflops"] == pytest.approx(4 * 16 * 300 * spec.G / 2.0 / 1e9)
+  assert columns["both_ms"] is None and columns["both_of_limit"] is None
+  row = dict(operation="selected_attention", shape="tiny_g2", pattern="uniform")
+  rows = [dict(row, implementation=name, forward_ms=ms, both_ms=both)
+          for name, ms, both in (("", 1.5, 4.0), ("triton", 1.0, 5.0), ("fla", 2.0, None))]
+  line, = kernels.against_peer(rows)
+  assert "fla 2.000 ms, here 1.000 ms, 2.00 times as fast" in line
+
+
+def test_pooled_compression_has_one_key_per_selection_block():
+  spec = arg_specs.get("tiny_g2")
+  pooled = cases.at("pooled_and_top_k", spec)
+  assert pooled.num_compressed == spec.num_blocks and cases.at("compressed_and_top_k", spec) == spec
+  seen = sum((c + 1) * 16 - 1 <= t for t in range(64) for c in range(4))
+  assert cases.make("pooled_and_top_k", spec).flops[0] == 6 * spec.H * spec.B * spec.N * seen
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_from_pages_is_decoding_from_the_cache(batch):
+  spec = dataclasses.replace(arg_specs.get("tiny_g2"), J=3)
+  for kind in cases.DECODE_KINDS["decode_paged"](spec):
+    case, x = cases.decode(kind, spec, batch, "reference")
+    assert sorted(np.asarray(x["table"]).ravel()) == list(range(batch * 4))
+    blocks = np.sort(x["blocks"])
+    assert (blocks[..., 1:] > blocks[..., :-1]).all() and (blocks[..., -1] == 3).all()
+    assert case.bytes == batch * 2 * spec.K * spec.H * 4 * (64 if "dense" in kind else 48)
+    assert jax.eval_shape(case.function, x, None).shape == x["q"].shape
+
+
+def test_the_peer_is_not_handed_the_empty_triton_cache_of_jax_triton(monkeypatch):
+  monkeypatch.setenv("TRITON_CACHE_DIR", "")
+  monkeypatch.setattr(peer, "missing", lambda: None)
+  seen = []
+
+  class Process:
+    stdout = ('{"operation": "selected_attention"}\n', "a warning\n")
+
+    def __init__(self, command, env, **kwargs):
+      seen.append(env)
+
+    def wait(self):
+      return 0
+
+  monkeypatch.setattr(peer.subprocess, "Popen", Process)
+  assert list(peer.measure(["selected_attention"], [], [], 0, 1, 1)) == [{"operation": "selected_attention"}]
+  assert "TRITON_CACHE_DIR" not in seen[0]
+  monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+  list(peer.measure(["selected_attention"], [], [], 0, 1, 1))
+  assert seen[1]["TRITON_CACHE_DIR"] == "/somewhere"
+
+
+def test_a_row_of_a_step_counts_useful_work(monkeypatch):
+  """The floor by hand: FLOPs over the product's rate, then 32 bytes per parameter that learns over the copy's."""
+  config = models.config_of("pilot", "msa", 8, 4096)
+  what = schedule.at(config, 50)
+  assert what.mode == "sparse" and (what.batch, what.context) == (8, 4096) and config.attention.num_blocks == 16
+  monkeypatch.setitem(timing.CEILINGS, "chip", (1e12, 1e9))
+  count = flops.parameters(config)
+  want = flops.per_step(config, what) / 1e12 + 32 * (count["backbone"] + count["selector"]) / 1e9
+  assert models.floor_ms(config, what, "chip") == pytest.approx(1e3 * want)
+  assert models.floor_ms(config, what, "another") is None
+  warmup = models.config_of("smollm2", "msa:warmup", 1, 1024, seeds=2)
+  assert schedule.at(warmup, 0).mode == "warmup" and warmup.seeds == (0, 1) and warmup.model.num_heads == 9
+  for bad in (("gpt5", "msa"), ("pilot", "moe")):
+    with pytest.raises(ValueError, match="is unknown; take some of"):
+      models.config_of(*bad, 1, 1024)
+
+
+def test_kinds_of_kernels():
+  names = {"selected_attention_backward": "selected_attention_backward", "jit_range_attention_dkv_0": "range_attention_dkv_0",
+           "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products", "loop_dynamic_update_slice_fusion_2": "stacking and slicing",
+           "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions", "loop_add_fusion": "elementwise and the rest",
+           "MemcpyD2D": "copies and transposes", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
+  assert {name: kinds.kind(name) for name in names} == names
