@@ -204,6 +204,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
+  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")
