@@ -10,6 +10,7 @@ calls `train` with the same config and a workdir that all of them see; process 0
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, processes, schedule, sharding
+from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, processes, programs
+from nsa import schedule, sharding
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -71,6 +73,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     logging.info("%s is done", workdir)
     return total
 
+  with programs.ahead(compilations(config, mesh, first_step(config, workdir))):
+    return _run(config, workdir, mesh, checkpoints, progress, hang_seconds)
+
+
+def _run(config, workdir, mesh, checkpoints, progress, hang_seconds) -> int:
+  """The run itself, while a thread compiles what it will need."""
+  total = config.schedule.steps
   with processes.together("reading the data"):
     batches = step_lib.Batches(config, mesh)
   processes.agree(corpus=batches.fingerprint)
@@ -85,8 +94,10 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
-  with bar.pause("compile"):
-    programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
+  compiled, keys = {}, [step_lib.step_key(config, step, mesh) for step in schedule.programs(config, start)]
+  if jax.process_count() > 1:  # in one order, and while nobody waits for a step
+    with bar.pause("compile"):
+      compiled = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
 
   seeds = step_lib.seeds_of(config)
   with processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog, writer or contextlib.nullcontext():
@@ -100,11 +111,15 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     for index in range(start, total):
       watchdog.expect(f"step {index}")
       step = schedule.at(config, index)
+      programs.check(keys)             # of later stages too: a run that cannot end shall not go on for hours
+      if step.program not in compiled:
+        with bar.pause("compile"):
+          compiled[step.program] = step_lib.compile_step(config, step, mesh)
       if step.enter:
         state = enter(config, state, step.enter)
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-      state, device_metrics = programs[step.program](state, batch, step.rates, seeds)
+      state, device_metrics = compiled[step.program](state, batch, step.rates, seeds)
       # While the devices work: the next batch, and the metrics of the step before.
       batch = batches.at(index + 1) if index + 1 < total else None
       if pending is not None:
@@ -182,6 +197,23 @@ def versions() -> dict:
   device = jax.devices()[0]
   return {"python": platform.python_version(), **packages, "platform": device.platform,
           "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+# --- what a run compiles ----------------------------------------------------------
+
+
+def compilations(config, mesh, start: int = 0):
+  """What a run compiles from step `start` on, in the order in which it needs it: for `programs.ahead`."""
+  yield functools.partial(step_lib.compile_init, config, mesh)
+  for step in schedule.programs(config, start):
+    yield functools.partial(step_lib.compile_step, config, step, mesh)
+  yield from evaluate.compilations(config, mesh)
+
+
+def first_step(config, workdir) -> int:
+  """Where the run in `workdir` will begin, as far as that is known without reading a checkpoint."""
+  fork = 0 if not config.fork.workdir or config.fork.reset else max(config.fork.step, 0)
+  return max(checkpoint.Checkpoints(workdir, read_only=True).latest() or 0, fork)
 
 
 # --- where a run begins -----------------------------------------------------------
