@@ -135,7 +135,7 @@ class EvalConfig:
   sequences: int = 32             # windows of `context` tokens, drawn evenly over the documents
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
-  run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also the others of methods/run_modes.py, with options: "sparse:num_blocks=8"
   during: tuple[str, ...] = ()    # run modes at steps before the last, on text alone and without heat maps; () = as at the end
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks
