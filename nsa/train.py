@@ -27,7 +27,7 @@ from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
 _FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "peak_tflops",
-                "tensorboard")
+                "tensorboard", "modules")
 
 
 class Preempted(Exception):

@@ -164,6 +164,8 @@ class Config:
   arm: str = "dense"              # name of the arm, a column of every record
   size: str = "base"              # name of the model size, a column of every record
   seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
+  modules: tuple[str, ...] = ()   # what defines methods, tasks and controls outside of the package, by import name or file:
+                                  # config.json names it by itself (nsa/origins.py)
   model: ModelConfig = field(default_factory=ModelConfig)
   attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
   layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name; () = attention in all
