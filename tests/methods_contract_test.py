@@ -50,6 +50,7 @@ def broken(**members):
     (broken(grid="blocks"), "grid", "names one of its options"),
     (broken(options={"width": int}), "width", "default"),
     (broken(options={"width": tuple}, width=()), "width", "int, float, bool or str"),
+    (broken(layer=lambda self, init, model: LaterLayer(self)), "layer", "not defined yet"),  # noqa: F821
     (broken(layer=lambda self, init, model: Leaking(init, None)), "groups", "selectr.*group ''"),
     (broken(layer=lambda self, init, model: Leaking(init, "selectr")), "groups", "selectr.*group 'selectr'"),
     (broken(layer=lambda self, init, model: Leaking(init, "selector")), "groups", "declare the group"),

@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from nsa import methods, tasks
+from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
 from nsa.data import tokenizer
 from pallas_kernels import backends
@@ -13,12 +13,14 @@ GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
 
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
-  """Checks every arithmetic constraint; returns the config unchanged.
+  """Imports `config.modules` and checks every arithmetic constraint; returns the config unchanged.
 
   Raises ConfigError listing all problems. `num_devices` adds the check of the
   mesh against the devices that are there.
   """
   problems = []
+  for module in config.modules:
+    origins.load(module)
 
   def need(ok, name, value, fix):
     if not ok:

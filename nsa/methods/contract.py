@@ -100,7 +100,11 @@ def probe(cls: type[interface.Method]) -> None:
 
 def build(options: interface.Method, init, model) -> interface.Layer:
   """The layer of a method, every parameter of which belongs to a group that the method declares."""
-  layer = options.layer(init, model)
+  try:
+    layer = options.layer(init, model)
+  except NameError as error:
+    raise ContractError(type(options), "layer", error.name, "not defined yet: a method is checked where it is registered, "
+                        "put its layer's class above it") from None
   if not isinstance(layer, interface.Layer):
     raise ContractError(type(options), "layer", layer, "returns an interface.Layer")
   _, state = nnx.split(layer)
