@@ -22,7 +22,7 @@ def commands():
 def test_the_page_does_what_it_says(tmp_path, compilation_cache):
   for name, text in re.findall(r"`(\w+\.py)`:\n```python\n(.*?)```", PAGE, re.S):
     (tmp_path / name).write_text(text)
-  assert {path.name for path in tmp_path.iterdir()} == {"strided.py", "farthest.py", "ledger.py"}
+  assert {path.name for path in tmp_path.iterdir()} == {"strided.py", "farthest.py", "shelves.py"}
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1",
          "JAX_COMPILATION_CACHE_DIR": compilation_cache}
 
@@ -64,9 +64,9 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
   rows = json.loads((run_dir / "eval/100.json").read_text())["records"]
   visible = {row["run_mode"]: row["tokens_visible"] for row in rows if row["kind"] == "layer" and "tokens_visible" in row}
   assert visible["farthest"] == visible["sparse"] > visible["sparse:num_blocks=2"]
-  tasks = json.loads((tmp_path / "runs/ledger/eval/20.json").read_text())["records"]
-  assert {row["task"] for row in tasks if row["kind"] == "task"} == {"ledger:entries=2"}
-  assert json.loads((tmp_path / "runs/ledger/config.json").read_text())["modules"] == ["ledger.py", "strided.py"]
+  tasks = json.loads((tmp_path / "runs/shelves/eval/20.json").read_text())["records"]
+  assert {row["task"] for row in tasks if row["kind"] == "task"} == {"shelves:notes=2"}
+  assert json.loads((tmp_path / "runs/shelves/config.json").read_text())["modules"] == ["shelves.py", "strided.py"]
 
   (tmp_path / "strided.py").rename(tmp_path / "elsewhere.py")
   gone = run(rest[0], code=2)
