@@ -122,7 +122,8 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
   names = (e.tasks or config.data.tasks) if items else ()
   haystack = [document for source in texts.values() if names
               for document in data.load(source, e.split, data_dir=config.data.data_dir)]
-  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack) for name in names}
+  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack, tokens=config.data.tokenizer)
+               for name in names}
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:

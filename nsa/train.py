@@ -26,8 +26,8 @@ from nsa import step as step_lib
 from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
-_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "peak_tflops",
-                "tensorboard")
+_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "unroll",
+                "peak_tflops", "tensorboard")
 
 
 class Preempted(Exception):

@@ -62,8 +62,6 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
       need(False, "data.tokenizer", d.tokenizer, str(error))
-    for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
-      need(not names, where, names, f"tasks are written in bytes, data.tokenizer is {d.tokenizer}: leave them out")
 
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
@@ -94,7 +92,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     for name in names:
       try:
         task = tasks.get(name)
-        need(m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+        need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
+        need(task.in_words or d.tokenizer == "bytes", where, name,
+             f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
+        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
       except ValueError as error:
         need(False, where, name, str(error))
 
@@ -203,6 +204,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
+  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")

@@ -200,6 +200,7 @@ class Config:
   tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
   implementation: str = ""        # of the attention operations; "" = the best one for the platform; "fastest" lets last bits differ between runs
+  unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured (step.layers_per_turn)
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 
   def method_of(self, name: str) -> methods.Method:

@@ -64,6 +64,8 @@ class Task(abc.ABC):
   """A family of examples; the dataclass fields of a subclass are its parameters."""
   family: ClassVar[str]
   sizes: ClassVar[tuple[str, ...]]  # the parameters that make an example longer
+  trainable: ClassVar[bool] = True   # False: held out, evaluated and never trained on; may depend on the parameters
+  in_words: ClassVar[bool] = True    # bytes of text, which any tokenizer can write; False: token ids of its own
   vocab_size = 259  # the model needs at least as many token ids (bytes and 3 special ones)
 
   @property
