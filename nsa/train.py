@@ -86,10 +86,10 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     return total
 
   with programs.ahead(compilations(config, mesh, first_step(config, workdir))):
-    return _run(config, workdir, mesh, checkpoints, progress, hang_seconds)
+    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds)
 
 
-def _run(config, workdir, mesh, checkpoints, progress, hang_seconds) -> int:
+def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: bool, hang_seconds: float) -> int:
   """The run itself, while a thread compiles what it will need."""
   total = config.schedule.steps
   with processes.together("reading the data"):
