@@ -8,7 +8,7 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
-Methods that choose once per prompt (methods/prompt.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
+Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
 has no bits_per_byte but that of the second half; a task's prompt ends where its first answer begins.

@@ -1,9 +1,9 @@
-"""Tests of nsa/memory.py and the Titans methods: against a token-by-token oracle, and as native, retrofit and hybrid layers.
+"""Tests of nsa/methods/titans/memory.py and the Titans methods: against a token-by-token oracle, and as native, retrofit and hybrid layers.
 
     PYTHONPATH=. python tests/memory_test.py [steps]
 
 trains a memory of depth 4 for 10,000 steps as it is, with local backprop, and without any guard, and prints
-what came of it (numbers in nsa/memory.py).
+what came of it (numbers in nsa/methods/titans/memory.py).
 """
 import dataclasses
 import functools
@@ -16,8 +16,9 @@ import methods_test as shared
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, evaluate, flops, layers, memory, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim, schedule
 from nsa import sharding, step as step_lib
+from nsa.methods.titans import memory
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

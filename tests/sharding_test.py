@@ -32,7 +32,8 @@ TOLERANCE = 1e-5
 SCRIPT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
-from nsa import config as C, evaluate, methods, schedule, sharding, step as S, topology
+from nsa import config as C, evaluate, methods, schedule, sharding, step as S
+from nsa.planning import topology
 tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_stride=2, window=8, index_dim=4, gate_dim=4,
             pool_len=4, pool_stride=2, segment=8, chunk=4)
 # Training-free selectors differ in their scores alone; memories take as long to compile as all the others.
