@@ -144,6 +144,9 @@ def load(paths: list[Path]) -> Study:
   paths = [Path(p) for p in paths]
   if not paths:
     raise ValueError("paths = []: give at least one run directory or one study directory")
+  old = next((p for p in paths if (p / "report.md").is_file() and (p / "results.csv").is_file() and not (p / NAME).is_file()), None)
+  if old is not None:
+    raise ValueError(f"{old}: a report without records, to be read as it is; give the study's directory, or one with {NAME}")
   live = [p for p in paths if (p / "study.json").is_file() and not (p / NAME).is_file()]
   if len(live) > 1:
     raise ValueError(f"paths = {[str(p) for p in live]}: one report holds one study; give one each time, with what was published of it")
@@ -155,8 +158,7 @@ def load(paths: list[Path]) -> Study:
         studies.append((path, run_lib.load_study(folder, run_lib.read_plan(folder))))
     elif path not in live:
       if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
-        static = (path / "report.md").is_file()
-        hint = "it does not exist" if not path.exists() else "a report without records, to be read as it is" if static else "it has neither"
+        hint = "it does not exist" if not path.exists() else "it has neither"
         raise ValueError(f"{path}: {hint}; expected a run directory (config.json, metrics.jsonl), a study directory "
                          f"(study.json) or a published report ({NAME})")
       singles.append(run_lib.load_run(path))

@@ -153,9 +153,7 @@ def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = 
     lost = set(run.diverged)
     records = [r for r in run.records if r["kind"] == kind and r.get("seed", 0) not in lost
                and r.get("arm", run.arm) == arm and run_mode in (None, r.get("run_mode"))]
-    if kind == "language":
-      records = [r for r in records if r.get("split", "val") == _split(run)]
-    out += records
+    out += [r for r in records if r.get("split", "val") == run.split] if kind == "language" else records
   return out
 
 
@@ -172,7 +170,7 @@ def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], fl
 
 def own_text(run: Run, records: list[dict]) -> list[dict]:
   """Those of the run's own run mode and split."""
-  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == _split(run)]
+  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]
 
 
 def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:
@@ -293,10 +291,11 @@ def _run_rows(study: Study, run: Run) -> list[Row]:
       groups[record.get("arm", run.arm), seed, mode][record["kind"]].append(record)
   out = []
   for (arm, seed, mode), kinds in groups.items():
-    kinds["language"] = [r for r in kinds["language"] if r.get("split", "val") == _split(run)]
-    row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, _split(run), run.eval_step or 0)
+    kinds["language"] = [r for r in kinds["language"] if r.get("split", "val") == run.split]
+    row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, run.split, run.eval_step or 0)
     row.values = _metrics(study, kinds)
-    row.values |= {"windows": len(kinds["language"]), "task_items": sum(r.get("items", 1) for r in kinds["task"]),
+    row.values |= {"windows": sum(r.get("windows", 1) for r in kinds["language"]),
+                   "task_items": sum(r.get("items", 1) for r in kinds["task"]),
                    "bytes": sum(n for r in kinds["language"] if math.isfinite(n := number(r.get("bytes"))))}
     for name in _COLUMNS:
       row.values[name] = _mean_over(kinds["layer"], "layer", name)
@@ -314,9 +313,9 @@ def _metrics(study, kinds) -> dict[str, float]:
   names, asked = [], [e.metric for e in study.endpoints]
   for name, m in METRIC.items():
     of_kind = [r for r in kinds[m.record] if r.get(_FIELD.get(name, name)) is not None]
-    parts = sorted({_part(r) for r in of_kind} - {""})
+    parts = {_part(r) for r in of_kind}
     names += [name] if of_kind else []
-    names += [f"{name}:{part}" for part in parts if len(parts) > 1]
+    names += [f"{name}:{part}" for part in sorted(parts - {""})] if len(parts) > 1 else []
   out = {}
   for name in dict.fromkeys(names + asked + [metric(n).gated_by for n in asked if metric(n).gated_by]):
     base, _, part = name.partition(":")
@@ -341,12 +340,6 @@ def _mean_over(records, key, name) -> float:
       by[record.get(key)].append(record)
   values = [v for mine in by.values() if math.isfinite(v := mean(mine, name))]
   return math.fsum(values) / len(values) if values else math.nan
-
-
-def _split(run):
-  """The split whose windows count: val where there is one."""
-  splits = {r.get("split", "val") for r in run.records if r["kind"] == "language"}
-  return "val" if not splits or "val" in splits else sorted(splits)[0]
 
 
 def _last(x):

@@ -43,7 +43,7 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
     places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * (study.control(c.arm) != study.dense)) * span) for c in mine}
     for k, c in enumerate(mine):
       y = np.array(list(c.differences.values())) * m.scale
-      x = places[c.arm] * np.exp(span * (0.006 * (np.arange(len(y)) - (len(y) - 1) / 2) / max(1, len(y) / 4)))
+      x = places[c.arm] * np.exp(span * math.copysign(1, shift) * (0.02 + 0.02 * np.arange(len(y)) / len(y)))  # beside the mean
       ax.plot(x, y, marker, mfc="none", mec=color, mew=0.8, ms=3.5, alpha=0.6, zorder=3)
       _with_interval(ax, places[c.arm], c.judgement.interval, m.scale, marker, color, None if k else label)
   ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g} %" for b in budgets])

@@ -8,6 +8,7 @@ study.json that does not say what it must.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -51,6 +52,12 @@ class Run:
   def headline_mode(self) -> str:
     """How the arm's own number is taken: dense where it ends dense, else sparse."""
     return "dense" if self.stages and self.stages[-1].get("mode") == "dense" else "sparse"
+
+  @functools.cached_property
+  def split(self) -> str:
+    """The split whose windows count: val where there is one."""
+    splits = {r.get("split", "val") for r in self.records if r["kind"] == "language"}
+    return "val" if not splits or "val" in splits else sorted(splits)[0]
 
   @property
   def first(self) -> int:
@@ -214,16 +221,12 @@ def load_study(path: Path, plan: dict) -> Study:
     if where.is_dir():
       study.runs.append(load_run(where, job))
     else:
-      study.runs.append(never_begun(where, job, "failed" if job.get("status") == "failed" else "pending"))
+      status = job.get("status") if job.get("status") in ("failed", "unfinished") else "pending"
+      study.runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [], None,
+                            status, job.get("error") or "", list(job.get("problems", []))))
   if not jobs and study.declared:
     study.problems.append("study.json lists no jobs")
   return study
-
-
-def never_begun(path: Path, job: dict, status: str) -> Run:
-  """A run of which there is nothing but its line in study.json."""
-  return Run(path, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [],
-             None, status, job.get("error") or "")
 
 
 def _status(path, job):

@@ -13,6 +13,7 @@ is avoided because its import alone takes longer than a report.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Mapping, Sequence
 
@@ -174,15 +175,28 @@ def smallest_detectable_effect(sd: float, n: int, power_wanted: float = 0.8, alp
   """
   if n < 2 or not math.isfinite(sd):
     return math.nan
-  if sd == 0:
-    return 0.0
-  low, high = 0.0, 1.0  # in units of sd
+  return sd * _detectable_in_sd(n, power_wanted, alpha) if sd else 0.0
+
+
+@functools.lru_cache(maxsize=None)
+def _detectable_in_sd(n: int, power_wanted: float, alpha: float) -> float:
+  low, high = 0.0, 1.0
   while power(high, 1.0, n, alpha) < power_wanted:
     low, high = high, 2 * high
   for _ in range(60):
     middle = (low + high) / 2
     low, high = (middle, high) if power(middle, 1.0, n, alpha) < power_wanted else (low, middle)
-  return high * sd
+  return high
+
+
+def tost_power(sd: float, n: int, margin: float, alpha: float = 0.05) -> float:
+  """The share of studies in which n pairs of SD `sd` show equivalence within the margin when there is no difference.
+
+  By 20,000 simulated means and variances (seed 0): both are independent of normal values.
+  """
+  rng = np.random.default_rng(0)
+  mean, error = rng.normal(0, sd / math.sqrt(n), 20_000), sd * np.sqrt(rng.chisquare(n - 1, 20_000) / (n - 1) / n)
+  return float(np.mean(np.abs(mean) + special.stdtrit(n - 1, 1 - alpha) * error <= margin))
 
 
 def standard_deviation_interval(sd: float, df: int, level: float = 0.95) -> tuple[float, float]:

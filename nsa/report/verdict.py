@@ -13,8 +13,9 @@ An endpoint whose controls do not behave (gates.py) gets no word. Everything els
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Iterable
+from typing import Callable, Iterable
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Comparison:
   budget: float | None = None
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   judgement: statistics.Judgement | None = None
-  documents: statistics.Interval | None = None  # bootstrap over (seed, document); its n: the seeds whose documents are known
+  bootstrap: Callable[[], statistics.Interval | None] = lambda: None
   reason: str = ""
   p_tost: float = math.nan                 # after Holm
   p_difference: float = math.nan           # after Holm
@@ -48,6 +49,11 @@ class Comparison:
   @property
   def metric(self) -> endpoints.Metric:
     return endpoints.metric(self.endpoint.metric)
+
+  @functools.cached_property
+  def documents(self) -> statistics.Interval | None:
+    """Bootstrap over (seed, document) of a primary metric of text; its n: the seeds whose documents are known."""
+    return self.bootstrap()
 
   @property
   def word(self) -> str:
@@ -117,8 +123,8 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
     return out
   out.judgement = statistics.judge(d, endpoint.margin)
   if endpoint.primary and (quantity != "Delta" or study.control(arm) == study.dense):
-    both = (endpoints.documents(study, a, size, study.headline_mode(a), endpoint.metric) for a in (arm, against))
-    out.documents = _bootstrap(*both, seeds)
+    out.bootstrap = lambda: _bootstrap(*(endpoints.documents(study, a, size, study.headline_mode(a), endpoint.metric)
+                                         for a in (arm, against)), seeds)
   return out
 
 
@@ -208,14 +214,16 @@ def sentence(study: Study, c: Comparison) -> str:
     return f"{c.name}{size}: {c.arm} minus {c.against} is {where} (95 % t interval {m.between(i)}); no verdict."
   verb = {"matches": "matches {}", "worse": "is worse than {}", "better": "is better than {}",
           "undecided": "against {} is undecided"}[c.word].format(c.against)
-  text = (f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} paired seeds; after Holm p = "
-          f"{p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a difference; sign flips "
-          f"p = {p_text(c.sign_flip)}" + (f"; without any one seed {p_text(min(c.without_one))} to {p_text(max(c.without_one))}"
-                                            if c.without_one else "") + ")")
+  p = (f"equivalence within ±{m.text(c.endpoint.margin)}, p = {p_text(c.p_tost)}" if c.word == "matches" else
+       f"difference, p = {p_text(c.p_difference)}" if c.word in ("worse", "better") else
+       f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a difference")
+  text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} seeds; after Holm {p})"
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
-  if c.word == "undecided":
-    text += "; that no difference is found is not a match"
+  if c.word in ("worse", "better"):
+    weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
+        f"without one of the seeds p = {p_text(max(c.without_one))}"] * (max(c.without_one, default=0.0) > 0.05)
+    text += f"; but {' and '.join(weak)}" if weak else ""
   return text + "."
 
 
@@ -269,10 +277,10 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   mine = [c for q in study.quantities for c in result.of(q, e.metric, size)]
   for quantity in study.quantities:
     group = [c for c in mine if c.quantity == quantity]
-    shown = group if len(group) <= 3 and e.primary else [max(group, key=lambda c: (c.judgement is not None, c.budget or 0))] if group else []
-    lines += [f"{title}. " * (not lines and i == 0) + sentence(study, c) for i, c in enumerate(shown)]
-    if len(shown) < len(group):
-      lines[-1] += f" Of all {len(group)} {quantity}(b): {_tally(group)}."
+    if group:  # the largest budget; the table has them all
+      c = max(group, key=lambda c: (c.judgement is not None, c.budget or 0))
+      lines.append(f"**{title}.** " * (not lines) + sentence(study, c))
+      lines[-1] += f" All {quantity}(b): {_tally(group)}." if len(group) > 1 else ""
   deltas = [c for c in mine if c.quantity == "Delta" and c.judgement]
   if len(deltas) > 1:
     words = {c.word for c in mine if c.quantity == "R"}
@@ -287,10 +295,13 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 
 
+_WORDS = ("matches", "worse", "better", "undecided", "cannot be judged", "not admitted")
+
+
 def _tally(group) -> str:
-  names = ("matches", "worse", "better", "undecided", "cannot be judged", "not admitted")
-  words = [c.word for c in group]
-  return ", ".join(f"{words.count(w)} {w}" for w in names if w in words)
+  """"worse at 1 %, 5 %; matches at 25 %"."""
+  at = lambda c: c.arm if c.budget is None else percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1)
+  return "; ".join(f"{word} at {', '.join(at(c) for c in group if c.word == word)}" for word in _WORDS if any(c.word == word for c in group))
 
 
 def _headline(study, primary, admitted):
@@ -317,7 +328,9 @@ def _headline(study, primary, admitted):
     return f"{who} matches {against} within {margins}{many}{unjudged}{note}."
   if len(words) == 1:
     return f"{who} is {words.pop()} than {against}{many}{unjudged}{note}."
-  return f"{who} against {against}, {count} comparisons: {_tally(judged)}{unjudged}{note}."
+  words = [c.word for c in judged]
+  tally = ", ".join(f"{words.count(w)} {w}" for w in _WORDS if w in words)
+  return f"{who} against {against}, {count} comparisons: {tally}{unjudged}{note}."
 
 
 def percent(b: float) -> str:
