@@ -38,7 +38,7 @@ LEVEL, EASE = 2.1, 0.975
 
 
 def write_study(root: Path, arms=ARMS, seeds=(0, 1, 2), sizes=("tiny",), noise=0.0015, together=True, costs=None, of_arm=None,
-                draw=0, shared=0.01, match_noise=0.003, items=768, rich=True) -> Path:
+                draw=0, shared=0.01, match_noise=0.003, items=2048, rich=True) -> Path:
   """A study directory in which arm a is `arms[a][0]` bits per byte worse than native, plus noise.
 
   together: all seeds of an arm in one run directory, as one vmapped program writes them. costs: of run modes, over COSTS.

@@ -23,24 +23,38 @@ class Init:
 
   Adding a selector or a branch to a model therefore leaves the initial value of
   every other parameter as it was: all arms of one seed start from the same weights.
+
+  What the optimizer and the FLOPs have to know of a parameter it is told here, and keeps as metadata:
+    group   the parameter group (methods/interface.py, GROUPS); an Init hands its own to all below it
+    axes    logical names of its dimensions, for sharding
+    decay   whether weight decay acts on it
+    matrix  of a weight that is a matrix: the dimensions that it sums over, counted from the end; those behind them
+            are what it makes of them, those before them count separate matrices. (): norms, biases, tables
+    tokens  whether the matrix multiplies every token, so that it costs 2 FLOPs per weight and token
   """
 
-  def __init__(self, key: Array):
-    self.key = key
+  def __init__(self, key: Array, group: str = "backbone"):
+    self.key, self.group = key, group
 
-  def child(self, name: str | int) -> "Init":
+  def child(self, name: str | int, group: str | None = None) -> "Init":
     tag = name if isinstance(name, int) else zlib.crc32(name.encode())
-    return Init(jax.random.fold_in(self.key, tag))
+    return Init(jax.random.fold_in(self.key, tag), self.group if group is None else group)
+
+  def param(self, value: Array, axes: tuple[str | None, ...], *, decay: bool = False,
+            matrix: tuple[int, ...] = (), tokens: bool = True) -> nnx.Param:
+    """A parameter that begins with `value`; `matrix` counts its dimensions from the first."""
+    matrix = tuple(i - value.ndim for i in matrix)
+    return nnx.Param(value, axes=axes, decay=decay, group=self.group, matrix=matrix, tokens=tokens and bool(matrix))
 
   def normal(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int,
-             gain: float = 1.0, decay: bool = True) -> nnx.Param:
-    """Gaussian with standard deviation gain / sqrt(fan_in). `axes` are logical names for sharding."""
+             gain: float = 1.0, decay: bool = True, matrix: tuple[int, ...] = (0,), tokens: bool = True) -> nnx.Param:
+    """Gaussian with standard deviation gain / sqrt(fan_in). What is not decayed is no matrix."""
     value = jax.random.normal(self.child(name).key, shape, jnp.float32) * (gain * fan_in ** -0.5)
-    return nnx.Param(value, axes=axes, decay=decay)
+    return self.param(value, axes, decay=decay, matrix=matrix if decay else (), tokens=tokens)
 
   def constant(self, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> nnx.Param:
     """A constant; norms, gates' biases and convolutions are not decayed."""
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
+    return self.param(jnp.full(shape, value, jnp.float32), axes)
 
 
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
@@ -79,24 +93,39 @@ look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_
 
 
 def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):
-  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling."""
+  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling.
+
+  With yarn both are multiplied by its attention factor (arXiv 2309.00071, section 3.4).
+  """
   lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  size = 1.0
   if scaling is not None and scaling.kind:
-    frequency = _scale_frequencies(frequency, scaling)
+    frequency = _scale_frequencies(frequency, scaling, theta)
+    if scaling.kind == "yarn":
+      size = scaling.attention_factor or 0.1 * np.log(max(scaling.factor, 1.0)) + 1.0
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
   if lib is np:
     angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-  return jnp.cos(angle), jnp.sin(angle)
+    return (np.cos(angle) * size).astype(np.float32), (np.sin(angle) * size).astype(np.float32)
+  return jnp.cos(angle) * np.float32(size), jnp.sin(angle) * np.float32(size)
 
 
-def _scale_frequencies(frequency, scaling):
+def _scale_frequencies(frequency, scaling, theta):
   """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
   `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
-  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration)."""
+  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration). yarn: the same two ends, in
+  between a mean weighted by the wave's number, the ends rounded outwards to whole waves (arXiv 2309.00071, section 3.2,
+  and its code)."""
   if scaling.kind == "linear":
     return frequency / scaling.factor
+  if scaling.kind == "yarn":
+    count = len(frequency)
+    wave = lambda turns: count * np.log(scaling.context / (turns * 2 * np.pi)) / np.log(theta)
+    first = max(np.floor(wave(scaling.high_frequency)), 0)
+    last = min(np.ceil(wave(scaling.low_frequency)), 2 * count - 1)
+    keep = 1 - np.clip((np.arange(count) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
   turns = scaling.context * frequency / (2 * np.pi)
   keep = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0)
   return keep * frequency + (1 - keep) * frequency / scaling.factor
@@ -136,16 +165,17 @@ def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
 
 
 class HeadProjection(nnx.Module):
-  """Hidden state -> heads, with the optional short convolution and the optional per-head RMSNorm."""
+  """Hidden state -> heads, with the optional bias, short convolution and per-head RMSNorm, in this order."""
 
   def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
-               norm: bool = False, eps: float = 1e-6):
+               bias: bool = False, norm: bool = False, eps: float = 1e-6):
     self.eps = eps  # of the norm
     self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
+    if bias:
+      self.bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=(axis, None), decay=False)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
-      value = jnp.zeros((taps, heads, head_dim)).at[0].set(1.0)
-      self.taps = nnx.Param(value, axes=(None, axis, None), decay=False)
+      self.taps = init.param(jnp.zeros((taps, heads, head_dim)).at[0].set(1.0), (None, axis, None))
     if norm:
       self.norm = init.constant((head_dim,), (None,), 1.0)
 
@@ -156,6 +186,8 @@ class HeadProjection(nnx.Module):
     if conv and tail is not None:
       h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
     y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
+    if hasattr(self, "bias"):
+      y = y + self.bias[...].astype(h.dtype)
     if conv:
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]

@@ -5,6 +5,7 @@ trunk is trained once, keeps the checkpoints that forks need, and goes on to its
 Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest.
 """
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
 import time
@@ -14,8 +15,9 @@ from absl import logging
 from etils import epath
 
 from nsa import config as config_lib
-from nsa import flops, metrics, processes, train
+from nsa import flops, lock, metrics, processes, train
 from nsa.config import Config, ConfigError
+from nsa.tasks import audit
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Study:
   expected_sd: dict[str, float] = field(default_factory=dict)      # "text R", "text A", "recall R", ... -> SD of paired differences
   flops_per_second: float = 1e14   # of one device, of the FLOPs that an arm needs
   training_share: float = 1.0      # of the wall time that is training steps
+  shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py), on purpose
 
 
 @dataclass
@@ -73,6 +76,12 @@ def jobs(study: Study, directory) -> list[Job]:
   if twice:
     raise ConfigError([("arms", ", ".join(twice), "two arms have the same name and size: rename one")])
   return _trunks_first(out)
+
+
+def check_tasks(study: Study) -> None:
+  """Raises ConfigError where tasks can be answered without selecting anything, unless `study.shortcuts`."""
+  if problems := audit.problems(study):
+    raise ConfigError(problems)
 
 
 def _cohort(study, directory, seeds) -> list[Job]:
@@ -150,6 +159,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   """
   directory = epath.Path(directory)
   todo = jobs(study, directory)
+  check_tasks(study)
   others = [job for job in todo if only and not any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only)]
   todo = [job for job in todo if job not in others]
   if not todo:
@@ -173,6 +183,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
     _run_one(job, todo, directory)
     if job.status == "done":
       clock, trained = clock + time.monotonic() - before, trained + work[job.run]
+    elif job.status == "pending":
+      on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
     else:
       on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
       if len(job.config.seeds) > 1 and "not finite" in job.error:
@@ -197,10 +209,14 @@ def _run_one(job: Job, todo: list[Job], directory) -> None:
   try:
     if trunk is not None and trunk.status == "failed":
       raise RuntimeError(f"its trunk {trunk.run} failed")
+    if trunk is not None and trunk.status == "pending":
+      raise lock.Busy(f"its trunk {trunk.run} is not done yet")
     train.train(job.config, workdir)
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
+  except lock.Busy as error:    # another process is at it: neither failed nor done
+    job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
     logging.debug("%s", traceback.format_exc())
@@ -234,7 +250,8 @@ def _save(study, todo, directory) -> None:
       job.status = "done"            # by another process
   plan = epath.Path(study.plan) / "plan.json" if study.plan else directory / "plan.json"
   metrics.write_json(directory / "study.json", {
-      **asked(study), **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
+      **asked(study), "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
+      **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
       "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
                 "status": job.status, "error": job.error} for job in todo]})
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nsa import config as config_lib, methods
-from nsa.config import ConfigError, Stage
+from nsa.config import ConfigError, Restart, Stage
 
 METHODS = ("dense", "msa", "nsa", "block_topk", "sink_window", "random", "oracle")
 
@@ -80,6 +80,13 @@ WRONG = [
     ("data.task_share", 1.5, "data.task_share", "between 0 and 1"),
     ("data.task_share", 0.5, "data.tasks", "at least one task"),
     ("data.source", "tasks", "data.task_share", "data.task_share = 1"),
+    ("data.task_rows", 8, "data.task_rows", "0 to data.global_batch - 1 = 7"),
+    ("data.task_rows", 1, "data.tasks", "at least one task"),
+    ("data.task_loss", 0.2, "data.task_loss", "set data.task_rows"),
+    ("data.corpora", {"code": "wiki"}, "data.corpora[code]", "files:PATH"),
+    ("data.weights", {"code": 1.0}, "data.weights[code]", "data.corpora has none"),
+    ("eval.near", (5,), "eval.near", "tokens before a query"),
+    ("eval.sequences", -2, "eval.sequences", "-1 for all"),
     ("data.source", "wiki", "data.source", "files:PATH"),
     ("data.tasks", ("nosuch",), "data.tasks", "mqar"),
     ("eval.tasks", ("needle:kees=1",), "eval.tasks", "keys"),
@@ -99,6 +106,9 @@ WRONG = [
     ("schedule.learning_rate.peak", 0.0, "schedule.learning_rate.peak", "above 0"),
     ("schedule.learning_rate.warmup", 1.0, "schedule.learning_rate.warmup", "below 1"),
     ("schedule.learning_rate.decay", 0.99, "schedule.learning_rate.decay", "at most 1"),
+    ("schedule.restart", Restart(step=10 ** 6), "schedule.restart.step", "below schedule.steps"),
+    ("schedule.restart", Restart(peak=2.0), "schedule.restart.peak", "above 0 to 1"),
+    ("schedule.restart", Restart(warmup=0.9), "schedule.restart.decay", "at most 1"),
     ("attention.block_size", 0, "attention.block_size", "at least 1"),
     ("attention.block_size", 2048, "attention.block_size", "context of 1024"),
     ("attention.num_blocks", 0, "attention.num_blocks", "at least 1"),
@@ -124,7 +134,6 @@ WRONG = [
     ("eval.run_modes", ("sparse:num_blocks=0",), "eval.run_modes", "at least 1"),
     ("eval.blocks", {"block_size": 4096}, "eval.run_modes", "context of 1024"),
     ("eval.batch", 0, "eval.batch", "at least 1"),
-    ("eval.sequences", -1, "eval.sequences", "negative"),
     ("eval.task_examples", 0, "eval.task_examples", "at least 1"),
     ("eval.every", -1, "eval.every", "0 for the end"),
     ("checkpoint.every", -1, "checkpoint.every", "0 for the last"),

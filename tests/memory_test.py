@@ -167,9 +167,9 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_memory_learns():
   run = jax.jit(step_lib.make_step(config, steps[2], sharding.make_mesh(config, jax.devices()[:1])))
   before, losses = state, []
   for _ in range(12):
-    state, got = run(state, batch, jnp.float32(1e-2), step_lib.seeds_of(config))
+    state, got = run(state, batch, np.full(2, 1e-2, np.float32), step_lib.seeds_of(config))
     losses.append(float(got["loss"]))
-  old, new = optim.split(before.params), optim.split(state.params)
+  old, new = (optim.split(x.params, optim.groups_of(config)) for x in (before, state))
   assert set(old) == {"backbone", "memory"}
   for path, leaf in old["backbone"].items():
     np.testing.assert_array_equal(new["backbone"][path], leaf, err_msg=path)
@@ -268,7 +268,7 @@ def long_run(context, chunk=16, **options):
 
     value, grads = jax.value_and_grad(loss)(params)
     rate = 3e-3 * jnp.minimum(1.0, (index + 1) / 200)
-    params, state, norms = optim.update(transforms, ("backbone", "memory"), grads, state, params, rate, 1.0)
+    params, state, norms = optim.update(transforms, ("backbone", "memory"), grads, state, params, (rate, rate))
     return (params, state), (value, norms["memory"])
 
   def start():

@@ -123,7 +123,7 @@ def test_long_metrics_are_thinned_once_where_they_are_read(tmp_path):
 @pytest.mark.parametrize("field, message", [
     ("config", "arms.native_msa.attention.num_blocks = 8, and 9 in 'native against retrofit': not the same experiment"),
     ("margin", "endpoints[0].margin = 0.005, and 0.02 in"),
-    ("corpus", "versions.corpus_sha256[0] = '\"abc\"', and '\"def\"' in")])
+    ("corpus", "versions.corpus_sha256[0] = 'abc', and 'def' in")])
 def test_another_experiment_is_refused_by_its_field(field, message, whole, live, tmp_path):
   def change(root, name, old, new):
     for file in root.rglob(name):

@@ -51,6 +51,11 @@ def test_stages_cover_every_step_once(steps, weights):
     (schedule.retrofit(10, 1.0, 0.5), {"warmup": 5, "sparse": 5}),
     (schedule.selector_only(50, 0.2), {"dense": 40, "warmup": 10}),
     (schedule.sparse_to_dense(50, 0.1), {"sparse": 45, "dense": 5}),
+    (schedule.retrofit_within(200, 0.25, warmup_steps=7), {"dense": 150, "warmup": 7, "sparse": 43}),
+    (schedule.retrofit_after(300, 0.05, warmup_steps=4), {"dense": 300, "warmup": 4, "sparse": 11}),
+    (schedule.retrofit_after(300, 0.05, warmup_steps=0, train="selector"), {"dense": 300, "warmup": 15}),
+    (schedule.dense_continuation(300, 0.05), {"dense": 315}),
+    (schedule.context_curriculum(40, 32, 0.5, "sparse"), {"sparse": 40}),
 ])
 def test_common_schedules(plan, want):
   config_lib.validate(make_config(plan))
@@ -110,6 +115,34 @@ def test_learning_rates():
     assert np.isfinite(rates(peak=1.0, plan=plan, steps=1)).all()
 
 
+def test_a_finished_model_is_warmed_up_again_and_its_control_has_the_same_rates():
+  kw = dict(peak=2.0, warmup=0.1, decay=0.2, final=0.1)
+  plan = schedule.retrofit_after(100, 0.5, warmup_steps=20, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4), **kw)
+  got = np.array([schedule.learning_rate(plan, step) for step in range(150)])
+  np.testing.assert_array_equal(got[:100], rates(**kw))              # the finished model's own plan, not a stretched one
+  np.testing.assert_allclose(got[100:110], 0.2 + 0.8 * np.arange(1, 11) / 10)
+  np.testing.assert_allclose(got[110:130], 1.0)
+  np.testing.assert_allclose(got[130:], 0.1 + 0.9 * np.arange(19, -1, -1) / 20)
+  control = schedule.dense_continuation(100, 0.5, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4), **kw)
+  assert [schedule.learning_rate(control, step) for step in range(150)] == list(got)
+  # The selector learns at its peak throughout its warm-up, then as the plan says.
+  config = make_config(plan)
+  config.optimizer.selector_learning_rate = 5.0
+  selector = [schedule.at(config, step).selector_learning_rate for step in range(150)]
+  np.testing.assert_allclose(selector[100:120], 5.0)
+  np.testing.assert_allclose(selector[120:], 5 * got[120:])
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: schedule.retrofit_within(100, 0.1, warmup_steps=2, decay=0.2), "budget = 0.1.*decay.*retrofit_after"),
+    (lambda: schedule.retrofit_within(100, 0.3, warmup_steps=30), "warmup_steps = 30.*below the budget's 30 steps"),
+    (lambda: schedule.retrofit_after(100, 0.001, warmup_steps=0), "budget = 0.001.*no step"),
+])
+def test_budgets_that_measure_something_else_are_refused(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
+
+
 # --- the optimizer ------------------------------------------------------------------
 
 
@@ -123,7 +156,7 @@ def random_tree(tree, seed, scale=1.0):
 
 
 def flat(params):
-  return {path: leaf for leaves in optim.split(params).values() for path, leaf in leaves.items()}
+  return optim.by_path(params)
 
 
 def setup(method, **options):
@@ -139,14 +172,14 @@ def test_frozen_groups_stay_bit_for_bit(name, optimizer):
   _, params, transforms, state = setup(name, name=optimizer)
   other = "selector" if name == "msa" else "branch"
   step = jax.jit(lambda learns, grads, state, params: optim.update(transforms, learns, grads, state, params,
-                                                                   1e-2, 1.0),
+                                                                   (1e-2, 1e-2)),
                  static_argnums=0)
   for learns in (("backbone",), (other,)):
     new, new_state, norms = params, state, None
     for i in range(3):
       new, new_state, norms = step(learns, random_tree(params, 1 + i), new_state, new)
     assert set(norms) == set(learns)
-    before, after = optim.split(params), optim.split(new)
+    before, after = optim.split(params, transforms.groups), optim.split(new, transforms.groups)
     for group in before:
       for path, leaf in before[group].items():
         assert bool((leaf == after[group][path]).all()) == (group not in learns), path
@@ -154,9 +187,9 @@ def test_frozen_groups_stay_bit_for_bit(name, optimizer):
       assert all(same) == (group not in learns)
 
 
-def test_split_and_join_are_inverses_and_groups_are_named_by_path():
-  _, params, _, _ = setup("nsa")
-  groups = optim.split(params)
+def test_split_and_join_are_inverses_and_groups_are_those_that_parameters_name():
+  config, params, _, _ = setup("nsa")
+  groups = optim.split(params, optim.groups_of(config))
   assert set(groups) == {"backbone", "branch"}
   assert {"embed", "stacks.stack0.attention.k.weight", "stacks.stack0.mlp.down"} <= set(groups["backbone"])
   assert all(".branch." in path for path in groups["branch"])
@@ -166,16 +199,17 @@ def test_split_and_join_are_inverses_and_groups_are_named_by_path():
 def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
   config, params, transforms, state = setup("msa", clip=0.5, selector_clip=0.25, weight_decay=0.1)
   grads = random_tree(params, 1, 1e-4)
-  grads = jax.tree_util.tree_map_with_path(lambda p, g: g * (1e6 if optim.group_of(p) == "selector" else 1.0),
-                                           grads)
-  step = jax.jit(lambda state, params: optim.update(transforms, ALL, grads, state, params, 0.01, 2.0))
+  scale = lambda leaves, by: jax.tree.map(lambda g: g * by, leaves)
+  grads = optim.join(grads, {group: scale(leaves, 1e6 if group == "selector" else 1.0)
+                             for group, leaves in optim.split(grads, transforms.groups).items()})
+  step = jax.jit(lambda state, params: optim.update(transforms, ALL, grads, state, params, (0.01, 0.02)))
   new, new_state, norms = step(state, params)
   new, _, _ = step(new_state, new)
   decays = flat(model_lib.param_metadata(config, "decay"))
   got, start, flat_grads = flat(new), flat(params), flat(grads)
   o = config.optimizer
   norm = {}
-  for group, leaves in optim.split(grads).items():
+  for group, leaves in optim.split(grads, transforms.groups).items():
     norm[group] = np.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in leaves.values()))
     np.testing.assert_allclose(norms[group], norm[group], rtol=1e-5)
   assert norm["selector"] > 1 and norm["backbone"] < 0.5  # and the backbone is not clipped
@@ -194,7 +228,7 @@ def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
 
 def test_zero_clip_means_no_clipping():
   _, params, transforms, state = setup("msa", clip=0.0, selector_clip=0.0, weight_decay=0.0, eps=1.0)
-  new, _, _ = optim.update(transforms, ALL, random_tree(params, 1, 100.0), state, params, 1.0, 1.0)
+  new, _, _ = optim.update(transforms, ALL, random_tree(params, 1, 100.0), state, params, (1.0, 1.0))
   assert float(jnp.abs(new["embed"] - params["embed"]).mean()) > 0.9  # clipped: 1e-3
 
 
@@ -211,7 +245,7 @@ def muon_matrix(path, x):
 def test_muon_updates_are_orthogonal_with_the_rms_of_adam(name):
   config, params, transforms, state = setup(name, name="muon", weight_decay=0.0, clip=0.0, selector_clip=0.0)
   grads = random_tree(params, 1)
-  new, _, _ = jax.jit(lambda: optim.update(transforms, ALL, grads, state, params, 1.0, 1.0))()
+  new, _, _ = jax.jit(lambda: optim.update(transforms, ALL, grads, state, params, (1.0, 1.0)))()
   decays, before, after = flat(model_lib.param_metadata(config, "decay")), flat(params), flat(new)
   for path, p in before.items():
     update = np.asarray(p - after[path], np.float64)
@@ -228,8 +262,8 @@ def test_muon_updates_are_orthogonal_with_the_rms_of_adam(name):
 
 
 def test_copy_kv_copies_into_every_branch_and_nothing_else():
-  _, params, _, _ = setup("nsa")
-  new = schedule.enter("copy_kv", params)
+  config, params, _, _ = setup("nsa")
+  new = model_lib.enter(config, params, "copy_kv")
   attention, old = new["stacks"]["stack0"]["attention"], params["stacks"]["stack0"]["attention"]
   branch = attention["method"]["branch"]
   for x in "kv":
@@ -240,5 +274,6 @@ def test_copy_kv_copies_into_every_branch_and_nothing_else():
   changed = {path for path, leaf in flat(params).items() if not bool((leaf == flat(new)[path]).all())}
   assert changed == {path for path in flat(params) if any(f".{x}_{t}" in path for x in "kv" for t in ("cmp",
                                                                                                       "win"))}
-  with pytest.raises(ValueError, match="copy_kv"):
-    schedule.enter("copy", params)
+  moba = make_config(schedule.dense(1), methods.MoBA(key_conv=3))  # has a group "branch" too, and no such surgery
+  params = model_lib.abstract_params(moba)
+  assert model_lib.enter(moba, params, "copy_kv") == params

@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from nsa import methods, tasks
+from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
 from nsa.data import tokenizer
 from pallas_kernels import backends
@@ -13,12 +13,14 @@ GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
 
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
-  """Checks every arithmetic constraint; returns the config unchanged.
+  """Imports `config.modules` and checks every arithmetic constraint; returns the config unchanged.
 
   Raises ConfigError listing all problems. `num_devices` adds the check of the
   mesh against the devices that are there.
   """
   problems = []
+  for module in config.modules:
+    origins.load(module)
 
   def need(ok, name, value, fix):
     if not ok:
@@ -32,11 +34,17 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
          f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
   need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "base of the rotary wavelengths, above 0")
   scaling = m.rope_scaling
-  need(scaling.kind in ("", "linear", "llama3"), "model.rope_scaling.kind", scaling.kind, 'take "" (none), linear or llama3')
+  need(scaling.kind in ("", "linear", "llama3", "yarn"), "model.rope_scaling.kind", scaling.kind,
+       'take "" (none), linear, llama3 or yarn')
   need(scaling.factor > 0, "model.rope_scaling.factor", scaling.factor, "frequencies are divided by it: above 0")
   need(scaling.context > 0, "model.rope_scaling.context", scaling.context, "tokens, at least 1")
   need(scaling.high_frequency > scaling.low_frequency, "model.rope_scaling.high_frequency", scaling.high_frequency,
        f"above model.rope_scaling.low_frequency = {scaling.low_frequency}")
+  need(scaling.attention_factor >= 0, "model.rope_scaling.attention_factor", scaling.attention_factor,
+       "above 0, or 0 for 0.1 ln(factor) + 1")
+  strange = sorted(set(m.no_rope_layers) - set(range(m.num_layers)))
+  need(not strange and len(set(m.no_rope_layers)) == len(m.no_rope_layers), "model.no_rope_layers", m.no_rope_layers,
+       f"different layers of 0 to {m.num_layers - 1}")
   need(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "above 0")
   need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier, "above 0, or 0 for sqrt(d_model)")
   need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
@@ -56,8 +64,6 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
       need(False, "data.tokenizer", d.tokenizer, str(error))
-    for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
-      need(not names, where, names, f"tasks are written in bytes, data.tokenizer is {d.tokenizer}: leave them out")
 
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
@@ -67,15 +73,31 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
-  need(d.source != "tasks" or d.task_share == 1, "data.task_share", d.task_share,
+  need(not d.task_rows or d.tasks, "data.tasks", d.tasks, "data.task_rows is above 0: name at least one task")
+  need(0 <= d.task_rows < d.global_batch, "data.task_rows", d.task_rows,
+       f"0 to data.global_batch - 1 = {d.global_batch - 1}; for tasks alone set data.task_share = 1")
+  need(not d.task_rows or d.task_share == 0, "data.task_share", d.task_share,
+       f"data.task_rows = {d.task_rows} fixes the number of rows: set the share to 0")
+  need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
+  need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
+  need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,
        'data.source = "tasks" has no text: set data.task_share = 1')
-  need(d.source in ("stdlib", "tasks") or d.source.split(":", 1)[0] in ("files", "tfds") and ":" in d.source,
-       "data.source", d.source, 'take "stdlib", "files:PATH", "tfds:NAME" or "tasks"')
+  for where, source in [("data.source", d.source)] * (not d.corpora) + [(f"data.corpora[{n}]", x) for n, x in d.corpora.items()]:
+    need(source == "stdlib" or source == "tasks" and not d.corpora
+         or source.split(":", 1)[0] in ("files", "tfds") and ":" in source,
+         where, source, 'take "stdlib", "files:PATH", "tfds:NAME"' + (' or "tasks"' if not d.corpora else ""))
+  need("" not in d.corpora, "data.corpora", d.corpora, "give every corpus a name")
+  for name, weight in d.weights.items():
+    need(name in d.corpora, f"data.weights[{name}]", weight, f"data.corpora has {', '.join(d.corpora) or 'none'}")
+    need(weight > 0, f"data.weights[{name}]", weight, "above 0; leave the corpus out instead")
   for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
     for name in names:
       try:
         task = tasks.get(name)
-        need(m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+        need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
+        need(task.in_words or d.tokenizer == "bytes", where, name,
+             f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
+        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
       except ValueError as error:
         need(False, where, name, str(error))
 
@@ -108,7 +130,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(not once, f"{at}.mode", stage.mode, f"{', '.join(once)} chooses once per prompt and would leak in training: "
            "train dense and name it in eval.run_modes")
     if stage.train == "memory":
-      need(any(method.memory for method in config.methods), f"{at}.train", stage.train,
+      need(any("memory" in method.groups for method in config.methods), f"{at}.train", stage.train,
            f"{config.attention.name} has no memory")
     if stage.context:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
@@ -119,6 +141,13 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(lr.peak > 0, "schedule.learning_rate.peak", lr.peak, "must be above 0")
   need(0 <= lr.warmup < 1, "schedule.learning_rate.warmup", lr.warmup, "a share of the steps, 0 to below 1")
   need(0 <= lr.decay <= 1 - lr.warmup, "schedule.learning_rate.decay", lr.decay, "warm-up and decay together take at most 1")
+  again = s.restart
+  need(0 <= again.step < s.steps, "schedule.restart.step", again.step,
+       f"from 0 (no second plan) to below schedule.steps = {s.steps}")
+  need(0 < again.peak <= 1, "schedule.restart.peak", again.peak, "a share of schedule.learning_rate.peak, above 0 to 1")
+  need(0 <= again.warmup < 1, "schedule.restart.warmup", again.warmup, "a share of the steps after the restart, 0 to below 1")
+  need(0 <= again.decay <= 1 - again.warmup, "schedule.restart.decay", again.decay,
+       "warm-up and decay together take at most 1")
 
   # The method's own constraints, at every context it will run at.
   contexts.add(e.context or d.context)
@@ -140,14 +169,18 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     known = methods.run_mode_fields(name)
     options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
     once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
-    if name != "dense" and (options or once or name == "quest"):
+    if name != "dense" and (options or once or name != "sparse" and methods.get(name).has_geometry):
       own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
       if own or name != "sparse":
         run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
         for n, v, f in run.check(m, e.context or d.context):
           need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
-  need(e.sequences >= 0, "eval.sequences", e.sequences, "cannot be negative; 0 for none")
+  need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
+  need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
+  need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
+       "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
@@ -173,6 +206,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
+  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 
 from nsa import records as record_lib
-from nsa.report import runs as run_lib
+from nsa.report import comparable as comparable_lib, runs as run_lib
 from nsa.report.runs import Run, Study
 
 NAME = "study.tar.xz"
@@ -109,9 +109,8 @@ def without_machine(config: dict, directories: dict[str, str]) -> dict:
   for field in ("source", "tokenizer", "data_dir"):
     if isinstance(data.get(field), str):
       data[field] = last_part(data[field])
-  for one in data.get("sources") or ():  # several, mixed by weight
-    if isinstance(one, dict) and isinstance(one.get("source"), str):
-      one["source"] = last_part(one["source"])
+  if isinstance(data.get("corpora"), dict):
+    data["corpora"] = {name: last_part(str(source)) for name, source in data["corpora"].items()}
   if fork.get("workdir"):
     name = PurePath(fork["workdir"]).name
     fork["workdir"] = f"@{directories[name]}" if name in directories else name
@@ -178,6 +177,7 @@ def load(paths: list[Path]) -> Study:
     study.sizes += [run.size] if run.size not in study.sizes else []
     study.problems += [f"`{run.name}`: {p}" for p in run.problems]
     study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out" for seed in run.diverged]
+  study.problems += comparable_lib.problems(study)
   return study
 
 
@@ -205,7 +205,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
 def same_arms(study: Study, others: list[Run], path: Path) -> None:
   """Raises ValueError where a run of `others` read another corpus, or is configured otherwise than its arm in `study`."""
   directories, first = {run.name: run.arm for run in [*others, *study.runs]}, {}
-  corpora = [sorted({json.dumps(r.versions["corpus_sha256"]) for r in of if "corpus_sha256" in r.versions}) for of in (study.runs, others)]
+  corpora = [sorted({r.versions["corpus_sha256"] for r in of if "corpus_sha256" in r.versions}) for of in (study.runs, others)]
   found = difference(*corpora, "versions.corpus_sha256") if all(corpora) else None
   for run in study.runs:
     if run.config:
@@ -253,6 +253,7 @@ def comparable(config: dict, directories: dict[str, str], corpus_known: bool) ->
   config["data"] = {name: value for name, value in config.get("data", {}).items() if name != "data_dir"}
   if corpus_known:  # by its hash: the file may have another name here
     config["data"]["source"] = config["data"].get("source", "").partition(":")[0]
+    config["data"]["corpora"] = {name: source.partition(":")[0] for name, source in (config["data"].get("corpora") or {}).items()}
   return config
 
 

@@ -232,12 +232,12 @@ def write_layers(study: Study, path: Path) -> None:
   would choose)."""
   with open(path, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", "size", "seed", "step", "run_mode", "layer") + LAYER)
+    writer.writerow(("arm", "size", "seed", "step", "run_mode", "corpus", "layer") + LAYER)
     for run in study.runs:
       for step, records in sorted(run.layers.items()):
         for r in records:
           if r.get("run_mode") in (run.headline_mode, "block_topk") and r.get("arm", run.arm) == run.arm:
-            writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("layer")]
+            writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("corpus"), r.get("layer")]
                             + ["" if math.isnan(v := number(r.get(n))) else f"{v:.4g}" for n in LAYER])
 
 

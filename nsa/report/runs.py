@@ -38,7 +38,7 @@ class Run:
   layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # of the last evaluation: what was evaluated
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # what the last evaluation asked (nsa/held_out.py)
 
   @property
   def name(self) -> str:
@@ -309,7 +309,7 @@ def _read_eval(folder, problems):
       records = [r for r in tree["records"] if isinstance(r, dict) and "kind" in r]
       step = int(tree.get("step", file.stem))
       if newest[1] is None:
-        newest, settings = (records, step), tree.get("settings") or {}
+        newest, settings = (records, step), tree.get("settings") if isinstance(tree.get("settings"), dict) else {}
       for kind, by_step in of_kind.items():
         by_step[step] = [r for r in records if r["kind"] == kind]
     elif tree is not None:

@@ -19,7 +19,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from nsa.report import endpoints, gates, statistics
+from nsa.report import comparable, endpoints, gates, statistics
 from nsa.report.endpoints import Row
 from nsa.report.runs import Endpoint, Study
 
@@ -115,6 +115,10 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
   if not seeds:
     out.reason = (f"no finished result of {against}" if not theirs else f"no finished result of {arm}"
                   if not ours else f"no seed of {arm} in common with {against}")
+    return out
+  four = (arm, against, study.control(arm), study.dense) if quantity == "Delta" else (arm, against)
+  out.reason = next((found for other in four[1:] if (found := comparable.reason(study, arm, other, size))), "")
+  if out.reason:
     return out
   out.differences = dict(zip(seeds, map(float, d)))
   if not d.any():  # equality that says nothing: TOST would call it a match with p = 0
