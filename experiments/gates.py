@@ -77,7 +77,8 @@ class Arms:
         optimizer=OptimizerConfig(selector_learning_rate=5.0 * rate),
         eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes, tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,
                         blocks=dict(block_size=self.block, num_blocks=self.count) if dense else {},
-                        near=(a.context // 32, a.context // 8), diagnostics=not dense, diagnosed=32,
+                        near=(a.context // 32, a.context // 8), ar_hits=True,
+                        context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024), diagnostics=not dense, diagnosed=32,
                         every=max(1, round(a.steps * share / a.looks)), during=during, during_examples=min(64, a.examples)),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 

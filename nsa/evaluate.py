@@ -11,6 +11,8 @@ own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
 score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
 arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
+There, too, where the config asks for them: the loss of what a model can know from far back (eval.ar_hits), and of the last quarter
+of a window given less and less before it (eval.context_gain).
 
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
@@ -28,23 +30,20 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import re
 
 from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, records as record_lib, sharding, tasks
+from nsa import checkpoint, held_out, methods, metrics, model as model_lib, scores, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
-
-# All arms and seeds are tested on the same examples.
-_TASK_SEED = 20_26
-_MAX_HEAT = 64  # cells per side of a stored heat map
 
 
 def open_run(workdir, step: int = -1):
@@ -83,47 +82,62 @@ def place_here(config, params):
   return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
 
 
-def write(config, params, workdir, step: int, mesh=None, during: bool = False) -> list[dict]:
-  """Evaluates and writes workdir/eval/<step>.json; returns the new records.
+def write(config, params, workdir, step: int, mesh=None, during: bool = False, own: bool = False) -> tuple[list[dict], epath.Path]:
+  """Evaluates and writes workdir/eval/<step>.json; returns the new records and the file.
 
   during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
+  own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
+    windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
+    leave it out.
   With several processes each must call it; the first one writes.
-  Records of other run modes stay in the file. Another split or context than the run's own goes to
-  a file of its own, <step>-<split>-<context>.json, which reports leave out.
   """
-  rows = records(config, params, step, mesh, during)
-  if jax.process_index():
-    return rows
+  asked = held_out.load(config, during)
+  rows = records(config, params, step, mesh, during, asked)
+  settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
-  directory.mkdir(parents=True, exist_ok=True)
-  own = config_lib.from_dict(metrics.read_json(epath.Path(workdir) / "config.json"))
   path = directory / f"{step}.json"
-  if (config.eval.split, config.eval.context) != (own.eval.split, own.eval.context):
-    path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
-  old = metrics.read_json(path)["records"] if path.exists() else []
-  kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
-  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows}, indent=None)
-  return rows
+  if not own:
+    path = directory / f"{step}{_by_hand(config, workdir, step, settings)}.json"
+  if not jax.process_index():
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings, "records": rows}, indent=None)
+  return rows, path
 
 
-def records(config, params, step: int, mesh=None, during: bool = False) -> list[dict]:
+def is_there(config, workdir, step: int, during: bool = False) -> bool:
+  """Whether workdir/eval/<step>.json holds the run's own evaluation, asked as it would ask now."""
+  path = epath.Path(workdir) / f"eval/{step}.json"
+  return path.exists() and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during)
+
+
+def _by_hand(config, workdir, step, settings) -> str:
+  """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
+  workdir = epath.Path(workdir)
+  run = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  own = held_out.declared(run, during=step < run.schedule.steps)
+  path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
+  if path.exists():
+    own |= metrics.read_json(path).get("settings") or {"settings": "unknown"}  # written before there were any
+  elif versions.exists():
+    own |= {"corpus_sha256": metrics.read_json(versions).get("held_out_sha256", {}).get(settings["split"], settings["corpus_sha256"])}
+  differ = [name for name in {**settings, **own} if name in own and settings.get(name) != own[name]]
+  differ = [name for name in differ if not name.endswith("_sha256")] or differ  # what was read follows from what was asked
+  parts = [(name, str(settings.get(name))) for name in differ]
+  short = lambda text: text if re.fullmatch(r"\w{1,24}", text) else hashlib.sha256(text.encode()).hexdigest()[:8]
+  return "".join(f"-{name}={short(text)}" for name, text in parts)
+
+
+def records(config, params, step: int, mesh=None, during: bool = False, asked: held_out.HeldOut | None = None) -> list[dict]:
   """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
+  asked: what held_out.load gives for this config, if it is read already.
   """
   e = config.eval
   short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
-  context = e.context or config.data.context
-  texts = config.data.texts
-  windows = {corpus: data.eval_windows(config.data, e.split, e.sequences, context, corpus)
-             for corpus in texts if e.sequences and texts[corpus] != "tasks"}
-  items = e.during_examples if short else e.task_examples
-  names = (e.tasks or config.data.tasks) if items else ()
-  haystack = [document for source in texts.values() if names
-              for document in data.load(source, e.split, data_dir=config.data.data_dir)]
-  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack, tokens=config.data.tokenizer)
-               for name in names}
+  asked = asked or held_out.load(config, during)
+  context, windows, task_sets = asked.context, asked.windows, asked.tasks
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:
@@ -139,11 +153,12 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
       rows = []
       for corpus, of_corpus in windows.items():
-        of_text = _text_records(run, one, of_corpus, e, context, run_config.attention, token_bytes)
+        of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back.get(corpus),
+                              () if short else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
-      _count_flops(rows, run_config, selector, context)
+      scores.count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += _task_records(run, one, name, examples, e, not short)
+        rows += scores.task(run, one, name, examples, e, not short)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -232,132 +247,3 @@ def _runner(static, mesh):
     return jax.jit(run)
   compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
   return lambda params, batch, watch: compiled(params, sharding.place_rows(mesh, batch), watch)
-
-
-def _batches(arrays: dict[str, np.ndarray], size: int):
-  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count).
-
-  batch["rows"], float32[size], is 0 at the copies.
-  """
-  count = len(arrays["inputs"])
-  for first in range(0, count, size):
-    rows = np.minimum(np.arange(first, first + size), count - 1)
-    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids", "prompt")}
-    batch["rows"] = (np.arange(first, first + size) < count).astype(np.float32)
-    yield batch, slice(first, min(first + size, count))
-
-
-def _text_records(run, params, windows, e, context, method, token_bytes):
-  if not windows:
-    return []
-  half = context // 2
-  scored = half if isinstance(method, methods.PromptMethod) else 0  # from which position on
-  arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
-  arrays["prompt"] = np.full(len(windows), half, np.int32)
-  nll = np.zeros((len(windows), context))
-  seen, weights, done = [], [], []
-  watched = _spread(-(-len(windows) // e.batch), -(-e.diagnosed // e.batch))
-  for number, (batch, rows) in enumerate(_batches(arrays, e.batch)):
-    watch = number in watched or bool(scored)  # methods that choose once per prompt measure themselves, always
-    values, _, layers = run(params, batch, watch)
-    done.append((rows, values))                # read below: the device does not wait for the host
-    if watch:
-      seen.append(layers)
-      weights.append(rows.stop - rows.start)
-  for rows, values in done:
-    nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-  seen = jax.device_get(seen)
-  real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
-  bits = nll / step_lib.LN2 * (real > 0)
-  rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
-                          **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
-                          bytes=int(real[i, scored:].sum()),
-                          second_half_bits_per_byte=float(bits[i, half:].sum() / real[i, half:].sum()),
-                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
-  edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
-  for first, end in zip(edges[:-1], edges[1:]):
-    if first < scored:
-      continue
-    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
-                                bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
-  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
-
-
-def _spread(count, wanted):
-  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
-  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
-
-
-def _layer_records(seen, weights, document):
-  """Diagnostics of each layer; `weights` are the sequences that count in each batch of `seen`."""
-  rows = []
-  for layer, first in enumerate(seen[0]):
-    means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
-             for name in first if name != "heat"}
-    rows.append(record_lib.make("layer", layer=layer, **{n: x for n, x in means.items() if np.isfinite(x)}))
-    if "heat" in first:
-      rows.append(record_lib.make("heat", layer=layer, kv_head=0, document=document,
-                                  heat=np.round(_shrink(first["heat"][0]), 3).tolist()))
-  return rows
-
-
-def _count_flops(rows, config, selector, context):
-  """Adds what the measured number of visible tokens costs to the records of layers."""
-  method = config.attention
-  if selector != "own":
-    method = methods.get(selector)(**method.geometry)
-  for row in rows:
-    if row["kind"] == "layer" and "tokens_visible" in row:
-      row["attention_flops"] = flops.measured(method, config.model, context, row["tokens_visible"])
-
-
-def _shrink(heat):
-  """Averages cells until no side is longer than _MAX_HEAT."""
-  factor = -(-max(heat.shape) // _MAX_HEAT)
-  pad = [(0, -size % factor) for size in heat.shape]
-  grid = np.pad(heat, pad)
-  rows, columns = grid.shape
-  return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
-
-
-def _task_records(run, params, name, examples, e, listed: bool):
-  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
-  count, length = examples["inputs"].shape
-  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
-  # The input at the first answer's target is the prompt's last token.
-  examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
-  for rows, values, right in done:
-    keep = rows.stop - rows.start
-    nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
-  first, last = e.near or (length // 32, length // 8)
-  out, answers = [], []
-  for i in range(count):
-    group = examples["answer_group"][i]
-    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
-    missing = evidence < 0  # an answer with fewer pieces than others
-    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
-    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
-            for g in range(group.max() + 1)]
-    answers += mine
-    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
-    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
-    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
-    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
-                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
-  return out + _answer_records(name, answers, length)
-
-
-def _answer_records(name, answers, length):
-  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
-  out, end = [], length >> max(0, length.bit_length() - 6)
-  start = 0
-  while start < length:
-    for far in (True, False):
-      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
-      if mine:
-        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
-                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
-    start, end = end, 2 * end
-  return out
