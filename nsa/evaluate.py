@@ -187,9 +187,9 @@ def how(config, run_mode: str):
     return run, "sparse", "own"
   if isinstance(own, blocks.BlockMethod):
     attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
-  elif name == "sparse" and any(method.name != "dense" for method in config.methods):
+  elif name == "sparse" and any(method.has_sparse for method in config.methods):
     return config, "sparse", "own"                 # a window, a memory, or a hybrid of dense and other layers
-  elif name != "sparse" and (options or name == "quest"):
+  elif name != "sparse" and (options or methods.get(name).has_geometry):
     attention, selector = methods.get(name)(**options), "own"
   else:
     logging.info("%s has no run mode %s: %s", config.arm, run_mode,
@@ -208,7 +208,7 @@ def _observed(config, mode: str):
   """The options that diagnostics of a run need for the size and number of blocks; None where it can have none."""
   if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)):
     return config.attention
-  return methods.get("block_topk")(**config.eval.blocks) if mode == "dense" and config.eval.blocks else None
+  return blocks.BlockMethod(**config.eval.blocks) if mode == "dense" and config.eval.blocks else None
 
 
 @functools.lru_cache(maxsize=64)

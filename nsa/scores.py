@@ -4,7 +4,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from nsa import flops, methods
+from nsa import methods
 from nsa import records as record_lib
 from nsa import step as step_lib
 
@@ -140,7 +140,7 @@ def count_flops(rows, config, selector, context):
     method = methods.get(selector)(**method.geometry)
   for row in rows:
     if row["kind"] == "layer" and "tokens_visible" in row:
-      row["attention_flops"] = flops.measured(method, config.model, context, row["tokens_visible"])
+      row["attention_flops"] = method.measured_flops(config.model, context, row["tokens_visible"])
 
 
 def _shrink(heat):
