@@ -98,7 +98,7 @@ class Arms:
         model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
                           tie_embeddings=False, dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
-                        task_share=0.15, tasks=("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=16,power=1"),
+                        task_share=0.15, tasks=tuple(f"mqar:layout=paper,{size}" for size in ("pairs=4", "pairs=16", "pairs=16,power=1")),
                         task_lengths=(64, 256, 1024, 4096), answer_weight=20.0, filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
         eval=EvalConfig(sequences=48, task_examples=32, batch=8, run_modes=during[:1] if self.short else run_modes,

@@ -8,6 +8,10 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
+Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
+score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
+arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
+
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
@@ -98,7 +102,7 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False) -
     path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
   old = metrics.read_json(path)["records"] if path.exists() else []
   kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
-  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows})
+  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows}, indent=None)
   return rows
 
 
@@ -111,10 +115,14 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
   short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   context = e.context or config.data.context
-  windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
-  names = () if short else e.tasks or config.data.tasks
-  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir) if names else []
-  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack) for name in names}
+  texts = config.data.texts
+  windows = {corpus: data.eval_windows(config.data, e.split, e.sequences, context, corpus)
+             for corpus in texts if e.sequences and texts[corpus] != "tasks"}
+  items = e.during_examples if short else e.task_examples
+  names = (e.tasks or config.data.tasks) if items else ()
+  haystack = [document for source in texts.values() if names
+              for document in data.load(source, e.split, data_dir=config.data.data_dir)]
+  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack) for name in names}
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:
@@ -128,10 +136,13 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
       if isinstance(run_config.attention, methods.PromptMethod):
         one = model_lib.backbone(one)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = _text_records(run, one, windows, e, context, run_config.attention, token_bytes)
+      rows = []
+      for corpus, of_corpus in windows.items():
+        of_text = _text_records(run, one, of_corpus, e, context, run_config.attention, token_bytes)
+        rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += _task_records(run, one, name, examples, e)
+        rows += _task_records(run, one, name, examples, e, not short)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -243,12 +254,18 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
   arrays["prompt"] = np.full(len(windows), half, np.int32)
   nll = np.zeros((len(windows), context))
-  seen, weights = [], []
-  for batch, rows in _batches(arrays, e.batch):
-    values, _, layers = run(params, batch, True)
+  seen, weights, done = [], [], []
+  watched = _spread(-(-len(windows) // e.batch), -(-e.diagnosed // e.batch))
+  for number, (batch, rows) in enumerate(_batches(arrays, e.batch)):
+    watch = number in watched or bool(scored)  # methods that choose once per prompt measure themselves, always
+    values, _, layers = run(params, batch, watch)
+    done.append((rows, values))                # read below: the device does not wait for the host
+    if watch:
+      seen.append(layers)
+      weights.append(rows.stop - rows.start)
+  for rows, values in done:
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-    seen.append(jax.device_get(layers))
-    weights.append(rows.stop - rows.start)
+  seen = jax.device_get(seen)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
   rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
@@ -262,7 +279,12 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
       continue
     rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
                                 bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
-  return rows + _layer_records(seen, weights, windows[0].document)
+  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
+
+
+def _spread(count, wanted):
+  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
+  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
 
 
 def _layer_records(seen, weights, document):
@@ -297,20 +319,44 @@ def _shrink(heat):
   return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
 
 
-def _task_records(run, params, name, examples, e):
-  count = len(examples["inputs"])
-  nll, correct = np.zeros(examples["inputs"].shape), np.zeros(examples["inputs"].shape, bool)
+def _task_records(run, params, name, examples, e, listed: bool):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
+  count, length = examples["inputs"].shape
+  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  for batch, rows in _batches(examples, e.batch):
-    values, right, _ = run(params, batch, False)
+  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
+  for rows, values, right in done:
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
-  out = []
+  first, last = e.near or (length // 32, length // 8)
+  out, answers = [], []
   for i in range(count):
     group = examples["answer_group"][i]
-    answers = [correct[i, group == g].all() for g in range(group.max() + 1)]
-    out.append(record_lib.make("task", task=name, index=i, exact_match=float(np.mean(answers)),
-                               answer_nll=float(nll[i, group >= 0].mean()), depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i])))
+    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
+    missing = evidence < 0  # an answer with fewer pieces than others
+    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
+    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
+            for g in range(group.max() + 1)]
+    answers += mine
+    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
+    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
+    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
+    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
+                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
+  return out + _answer_records(name, answers, length)
+
+
+def _answer_records(name, answers, length):
+  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
+  out, end = [], length >> max(0, length.bit_length() - 6)
+  start = 0
+  while start < length:
+    for far in (True, False):
+      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
+      if mine:
+        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
+                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
+    start, end = end, 2 * end
   return out

@@ -16,7 +16,7 @@ HERE = pathlib.Path(__file__).parent
 BYTE_TASKS = ("needle", "needle:keys=4", "needle:keys=2,haystack=noise,question=first",
               "needle:haystack=needles", "needle:depth=0.25,digits=5", "phonebook:entries=9",
               "copy:length=24", "induction", "induction:ngram=2,answer=3")
-TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192")
+TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192", "mqar:pairs=12,updates=6,layout=paper")
 ALL = BYTE_TASKS + TOKEN_TASKS
 LENGTH = 700
 
@@ -52,7 +52,7 @@ def solve(name, text):
     end = found[0].start() + len(gram) + size
     return body[end - size:end], end
   assert len(found) == 1, "evidence must be unique"
-  end = found[0].end() - (2 if name.startswith("copy") else 0)
+  end = found[0].end() - {"copy": 2, "needle": 1}.get(name.partition(":")[0], 0)  # the answer's own end
   return found[0].group(1), end
 
 
@@ -73,6 +73,9 @@ def test_answers_are_in_the_context(name, with_text, documents):
     queries = {"needle": " What is the", "phonebook": "\n\n", "copy": "\nAgain: ", "induction": "\n"}
     start = text[:first - 1].rindex(queries[name.split(":")[0]])
     assert e.evidence_distance == start - (evidence_end - 1)
+    (begin, last), = e.evidence[0]
+    np.testing.assert_array_equal(e.tokens[begin:last + 1], e.tokens[e.answer_mask])  # the answer stands there
+    assert e.query.tolist() == [start + 1] and e.distances.tolist() == [e.evidence_distance]
 
 
 def test_needle_depths_spread_and_can_be_fixed(documents):
@@ -85,33 +88,55 @@ def test_needle_depths_spread_and_can_be_fixed(documents):
 
 
 @pytest.mark.parametrize("name", TOKEN_TASKS)
+def read_mqar(task, e):
+  """(bindings, answers): {key: [(place of its value, value), ...]} before each query, and {key: value answered}."""
+  half, bound, answered = task.vocab // 2, {}, {}
+  for p, token in enumerate(e.tokens.tolist()):
+    if token < half:  # every key is followed by its value, in a binding or as an answer
+      value = int(e.tokens[p + 1])
+      assert value >= half
+      if e.answer_mask[p + 1]:
+        assert token not in answered
+        answered[token] = value
+      else:
+        assert token not in answered, "bound again behind its query"
+        bound.setdefault(token, []).append((p + 1, value))
+  return bound, answered
+
+
+@pytest.mark.parametrize("name", TOKEN_TASKS)
 def test_mqar_answers_are_the_last_binding(name):
   task = tasks.get(name)
-  half, bindings = task.vocab // 2, task.pairs + task.updates
   for index in range(30):
     e = task.example(1, index, 301, "test")
     assert e.tokens.shape == (301,) and e.tokens.min() >= 1 and e.tokens.max() < task.vocab
-    bound, answered = {}, {}
-    for p, token in enumerate(e.tokens.tolist()):
-      if token < half:  # every key is followed by its value, in a binding or as an answer
-        value = int(e.tokens[p + 1])
-        assert value >= half
-        if p < 2 * bindings:
-          assert bound.get(token) != value
-          bound[token] = value
-          assert not e.answer_mask[p + 1]
-        else:
-          assert token not in answered and bound[token] == value and e.answer_mask[p + 1]
-          answered[token] = int(e.answer_group[p + 1])
-    assert len(bound) == task.pairs and sorted(answered.values()) == list(range(task.pairs))
-    assert e.answer_mask.sum() == task.pairs
+    bound, answered = read_mqar(task, e)
+    assert len(bound) == task.pairs and sum(map(len, bound.values())) == task.pairs + task.updates
+    assert answered == {key: values[-1][1] for key, values in bound.items()}
+    assert all(a[1] != b[1] for values in bound.values() for a, b in zip(values, values[1:]))
+    assert sorted(e.answer_group[e.answer_mask].tolist()) == list(range(task.pairs))
+    for g in range(task.pairs):
+      key = int(e.tokens[e.query[g]])
+      assert e.answer_group[e.query[g] + 1] == g and e.evidence[g].tolist() == [[bound[key][-1][0]] * 2]
+      assert e.distances[g] == e.query[g] - bound[key][-1][0] > 0
+
+
+def test_mqar_evidence_is_anywhere():
+  """p(d) = 2 (1 - d) without updates: an eighth of the length reaches 1 - (7/8)^2 = 23.4 % of the evidence."""
+  examples = [tasks.get("mqar:pairs=16").example(0, i, 4097) for i in range(150)]
+  distance = np.concatenate([e.distances for e in examples]) / 4096
+  for near in (1 / 8, 1 / 2):
+    assert abs(np.mean(distance < near) - (1 - (1 - near) ** 2)) < 0.03  # 2400 answers: 3 standard deviations
+  place = np.concatenate([e.evidence.ravel() for e in examples])
+  assert abs(np.mean(place < 4096 / 8) - (1 - (7 / 8) ** 2)) < 0.03  # the same from the other end
 
 
 def test_mqar_gaps_follow_the_power_law():
   """p(g) ~ g^(a - 1): half of the queries lie in the first part of the room, on a log scale."""
   where = []
   for i in range(150):
-    e = tasks.get("mqar:pairs=4").example(0, i, 2008)
+    e = tasks.get("mqar:pairs=4,layout=paper").example(0, i, 2008)
+    assert e.evidence.max() < 8
     where += ((np.flatnonzero(e.answer_mask) - 1 - 8) // 2 + 1).tolist()
   # 4 of 1000 slots: the median is near sqrt(1000) without replacement pushing it up a little.
   assert 10 < np.median(where) < 100 and max(where) > 500
@@ -120,8 +145,7 @@ def test_mqar_gaps_follow_the_power_law():
 def strings_of(name, e):
   """The keys and values of an example."""
   if name.startswith("mqar"):
-    n = 2 * (tasks.get(name).pairs + tasks.get(name).updates)
-    return {f"{k}:{v}" for k, v in zip(e.tokens[0:n:2].tolist(), e.tokens[1:n:2].tolist())}
+    return {f"{k}:{v}" for k, values in read_mqar(tasks.get(name), e)[0].items() for _, v in values}
   text, answer = text_of(e)
   if name.startswith("needle"):
     return set(sum(re.findall(r"magic numbers for (\S+) is: (\d+)\.", text), ()))

@@ -32,11 +32,17 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
          f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
   need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "base of the rotary wavelengths, above 0")
   scaling = m.rope_scaling
-  need(scaling.kind in ("", "linear", "llama3"), "model.rope_scaling.kind", scaling.kind, 'take "" (none), linear or llama3')
+  need(scaling.kind in ("", "linear", "llama3", "yarn"), "model.rope_scaling.kind", scaling.kind,
+       'take "" (none), linear, llama3 or yarn')
   need(scaling.factor > 0, "model.rope_scaling.factor", scaling.factor, "frequencies are divided by it: above 0")
   need(scaling.context > 0, "model.rope_scaling.context", scaling.context, "tokens, at least 1")
   need(scaling.high_frequency > scaling.low_frequency, "model.rope_scaling.high_frequency", scaling.high_frequency,
        f"above model.rope_scaling.low_frequency = {scaling.low_frequency}")
+  need(scaling.attention_factor >= 0, "model.rope_scaling.attention_factor", scaling.attention_factor,
+       "above 0, or 0 for 0.1 ln(factor) + 1")
+  strange = sorted(set(m.no_rope_layers) - set(range(m.num_layers)))
+  need(not strange and len(set(m.no_rope_layers)) == len(m.no_rope_layers), "model.no_rope_layers", m.no_rope_layers,
+       f"different layers of 0 to {m.num_layers - 1}")
   need(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "above 0")
   need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier, "above 0, or 0 for sqrt(d_model)")
   need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
@@ -67,10 +73,23 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
-  need(d.source != "tasks" or d.task_share == 1, "data.task_share", d.task_share,
+  need(not d.task_rows or d.tasks, "data.tasks", d.tasks, "data.task_rows is above 0: name at least one task")
+  need(0 <= d.task_rows < d.global_batch, "data.task_rows", d.task_rows,
+       f"0 to data.global_batch - 1 = {d.global_batch - 1}; for tasks alone set data.task_share = 1")
+  need(not d.task_rows or d.task_share == 0, "data.task_share", d.task_share,
+       f"data.task_rows = {d.task_rows} fixes the number of rows: set the share to 0")
+  need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
+  need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
+  need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,
        'data.source = "tasks" has no text: set data.task_share = 1')
-  need(d.source in ("stdlib", "tasks") or d.source.split(":", 1)[0] in ("files", "tfds") and ":" in d.source,
-       "data.source", d.source, 'take "stdlib", "files:PATH", "tfds:NAME" or "tasks"')
+  for where, source in [("data.source", d.source)] * (not d.corpora) + [(f"data.corpora[{n}]", x) for n, x in d.corpora.items()]:
+    need(source == "stdlib" or source == "tasks" and not d.corpora
+         or source.split(":", 1)[0] in ("files", "tfds") and ":" in source,
+         where, source, 'take "stdlib", "files:PATH", "tfds:NAME"' + (' or "tasks"' if not d.corpora else ""))
+  need("" not in d.corpora, "data.corpora", d.corpora, "give every corpus a name")
+  for name, weight in d.weights.items():
+    need(name in d.corpora, f"data.weights[{name}]", weight, f"data.corpora has {', '.join(d.corpora) or 'none'}")
+    need(weight > 0, f"data.weights[{name}]", weight, "above 0; leave the corpus out instead")
   for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
     for name in names:
       try:
@@ -154,7 +173,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
         for n, v, f in run.check(m, e.context or d.context):
           need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
-  need(e.sequences >= 0, "eval.sequences", e.sequences, "cannot be negative; 0 for none")
+  need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
+  need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
+  need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
+       "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")

@@ -65,7 +65,8 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
     float32[count, T], 1 where the target is an answer token; answer_group
     int32[count, T], the query that the target answers (an exact match needs
     all targets of a group), -1 elsewhere; evidence_distance int64[count] and
-    depth float64[count], see `Example`.
+    depth float64[count], means of each example; query int32[count, Q] and
+    evidence int32[count, Q, E, 2], see `Example`, -1 where an example has fewer.
   """
   task = get(task_name)
   examples = [task.example(seed, first + i, length + 1, split, haystack) for i in range(count)]
@@ -75,4 +76,13 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
       inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=(group >= 0).astype(np.float32),
       segment_ids=np.ones(group.shape, np.int32), answer_group=group,
       evidence_distance=np.array([e.evidence_distance for e in examples]),
-      depth=np.array([e.depth for e in examples]))
+      depth=np.array([e.depth for e in examples]),
+      query=_padded([e.query for e in examples]), evidence=_padded([e.evidence for e in examples]))
+
+
+def _padded(arrays):
+  """int32 arrays of the same rank stacked, filled up with -1."""
+  out = np.full((len(arrays), *np.max([a.shape for a in arrays], axis=0)), -1, np.int32)
+  for row, a in zip(out, arrays):
+    row[tuple(map(slice, a.shape))] = a
+  return out
