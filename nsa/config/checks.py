@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from nsa import methods, tasks
+from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
 from nsa.data import tokenizer
 from pallas_kernels import backends
@@ -13,12 +13,14 @@ GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
 
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
-  """Checks every arithmetic constraint; returns the config unchanged.
+  """Imports `config.modules` and checks every arithmetic constraint; returns the config unchanged.
 
   Raises ConfigError listing all problems. `num_devices` adds the check of the
   mesh against the devices that are there.
   """
   problems = []
+  for module in config.modules:
+    origins.load(module)
 
   def need(ok, name, value, fix):
     if not ok:
@@ -62,8 +64,6 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
       need(False, "data.tokenizer", d.tokenizer, str(error))
-    for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
-      need(not names, where, names, f"tasks are written in bytes, data.tokenizer is {d.tokenizer}: leave them out")
 
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
@@ -94,7 +94,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     for name in names:
       try:
         task = tasks.get(name)
-        need(m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+        need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
+        need(task.in_words or d.tokenizer == "bytes", where, name,
+             f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
+        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
       except ValueError as error:
         need(False, where, name, str(error))
 
@@ -127,7 +130,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(not once, f"{at}.mode", stage.mode, f"{', '.join(once)} chooses once per prompt and would leak in training: "
            "train dense and name it in eval.run_modes")
     if stage.train == "memory":
-      need(any(method.memory for method in config.methods), f"{at}.train", stage.train,
+      need(any("memory" in method.groups for method in config.methods), f"{at}.train", stage.train,
            f"{config.attention.name} has no memory")
     if stage.context:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
@@ -166,7 +169,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     known = methods.run_mode_fields(name)
     options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
     once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
-    if name != "dense" and (options or once or name == "quest"):
+    if name != "dense" and (options or once or name != "sparse" and methods.get(name).has_geometry):
       own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
       if own or name != "sparse":
         run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
@@ -203,6 +206,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
+  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")

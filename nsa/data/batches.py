@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,8 @@ class Data:
     if not 0 <= config.task_share <= 1:
       raise ValueError(f"data.task_share = {config.task_share}: a share between 0 and 1")
     self.tasks = [tasks.get(name) for name in config.tasks]
+    tasks.check_trainable(config.tasks)
+    self._render = tasks.rendering.example
     if config.task_share > 0 and not self.tasks:
       raise ValueError(f"data.task_share = {config.task_share}: data.tasks is empty; "
                        "name a task or set the share to 0")
@@ -75,6 +78,10 @@ class Data:
     self.texts = [text.Text(config.texts[name], documents, self.tokenizer, self.align, self.seed)
                   for name, documents in loaded.items()]
     self.mixture = mixture.Mixture({name: config.weights.get(name, 1.0) for name in loaded})
+    self.haystack = self.documents  # of tasks: in bytes
+    if config.has_tasks and config.tokenizer != "bytes":
+      self.haystack = [document for source in config.texts.values()
+                       for document in sources.load(source, "train", data_dir=config.data_dir)]
     self.check_context(config.context)
 
   @functools.cached_property
@@ -129,9 +136,12 @@ class Data:
     if config.task_rows and config.task_rows * batch % config.global_batch:
       raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} rows are "
                        f"no whole number of a batch of {batch}; take another context or another number of rows")
-    if config.has_tasks:
+    if config.has_tasks and config.tokenizer == "bytes":
       for task in self.tasks:
         task.check_length(self._task_lengths(context, task)[-1] + 1)
+    elif config.has_tasks:  # how many tokens a text has is known when it is written
+      for task, length in itertools.product(self.tasks, self._task_lengths(context)):
+        self._render(task, config.tokenizer, self.seed, 0, length + 1, "train", self.haystack)
 
   def _shape(self, context, batch):
     config = self.config
@@ -166,9 +176,11 @@ class Data:
 
   # --- task rows ---
 
-  def _task_lengths(self, context, task):
+  def _task_lengths(self, context, task=None):
     """The lengths that the task fits into; all of them, for the error to name, where it fits into none."""
     lengths = [length for length in self.config.task_lengths if length <= context] or [context]
+    if task is None or self.config.tokenizer != "bytes":
+      return lengths
     return [length for length in lengths if length + 1 >= task.min_length] or lengths
 
   def _task_length(self, number, context, task):
@@ -183,7 +195,7 @@ class Data:
     for j in range(context // length):
       at = slice(j * length, (j + 1) * length)
       # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they are.
-      example = task.example(self.seed, number + (j << 40), length + 1, "train", self.documents)
+      example = self._render(task, config.tokenizer, self.seed, number + (j << 40), length + 1, "train", self.haystack)
       inputs[at], targets[at] = example.tokens[:-1], example.tokens[1:]
       weights[at] = np.where(example.answer_mask[1:], config.answer_weight, config.filler_weight)
       segment_ids[at] = 1 + j

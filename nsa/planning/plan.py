@@ -9,6 +9,7 @@ import jax
 from nsa import config as config_lib
 from nsa import flops, schedule, sharding, step as step_lib, study as study_lib
 from nsa.planning import forecast, topology as topology_lib
+from nsa.tasks import audit
 
 
 def describe(config) -> str:
@@ -41,13 +42,19 @@ def describe(config) -> str:
 
 
 def describe_study(study, workdir) -> str:
-  """The runs of a study in their order, with steps and FLOPs."""
+  """The runs of a study in their order, with steps and FLOPs, and what its tasks could be answered from without selection.
+
+  Raises ConfigError where that is more than half, unless the study says so on purpose.
+  """
   lines = [f"study {study.name}: {study.question}"]
   for job in study_lib.jobs(study, workdir):
     config = job.config
     own = flops.cumulative(config, config.schedule.steps) - flops.cumulative(config, max(config.fork.step, 0))
     lines.append(f"  {job.run:40s} {config.schedule.steps - max(config.fork.step, 0):6d} steps, "
                  f"{own * len(config.seeds):.2e} FLOPs" + (f", after {job.trunk}" if job.trunk else ""))
+  if rows := audit.of_study(study):
+    lines += ["", audit.text(rows)]
+  study_lib.check_tasks(study)
   return "\n".join(lines)
 
 

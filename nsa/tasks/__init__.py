@@ -11,15 +11,49 @@ import functools
 
 import numpy as np
 
+from nsa import origins
+from nsa.tasks.common import Common
 from nsa.tasks.copy import Copy, Induction
+from nsa.tasks import rendering
 from nsa.tasks.frame import Example, Task
 from nsa.tasks.mqar import MQAR
 from nsa.tasks.needle import Needle
 from nsa.tasks.phonebook import Phonebook
+from nsa.tasks.recall import Ledger, Recall
+from nsa.tasks.tracking import Tracking
 
-__all__ = ["Example", "TASKS", "Task", "batch", "get"]
+__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "register"]
 
-TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Copy, Induction, MQAR, Needle, Phonebook)}
+TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
+
+
+def register(cls: type[Task]) -> type[Task]:
+  """Makes a task of a user's file known by its family's name; usable as a decorator over @dataclasses.dataclass(frozen=True).
+
+  Raises ValueError that names the task and what is wrong with it: its first example of each split is made here.
+  """
+  def need(ok, field, fix):
+    if not ok:
+      raise ValueError(f"task {cls.__name__}: {field}: {fix}")
+
+  need(issubclass(cls, Task) and "__dataclass_fields__" in vars(cls), "class", "a dataclass derived from tasks.Task")
+  name = getattr(cls, "family", "")
+  need(name.isidentifier(), f"family = {name!r}", "a name of its own: letters, digits and _")
+  known = TASKS.get(name, cls)
+  need(known.__qualname__ == cls.__qualname__, f"family = {name!r}", f"taken by {known.__module__}.{known.__qualname__}")
+  fields = {f.name: f.default for f in dataclasses.fields(cls)}
+  need(dataclasses.MISSING not in fields.values(), f"fields {', '.join(fields)}", "give each parameter a default")
+  need(set(getattr(cls, "sizes", ())) <= set(fields), "sizes", f"names of parameters: {', '.join(fields)}")
+  task = cls()
+  for split in ("train", "val", "test"):
+    example = task.example(0, 0, task.min_length, split)
+    need(example.tokens.shape == example.answer_group.shape == (task.min_length,), f"example(split={split!r})",
+         f"tokens and answer_group of exactly length = {task.min_length} numbers")
+    need(example.answer_mask.any() and example.evidence.shape[:1] == example.query.shape, f"example(split={split!r})",
+         "at least one answer token, and evidence for every query")
+  TASKS[name] = cls
+  get.cache_clear()
+  return origins.remember(cls)
 
 
 @functools.lru_cache(maxsize=None)
@@ -31,7 +65,8 @@ def get(name: str) -> Task:
   """
   family, _, text = name.partition(":")
   if family not in TASKS:
-    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}")
+    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its file "
+                     "has been imported: name it in config.modules")
   cls = TASKS[family]
   defaults = {f.name: f.default for f in dataclasses.fields(cls)}
   parameters = {}
@@ -49,8 +84,15 @@ def get(name: str) -> Task:
   return cls(**parameters)
 
 
+def check_trainable(names: tuple[str, ...]) -> None:
+  """Raises ValueError for a task that is held out of training."""
+  for name in names:
+    if not get(name).trainable:
+      raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in eval.tasks alone")
+
+
 def batch(task_name: str, seed: int, count: int, length: int, split: str, haystack=None, *,
-          first: int = 0) -> dict[str, np.ndarray]:
+          first: int = 0, tokens: str = "bytes") -> dict[str, np.ndarray]:
   """Examples number first .. first + count - 1 of a task, ready for a model and for scoring.
 
   Args:
@@ -58,7 +100,8 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
     seed, first, count: which examples.
     length: T, tokens of context; an example has one more, its last target.
     split: train, val, test or ood.
-    haystack: documents of that split; none = noise sentences.
+    haystack: documents of that split, in bytes; none = noise sentences.
+    tokens: the tokenizer, as in data.tokenizer.
 
   Returns:
     inputs, targets, segment_ids (all 1): int32[count, T]; weights
@@ -69,11 +112,11 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
     evidence int32[count, Q, E, 2], see `Example`, -1 where an example has fewer.
   """
   task = get(task_name)
-  examples = [task.example(seed, first + i, length + 1, split, haystack) for i in range(count)]
-  tokens = np.stack([e.tokens for e in examples])
+  examples = [rendering.example(task, tokens, seed, first + i, length + 1, split, haystack) for i in range(count)]
+  ids = np.stack([e.tokens for e in examples])
   group = np.stack([e.answer_group for e in examples])[:, 1:]
   return dict(
-      inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=(group >= 0).astype(np.float32),
+      inputs=ids[:, :-1], targets=ids[:, 1:], weights=(group >= 0).astype(np.float32),
       segment_ids=np.ones(group.shape, np.int32), answer_group=group,
       evidence_distance=np.array([e.evidence_distance for e in examples]),
       depth=np.array([e.depth for e in examples]),

@@ -64,6 +64,8 @@ class Task(abc.ABC):
   """A family of examples; the dataclass fields of a subclass are its parameters."""
   family: ClassVar[str]
   sizes: ClassVar[tuple[str, ...]]  # the parameters that make an example longer
+  trainable: ClassVar[bool] = True   # False: held out, evaluated and never trained on; may depend on the parameters
+  in_words: ClassVar[bool] = True    # bytes of text, which any tokenizer can write; False: token ids of its own
   vocab_size = 259  # the model needs at least as many token ids (bytes and 3 special ones)
 
   @property
@@ -86,6 +88,11 @@ class Task(abc.ABC):
       ValueError: `length` is too small for the parameters, or they ask for
         more different strings than there are.
     """
+
+  def answerable(self, example: Example, answer: int, visible: np.ndarray) -> bool:
+    """Whether `visible` tokens, bool[L], alone hold what answer number `answer` has to be read from: all its evidence."""
+    pieces = example.evidence[answer]
+    return all(visible[first:last + 1].all() for first, last in pieces[pieces[:, 0] >= 0])
 
   def begin(self, seed: int, index: int, length: int, split: str) -> counter.Draws:
     """Checks split and length and gives the random numbers of one example."""

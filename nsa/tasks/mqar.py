@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from nsa.tasks import frame
+from nsa.tasks import frame, scattered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class MQAR(frame.Task):
   evidence.
   """
   family: ClassVar[str] = "mqar"
+  in_words: ClassVar[bool] = False
   sizes: ClassVar[tuple[str, ...]] = ("pairs", "updates")
   pairs: int = 16           # different keys
   updates: int = 0          # keys that are bound again, to another value, before the queries
@@ -93,12 +94,7 @@ class MQAR(frame.Task):
 
   def _scattered(self, draws, length, keys, bound):
     """Every key takes random slots of 2 tokens: its bindings the first of them, in order, its query the last."""
-    owner = np.concatenate([bound, keys])  # of each slot that is taken
-    slot = draws.permutation(length // 2)[:len(owner)]
-    by_key = np.lexsort((slot, owner))     # the slots of each key in order of place
-    turn = np.lexsort((np.arange(len(owner)), owner))  # what takes them: bindings in order of `bound`, then the query
-    placed = np.empty(len(owner), np.int64)
-    placed[turn] = 2 * slot[by_key]
+    placed = 2 * scattered.interleave(draws, np.concatenate([bound, keys]), length // 2)
     return placed[:len(bound)], placed[len(bound):]
 
   def _values(self, draws, bound, split):
