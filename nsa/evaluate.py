@@ -28,6 +28,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import re
 
 from absl import logging
 from etils import epath
@@ -37,13 +39,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, methods, metrics, model as model_lib, records as record_lib, sharding, tasks
+from nsa import checkpoint, held_out, methods, metrics, model as model_lib, records as record_lib, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
 
-# All arms and seeds are tested on the same examples.
-_TASK_SEED = 20_26
 _MAX_HEAT = 64  # cells per side of a stored heat map
 
 
@@ -83,47 +83,62 @@ def place_here(config, params):
   return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
 
 
-def write(config, params, workdir, step: int, mesh=None, during: bool = False) -> list[dict]:
-  """Evaluates and writes workdir/eval/<step>.json; returns the new records.
+def write(config, params, workdir, step: int, mesh=None, during: bool = False, own: bool = False) -> tuple[list[dict], epath.Path]:
+  """Evaluates and writes workdir/eval/<step>.json; returns the new records and the file.
 
   during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
+  own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
+    windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
+    leave it out.
   With several processes each must call it; the first one writes.
-  Records of other run modes stay in the file. Another split or context than the run's own goes to
-  a file of its own, <step>-<split>-<context>.json, which reports leave out.
   """
-  rows = records(config, params, step, mesh, during)
-  if jax.process_index():
-    return rows
+  asked = held_out.load(config, during)
+  rows = records(config, params, step, mesh, during, asked)
+  settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
-  directory.mkdir(parents=True, exist_ok=True)
-  own = config_lib.from_dict(metrics.read_json(epath.Path(workdir) / "config.json"))
   path = directory / f"{step}.json"
-  if (config.eval.split, config.eval.context) != (own.eval.split, own.eval.context):
-    path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
-  old = metrics.read_json(path)["records"] if path.exists() else []
-  kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
-  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows}, indent=None)
-  return rows
+  if not own:
+    path = directory / f"{step}{_by_hand(config, workdir, step, settings)}.json"
+  if not jax.process_index():
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings, "records": rows}, indent=None)
+  return rows, path
 
 
-def records(config, params, step: int, mesh=None, during: bool = False) -> list[dict]:
+def is_there(config, workdir, step: int, during: bool = False) -> bool:
+  """Whether workdir/eval/<step>.json holds the run's own evaluation, asked as it would ask now."""
+  path = epath.Path(workdir) / f"eval/{step}.json"
+  return path.exists() and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during)
+
+
+def _by_hand(config, workdir, step, settings) -> str:
+  """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
+  workdir = epath.Path(workdir)
+  run = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  own = held_out.declared(run, during=step < run.schedule.steps)
+  path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
+  if path.exists():
+    own |= metrics.read_json(path).get("settings") or {"settings": "unknown"}  # written before there were any
+  elif versions.exists():
+    own |= {"corpus_sha256": metrics.read_json(versions).get("held_out_sha256", {}).get(settings["split"], settings["corpus_sha256"])}
+  differ = [name for name in {**settings, **own} if name in own and settings.get(name) != own[name]]
+  differ = [name for name in differ if not name.endswith("_sha256")] or differ  # what was read follows from what was asked
+  parts = [(name, str(settings.get(name))) for name in differ]
+  short = lambda text: text if re.fullmatch(r"\w{1,24}", text) else hashlib.sha256(text.encode()).hexdigest()[:8]
+  return "".join(f"-{name}={short(text)}" for name, text in parts)
+
+
+def records(config, params, step: int, mesh=None, during: bool = False, asked: held_out.HeldOut | None = None) -> list[dict]:
   """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
+  asked: what held_out.load gives for this config, if it is read already.
   """
   e = config.eval
   short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
-  context = e.context or config.data.context
-  texts = config.data.texts
-  windows = {corpus: data.eval_windows(config.data, e.split, e.sequences, context, corpus)
-             for corpus in texts if e.sequences and texts[corpus] != "tasks"}
-  items = e.during_examples if short else e.task_examples
-  names = (e.tasks or config.data.tasks) if items else ()
-  haystack = [document for source in texts.values() if names
-              for document in data.load(source, e.split, data_dir=config.data.data_dir)]
-  task_sets = {name: tasks.batch(name, _TASK_SEED, items, context, e.split, haystack, tokens=config.data.tokenizer)
-               for name in names}
+  asked = asked or held_out.load(config, during)
+  context, windows, task_sets = asked.context, asked.windows, asked.tasks
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:
@@ -270,22 +285,27 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
   rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
-                          **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
+                          **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
                           bytes=int(real[i, scored:].sum()),
-                          second_half_bits_per_byte=float(bits[i, half:].sum() / real[i, half:].sum()),
+                          **_per_byte("second_half_bits_per_byte", bits[i, half:], real[i, half:]),
                           second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
     if first < scored:
       continue
     rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
-                                bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
+                                **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
   return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
 
 
 def _spread(count, wanted):
   """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
   return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
+
+
+def _per_byte(name, bits, real) -> dict[str, float]:
+  """{name: bits per byte}; {} where all targets are special tokens, which stand for no byte."""
+  return {name: float(bits.sum() / real.sum())} if real.sum() else {}
 
 
 def _layer_records(seen, weights, document):

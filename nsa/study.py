@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from nsa import config as config_lib
-from nsa import flops, metrics, processes, train
+from nsa import flops, lock, metrics, processes, train
 from nsa.config import Config, ConfigError
 from nsa.tasks import audit
 
@@ -148,6 +148,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
     _run_one(job, todo, directory)
     if job.status == "done":
       clock, trained = clock + time.monotonic() - before, trained + work[job.run]
+    elif job.status == "pending":
+      on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
     else:
       on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
       if len(job.config.seeds) > 1 and "not finite" in job.error:
@@ -172,10 +174,14 @@ def _run_one(job: Job, todo: list[Job], directory) -> None:
   try:
     if trunk is not None and trunk.status == "failed":
       raise RuntimeError(f"its trunk {trunk.run} failed")
+    if trunk is not None and trunk.status == "pending":
+      raise lock.Busy(f"its trunk {trunk.run} is not done yet")
     train.train(job.config, workdir)
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
+  except lock.Busy as error:    # another process is at it: neither failed nor done
+    job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
     logging.debug("%s", traceback.format_exc())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, evaluate, methods, model as model_lib
+from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, tasks
 from nsa.methods import blocks
 import pallas_kernels as pk
 
@@ -99,7 +99,7 @@ def test_batches_do_not_change_the_records():
 def test_task_records_score_whole_answers():
   config = make_config(methods.Dense(), tasks=("mqar:pairs=2",), sequences=0)
   rows, params = records(config)
-  examples = evaluate.tasks.batch("mqar:pairs=2", evaluate._TASK_SEED, 3, T, "val",
+  examples = tasks.batch("mqar:pairs=2", held_out.TASK_SEED, 3, T, "val",
                                   data.load("stdlib", "val"))
   run = jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)
   logits = np.asarray(run(params, examples["inputs"]))

@@ -27,22 +27,6 @@ class ContractError(ValueError):
     super().__init__(f"method {getattr(cls, '__name__', cls)}: {field} = {value!r}: {fix}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
-  """The shape that a layer is probed with: config.ModelConfig, which imports this package, has all fields."""
-  num_layers: int = 1
-  d_model: int = 32
-  num_heads: int = 4
-  num_kv_heads: int = 2
-  head_dim: int = 8
-  mlp_dim: int = 32
-  short_conv: int = 2
-  qk_norm: bool = True
-  output_gate: bool = False
-  norm_eps: float = 1e-6
-  dtype: str = "float32"
-
-
 def check(cls: type) -> None:
   """What can be read off the class."""
   def need(ok, field, value, fix):
@@ -70,7 +54,9 @@ def check(cls: type) -> None:
 
 def probe(cls: type[interface.Method]) -> None:
   """What a layer with default options is, on shapes alone, against what the class declares."""
-  options, model = cls(), _Model()
+  from nsa.config import ModelConfig  # here: it imports the methods
+  model = ModelConfig(num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, short_conv=2)
+  options = cls()
   for mode in interface.MODES:
     for what, costs in (("costs", options.costs(model, _PROBE_CONTEXT, mode)),
                         ("loss_costs", options.loss_costs(model, _PROBE_CONTEXT, mode))):
