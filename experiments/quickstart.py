@@ -36,7 +36,7 @@ def get_config(arg=None):
                         answer_weight=1.0, filler_weight=0.0, align=4),
         optimizer=OptimizerConfig(weight_decay=0.01, selector_learning_rate=5.0),
         eval=EvalConfig(sequences=0, task_examples=128, batch=32, run_modes=run_modes, blocks=blocks if dense else {},
-                        near=(4, 4), every=max(1, round(a.steps * share / 10)),
+                        near=(4, 16), every=max(1, round(a.steps * share / 10)),
                         during=("dense",) if dense else ("sparse",), during_examples=64),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 

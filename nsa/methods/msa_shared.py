@@ -44,7 +44,7 @@ class SharedMSA(msa.MSA):
     return self._shared(super().loss_costs(model, context, mode))
 
   def _shared(self, costs):
-    return {part: dataclasses.replace(cost, flops=cost.flops / self.period) for part, cost in costs.items()}
+    return {part: cost._replace(flops=cost.flops / self.period) for part, cost in costs.items()}
 
 
 class SharedMSALayer(msa.MSALayer):
