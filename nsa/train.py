@@ -164,7 +164,9 @@ def _under_way(workdir):
   """Turns errors that elsewhere mean wrong input, with nothing touched, into what they are once training has begun."""
   try:
     yield
-  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+  except (ValueError, OSError, ModuleNotFoundError) as error:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      raise                              # a full disk is told as such
     raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest checkpoint. "
                        f"{type(error).__name__}: {error}") from error
 

@@ -13,7 +13,7 @@ import pytest
 
 from nsa import data
 from nsa.config import DataConfig
-from nsa.data import counter, packing, sources, tokenizer
+from nsa.data import counter, packing, recurrence, sources, tokenizer
 
 
 HERE = pathlib.Path(__file__).parent
@@ -224,10 +224,11 @@ def test_short_tasks_are_packed(corpus):
         continue
       counts.append(4 if "mqar" in words else 6)
       segments = b["segment_ids"][row]
-      assert segments.tolist() == [1] * 40 + [2] * 40 + [3] * 40 + [0] * 8 and "3 of 40 tokens" in words
-      answers = [tuple(b["targets"][row][(segments == s) & (b["weights"][row] == 5)]) for s in (1, 2, 3)]
-      assert len(set(answers)) == 3 and {len(a) for a in answers} == {counts[-1]}
-      assert np.all(b["weights"][row][120:] == 0)
+      # data.align = 16: no block of 16 tokens holds two examples.
+      assert segments.tolist() == [1] * 40 + [0] * 8 + [2] * 40 + [0] * 40 and "2 of 40 tokens" in words
+      answers = [tuple(b["targets"][row][(segments == s) & (b["weights"][row] == 5)]) for s in (1, 2)]
+      assert len(set(answers)) == 2 and {len(a) for a in answers} == {counts[-1]}
+      assert np.all(b["weights"][row][segments == 0] == 0)
   assert set(counts) == {4, 6} and 20 < len(counts) < 60  # a quarter of 160 rows
   with pytest.raises(ValueError, match="data.context = 16: task copy"):
     data.make(dataclasses.replace(config, task_lengths=(8, 16)), seed=0)
@@ -325,6 +326,31 @@ def test_tasks_without_text():
   config = DataConfig(source="tasks", task_share=1.0, tasks=("needle", "mqar"), context=400)
   pipeline = data.make(config, seed=0)
   assert pipeline.batch_at(0)["inputs"].shape == (8, 400) and pipeline.epoch_at(5) == 0.0
+
+
+# --- what can be known from far back ---
+
+
+@pytest.mark.parametrize("ngram, letters", [(1, 150), (2, 20), (3, 8), (5, 3), (8, 2)])
+def test_recurrences_equal_a_search(ngram, letters):
+  rng = np.random.default_rng(ngram)
+  targets = rng.integers(0, letters, (3, 90)).astype(np.int32)
+  inputs = np.concatenate([np.full((3, 1), 7, np.int32), targets[:, :-1]], axis=1)
+  train = [sources.Document("a", rng.integers(0, letters, 300).astype(np.uint16)), sources.Document("b", np.zeros(2, np.uint16))]
+  got = recurrence.distances(targets, inputs, train, ngram=ngram, rare=2, least=4)
+  text = [tuple(document.tokens.tolist()) for document in train]
+  found = 0
+  for w in range(3):
+    whole = (7, *targets[w].tolist())
+    for t in range(90):
+      gram, want = whole[t + 2 - ngram:t + 2] if t + 2 >= ngram else None, 0
+      if gram:
+        back = [d for d in range(1, t + 3 - ngram) if whole[t + 2 - ngram - d:t + 2 - d] == gram]
+        seen = sum(line[i:i + ngram] == gram for line in text for i in range(len(line) - ngram + 1))
+        want = back[0] if back and back[0] >= 4 and seen <= 2 else 0
+      assert got[w, t] == want, (w, t)
+      found += want > 0
+  assert found > 2
 
 
 # --- sources ---

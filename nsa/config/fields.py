@@ -160,6 +160,8 @@ class EvalConfig:
   task_examples: int = 32         # per task
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence behind the first
                                   # and before the last; () = (context / 32, context / 8)
+  ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at the end
+  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
   diagnosed: int = 64             # of so many windows of each corpus, at most: they take longer than the model
 
