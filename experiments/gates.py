@@ -18,7 +18,8 @@ native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm 
 (no short convolution on q, k and v), retrofit (the last 25 % of the steps, from the dense trunk).
 
 Arguments: novels= and code= (archives or folders; none: the standard library's source), arms=dense, steps=3000, rate=1.5e-3,
-batch=8, task_loss=0.15, windows=320 (of 4,096 bytes, each corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the
+batch=8, words=false (true: recall in words, variable tracking of 1 and 2 hops and the most common word are trained on, too;
+evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320 (of 4,096 bytes, each corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the
 way), context=4096, layers=6, width=384, lengths=64+256+1024+4096 (of the packed examples).
 """
 import sys
@@ -30,11 +31,13 @@ from nsa.study import Study
 
 SELECTORS = ("quest", "block_topk", "sink_window", "random", "oracle")
 TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
+WORDS = ("recall:pairs=8,distractors=1", "tracking:hops=1", "tracking:hops=2", "common")
+NEVER_TRAINED = ("recall:pairs=8,distractors=1,template=held_out", "ledger")
 RETROFIT = 0.25
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, task_loss=0.15, windows=320, examples=256,
+  a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False, task_loss=0.15, windows=320, examples=256,
                       looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096")
   make = Arms(a)
   known = {"dense": make.dense, "dense_noconv": lambda name: make.dense(name, short_conv=0), "native": make.native,
@@ -69,12 +72,13 @@ class Arms:
         arm=name, size="10M", attention=attention, schedule=stages,
         model=ModelConfig(num_layers=a.layers, d_model=a.width, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=64 * round(a.width / 24),
                           short_conv=short_conv, tie_embeddings=False, dtype="bfloat16"),
-        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1, task_loss=a.task_loss, tasks=TASKS,
+        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1, task_loss=a.task_loss, tasks=TASKS + WORDS * a.words,
                         task_lengths=tuple(n for n in map(int, a.lengths.split("+")) if n <= a.context), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0 * rate),
-        eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes, tasks=TASKS[1:],
+        eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes, tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,
                         blocks=dict(block_size=self.block, num_blocks=self.count) if dense else {},
-                        near=(a.context // 32, a.context // 8), diagnostics=not dense, diagnosed=32,
+                        near=(a.context // 32, a.context // 8), ar_hits=True,
+                        context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024), diagnostics=not dense, diagnosed=32,
                         every=max(1, round(a.steps * share / a.looks)), during=during, during_examples=min(64, a.examples)),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 

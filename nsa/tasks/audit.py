@@ -79,7 +79,7 @@ def geometries(config) -> list[Geometry]:
     own = config.attention if isinstance(config.attention, methods.blocks.BlockMethod) else None
     if name == "dense" or own is None and not config.eval.blocks:
       continue
-    base = own.geometry if own else dataclasses.asdict(methods.get("block_topk")(**config.eval.blocks))
+    base = (own or methods.blocks.BlockMethod(**config.eval.blocks)).geometry
     both = {**base, **(config.eval.blocks if own is None else {}), **options}
     found.add(Geometry(**{f.name: both[f.name] for f in dataclasses.fields(Geometry)}))
   return sorted(found, key=lambda g: (g.num_blocks * g.block_size, g.block_size, g.num_initial, g.num_local))
