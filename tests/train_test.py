@@ -104,7 +104,7 @@ def test_unrolled_layers_compute_the_same_step():
 
   def after(config):
     function, *_ = step_lib.program(config, schedule.at(config, 0), mesh)
-    arguments = state, batch, jnp.float32(1e-3), step_lib.seeds_of(config)
+    arguments = state, batch, jnp.full((2,), 1e-3, jnp.float32), step_lib.seeds_of(config)
     lowered = jax.jit(function).lower(*arguments)
     return lowered.as_text().count("stablehlo.while"), lowered.compile()(*arguments)
 
