@@ -26,8 +26,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 programs, rundir, schedule, sharding)
+from nsa import (capacity, checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim,
+                 processes, programs, rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -104,23 +104,33 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     if config.data.planted:
       metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                                                     for seed, source in zip(config.seeds, batches.sources)})
-  state, start = initial_state(config, mesh, checkpoints)
+  capacity.check_state(config, step_lib.abstract_state(config, mesh))
+  with capacity.told(config, "parameters and optimizer state"):
+    state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
     writer.truncate_after(start)
+    for remark in config_lib.remarks(config):
+      logging.warning("%s", remark)
   name = f"{config.arm} s{','.join(map(str, config.seeds))}"
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
-  needed = schedule.programs(config, start)
+  compiled, needed = {}, schedule.programs(config, start)
   keys = [step_lib.step_key(config, step, mesh) for step in needed]
-  with bar.pause("compile"):           # several processes all of it, in one order, while none waits for another's step
-    compiled = {step.program: step_lib.compile_step(config, step, mesh)
-                for step in (needed if jax.process_count() > 1 else needed[:1])}
+
+  def make_ready(step):
+    with bar.pause("compile"), capacity.told(config, "a training step"):
+      compiled[step.program] = step_lib.compile_step(config, step, mesh)
+      capacity.check_step(config, compiled[step.program])
+
+  # Several processes compile everything now, in one order, while none waits for another's step.
+  for step in needed if jax.process_count() > 1 else needed[:1]:
+    make_ready(step)
 
   seeds = step_lib.seeds_of(config)
   with (_under_way(workdir), processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog,
-        writer or contextlib.nullcontext(), checkpoints):
+        writer or contextlib.nullcontext(), checkpoints, capacity.told(config, "training or evaluating")):
     cut = (bool(start) and _evaluates(config, start) and start in checkpoints.steps()
            and not evaluate.is_there(config, workdir, start, during=start < total))
     processes.agree(evaluation=str(cut))
@@ -134,8 +144,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       step = schedule.at(config, index)
       programs.check(keys)             # of later stages too: a run that cannot end shall not go on for hours
       if step.program not in compiled:
-        with bar.pause("compile"):
-          compiled[step.program] = step_lib.compile_step(config, step, mesh)
+        make_ready(step)
       if step.enter:
         state = state._replace(params=model_lib.enter(config, state.params, step.enter))  # the optimizer's state stays
       if config.profile and index == config.profile[0]:
