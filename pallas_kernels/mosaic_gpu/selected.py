@@ -27,9 +27,9 @@ from pallas_kernels.mosaic_gpu import merge
 from pallas_kernels.mosaic_gpu import shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128)
 BLOCK_SIZES = (32, 64, 128)
-GROUPS = (1, 2, 4, 8, 16)
+MAX_GROUP = 16
 MAX_SLOTS = 64  # that `merge` unrolls
 RANGE_BYTES = 8 * 2 ** 20     # of Q of one KV head: what one range of queries takes of the L2 cache
 PARTIAL_BYTES = 10 * 2 ** 30  # of partial results alive at a time
@@ -54,8 +54,10 @@ def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offs
     return f"v has head dim {v.shape[3]}: the kernels need that of q, {H}"
   if block_size not in BLOCK_SIZES:
     return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
-  if N // K not in GROUPS:
-    return f"q has {N // K} heads per KV head: the kernels take {_listed(GROUPS)}"
+  if H % 64 and block_size % 64:
+    return f"q has head dim {H}: with block_size = {block_size} the kernels take 64 and 128"
+  if N // K > MAX_GROUP:
+    return f"q has {N // K} heads per KV head: the kernels take up to {MAX_GROUP}"
   if J > MAX_SLOTS:
     return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
   if scale is not None and not isinstance(scale, (int, float, np.floating)):
@@ -98,7 +100,7 @@ def make_plan(B, T, S, K, G, J, H, block_size):
   range_size = max(RANGE_BYTES // (G * H * 2), 8 * tile_tokens * blocks // J, 1)
   # A unit's list lies in shared memory, 8 bytes per token: at G = 1 more would leave room for one
   # thread block per multiprocessor instead of two.
-  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16}.get(G, 32))
+  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16, 3: 24}.get(G, 32))
 
 
 def forward_buffers(plan, head_dim):
@@ -230,7 +232,9 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
     dq = _join(jnp.concatenate([first[None], dq]), q.shape[1])
 
   def tokens_first(x, factor):
-    x = x.transpose(0, 2, 3, 5, 1, 4)  # B, blocks, parts, keys, K, H
+    if backward.transposed(H):
+      x = x.swapaxes(4, 5)
+    x = x.transpose(0, 2, 3, 4, 1, 5)  # B, blocks, parts, keys, K, H
     x = x.reshape(plan.batch, -1, plan.kv_heads, H)
     return (x[:, :plan.keys] * factor).astype(k.dtype)
 
