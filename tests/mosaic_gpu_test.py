@@ -134,7 +134,7 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
 
 CASES = {  # for the interpreter: seconds each
     "g16_b32_segments": dict(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32, segments=True),
-    "g8_slices": dict(B=1, T=24, N=8, K=1, H=64, J=2, block_size=64, S=70),
+    "g3_h96_slices": dict(B=1, T=24, N=3, K=1, H=96, J=2, block_size=64, S=70),
 }
 
 

@@ -15,6 +15,7 @@ from pallas_kernels import reference
 pytest.importorskip("triton", reason="triton is not installed")
 from pallas_kernels.triton import call  # noqa: E402
 from pallas_kernels.triton import kl  # noqa: E402
+from pallas_kernels.triton import mass  # noqa: E402
 from pallas_kernels.triton import top_k  # noqa: E402
 from pallas_kernels.triton import tuning  # noqa: E402
 from triton_test import COMPRESSED, TINY, interprets, needs_gpu  # noqa: E402
@@ -171,7 +172,50 @@ def test_index_kl_same_bits_over_20_runs():
       np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
 
 
+# --- block mass -----------------------------------------------------------------
+
+
+MASS = {  # shape of q, K, S, block size, options
+    "g3_packed": ((2, 90, 6, 64), 2, 90, 32, dict(segments=True)),
+    "g16_cache": ((1, 40, 16, 64), 1, 300, 64, dict(query_offset=250)),
+    "beyond_the_keys": ((1, 50, 2, 64), 2, 70, 16, dict(query_offset=40)),
+}
+
+
+def check_block_mass(name, H, tolerance):
+  (B, T, N, _), K, S, size, options = MASS[name]
+  options, rng = dict(options), np.random.default_rng(0)
+  dtype = jnp.float32 if call.INTERPRET else jnp.bfloat16
+  q, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, N, H), (B, S, K, H)))
+  if options.pop("segments", False):
+    options["segment_ids"] = drawn_segments(rng, B, S)
+  options = {**dict(segment_ids=None, query_offset=0, scale=0.3), **options}
+  with on_cpu():
+    host = on_host((q, k, options))
+    _, lse = reference.attention(host[0], host[1], host[1], **host[2])
+    lse = lse.at[:, 3].set(-jnp.inf)  # says that nothing is seen
+    want = reference.block_mass(host[0], host[1], lse, block_size=size, **host[2])
+  got = jax.jit(functools.partial(mass.block_mass, block_size=size, **options))(q, k, jnp.asarray(np.asarray(lse)))
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(np.delete(got[0].sum(axis=-1), 3, axis=1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", MASS)
+def test_block_mass_on_device(name):
+  check_block_mass(name, 64, 1e-4)
+
+
 # --- the interpreter ------------------------------------------------------------
+
+
+@interprets
+@pytest.mark.parametrize("name", MASS)
+def test_interpreted_block_mass(name):
+  with tuning.override("block_mass", TINY):
+    check_block_mass(name, 16, 2e-5)
 
 
 @interprets

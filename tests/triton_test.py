@@ -311,12 +311,13 @@ def test_lowers_for_h100(monkeypatch):
     by_idx = pk.index_top_k(q_idx, k_idx, segment_ids=ids, **choice)
     o, lse = pk.selected_attention(q, k, k, by_cmp, block_size=32, segment_ids=ids, implementation="triton")
     loss = pk.index_kl(q, k, lse, q_idx, k_idx, by_idx, block_size=32, segment_ids=ids, implementation="triton")
-    return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum()
+    mass, _ = pk.block_mass(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
+    return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum() + mass.sum()
 
   text = lowered(jax.grad(everything, (0, 1, 2, 3, 4)), q, k, k_cmp, q_idx, k_idx, ids)
   for kernel in ("range_attention_forward", "range_attention_dq", "range_attention_dkv", "compressed_scores",
                  "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv",
-                 "index_kl_forward", "index_kl_backward", "sum_units"):
+                 "index_kl_forward", "index_kl_backward", "sum_units", "block_mass"):
     assert kernel in names, kernel
   assert len(set(names)) <= text.count("@triton_kernel_call") <= len(names)  # equal calls may be merged
 
