@@ -63,11 +63,10 @@ class StandIn:
 def bare(config, mesh, steps: int) -> float:
   """Milliseconds per step of the compiled step alone."""
   import jax
-  import jax.numpy as jnp
   from nsa import schedule, step as step_lib
   what = schedule.at(config, config.schedule.steps - 1)
   seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
-  program, rate = step_lib.compile_step(config, what, mesh), jnp.float32(what.learning_rate)
+  program, rate = step_lib.compile_step(config, what, mesh), what.rates
   state = step_lib.compile_init(config, mesh)(seeds)
   for _ in range(5):
     state, values = program(state, batch, rate, seeds)

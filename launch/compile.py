@@ -16,7 +16,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a 
 _TOPOLOGY = flags.DEFINE_string("topology", None, 'Where: "v5p:8x8x8" (a TPU slice) or "h100x64" (GPUs).')
 _COMPILE = flags.DEFINE_bool("compile", True, "False: arithmetic alone.")
 _INACTIVE = flags.DEFINE_float("inactive_parameters", 0.0, "Parameters of experts that a token does not visit: memory and "
-                               "traffic alone (nsa/forecast.py).")
+                               "traffic alone (nsa/planning/forecast.py).")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the plan.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -24,7 +24,8 @@ flags.mark_flags_as_required(["config", "topology"])
 def main():
   import jax
   jax.config.update("jax_platforms", "cpu")  # whatever is here is not what the plan is for
-  from nsa import config as config_lib, metrics, plan, topology
+  from nsa import config as config_lib, metrics
+  from nsa.planning import plan, topology
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
     raise config_lib.ConfigError([("config", type(config).__name__, "launch.compile takes a Config, the run that is planned")])

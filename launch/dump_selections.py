@@ -22,7 +22,7 @@ cli.define_common()
 def main():
   import jax
   from nsa import config as config_lib, evaluate
-  from nsa.analysis import selections
+  from nsa.look import selections
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   seed = config.seeds[0] if _SEED.value < 0 else _SEED.value
   if seed not in config.seeds:

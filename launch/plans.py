@@ -2,7 +2,7 @@
 
     python -m launch.plans --out=experiments/results/plans
 
-Arithmetic alone (nsa/forecast.py), seconds per plan; `launch.compile` asks the compiler for one of them. Writes
+Arithmetic alone (nsa/planning/forecast.py), seconds per plan; `launch.compile` asks the compiler for one of them. Writes
 plans.csv (a row per step) and runs.csv (chip hours per run).
 """
 import csv
@@ -19,7 +19,7 @@ flags.mark_flag_as_required("out")
 
 def main():
   from experiments import scale
-  from nsa import plan, topology
+  from nsa.planning import plan, topology
   steps, runs = [], []
   for size in scale.MODELS:
     for context in (131_072, 1_048_576):

@@ -22,7 +22,8 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, plan, report, study as study_lib
+  from nsa import config as config_lib, report, study as study_lib
+  from nsa.planning import plan
   study = _CONFIG.value
   if not isinstance(study, study_lib.Study):
     raise config_lib.ConfigError([("config", type(study).__name__, "launch.study takes a Study; a Config goes to launch.train")])

@@ -18,7 +18,8 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, plan, processes, train
+  from nsa import config as config_lib, processes, train
+  from nsa.planning import plan
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
     raise config_lib.ConfigError([("config", type(config).__name__, "launch.train takes a Config; a Study goes to launch.study")])

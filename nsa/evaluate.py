@@ -1,6 +1,6 @@
 """Evaluation: held-out text and recall tasks, with the model run dense, sparse, and under controls.
 
-Every record carries its seed, arm, size, step and run mode. Text windows and task examples are
+Every record carries its seed, arm, size, step and run mode (records.py has the schema). Text windows and task examples are
 the same for all arms and seeds, so that differences are paired.
 
 A run mode is "dense", "sparse" (the method's own selector) or a training-free selector in its
@@ -8,7 +8,7 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
-Methods that choose once per prompt (methods/prompt.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
+Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
 has no bits_per_byte but that of the second half; a task's prompt ends where its first answer begins.
@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, sharding, tasks
+from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, records as record_lib, sharding, tasks
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
@@ -251,17 +251,17 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
     weights.append(rows.stop - rows.start)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
-  rows = [{"kind": "language", "split": e.split, "document": w.document, "start": int(w.start),
-           **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
-           "bytes": int(real[i, scored:].sum()),
-           "second_half_bits_per_byte": float(bits[i, half:].sum() / real[i, half:].sum()),
-           "second_half_bytes": int(real[i, half:].sum())} for i, w in enumerate(windows)]
+  rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
+                          **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
+                          bytes=int(real[i, scored:].sum()),
+                          second_half_bits_per_byte=float(bits[i, half:].sum() / real[i, half:].sum()),
+                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
     if first < scored:
       continue
-    rows.append({"kind": "position", "start": first, "end": end, "bytes": int(real[:, first:end].sum()),
-                 "bits_per_byte": float(bits[:, first:end].sum() / real[:, first:end].sum())})
+    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
+                                bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
   return rows + _layer_records(seen, weights, windows[0].document)
 
 
@@ -271,10 +271,10 @@ def _layer_records(seen, weights, document):
   for layer, first in enumerate(seen[0]):
     means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
              for name in first if name != "heat"}
-    rows.append({"kind": "layer", "layer": layer, **{n: x for n, x in means.items() if np.isfinite(x)}})
+    rows.append(record_lib.make("layer", layer=layer, **{n: x for n, x in means.items() if np.isfinite(x)}))
     if "heat" in first:
-      rows.append({"kind": "heat", "layer": layer, "kv_head": 0, "document": document,
-                   "heat": np.round(_shrink(first["heat"][0]), 3).tolist()})
+      rows.append(record_lib.make("heat", layer=layer, kv_head=0, document=document,
+                                  heat=np.round(_shrink(first["heat"][0]), 3).tolist()))
   return rows
 
 
@@ -310,7 +310,7 @@ def _task_records(run, params, name, examples, e):
   for i in range(count):
     group = examples["answer_group"][i]
     answers = [correct[i, group == g].all() for g in range(group.max() + 1)]
-    out.append({"kind": "task", "task": name, "index": i, "exact_match": float(np.mean(answers)),
-                "answer_nll": float(nll[i, group >= 0].mean()),
-                "evidence_distance": int(examples["evidence_distance"][i]), "depth": float(examples["depth"][i])})
+    out.append(record_lib.make("task", task=name, index=i, exact_match=float(np.mean(answers)),
+                               answer_nll=float(nll[i, group >= 0].mean()), depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i])))
   return out

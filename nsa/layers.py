@@ -105,15 +105,18 @@ def _scale_frequencies(frequency, scaling):
 def rope(x: Float[Array, "B T heads H"], table, offset: int | Int[Array, ""] = 0) -> Float[Array, "B T heads H"]:
   """Rotary position embedding, halves not interleaved (arXiv 2104.09864, eq. 34; Llama's layout).
 
-  `table` comes from `rope_table`; row 0 of `x` sits at table row `offset`.
+  `table` comes from `rope_table`; row 0 of `x` sits at table row `offset`. Rows of `x` past the table's end, which can
+  only be padding where `offset` is traced, take its last row. Raises ValueError for a known `offset` past the end.
   """
   cos, sin = table
   length = x.shape[1]
   if isinstance(offset, int):
+    if offset + length > len(cos):
+      raise ValueError(f"rope: positions {offset} to {offset + length - 1} of a table of {len(cos)} positions")
     cos, sin = cos[offset:offset + length], sin[offset:offset + length]
-  else:
-    cos = jax.lax.dynamic_slice_in_dim(jnp.asarray(cos), offset, length)
-    sin = jax.lax.dynamic_slice_in_dim(jnp.asarray(sin), offset, length)
+  else:  # row by row: a slice that is clamped as a whole would turn every row by another position's angle
+    rows = offset + jnp.arange(length)
+    cos, sin = (jnp.take(jnp.asarray(part), rows, axis=0, mode="clip") for part in table)
   cos, sin = cos[None, :, None], sin[None, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

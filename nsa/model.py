@@ -232,7 +232,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     losses: whether to compute the auxiliary losses.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
-      (methods/prompt.py); given with the first tokens, offset 0.
+      (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
   """
@@ -244,6 +244,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   net = nnx.merge(graphdef, params)
   dtype = jnp.dtype(model.dtype)
   capacity = tokens.shape[1] if cache is None else cache[0]["k"].shape[2]
+  if isinstance(offset, int) and offset + tokens.shape[1] > capacity:  # a traced offset that is too large is clamped
+    raise ValueError(f"offset = {offset}: a cache of {capacity} positions has no room for {tokens.shape[1]} tokens there")
 
   def rotate(x, offset=0, stride=1):
     positions = capacity if stride == 1 else -(-capacity // stride)

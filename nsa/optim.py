@@ -98,9 +98,9 @@ def init(transforms: dict[str, optax.GradientTransformation], params: dict) -> d
   return {group: tx.init(groups[group]) for group, tx in transforms.items()}
 
 
-def update(transforms, learns: tuple[str, ...], grads: dict, state: dict, params: dict, learning_rate,
-           selector_factor: float) -> tuple[dict, dict, dict]:
-  """One step. Returns (params, state, norms), norms = {group: global gradient norm before clipping}.
+def update(transforms, learns: tuple[str, ...], grads: dict, state: dict, params: dict,
+           rates) -> tuple[dict, dict, dict]:
+  """One step at `Step.rates`. Returns (params, state, norms), norms = {group: global gradient norm before clipping}.
 
   Groups that are not in `learns` pass through untouched.
   """
@@ -111,6 +111,6 @@ def update(transforms, learns: tuple[str, ...], grads: dict, state: dict, params
       continue
     norms[group] = optax.tree.norm(grad_groups[group])
     updates, new_state[group] = tx.update(grad_groups[group], state[group], param_groups[group])
-    rate = learning_rate * (selector_factor if group == "selector" else 1.0)
+    rate = rates[int(group == "selector")]
     param_groups[group] = jax.tree.map(lambda p, u: p - jnp.asarray(rate, p.dtype) * u, param_groups[group], updates)
   return join(params, param_groups), new_state, norms

@@ -117,24 +117,23 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain,
 
 
 def make_step(config, step: schedule.Step, mesh):
-  """(state, batch, learning_rate float32[], seeds) -> (state, metrics); metrics have the seeds' axis if there is one."""
+  """(state, batch, `Step.rates` float32[2], seeds) -> (state, metrics); metrics have the seeds' axis if there is one."""
   transforms = optim.make(config)
   constrain = sharding.constrain(mesh)
 
-  def one(params, optimizer, batch, seed, count, learning_rate):
+  def one(params, optimizer, batch, seed, count, rates):
     key = jax.random.fold_in(jax.random.key(seed), count)
     with sharding.operations(mesh):
       grads, metrics = jax.grad(
           lambda p: loss_and_metrics(config, p, batch, key, step, constrain, mesh), has_aux=True)(params)
-    params, optimizer, norms = optim.update(transforms, step.groups, grads, optimizer, params, learning_rate,
-                                            config.optimizer.selector_learning_rate)
+    params, optimizer, norms = optim.update(transforms, step.groups, grads, optimizer, params, rates)
     metrics["grad_norm"] = norms.get("backbone", norms.get("selector", jnp.zeros(())))
     metrics.update({f"grad_norm_{group}": norm for group, norm in norms.items() if group != "backbone"})
     return params, optimizer, metrics
 
-  def train_step(state: TrainState, batch: dict[str, jax.Array], learning_rate, seeds):
+  def train_step(state: TrainState, batch: dict[str, jax.Array], rates, seeds):
     run = one if len(config.seeds) == 1 else jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
-    params, optimizer, metrics = run(state.params, state.optimizer, batch, seeds, state.step, learning_rate)
+    params, optimizer, metrics = run(state.params, state.optimizer, batch, seeds, state.step, rates)
     return TrainState(state.step + 1, params, optimizer), metrics
 
   return train_step
@@ -164,7 +163,7 @@ def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
   shape = seeds + (step.batch, step.context)
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=placed)
            for name in BATCH_KEYS}
-  arguments = state, batch, jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)
+  arguments = state, batch, jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)
   out = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())
   return make_step(config, step, mesh), arguments, dict(donate_argnums=0, out_shardings=out)
 

@@ -104,7 +104,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
         state = enter(config, state, step.enter)
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-      state, device_metrics = programs[step.program](state, batch, np.float32(step.learning_rate), seeds)
+      state, device_metrics = programs[step.program](state, batch, step.rates, seeds)
       # While the devices work: the next batch, and the metrics of the step before.
       batch = batches.at(index + 1) if index + 1 < total else None
       if pending is not None:

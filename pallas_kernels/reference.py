@@ -63,10 +63,10 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   T, C = q.shape[1], k_cmp.shape[1]
   pos, seg = _query_positions(T, query_offset, segment_ids)
-  # An upper bound of the tokens there are: the argument list has no S, and
-  # blocks past the end are invisible, so that too many change nothing.
+  # An upper bound of the tokens there are, for the argument list has no S: with one more there would be another
+  # compressed key. Blocks past the end are invisible, so that too many change nothing.
   last = T + query_offset if isinstance(query_offset, (int, np.integer)) else T
-  S = max(last, C * block_stride + block_len - 1 if C else 0) if segment_ids is None else segment_ids.shape[1]
+  S = max(last, C * block_stride + block_len - 1) if segment_ids is None else segment_ids.shape[1]
   weights = overlap_weights(C, -(-S // block_size), block_len, block_stride, block_size)
 
   def part(keys, q, lse, pos, seg):

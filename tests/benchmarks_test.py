@@ -6,7 +6,7 @@ import jax
 from benchmarks import cases
 from benchmarks import kernels
 from benchmarks import peer
-from nsa.analysis import selections
+from nsa.look import selections
 import numpy as np
 from pallas_kernels import arg_specs
 import pytest

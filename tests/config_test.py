@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nsa import config as config_lib, methods
-from nsa.config import ConfigError, Stage
+from nsa.config import ConfigError, Restart, Stage
 
 METHODS = ("dense", "msa", "nsa", "block_topk", "sink_window", "random", "oracle")
 
@@ -99,6 +99,9 @@ WRONG = [
     ("schedule.learning_rate.peak", 0.0, "schedule.learning_rate.peak", "above 0"),
     ("schedule.learning_rate.warmup", 1.0, "schedule.learning_rate.warmup", "below 1"),
     ("schedule.learning_rate.decay", 0.99, "schedule.learning_rate.decay", "at most 1"),
+    ("schedule.restart", Restart(step=10 ** 6), "schedule.restart.step", "below schedule.steps"),
+    ("schedule.restart", Restart(peak=2.0), "schedule.restart.peak", "above 0 to 1"),
+    ("schedule.restart", Restart(warmup=0.9), "schedule.restart.decay", "at most 1"),
     ("attention.block_size", 0, "attention.block_size", "at least 1"),
     ("attention.block_size", 2048, "attention.block_size", "context of 1024"),
     ("attention.num_blocks", 0, "attention.num_blocks", "at least 1"),

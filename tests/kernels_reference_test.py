@@ -154,6 +154,16 @@ def test_compressed_top_k_matches_the_oracle(case):
                          where.get("query_offset", 0))
 
 
+def test_a_query_before_the_first_compressed_block_sees_its_own_block_wherever_its_offset_is_known():
+  """No compressed key, position 17: blocks 0, 1 and 2 of 8 tokens are all there is, traced or not."""
+  q, k_cmp, _ = make(1, 0)
+  lse = jnp.full(q.shape[:3], -jnp.inf)
+  select = lambda offset: pk.compressed_top_k(q, k_cmp, lse, block_len=32, block_stride=16, block_size=8, num_blocks=3,
+                                              query_offset=offset)
+  for indices in (select(17), jax.jit(select)(17)):
+    np.testing.assert_array_equal(np.sort(indices, -1), np.broadcast_to([0, 1, 2], (B, 1, K, 3)))
+
+
 @pytest.mark.parametrize("case", [
     dict(), dict(num_initial=1, num_local=2), dict(num_local=0), dict(num_blocks=9), dict(segments=True),
     dict(segments=True, num_initial=1, num_blocks=2), dict(T=6, query_offset=23),

@@ -1,9 +1,9 @@
-"""Tests of nsa/memory.py and the Titans methods: against a token-by-token oracle, and as native, retrofit and hybrid layers.
+"""Tests of nsa/methods/titans/memory.py and the Titans methods: against a token-by-token oracle, and as native, retrofit and hybrid layers.
 
     PYTHONPATH=. python tests/memory_test.py [steps]
 
 trains a memory of depth 4 for 10,000 steps as it is, with local backprop, and without any guard, and prints
-what came of it (numbers in nsa/memory.py).
+what came of it (numbers in nsa/methods/titans/memory.py).
 """
 import dataclasses
 import functools
@@ -16,8 +16,9 @@ import methods_test as shared
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, evaluate, flops, layers, memory, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim, schedule
 from nsa import sharding, step as step_lib
+from nsa.methods.titans import memory
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -166,7 +167,7 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_memory_learns():
   run = jax.jit(step_lib.make_step(config, steps[2], sharding.make_mesh(config, jax.devices()[:1])))
   before, losses = state, []
   for _ in range(12):
-    state, got = run(state, batch, jnp.float32(1e-2), step_lib.seeds_of(config))
+    state, got = run(state, batch, np.full(2, 1e-2, np.float32), step_lib.seeds_of(config))
     losses.append(float(got["loss"]))
   old, new = optim.split(before.params), optim.split(state.params)
   assert set(old) == {"backbone", "memory"}
@@ -267,7 +268,7 @@ def long_run(context, chunk=16, **options):
 
     value, grads = jax.value_and_grad(loss)(params)
     rate = 3e-3 * jnp.minimum(1.0, (index + 1) / 200)
-    params, state, norms = optim.update(transforms, ("backbone", "memory"), grads, state, params, rate, 1.0)
+    params, state, norms = optim.update(transforms, ("backbone", "memory"), grads, state, params, (rate, rate))
     return (params, state), (value, norms["memory"])
 
   def start():

@@ -247,6 +247,15 @@ def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_context_that_fits_no_grid_is_the_beginning_of_a_longer_one(name):
+  length = 13  # no multiple of a block, a chunk, a segment or a compressed block
+  got = jax.jit(lambda params, tokens: model_lib.forward(
+      make_config(METHODS[name]), params, tokens, key=KEY, losses=False).logits)(params_of(name), tokens_of()[:, :length])
+  want = logits_of(name)(params_of(name), tokens_of(), WHOLE)[:, :length]
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_packed_documents_equal_documents_on_their_own(name):
   params, tokens, run = params_of(name), tokens_of(), logits_of(name)
   edges = (0, 24, 40, T)  # multiples of the block
@@ -426,5 +435,24 @@ def test_nsa_takes_a_prompt_shorter_than_a_compressed_block():
                           losses=False)
   want = logits_of("nsa")(params, tokens_of(), WHOLE)[:, :3]
   np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-4)
+  cache = model_lib.init_cache(config, params, B, 3)
+  with pytest.raises(ValueError, match="offset = 2: a cache of 3 positions has no room for 3 tokens"):
+    model_lib.forward(config, params, tokens, cache=cache, offset=2)
   with pytest.raises(ValueError, match="segment_ids with a cache"):  # the convolution would reach across
     model_lib.forward(config, params, tokens, WHOLE[:, :3], cache=model_lib.init_cache(config, params, B, 3))
+
+
+def test_nsa_decodes_before_its_first_compressed_block_as_it_does_in_one_pass():
+  """The position is traced, the cache too short for a compressed key: the query's own block must be chosen still."""
+  long = dataclasses.replace(METHODS["nsa"], compress_len=32, compress_stride=8, num_blocks=3)
+  config, tokens = make_config(long), tokens_of()[:, :17]
+  params = random_params(model_lib.abstract_params(config))
+  want = jax.jit(lambda tokens: model_lib.forward(config, params, tokens, losses=False).logits)(tokens)
+  step = jax.jit(lambda tokens, cache, offset: model_lib.forward(
+      config, params, tokens, losses=False, cache=cache, offset=offset))
+  cache, got = model_lib.init_cache(config, params, B, 17), []
+  for first, end in ((0, 9), (9, 10), (10, 16), (16, 17)):
+    out = step(tokens[:, first:end], cache, jnp.int32(first))
+    got.append(out.logits)
+    cache = out.cache
+  np.testing.assert_allclose(np.concatenate(got, 1), want, rtol=1e-4, atol=1e-4)

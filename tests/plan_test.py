@@ -1,10 +1,11 @@
-"""Tests of planning for machines that are not here: nsa/topology.py, nsa/forecast.py, nsa/plan.py, nsa/chips.py."""
+"""Tests of planning for machines that are not here: nsa/planning and nsa/chips.py."""
 import dataclasses
 
 import jax
 import pytest
 
-from nsa import chips, config as config_lib, flops, forecast, methods, plan, schedule, sharding, step as step_lib, topology
+from nsa import chips, config as config_lib, flops, methods, schedule, sharding, step as step_lib
+from nsa.planning import forecast, plan, topology
 from pallas_kernels.mosaic_tpu import aot
 
 HLO = """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, evaluate, flops, methods, model as model_lib
-from nsa.methods import prompt as prompt_lib
+from nsa.methods.prompt import base as prompt_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

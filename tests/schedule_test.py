@@ -51,6 +51,11 @@ def test_stages_cover_every_step_once(steps, weights):
     (schedule.retrofit(10, 1.0, 0.5), {"warmup": 5, "sparse": 5}),
     (schedule.selector_only(50, 0.2), {"dense": 40, "warmup": 10}),
     (schedule.sparse_to_dense(50, 0.1), {"sparse": 45, "dense": 5}),
+    (schedule.retrofit_within(200, 0.25, warmup_steps=7), {"dense": 150, "warmup": 7, "sparse": 43}),
+    (schedule.retrofit_after(300, 0.05, warmup_steps=4), {"dense": 300, "warmup": 4, "sparse": 11}),
+    (schedule.retrofit_after(300, 0.05, warmup_steps=0, train="selector"), {"dense": 300, "warmup": 15}),
+    (schedule.dense_continuation(300, 0.05), {"dense": 315}),
+    (schedule.context_curriculum(40, 32, 0.5, "sparse"), {"sparse": 40}),
 ])
 def test_common_schedules(plan, want):
   config_lib.validate(make_config(plan))
@@ -110,6 +115,34 @@ def test_learning_rates():
     assert np.isfinite(rates(peak=1.0, plan=plan, steps=1)).all()
 
 
+def test_a_finished_model_is_warmed_up_again_and_its_control_has_the_same_rates():
+  kw = dict(peak=2.0, warmup=0.1, decay=0.2, final=0.1)
+  plan = schedule.retrofit_after(100, 0.5, warmup_steps=20, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4), **kw)
+  got = np.array([schedule.learning_rate(plan, step) for step in range(150)])
+  np.testing.assert_array_equal(got[:100], rates(**kw))              # the finished model's own plan, not a stretched one
+  np.testing.assert_allclose(got[100:110], 0.2 + 0.8 * np.arange(1, 11) / 10)
+  np.testing.assert_allclose(got[110:130], 1.0)
+  np.testing.assert_allclose(got[130:], 0.1 + 0.9 * np.arange(19, -1, -1) / 20)
+  control = schedule.dense_continuation(100, 0.5, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4), **kw)
+  assert [schedule.learning_rate(control, step) for step in range(150)] == list(got)
+  # The selector learns at its peak throughout its warm-up, then as the plan says.
+  config = make_config(plan)
+  config.optimizer.selector_learning_rate = 5.0
+  selector = [schedule.at(config, step).selector_learning_rate for step in range(150)]
+  np.testing.assert_allclose(selector[100:120], 5.0)
+  np.testing.assert_allclose(selector[120:], 5 * got[120:])
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: schedule.retrofit_within(100, 0.1, warmup_steps=2, decay=0.2), "budget = 0.1.*decay.*retrofit_after"),
+    (lambda: schedule.retrofit_within(100, 0.3, warmup_steps=30), "warmup_steps = 30.*below the budget's 30 steps"),
+    (lambda: schedule.retrofit_after(100, 0.001, warmup_steps=0), "budget = 0.001.*no step"),
+])
+def test_budgets_that_measure_something_else_are_refused(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
+
+
 # --- the optimizer ------------------------------------------------------------------
 
 
@@ -139,7 +172,7 @@ def test_frozen_groups_stay_bit_for_bit(name, optimizer):
   _, params, transforms, state = setup(name, name=optimizer)
   other = "selector" if name == "msa" else "branch"
   step = jax.jit(lambda learns, grads, state, params: optim.update(transforms, learns, grads, state, params,
-                                                                   1e-2, 1.0),
+                                                                   (1e-2, 1e-2)),
                  static_argnums=0)
   for learns in (("backbone",), (other,)):
     new, new_state, norms = params, state, None
@@ -168,7 +201,7 @@ def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
   grads = random_tree(params, 1, 1e-4)
   grads = jax.tree_util.tree_map_with_path(lambda p, g: g * (1e6 if optim.group_of(p) == "selector" else 1.0),
                                            grads)
-  step = jax.jit(lambda state, params: optim.update(transforms, ALL, grads, state, params, 0.01, 2.0))
+  step = jax.jit(lambda state, params: optim.update(transforms, ALL, grads, state, params, (0.01, 0.02)))
   new, new_state, norms = step(state, params)
   new, _, _ = step(new_state, new)
   decays = flat(model_lib.param_metadata(config, "decay"))
@@ -194,7 +227,7 @@ def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
 
 def test_zero_clip_means_no_clipping():
   _, params, transforms, state = setup("msa", clip=0.0, selector_clip=0.0, weight_decay=0.0, eps=1.0)
-  new, _, _ = optim.update(transforms, ALL, random_tree(params, 1, 100.0), state, params, 1.0, 1.0)
+  new, _, _ = optim.update(transforms, ALL, random_tree(params, 1, 100.0), state, params, (1.0, 1.0))
   assert float(jnp.abs(new["embed"] - params["embed"]).mean()) > 0.9  # clipped: 1e-3
 
 
@@ -211,7 +244,7 @@ def muon_matrix(path, x):
 def test_muon_updates_are_orthogonal_with_the_rms_of_adam(name):
   config, params, transforms, state = setup(name, name="muon", weight_decay=0.0, clip=0.0, selector_clip=0.0)
   grads = random_tree(params, 1)
-  new, _, _ = jax.jit(lambda: optim.update(transforms, ALL, grads, state, params, 1.0, 1.0))()
+  new, _, _ = jax.jit(lambda: optim.update(transforms, ALL, grads, state, params, (1.0, 1.0)))()
   decays, before, after = flat(model_lib.param_metadata(config, "decay")), flat(params), flat(new)
   for path, p in before.items():
     update = np.asarray(p - after[path], np.float64)

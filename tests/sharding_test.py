@@ -32,7 +32,8 @@ TOLERANCE = 1e-5
 SCRIPT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
-from nsa import config as C, evaluate, methods, schedule, sharding, step as S, topology
+from nsa import config as C, evaluate, methods, schedule, sharding, step as S
+from nsa.planning import topology
 tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_stride=2, window=8, index_dim=4, gate_dim=4,
             pool_len=4, pool_stride=2, segment=8, chunk=4)
 # Training-free selectors differ in their scores alone; memories take as long to compile as all the others.
@@ -72,7 +73,7 @@ def run(config, devices):
   rows = batch if len(config.seeds) == 1 else {name: np.stack([x, x[::-1]]) for name, x in batch.items()}
   placed = sharding.of_batch(config, mesh)
   step = S.compile_step(config, schedule.at(config, 0), mesh)
-  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.float32(1e-2),
+  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.full(2, 1e-2, np.float32),
                      S.seeds_of(config))
   part = lambda x: x.addressable_shards[0].data.size / x.size
   weight = new.params["stacks"]["stack0"]["mlp"]["down"]

@@ -1,11 +1,11 @@
-"""nsa.analysis.statistics against hand computations, closed forms and simulations with fixed seeds."""
+"""nsa.report.statistics against hand computations, closed forms and simulations with fixed seeds."""
 import math
 
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 
 
 def test_t_interval_by_hand_and_for_one_and_two_values():

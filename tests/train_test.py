@@ -76,7 +76,7 @@ def first_step(method):
   batch = jax.device_put(batch, sharding.of_batch(config, mesh))
   state = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
   function = step_lib.compile_step(config, schedule.at(config, 0), mesh)
-  _, values = function(state, batch, jnp.float32(1e-3), step_lib.seeds_of(config))
+  _, values = function(state, batch, np.full(2, 1e-3, np.float32), step_lib.seeds_of(config))
   return {name: float(value) for name, value in sorted(values.items())}
 
 

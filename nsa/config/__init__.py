@@ -7,9 +7,10 @@ touches a device.
 """
 from nsa.config.checks import validate
 from nsa.config.fields import (CheckpointConfig, Config, ConfigError, DataConfig, EvalConfig, ForkConfig, LearningRate,
-                               MeshConfig, ModelConfig, OptimizerConfig, RopeScaling, ScheduleConfig, Stage, steps_of)
+                               MeshConfig, ModelConfig, OptimizerConfig, Restart, RopeScaling, ScheduleConfig, Stage,
+                               steps_of)
 from nsa.config.serial import from_dict, to_dict
 
 __all__ = ("CheckpointConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "ForkConfig", "LearningRate",
-           "MeshConfig", "ModelConfig", "OptimizerConfig", "RopeScaling", "ScheduleConfig", "Stage", "from_dict",
+           "MeshConfig", "ModelConfig", "OptimizerConfig", "Restart", "RopeScaling", "ScheduleConfig", "Stage", "from_dict",
            "steps_of", "to_dict", "validate")

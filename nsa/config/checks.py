@@ -119,6 +119,13 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(lr.peak > 0, "schedule.learning_rate.peak", lr.peak, "must be above 0")
   need(0 <= lr.warmup < 1, "schedule.learning_rate.warmup", lr.warmup, "a share of the steps, 0 to below 1")
   need(0 <= lr.decay <= 1 - lr.warmup, "schedule.learning_rate.decay", lr.decay, "warm-up and decay together take at most 1")
+  again = s.restart
+  need(0 <= again.step < s.steps, "schedule.restart.step", again.step,
+       f"from 0 (no second plan) to below schedule.steps = {s.steps}")
+  need(0 < again.peak <= 1, "schedule.restart.peak", again.peak, "a share of schedule.learning_rate.peak, above 0 to 1")
+  need(0 <= again.warmup < 1, "schedule.restart.warmup", again.warmup, "a share of the steps after the restart, 0 to below 1")
+  need(0 <= again.decay <= 1 - again.warmup, "schedule.restart.decay", again.decay,
+       "warm-up and decay together take at most 1")
 
   # The method's own constraints, at every context it will run at.
   contexts.add(e.context or d.context)

@@ -62,6 +62,7 @@ class Stage:
   dense_share: float = 0.5        # mixed only: share of the steps that run dense
   loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = the method's default, 1 or its paper's
   enter: str = ""                 # what happens to the weights at the first step, e.g. "copy_kv" (see nsa/schedule.py)
+  hold_selector: bool = False     # selectors learn at the plan's peak x optimizer.selector_learning_rate, wherever the plan stands
 
 
 @dataclass
@@ -75,10 +76,20 @@ class LearningRate:
 
 
 @dataclass
+class Restart:
+  """A second plan for what is done to a finished model: warm up again, hold, decay linearly to `LearningRate.final`."""
+  step: int = 0                   # optimizer steps of the finished model; the first plan is over then; 0 = no second plan
+  peak: float = 0.5               # share of learning_rate.peak
+  warmup: float = 0.1             # share of the steps that are left
+  decay: float = 0.2              # share of the steps that are left
+
+
+@dataclass
 class ScheduleConfig:
   steps: int = 1000               # optimizer steps of the whole run
   stages: list[Stage] = field(default_factory=lambda: [Stage()])
   learning_rate: LearningRate = field(default_factory=LearningRate)
+  restart: Restart = field(default_factory=Restart)
 
 
 @dataclass

@@ -27,7 +27,7 @@ Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and stri
 forward, t being the tokens that the query may see; the attention over what was selected costs 4 N H J block besides,
 dense attention 4 N H t. "A retrofit adds" names the parameter group that a dense trunk lacks (nsa/optim.py): it keeps
 its initial values until the fork. Sources are arXiv numbers. What chooses once per prompt (with its last W queries)
-runs trained models and does not train: prompt.py says why.
+runs trained models and does not train: prompt/base.py says why.
 """
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ import dataclasses
 from nsa.methods import blocks
 from nsa.methods.dense import Dense
 from nsa.methods.dsa import DSA
-from nsa.methods.flexprefill import FlexPrefill
 from nsa.methods.infllm_v2 import InfLLMV2
 from nsa.methods.interface import Call, Inputs, Layer, Method, Result
-from nsa.methods.lmm import LMM
-from nsa.methods.mac import MAC
-from nsa.methods.mag import MAG
-from nsa.methods.mal import MAL
-from nsa.methods.minference import MInferenceBlocks, VerticalSlash
 from nsa.methods.moba import MoBA
 from nsa.methods.msa import MSA
 from nsa.methods.nsa import NSA
-from nsa.methods.prompt import PromptMethod
+from nsa.methods.prompt.base import PromptMethod
+from nsa.methods.prompt.flexprefill import FlexPrefill
+from nsa.methods.prompt.minference import MInferenceBlocks, VerticalSlash
+from nsa.methods.prompt.snapkv import SnapKV
+from nsa.methods.prompt.xattention import XAttention
 from nsa.methods.seer import Seer
-from nsa.methods.snapkv import SnapKV
 from nsa.methods.ssa import SSA
+from nsa.methods.titans.lmm import LMM
+from nsa.methods.titans.mac import MAC
+from nsa.methods.titans.mag import MAG
+from nsa.methods.titans.mal import MAL
 from nsa.methods.training_free import SELECTORS, BlockTopK, Oracle, Quest, RandomBlocks, SinkWindow
 from nsa.methods.window import Window
-from nsa.methods.xattention import XAttention
 
 _METHODS = {cls.name: cls for cls in (Dense, MSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow,
                                        RandomBlocks, Oracle, Quest, MInferenceBlocks, VerticalSlash, FlexPrefill,

@@ -24,7 +24,7 @@ class Call:
   losses: bool = True                 # whether auxiliary losses are computed
   implementation: str | None = None   # of the attention operations
   rope: Callable = None               # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
-  prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods that choose once per prompt (prompt.py)
+  prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods that choose once per prompt (prompt/base.py)
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
 

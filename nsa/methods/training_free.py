@@ -11,7 +11,7 @@
 None has parameters, so each can be trained through (gradient flows in the chosen blocks) or
 put on any model that has q, k and v. All are causal: a query chooses by itself, from blocks that lie
 wholly before it or hold it, and its own block is forced. Selections that are made once per prompt are
-in prompt.py.
+in prompt/base.py.
 """
 import dataclasses
 from typing import ClassVar

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import endpoints
 from nsa.report.endpoints import METRIC, Row
 from nsa.report.runs import Study

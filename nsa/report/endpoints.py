@@ -14,7 +14,7 @@ from typing import Iterable
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report.runs import Run, Study
 
 

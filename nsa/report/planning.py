@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import endpoints
 from nsa.report.endpoints import Row
 from nsa.report.runs import Run, Study
@@ -83,7 +83,7 @@ class Price:
   tokens: float                   # of a whole run
   ratio: float                    # tokens per parameter
   measured: float                 # hours at the FLOP/s that the arms of this study reached
-  forecast: float                 # hours by nsa.forecast
+  forecast: float                 # hours by nsa.planning.forecast
 
 
 def rate(run: Run) -> float:
@@ -161,7 +161,8 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
 @functools.lru_cache(maxsize=256)
 def _own_work(static, first: int, kind: str) -> tuple[float, float]:
   """(FLOPs, forecast seconds on one device) of the steps from `first` on."""
-  from nsa import chips, config as config_lib, flops, forecast, schedule
+  from nsa import chips, config as config_lib, flops, schedule
+  from nsa.planning import forecast
   config, seconds = static.value, 0.0
   for begin, end in config_lib.steps_of(config.schedule):
     begin, steps = max(begin, first), {}

@@ -10,7 +10,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import endpoints
 from nsa.report.endpoints import METRIC
 from nsa.report.runs import Study

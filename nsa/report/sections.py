@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import analyses, document, endpoints, planning, verdict as verdict_lib
 from nsa.report.document import Bullets, Heading, Picture, Table, Text
 from nsa.report.endpoints import METRIC, Row
@@ -336,7 +336,7 @@ def costs(study: Study) -> list:
       + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
       f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's "
       "context; parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
-      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/forecast.py`, a floor. Without "
+      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/planning/forecast.py`, a floor. Without "
       "compilation, evaluation and failures.", left=1))
   shown = {r: arm for arm, r in reversed(rates.items())}  # arms that end alike share one
   blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs, of the longest run of each kind: " + ", ".join(

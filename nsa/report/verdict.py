@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from nsa.analysis import statistics
+from nsa.report import statistics
 from nsa.report import endpoints
 from nsa.report.endpoints import METRIC, Row
 from nsa.report.runs import Study

@@ -9,7 +9,7 @@ the kept tokens before it and the tokens at the kept distances. The first `sinks
 distances are forced and take slots. The paper's kernel widens each slash to blocks of 64; here sets are exact.
 
 Which pattern a head has is found offline in the paper; here every head runs the one that the run mode names.
-Both choose with queries that lie behind those they choose for: see prompt.py for what that means for scores.
+Both choose with queries that lie behind those they choose for: see base.py for what that means for scores.
 """
 import dataclasses
 from typing import ClassVar
@@ -17,11 +17,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from nsa.methods import blocks, prompt
+from nsa.methods import blocks
+from nsa.methods.prompt import base
 
 
 @dataclasses.dataclass
-class MInferenceBlocks(prompt.PromptMethod):
+class MInferenceBlocks(base.PromptMethod):
   """Mean-pooled queries against mean-pooled keys; the set of a block of queries holds for each of them."""
   name: ClassVar[str] = "minference_blocks"
   block_size: int = 64            # tokens, of queries and of keys
@@ -36,14 +37,14 @@ class MInferenceBlocks(prompt.PromptMethod):
     B, T, N, H = q.shape
     K = k.shape[2]
     rows = -(-T // self.block_size)
-    queries = prompt.block_means(q, prompt_length, self.block_size).reshape(B, rows, K, N // K, H).sum(3)
-    keys = prompt.block_means(k, prompt_length, self.block_size)
-    scores = prompt.einsum("brkh,bckh->brkc", queries, keys)
+    queries = base.block_means(q, prompt_length, self.block_size).reshape(B, rows, K, N // K, H).sum(3)
+    keys = base.block_means(k, prompt_length, self.block_size)
+    scores = base.einsum("brkh,bckh->brkc", queries, keys)
     # A block of queries is a query of this operation, a block of keys one token.
     indices = pk.block_top_k(scores, block_size=1, num_blocks=self.num_blocks, num_initial=self.num_initial,
                              num_local=self.num_local, implementation=call.implementation)
     chosen = blocks.membership(indices, rows).transpose(0, 2, 1, 3)
-    return prompt.of_blocks(chosen, self.block_size, T), {}
+    return base.of_blocks(chosen, self.block_size, T), {}
 
   def selection_flops(self, model, context):
     pooled = context / self.block_size
@@ -54,7 +55,7 @@ class MInferenceBlocks(prompt.PromptMethod):
 
 
 @dataclasses.dataclass
-class VerticalSlash(prompt.PromptMethod):
+class VerticalSlash(base.PromptMethod):
   """The best tokens and the best distances, by the attention of the prompt's last queries."""
   name: ClassVar[str] = "vertical_slash"
   verticals: int = 512            # tokens that all queries see, the sinks included
@@ -74,10 +75,10 @@ class VerticalSlash(prompt.PromptMethod):
     return problems
 
   def choose(self, q, k, prompt_length, call):
-    p, at = prompt.last_attention(q, k, prompt_length, self.window)
+    p, at = base.last_attention(q, k, prompt_length, self.window)
     index = jnp.arange(q.shape[1])
-    tokens = prompt.best(p.sum(2), self.verticals, index < self.sinks)
-    distances = prompt.best(prompt.by_distance(p, at), self.slashes, index < self.local)
+    tokens = base.best(p.sum(2), self.verticals, index < self.sinks)
+    distances = base.best(base.by_distance(p, at), self.slashes, index < self.local)
     return vertical_slash(tokens, distances), {}
 
   def selection_flops(self, model, context):
@@ -87,7 +88,7 @@ class VerticalSlash(prompt.PromptMethod):
     return self.verticals + self.slashes
 
 
-def vertical_slash(tokens, distances) -> prompt.Visible:
+def vertical_slash(tokens, distances) -> base.Visible:
   """bool[B, K, T] each, of tokens and of distances, as a mask."""
   T = tokens.shape[-1]
 

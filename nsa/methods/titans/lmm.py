@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import jax
 
-from nsa import memory
-from nsa.methods import interface, titans
+from nsa.methods import interface
+from nsa.methods.titans import base, memory
 
 
 @dataclasses.dataclass
-class LMM(titans.Titans):
+class LMM(base.Titans):
   name: ClassVar[str] = "lmm"
 
   def layer(self, init, model):

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from nsa import layers, memory
-from nsa.methods import interface, titans
+from nsa import layers
+from nsa.methods import interface
+from nsa.methods.titans import base, memory
 
 
 @dataclasses.dataclass
-class MAC(titans.Titans):
+class MAC(base.Titans):
   name: ClassVar[str] = "mac"
   grid: ClassVar[str] = "segment"
   heads: int = 0                  # memories; 0 = one per KV head, 1 = the paper's single one over the whole width
@@ -33,7 +34,7 @@ class MAC(titans.Titans):
   join: str = "add"               # add (zero at the beginning) | product (the paper's gate)
 
   def check(self, model, context):
-    problems = super().check(model, context) + titans.check_join(self.join)
+    problems = super().check(model, context) + base.check_join(self.join)
     if self.segment < 1 or self.chunk >= 1 and self.segment % self.chunk:
       problems.append(("segment", self.segment, f"a multiple of chunk = {self.chunk}"))
     return problems
@@ -69,9 +70,9 @@ class MACLayer(interface.Layer):
     mem.k_recalled = layers.HeadProjection(init.child("k_recalled"), width, model.num_kv_heads, model.head_dim,
                                            axis="kv_heads", norm=model.qk_norm)
     mem.v_recalled = layers.HeadProjection(init.child("v_recalled"), width, model.num_kv_heads, model.head_dim, axis="kv_heads")
-    mem.join = titans.Join(init.child("join"), model, options.join)
+    mem.join = base.Join(init.child("join"), model, options.join)
     if options.persistent:
-      mem.persistent = titans.Persistent(init.child("persistent"), model, options.persistent)
+      mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
     self.kv, self.tail = (model.num_kv_heads, model.head_dim), (max(model.short_conv - 1, 0), width)
 
   def initial_state(self, batch, dtype):
@@ -165,7 +166,7 @@ class MACLayer(interface.Layer):
     mem = self.memory
     if hasattr(mem, "persistent"):
       parts = parts + [mem.persistent(x.q_raw, call)]
-    y = titans.merge(parts)
+    y = base.merge(parts)
     flat = y.reshape(y.shape[:2] + (-1,))
     reach = tail.shape[1]
     both = jnp.concatenate([tail.astype(flat.dtype), flat], axis=1)

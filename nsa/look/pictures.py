@@ -12,7 +12,7 @@ from matplotlib import colors, ticker
 import numpy as np
 
 from nsa import metrics
-from nsa.analysis.look import View
+from nsa.look.views import View
 from nsa.report import style
 
 _DENSE, _CHOSEN, _QUERY = "#555555", "#0072b2", "#c4511f"
@@ -154,7 +154,7 @@ def _evaluations(ax, evaluations, seed):
 
 
 def bars(values: dict[str, float], title: str, unit: str, most: int = 12):
-  """The largest values as horizontal bars, e.g. of nsa.analysis.profile; what is left becomes one bar."""
+  """The largest values as horizontal bars, e.g. of nsa.look.profile; what is left becomes one bar."""
   with matplotlib.rc_context(style.STYLE):
     shown = dict(sorted(values.items(), key=lambda item: -item[1])[:most])
     rest = sum(values.values()) - sum(shown.values())

@@ -7,7 +7,7 @@ probabilities summed over each block of queries and keys. A block of queries tak
 the best ones until they hold `threshold` of its mass (section 2.2 there).
 
 Heads share by KV head, on the mean of the group's probabilities; the authors' heads choose alone. Sets vary in size:
-`Result.measured` has what was really visible. A block of queries chooses with all its queries: see prompt.py.
+`Result.measured` has what was really visible. A block of queries chooses with all its queries: see base.py.
 """
 import dataclasses
 from typing import ClassVar
@@ -15,11 +15,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from nsa.methods import interface, prompt
+from nsa.methods import interface
+from nsa.methods.prompt import base
 
 
 @dataclasses.dataclass
-class XAttention(prompt.PromptMethod):
+class XAttention(base.PromptMethod):
   """Blocks that hold a share of the mass by strided antidiagonal sums."""
   name: ClassVar[str] = "xattention"
   threshold: float = 0.9          # share of a block of queries' mass, above 0, at most 1
@@ -46,11 +47,11 @@ class XAttention(prompt.PromptMethod):
       return jnp.pad(x, ((0, 0), (0, rows * size - T), (0, 0), (0, 0))).reshape((B, groups, stride) + x.shape[2:])
 
     queries = grouped(q)[:, :, ::-1].reshape(B, groups, stride, K, N // K, H) * (H ** -0.5 / stride)
-    mask = prompt.causal_blocks(prompt_length, groups, stride)
+    mask = base.causal_blocks(prompt_length, groups, stride)
 
     def head(x):  # one KV head at a time: (T / stride) ** 2 scores of each of its queries
       queries, keys = x
-      p = prompt.masked_softmax(prompt.einsum("bipgh,bjph->bgij", queries, keys), mask).mean(1)
+      p = base.masked_softmax(base.einsum("bipgh,bjph->bgij", queries, keys), mask).mean(1)
       return p.reshape(B, rows, each, rows, each).sum((2, 4))
 
     mass = jax.lax.map(head, (jnp.moveaxis(queries, 3, 0), jnp.moveaxis(grouped(k), 3, 0)))
@@ -62,7 +63,7 @@ class XAttention(prompt.PromptMethod):
     x = jnp.take_along_axis(mass, order, axis=-1)
     wanted = jnp.cumsum(x, axis=-1) - x < self.threshold * mass.sum(-1, keepdims=True)
     chosen = jnp.take_along_axis(wanted, jnp.argsort(order, axis=-1, stable=True), axis=-1) | forced
-    return prompt.of_blocks(chosen, size, T), {}
+    return base.of_blocks(chosen, size, T), {}
 
   def selection_flops(self, model, context):
     return {"scores": interface.dense_flops(model, context) / 2 / self.stride}

@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from nsa.methods import minference, prompt
+from nsa.methods.prompt import base, minference
 
 
 @dataclasses.dataclass
-class FlexPrefill(prompt.PromptMethod):
+class FlexPrefill(base.PromptMethod):
   """Vertical-slash with sets that hold a share of the mass, and optionally query-aware heads."""
   name: ClassVar[str] = "flexprefill"
   alpha: float = 0.9              # share of the attention mass, above 0, at most 1
@@ -42,17 +42,17 @@ class FlexPrefill(prompt.PromptMethod):
 
   def choose(self, q, k, prompt_length, call):
     T = q.shape[1]
-    p, at = prompt.last_attention(q, k, prompt_length, self.window)
+    p, at = base.last_attention(q, k, prompt_length, self.window)
     index = jnp.arange(T)
     sinks, local = index < self.sinks, index < self.local
-    mass = p.sum(2), prompt.by_distance(p, at)
-    tokens, distances = (prompt.best(x, jnp.maximum(prompt.cover(x, self.alpha), self.min_budget), forced)
+    mass = p.sum(2), base.by_distance(p, at)
+    tokens, distances = (base.best(x, jnp.maximum(base.cover(x, self.alpha), self.min_budget), forced)
                          for x, forced in zip(mass, (sinks, local)))
     lines = minference.vertical_slash(tokens, distances)
     if not self.tau:
       return lines, {}
     aware, chosen = self._query_aware(q, k, p, prompt_length)
-    pairs = prompt.of_blocks(chosen, self.block_size, T)
+    pairs = base.of_blocks(chosen, self.block_size, T)
     always = minference.vertical_slash(jnp.broadcast_to(sinks, tokens.shape), jnp.broadcast_to(local, tokens.shape))
     aware = aware[:, :, None, None]
     return lambda t: jnp.where(aware, pairs(t) | always(t), lines(t)), {}
@@ -62,22 +62,22 @@ class FlexPrefill(prompt.PromptMethod):
     B, T, N, H = q.shape
     K, size = k.shape[2], self.block_size
     rows = -(-T // size)
-    keys = prompt.block_means(k, prompt_length, size)
+    keys = base.block_means(k, prompt_length, size)
     real = (jnp.arange(rows) * size < prompt_length[:, None])[:, None]  # [B, 1, blocks]
     count = jnp.minimum(prompt_length, self.window)[:, None, None]
     index = jnp.arange(T)
     last = (index < prompt_length[:, None]) & (index >= prompt_length[:, None] - self.window)
     mean = jnp.where(last[:, :, None, None], q.astype(jnp.float32), 0.0).sum(1)
     mean = mean.reshape(B, K, N // K, H) / count[..., None]
-    estimate = prompt.masked_softmax(prompt.einsum("bkgh,bckh->bkgc", mean * H ** -0.5, keys), real[:, :, None]).mean(2)
+    estimate = base.masked_softmax(base.einsum("bkgh,bckh->bkgc", mean * H ** -0.5, keys), real[:, :, None]).mean(2)
     true = jnp.pad(p.sum(2), ((0, 0), (0, 0), (0, rows * size - T))).reshape(B, K, rows, size).sum(-1) / count
     aware = _root_divergence(estimate, true) < self.tau
 
-    queries = prompt.block_means(q, prompt_length, size).reshape(B, rows, K, N // K, H)
-    s = prompt.einsum("brkgh,bckh->bkgrc", queries * H ** -0.5, keys)
-    pooled = prompt.masked_softmax(s, prompt.causal_blocks(prompt_length, rows, size)[:, :, None]).mean(2)
+    queries = base.block_means(q, prompt_length, size).reshape(B, rows, K, N // K, H)
+    s = base.einsum("brkgh,bckh->bkgrc", queries * H ** -0.5, keys)
+    pooled = base.masked_softmax(s, base.causal_blocks(prompt_length, rows, size)[:, :, None]).mean(2)
     flat = pooled.reshape(B, K, rows * rows)
-    return aware, prompt.best(flat, prompt.cover(flat, self.alpha)).reshape(pooled.shape)
+    return aware, base.best(flat, base.cover(flat, self.alpha)).reshape(pooled.shape)
 
   def selection_flops(self, model, context):
     out = {"scores": minference.last_queries_flops(model, context, self.window)}

@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from nsa import memory
-from nsa.methods import interface, titans
+from nsa.methods import interface
+from nsa.methods.titans import base, memory
 
 
 @dataclasses.dataclass
-class MAL(titans.Titans):
+class MAL(base.Titans):
   name: ClassVar[str] = "mal"
   heads: int = 0                  # memories; 0 = one per KV head, 1 = the paper's single one over the whole width
   window: int = 512               # tokens of the sliding window, the query's own included; 0 = dense attention
@@ -36,7 +36,7 @@ class MALLayer(interface.Layer):
     mem.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
                           fan_in=model.num_heads * model.head_dim)
     if options.persistent:
-      mem.persistent = titans.Persistent(init.child("persistent"), model, options.persistent)
+      mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
     self.reach = max(model.short_conv - 1, 0), model.d_model
 
   def initial_state(self, batch, dtype):
@@ -61,4 +61,4 @@ class MALLayer(interface.Layer):
   def __call__(self, x, streams, call):
     if call.mode != "sparse":
       return super().__call__(x, streams, call)
-    return interface.Result(titans.attend(self, x, streams, call), {}, state=call.state)
+    return interface.Result(base.attend(self, x, streams, call), {}, state=call.state)

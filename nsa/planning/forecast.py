@@ -1,6 +1,6 @@
 """Memory, time and cost of a step on a mesh that is not here: arithmetic, with every assumption in this file.
 
-Where a compiler is at hand (`nsa/topology.py`) its memory and collectives stand beside these numbers.
+Where a compiler is at hand (topology.py) its memory and collectives stand beside these numbers.
 """
 from __future__ import annotations
 

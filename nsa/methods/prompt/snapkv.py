@@ -14,11 +14,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from nsa.methods import minference, prompt
+from nsa.methods.prompt import base, minference
 
 
 @dataclasses.dataclass
-class SnapKV(prompt.PromptMethod):
+class SnapKV(base.PromptMethod):
   """Eviction by the attention of the prompt's last queries; `reads` says what it saves, FLOPs of the prompt do not."""
   name: ClassVar[str] = "snapkv"
   phase: ClassVar[str] = "decode"
@@ -39,7 +39,7 @@ class SnapKV(prompt.PromptMethod):
     return problems
 
   def choose(self, q, k, prompt_length, call):
-    p, _ = prompt.last_attention(q, k, prompt_length, self.window)
+    p, _ = base.last_attention(q, k, prompt_length, self.window)
     T = q.shape[1]
     half = self.kernel // 2
     smooth = jax.lax.reduce_window(p.sum(2), 0.0, jax.lax.add, (1, 1, self.kernel), (1, 1, 1),
@@ -47,7 +47,7 @@ class SnapKV(prompt.PromptMethod):
     index, end = jnp.arange(T), prompt_length[:, None, None]
     inside = index < end
     forced = inside & ((index < self.prefix) | (index >= end - self.local))
-    keep = prompt.best(jnp.where(inside, smooth, -jnp.inf), self.capacity, forced) & inside
+    keep = base.best(jnp.where(inside, smooth, -jnp.inf), self.capacity, forced) & inside
     ranked = jnp.argsort(~keep, axis=-1, stable=True)[..., :self.capacity].astype(jnp.int32)  # the kept ones, in order
     kept = jnp.where(jnp.take_along_axis(keep, ranked, axis=-1), ranked, -1)
     kept = jnp.pad(kept, ((0, 0), (0, 0), (0, self.capacity - kept.shape[-1])), constant_values=-1)

@@ -1,6 +1,6 @@
 """MAG, memory as a gate (Titans, arXiv 2501.00663, section 4.2): attention and memory side by side.
 
-  o = join(Attn(q, k, v), M(x))                                        join: titans.Join
+  o = join(Attn(q, k, v), M(x))                                        join: base.Join
 
 The paper's attention is a sliding window, after persistent tokens. With `window` = 0 it is the model's own dense
 attention, with `window` = w a window: "inserted into dense" and "beside a window" differ by this number alone, and
@@ -14,12 +14,12 @@ in when the memory joins, not in what it is. Persistent tokens enter the softmax
 import dataclasses
 from typing import ClassVar
 
-from nsa import memory
-from nsa.methods import interface, titans
+from nsa.methods import interface
+from nsa.methods.titans import base, memory
 
 
 @dataclasses.dataclass
-class MAG(titans.Titans):
+class MAG(base.Titans):
   name: ClassVar[str] = "mag"
   heads: int = 0                  # memories; 0 = one per KV head, 1 = the paper's single one over the whole width
   window: int = 0                 # tokens of the sliding window, the query's own included; 0 = dense attention
@@ -27,7 +27,7 @@ class MAG(titans.Titans):
   join: str = "add"               # add (zero at the beginning) | product (the paper's gate)
 
   def check(self, model, context):
-    return super().check(model, context) + titans.check_join(self.join)
+    return super().check(model, context) + base.check_join(self.join)
 
   def layer(self, init, model):
     return MAGLayer(init, model, self)
@@ -39,9 +39,9 @@ class MAGLayer(interface.Layer):
     self.options = options
     init = init.child("memory")
     self.memory = memory.Memory(init, model, options)
-    self.memory.join = titans.Join(init.child("join"), model, options.join)
+    self.memory.join = base.Join(init.child("join"), model, options.join)
     if options.persistent:
-      self.memory.persistent = titans.Persistent(init.child("persistent"), model, options.persistent)
+      self.memory.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
 
   def initial_state(self, batch, dtype):
     return self.memory.begin(batch)
@@ -49,7 +49,7 @@ class MAGLayer(interface.Layer):
   def __call__(self, x, streams, call):
     if call.mode != "sparse":
       return super().__call__(x, streams, call)
-    y, mem, segments = titans.attend(self, x, streams, call), self.memory, call.query_segments(x.h.shape[1])
+    y, mem, segments = base.attend(self, x, streams, call), self.memory, call.query_segments(x.h.shape[1])
     q, k, v = (project(x.h, segments, call.tail) for project in (mem.q, mem.k, mem.v))
     m, state = mem(q, k, v, mem.gates_of(x.h), call.state, offset=call.offset, segment_ids=call.segment_ids)
     return interface.Result(mem.join(x.h, y, m), {}, state=state)

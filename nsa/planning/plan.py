@@ -7,7 +7,8 @@ import time
 import jax
 
 from nsa import config as config_lib
-from nsa import flops, forecast, schedule, sharding, step as step_lib, study as study_lib, topology as topology_lib
+from nsa import flops, schedule, sharding, step as step_lib, study as study_lib
+from nsa.planning import forecast, topology as topology_lib
 
 
 def describe(config) -> str:

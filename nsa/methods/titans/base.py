@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from nsa import layers, memory
+from nsa import layers
 from nsa.methods import blocks, interface
+from nsa.methods.titans import memory
 
 
 @dataclasses.dataclass
 class Titans(interface.Method):
-  """Options of the memory (nsa/memory.py says what they do)."""
+  """Options of the memory (memory.py says what they do)."""
   memory: ClassVar[bool] = True
   acts_when_dense: ClassVar[bool] = False
   grid: ClassVar[str] = "chunk"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, evaluate, methods, model as model_lib, tasks
-from nsa.analysis import look, pictures, profile, selections
+from nsa.look import pictures, profile, selections, views
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -31,14 +31,14 @@ def run():
 
 def test_view_agrees_with_the_model(run):
   config, params, tokens, targets = run
-  views = {mode: look.look(config, params, tokens, targets, mode) for mode in ("sparse", "dense")}
-  for mode, view in views.items():
+  seen = {mode: views.look(config, params, tokens, targets, mode) for mode in ("sparse", "dense")}
+  for mode, view in seen.items():
     logits = model_lib.forward(config, params, tokens[None], mode=mode, losses=False).logits[0]
     nll = -jax.nn.log_softmax(logits)[jnp.arange(T), targets]
     np.testing.assert_allclose(view.nll, nll, rtol=1e-4, atol=1e-4)
     assert len(view.layers) == 2 and view.block_size == 8
-  assert views["dense"].layers[0].chosen is None
-  part = views["sparse"].layers[1]
+  assert seen["dense"].layers[0].chosen is None
+  part = seen["sparse"].layers[1]
   count = part.chosen.sum(-1)
   np.testing.assert_array_equal(count, np.minimum(np.arange(T) // 8 + 1, 3)[:, None].repeat(2, 1))
   for query in (0, 13, T - 1):  # two ways to the same mass
@@ -52,12 +52,12 @@ def test_view_needs_blocks(run):
   dense = make_config()
   dense.attention = methods.Dense()
   with pytest.raises(ValueError, match="run_mode = 'oracle'.*eval.blocks"):
-    look.look(dense, params, tokens, targets, "oracle")
+    views.look(dense, params, tokens, targets, "oracle")
 
 
 def test_pictures_draw(run, tmp_path):
   config, params, tokens, targets = run
-  view = look.look(config, params, tokens, targets)
+  view = views.look(config, params, tokens, targets)
   figures = [pictures.one_query(view, 40, 1), pictures.maps(view), pictures.by_position({"sparse": view}, np.arange(T) > 50),
              pictures.bars({"a": 1.0, "b": 2.0}, "title", "ms", most=1)]
   assert [len(figure.axes) for figure in figures] == [1, 8, 1, 1]  # every map has a colour bar
