@@ -27,6 +27,11 @@ from pallas_kernels.mosaic_gpu import merge
 from pallas_kernels.mosaic_gpu import shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
+try:
+  from pallas_kernels.triton import invert as counting
+except ImportError:
+  counting = None
+
 HEAD_DIMS = (64, 96, 128)
 BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
@@ -150,6 +155,13 @@ def _plan_of(q, k, block_indices, block_size):
   return _slices(B, T, S, K, N // K, block_indices.shape[3], H, block_size)
 
 
+def _invert(block_indices, plan, segment_ids, offset, interpret):
+  """The lists: counted by kernels of triton/ where that is installed, else sorted."""
+  if counting is None or interpret or counting.supports(plan):
+    return entry_lists.invert(block_indices, plan, segment_ids, offset)
+  return counting.invert(block_indices, plan, segment_ids, offset)
+
+
 def _cut(x, plan, slices, fill=0):
   """[B, T, ...] to [slices, B, plan.queries, ...]."""
   missing = slices * plan.queries - x.shape[1]
@@ -179,7 +191,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     if not interpret and shared_blocks.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
       tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
-    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
+    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
     parts, part_lse = forward.partial_attention(
         rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
@@ -208,7 +220,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
   def one(q, do, lse, delta, block_indices, first):
-    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
+    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
     dq, dk, dv = backward.partial_gradients(
         q.reshape(-1, H), keys, values, do.reshape(-1, H), lse.reshape(-1), delta.reshape(-1), entries, plan,
         scale=scale, segmented=segment_ids is not None, interpret=interpret)
