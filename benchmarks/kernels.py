@@ -14,7 +14,7 @@ launch.dump_selections wrote.
 
 Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on inputs that differ between calls.
 TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
-over the rates in `CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
+over the rates in `timing.CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
 queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from which
 length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same run, on
 the same block lists, where that package is installed (benchmarks/peer.py); what it refuses is said.
@@ -42,10 +42,6 @@ from pallas_kernels import cost
 from pallas_kernels import cudnn
 from pallas_kernels.mosaic_gpu import shared_blocks
 
-CEILINGS = {  # device -> bfloat16 FLOP/s of a large product and bytes/s of a large copy, both measured
-    "NVIDIA H200": (790e12, 4.3e12),
-    "NVIDIA H100 80GB HBM3": (778e12, 3.0e12),
-}
 ALGORITHMS = {"union": True, "gather": False}  # of mosaic_gpu: common blocks get a pass of their own, or none
 
 _OPERATION = flags.DEFINE_list("operation", ["selected_attention"],
@@ -113,7 +109,7 @@ def _times(functions, sets):
 
 
 def _columns(case, times, least):
-  flop_rate, byte_rate = CEILINGS.get(jax.devices()[0].device_kind, (None, None))
+  flop_rate, byte_rate = timing.CEILINGS.get(jax.devices()[0].device_kind, (None, None))
   row = {}
   for part, ms, flops, data in zip(("forward", "both"), times, case.flops, least):
     limit = None if ms is None or flop_rate is None else max((flops or 0) / flop_rate, data / byte_rate) * 1e3

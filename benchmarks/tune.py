@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from benchmarks import timing
 from launch import cli
 from pallas_kernels import arg_specs
+from pallas_kernels import spans
 from pallas_kernels.triton import kl
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import selected
@@ -45,12 +46,13 @@ def _compressed(spec):
 def _range_arguments(spec):
   """q, k, v, low, high, o, lse, do, dlse of attention over compressed keys (long) or dense (study)."""
   x, _ = _compressed(spec)
-  first, position = ranged.call.visible_tokens(spec.B, spec.T)
+  position = spans.positions(spec.T, 0, spec.B)
   if spec is LONG:
     k, v = x["k_cmp"], x["v_cmp"]
-    low, high = ranged.call.compressed_run(first, position, k.shape[1], spec.block_len, spec.block_stride)
+    low, high = spans.of_compressed(position, k.shape[1], None, block_len=spec.block_len, block_stride=spec.block_stride)
   else:
-    k, v, low, high = x["k"], x["v"], first, position + 1
+    k, v = x["k"], x["v"]
+    low, high = spans.of_tokens(position, k.shape[1], None)
   o, lse = jax.jit(lambda *a: ranged.attend(*a, spec.H ** -0.5))(x["q"], k, v, low, high)
   return x["q"], k, v, low, high, o, lse, x["do"], jnp.zeros_like(lse)
 

@@ -97,7 +97,7 @@ def _ours(error) -> bool:
   while frame.tb_next is not None:
     frame = frame.tb_next
   module = frame.tb_frame.f_globals.get("__name__", "")
-  return module == "__main__" or module.split(".")[0] in ("nsa", "pallas_kernels", "experiments", "launch")
+  return module == "__main__" or module.split(".")[0] in ("nsa", "pallas_kernels", "experiments", "launch", "benchmarks")
 
 
 def _quiet_logs() -> None:

@@ -79,24 +79,39 @@ look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_
 
 
 def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):
-  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling."""
+  """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling.
+
+  With yarn both are multiplied by its attention factor (arXiv 2309.00071, section 3.4).
+  """
   lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  size = 1.0
   if scaling is not None and scaling.kind:
-    frequency = _scale_frequencies(frequency, scaling)
+    frequency = _scale_frequencies(frequency, scaling, theta)
+    if scaling.kind == "yarn":
+      size = scaling.attention_factor or 0.1 * np.log(max(scaling.factor, 1.0)) + 1.0
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
   if lib is np:
     angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-  return jnp.cos(angle), jnp.sin(angle)
+    return (np.cos(angle) * size).astype(np.float32), (np.sin(angle) * size).astype(np.float32)
+  return jnp.cos(angle) * np.float32(size), jnp.sin(angle) * np.float32(size)
 
 
-def _scale_frequencies(frequency, scaling):
+def _scale_frequencies(frequency, scaling, theta):
   """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
   `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
-  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration)."""
+  the factor, in between a mean weighted by the turns (Llama 3.1's released configuration). yarn: the same two ends, in
+  between a mean weighted by the wave's number, the ends rounded outwards to whole waves (arXiv 2309.00071, section 3.2,
+  and its code)."""
   if scaling.kind == "linear":
     return frequency / scaling.factor
+  if scaling.kind == "yarn":
+    count = len(frequency)
+    wave = lambda turns: count * np.log(scaling.context / (turns * 2 * np.pi)) / np.log(theta)
+    first = max(np.floor(wave(scaling.high_frequency)), 0)
+    last = min(np.ceil(wave(scaling.low_frequency)), 2 * count - 1)
+    keep = 1 - np.clip((np.arange(count) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
   turns = scaling.context * frequency / (2 * np.pi)
   keep = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0)
   return keep * frequency + (1 - keep) * frequency / scaling.factor
@@ -136,12 +151,14 @@ def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
 
 
 class HeadProjection(nnx.Module):
-  """Hidden state -> heads, with the optional short convolution and the optional per-head RMSNorm."""
+  """Hidden state -> heads, with the optional bias, short convolution and per-head RMSNorm, in this order."""
 
   def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
-               norm: bool = False, eps: float = 1e-6):
+               bias: bool = False, norm: bool = False, eps: float = 1e-6):
     self.eps = eps  # of the norm
     self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
+    if bias:
+      self.bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=(axis, None), decay=False)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
       value = jnp.zeros((taps, heads, head_dim)).at[0].set(1.0)
@@ -156,6 +173,8 @@ class HeadProjection(nnx.Module):
     if conv and tail is not None:
       h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
     y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
+    if hasattr(self, "bias"):
+      y = y + self.bias[...].astype(h.dtype)
     if conv:
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]

@@ -26,7 +26,8 @@ class Attention(nnx.Module):
   def __init__(self, init: layers.Init, model, method: methods.Method, out_gain: float):
     def projection(name, heads, axis, norm=False):
       return layers.HeadProjection(init.child(name), model.d_model, heads, model.head_dim, axis=axis,
-                                   taps=model.short_conv, norm=norm, eps=model.norm_eps)
+                                   taps=model.short_conv, bias=model.qkv_bias, norm=norm,
+                                   eps=model.norm_eps)
 
     self.q = projection("q", model.num_heads, "heads", norm=model.qk_norm)
     self.k = projection("k", model.num_kv_heads, "kv_heads", norm=model.qk_norm)
@@ -251,6 +252,13 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     positions = capacity if stride == 1 else -(-capacity // stride)
     return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling), offset)
 
+  def rope_of(index):
+    """That of layer `index`: none in some layers of some models."""
+    if not model.no_rope_layers:
+      return rotate
+    rotates = jnp.asarray(~np.isin(np.arange(model.num_layers), model.no_rope_layers))[index]
+    return lambda x, **where: jnp.where(rotates, rotate(x, **where), x)
+
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
                       implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
@@ -264,7 +272,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     def body(x, layer, stack_def=stack_def, watch=watch):
       state, layer_cache, index = layer
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      x, out = nnx.merge(stack_def, state)(x, dataclasses.replace(call, key=layer_key), layer_cache, watch)
+      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index))
+      x, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
       return constrain(x, ("batch", "time", None)), (loss, observed, None if layer_cache is None else streams)
 

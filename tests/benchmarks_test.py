@@ -5,7 +5,12 @@ import json
 import jax
 from benchmarks import cases
 from benchmarks import kernels
+from benchmarks import kinds
+from benchmarks import models
 from benchmarks import peer
+from benchmarks import timing
+from nsa import flops
+from nsa import schedule
 from nsa.look import selections
 import numpy as np
 from pallas_kernels import arg_specs
@@ -57,7 +62,7 @@ def test_crossovers_and_plot(tmp_path):
 
 
 def test_another_package_gets_the_same_columns_and_a_comparison(monkeypatch):
-  monkeypatch.setitem(kernels.CEILINGS, jax.devices()[0].device_kind, (1e12, 1e9))
+  monkeypatch.setitem(timing.CEILINGS, jax.devices()[0].device_kind, (1e12, 1e9))
   spec = arg_specs.get("tiny_g2")
   measured = dict(forward_ms=2.0, both_ms=None, keys=300.0, refused="AssertionError: heads")
   columns = kernels.peer_columns("selected_attention", spec, measured)
@@ -113,3 +118,28 @@ def test_the_peer_is_not_handed_the_empty_triton_cache_of_jax_triton(monkeypatch
   monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
   list(peer.measure(["selected_attention"], [], [], 0, 1, 1))
   assert seen[1]["TRITON_CACHE_DIR"] == "/somewhere"
+
+
+def test_a_row_of_a_step_counts_useful_work(monkeypatch):
+  """The floor by hand: FLOPs over the product's rate, then 32 bytes per parameter that learns over the copy's."""
+  config = models.config_of("pilot", "msa", 8, 4096)
+  what = schedule.at(config, 50)
+  assert what.mode == "sparse" and (what.batch, what.context) == (8, 4096) and config.attention.num_blocks == 16
+  monkeypatch.setitem(timing.CEILINGS, "chip", (1e12, 1e9))
+  count = flops.parameters(config)
+  want = flops.per_step(config, what) / 1e12 + 32 * (count["backbone"] + count["selector"]) / 1e9
+  assert models.floor_ms(config, what, "chip") == pytest.approx(1e3 * want)
+  assert models.floor_ms(config, what, "another") is None
+  warmup = models.config_of("smollm2", "msa:warmup", 1, 1024, seeds=2)
+  assert schedule.at(warmup, 0).mode == "warmup" and warmup.seeds == (0, 1) and warmup.model.num_heads == 9
+  for bad in (("gpt5", "msa"), ("pilot", "moe")):
+    with pytest.raises(ValueError, match="is unknown; take some of"):
+      models.config_of(*bad, 1, 1024)
+
+
+def test_kinds_of_kernels():
+  names = {"selected_attention_backward": "selected_attention_backward", "jit_range_attention_dkv_0": "range_attention_dkv_0",
+           "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products", "loop_dynamic_update_slice_fusion_2": "stacking and slicing",
+           "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions", "loop_add_fusion": "elementwise and the rest",
+           "MemcpyD2D": "copies and transposes", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
+  assert {name: kinds.kind(name) for name in names} == names

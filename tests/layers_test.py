@@ -1,10 +1,13 @@
-"""Gradients that are written by hand or by another route than JAX would take."""
+"""Gradients that are written by hand or by another route than JAX would take, and rotary tables."""
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import layers
+from nsa import config as config_lib, layers
 from nsa import step as step_lib
 
 
@@ -34,3 +37,19 @@ def test_the_targets_loss_and_its_gradient_are_those_of_log_softmax():
                   for f in (lambda x: step_lib.target_nll(x, targets), plain))
   np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
   np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
+
+
+def test_yarn_lowers_slow_waves_and_lengthens_the_rest_of_the_vector():
+  """Against scalar arithmetic: base 100, 16 dimensions, 4 times 32 tokens; wave 0 stays, from 3 on all are divided."""
+  scaling = config_lib.RopeScaling("yarn", factor=4.0, context=32, low_frequency=1.0, high_frequency=32.0)
+  cos, sin = layers.rope_table(7, 16, 100.0, 3, scaling)
+  for wave in range(8):
+    # The wave that turns once in 32 tokens is 16 ln(32 / 2 pi) / 2 ln 100 = 2.83, up to 3; 32 turns: below 0.
+    divided = min(wave / 3, 1.0)
+    frequency = 100.0 ** (-wave / 8) * (divided / 4 + 1 - divided)
+    for position in range(7):
+      size = 0.1 * math.log(4) + 1
+      assert math.isclose(cos[position, wave], size * math.cos(3 * position * frequency), abs_tol=1e-6)
+      assert math.isclose(sin[position, wave], size * math.sin(3 * position * frequency), abs_tol=1e-6)
+  plain, _ = layers.rope_table(7, 16, 100.0, 3, dataclasses.replace(scaling, attention_factor=1.0))
+  np.testing.assert_allclose(plain * (0.1 * math.log(4) + 1), cos, rtol=1e-6)

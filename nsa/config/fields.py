@@ -22,11 +22,12 @@ class ConfigError(ValueError):
 @dataclass
 class RopeScaling:
   """How rotary frequencies are lowered for contexts beyond the one trained with (nsa/layers.py)."""
-  kind: str = ""                  # "" none | linear | llama3
+  kind: str = ""                  # "" none | linear | llama3 | yarn
   factor: float = 1.0             # by which frequencies are divided
-  context: int = 8192             # llama3: tokens of the original context
-  low_frequency: float = 1.0      # llama3: waves with at most so many turns in that context are divided
-  high_frequency: float = 4.0     # llama3: those with at least so many stay
+  context: int = 8192             # llama3, yarn: tokens of the original context
+  low_frequency: float = 1.0      # llama3, yarn: waves with at most so many turns in that context are divided
+  high_frequency: float = 4.0     # llama3, yarn: those with at least so many stay (yarn's own number is 32)
+  attention_factor: float = 0.0   # yarn: on cos and sin; 0 = 0.1 ln(factor) + 1
 
 
 @dataclass
@@ -43,6 +44,8 @@ class ModelConfig:
   rope_scaling: RopeScaling = field(default_factory=RopeScaling)
   norm_eps: float = 1e-6          # added to the mean square in the RMSNorms of blocks, of q and k, and at the end
   embedding_multiplier: float = 0.0  # on the embeddings; 0 = sqrt(d_model)
+  no_rope_layers: tuple[int, ...] = ()  # numbers of the layers without rotary embedding (NoPE), from 0
+  qkv_bias: bool = False          # a bias on queries, keys and values, before norm and convolution
   qk_norm: bool = True            # RMSNorm on every query and key head before RoPE
   short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
   output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)

@@ -16,8 +16,10 @@ import jax
 _CONTAINERS = ("while", "call", "conditional", "async")  # their time is that of what they hold
 
 
-def operations(directory: str | os.PathLike) -> dict[str, float]:
+def operations(directory: str | os.PathLike, *, kernels: bool = False) -> dict[str, float]:
   """Milliseconds per operation of the compiled programs, all devices and steps added up, longest first.
+
+  `kernels`: per kernel on the device, by the name that its code has, not per operation of the program.
 
   Raises ValueError if `directory` holds no trace.
   """
@@ -33,7 +35,7 @@ def operations(directory: str | os.PathLike) -> dict[str, float]:
         for event in line.events:
           name = next((value for key, value in event.stats if key == "hlo_op"), None)
           if name is not None and not str(name).startswith(_CONTAINERS) and not event.name.startswith("end: "):
-            total[str(name)] += event.duration_ns / 1e6
+            total[event.name if kernels else str(name)] += event.duration_ns / 1e6
   return dict(total.most_common())
 
 

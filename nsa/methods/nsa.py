@@ -119,7 +119,8 @@ class Branches(nnx.Module):
 
     def projection(name, norm=False):
       return layers.HeadProjection(init.child(name), model.d_model, K, H, axis="kv_heads",
-                                   taps=model.short_conv, norm=norm, eps=model.norm_eps)
+                                   taps=model.short_conv, bias=model.qkv_bias, norm=norm,
+                                   eps=model.norm_eps)
 
     self.k_cmp, self.v_cmp = projection("k_cmp"), projection("v_cmp")
     self.k_win, self.v_win = projection("k_win", norm=model.qk_norm), projection("v_win")

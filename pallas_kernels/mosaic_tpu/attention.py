@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 
 
 def supports(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None, query_offset=0):
@@ -26,6 +25,6 @@ def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None
   if reason is not None:
     raise NotImplementedError(f"attention: {reason}; take implementation = None for one that can")
   pos = spans.positions(q.shape[1], query_offset, q.shape[0])
-  begin, end = intervals.of_tokens(pos, k.shape[1], segment_ids, causal=causal, window=window)
+  begin, end = spans.of_tokens(pos, k.shape[1], segment_ids, causal=causal, window=window)
   return flash.attend(q, k, v, begin, end, scale=q.shape[3] ** -0.5 if scale is None else scale, window=window,
                       tiles=tiles, interpret=interpret)

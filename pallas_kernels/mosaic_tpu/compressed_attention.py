@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 
 
 def supports(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None, segment_ids=None, query_offset=0):
@@ -26,7 +25,7 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
   if reason is not None:
     raise NotImplementedError(f"compressed_attention: {reason}; take implementation = None for one that can")
   pos = spans.positions(q.shape[1], query_offset, q.shape[0])
-  begin, end = intervals.of_compressed(pos, k_cmp.shape[1], segment_ids, block_len=block_len,
+  begin, end = spans.of_compressed(pos, k_cmp.shape[1], segment_ids, block_len=block_len,
                                        block_stride=block_stride)
   return flash.attend(q, k_cmp, v_cmp, begin, end, scale=q.shape[3] ** -0.5 if scale is None else scale,
                       tiles=tiles, interpret=interpret)

@@ -13,7 +13,6 @@ import numpy as np
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu import selection
 from pallas_kernels.mosaic_tpu.flash import LANES
 from pallas_kernels.mosaic_tpu.flash import LOG2E
@@ -79,13 +78,13 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   blocks = -(-S // block_size)
   bt, bk = tiles or tile_sizes(T, G, per_block, blocks)
   pos = spans.positions(T, query_offset, B)
-  keys = intervals.of_compressed(pos, C, segment_ids, block_len=block_len, block_stride=block_stride)
+  keys = spans.of_compressed(pos, C, segment_ids, block_len=block_len, block_stride=block_stride)
   before = -(-block_len // block_stride) - 1  # compressed blocks that begin before a block and reach into it
   shared = lambda n: min(n * block_stride + block_len, block_size) - max(n * block_stride, 0)
   weights = [(n, shared(n) / block_stride) for n in range(-before, per_block) if shared(n) > 0]
   kept = -(-before // SUBLANES) * SUBLANES
   c = selection.Selection(
-      (B, T, K), (bt, bk, 1), keys, intervals.of_tokens(pos, S, segment_ids), pos, num_keys=blocks * per_block,
+      (B, T, K), (bt, bk, 1), keys, spans.of_tokens(pos, S, segment_ids), pos, num_keys=blocks * per_block,
       blocks=blocks, block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
       overhang=before > 0, interpret=interpret)
   lanes = bt // LANES  # a load with a stride wants rows of one register
@@ -125,7 +124,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
     pl.when(j == c.nk - 1)(lambda: c.choose(tiles, place, bounds_ref, scores, out_ref))
 
   row = lse.reshape(B, T, K, G).transpose(0, 2, 3, 1)
-  row = intervals.pad_queries(jnp.where(row > -jnp.inf, row * LOG2E, jnp.inf), c.padded_T)  # inf: p is 0
+  row = spans.pad_queries(jnp.where(row > -jnp.inf, row * LOG2E, jnp.inf), c.padded_T)  # inf: p is 0
   return c.run(
       body, "compressed_top_k",
       [pl.BlockSpec((1, 1, G, H, bt), lambda b, r, i, j, *_: (b, r, 0, 0, i)),

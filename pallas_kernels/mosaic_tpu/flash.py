@@ -6,7 +6,7 @@ lanes. Q, O and their gradients come and go as [B, K, G, H, T], so that a head d
 HBM; K and V as [B, K, S, H].
 
 The grid's last axis walks the key tiles of a tile of queries (of the gradients of K and V: the other way
-round). Which ones is known from the prefetched tables of intervals.py; steps past the last one name the
+round). Which ones is known from the prefetched tables of spans.py; steps past the last one name the
 tile that is already on chip, copy nothing and do nothing. The G heads of a group share each copy of K and V.
 
 The backward pass is two kernels, one for dQ and one for dK and dV, that recompute P from the log-sum-exp: 7
@@ -32,7 +32,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic_tpu import intervals
+from pallas_kernels import spans
 
 LOG2E = math.log2(math.e)
 LANES = 128
@@ -95,7 +95,7 @@ def heads_first(q, kv_heads, length):
   """[B, T, N, H] to [B, K, G, H, length]."""
   B, T, N, H = q.shape
   q = q.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 4, 1)
-  return intervals.pad_queries(q, length)
+  return spans.pad_queries(q, length)
 
 
 def queries_first(q, queries):
@@ -182,14 +182,14 @@ class _Call:
     if window is not None:
       self.key_steps = min(self.nk, (self.bt + window - 2) // self.bk + 2)
       self.query_steps = min(self.nq, (self.bk + window - 2) // self.bt + 2)
-    begin, end = (intervals.pad_queries(x, self.padded_T) for x in (begin, end))
+    begin, end = (spans.pad_queries(x, self.padded_T) for x in (begin, end))
     self.bounds = jnp.stack([begin, end], axis=1)
-    self.query_tiles = intervals.query_tiles(begin, end, self.bt, self.bk)
+    self.query_tiles = spans.query_tiles(begin, end, self.bt, self.bk)
 
   def row(self, x):
     """[B, T, N] to [B, K, G, padded T]."""
     x = x.reshape(self.B, self.T, self.K, self.G).transpose(0, 2, 3, 1)
-    return intervals.pad_queries(x, self.padded_T)
+    return spans.pad_queries(x, self.padded_T)
 
   def specs(self, by_keys):
     """Block specs (of [G, H, bt], [G, bt], [2, bt] and [bk, H]) and the grid.
@@ -389,7 +389,7 @@ def _backward(static, residuals, cotangents):
   of_k = jax.ShapeDtypeStruct((c.B, c.K, c.padded_S, c.H), k.dtype)
   sums = pltpu.VMEM((c.bk, c.H), jnp.float32)
   dk, dv = c.run(
-      of_keys, "attention_backward_kv", [c.query_tiles, intervals.key_tiles(c.query_tiles, c.nk)], grid,
+      of_keys, "attention_backward_kv", [c.query_tiles, spans.key_tiles(c.query_tiles, c.nk)], grid,
       [bound, wide, key, key, wide, row, row], [key, key], [of_k, of_k], [sums, sums], *args)
   tokens_first = lambda x: x.transpose(0, 2, 1, 3)[:, :c.S]
   nothing = np.zeros(begin.shape, jax.dtypes.float0)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu import selection
 from pallas_kernels.mosaic_tpu.selection import SUBLANES
 
@@ -62,7 +61,7 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
   blocks = -(-S // block_size)
   bt, bk, heads = tiles or tile_sizes(T, K, block_size, blocks)
   pos = spans.positions(T, query_offset, B)
-  tokens = intervals.of_tokens(pos, S, segment_ids)
+  tokens = spans.of_tokens(pos, S, segment_ids)
   c = selection.Selection(
       (B, T, K), (bt, bk, heads), tokens, tokens, pos, num_keys=blocks * block_size, blocks=blocks,
       block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, overhang=False,

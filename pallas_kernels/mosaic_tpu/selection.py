@@ -17,7 +17,6 @@ import numpy as np
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import intervals
 from pallas_kernels.mosaic_tpu.flash import LANES
 
 SUBLANES = 8
@@ -69,15 +68,15 @@ class Selection:
     self.per_tile = self.bk * blocks // num_keys
     # The last tile of keys may fill rows past those that are swept, and the other way round.
     self.rows = max(-(-blocks // self.sweep) * self.sweep, self.nk * self.per_tile)
-    pad = lambda x: intervals.pad_queries(x, self.padded_T)
+    pad = lambda x: spans.pad_queries(x, self.padded_T)
     begin, end = map(pad, keys)
     first, stop = pad(tokens[0] // block_size), pad(jnp.minimum(-(-tokens[1] // block_size), blocks))
     local = pad(pos // block_size - num_local + 1)  # the first of the forced last blocks
     self.bounds = jnp.stack([begin, end, first, stop, local], axis=1)
-    tiles = intervals.query_tiles(begin, end, self.bt, self.bk)
+    tiles = spans.query_tiles(begin, end, self.bt, self.bk)
     more = jnp.where(tiles[..., 1:2] > tiles[..., :1], int(overhang), 0)
     last = jnp.minimum(tiles[..., 1:2] + more, self.nk)
-    seen = intervals.query_tiles(first, stop, self.bt, self.sweep)[..., :2]
+    seen = spans.query_tiles(first, stop, self.bt, self.sweep)[..., :2]
     self.tiles = jnp.concatenate([tiles[..., :1], last, tiles[..., 2:], seen], axis=2)
 
   def place(self):

@@ -1,4 +1,4 @@
-"""How the kernels of this backend are called: jax-triton in either spelling, under vmap, with visible keys.
+"""How the kernels of this backend are called: jax-triton in either spelling, under vmap.
 
 jax-triton 0.3 (jax 0.10, Python 3.11) names the results `out_shape`, 0.4 names them `out_type`; `kernel_call`
 is the only place that knows. A differentiable operation is a `jax.custom_vjp` whose forward and backward
@@ -17,8 +17,6 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from pallas_kernels import spans
 
 ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
 LOG2E = 1.4426950408889634
@@ -144,32 +142,3 @@ def batched(function, laid_out=()):
 
 def next_power_of_2(n):
   return 1 << (n - 1).bit_length()
-
-
-def visible_tokens(B, T, query_offset=0, segment_ids=None):
-  """The tokens that each query sees, as far as causality and segments go: int32[B, T] pair (first, position).
-
-  Query t of batch b sees the tokens first .. position, both included, where `position` is its own.
-
-  Args:
-    B, T: ints.
-    query_offset: int32 scalar or [B], position of the first query.
-    segment_ids: int32[B, S] in contiguous runs, or None.
-  """
-  position = spans.positions(T, query_offset, B)
-  first = jnp.zeros_like(position) if segment_ids is None else spans.of_segments(segment_ids, position)[0]
-  return first, position
-
-
-def segment_ends(B, T, S, query_offset=0, segment_ids=None):
-  """int32[B, T]: one past the last token of each query's segment."""
-  if segment_ids is None:
-    return jnp.full((B, T), S, jnp.int32)
-  return spans.of_segments(segment_ids, spans.positions(T, query_offset, B))[1]
-
-
-def compressed_run(first, position, C, block_len, block_stride):
-  """The compressed blocks low .. high - 1 that lie inside the tokens first .. position: int32[B, T] pair."""
-  low = -(-first // block_stride)
-  high = jnp.where(position >= block_len - 1, (position - (block_len - 1)) // block_stride + 1, 0)
-  return low, jnp.minimum(high, C)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
 from pallas_kernels.triton import call
 from pallas_kernels.triton import invert
 from pallas_kernels.triton import kl_kernels
@@ -91,11 +92,6 @@ def _constants(q, k, q_idx, how, tuned):
               PRECISION=precision, num_warps=tuned.warps, num_stages=tuned.stages)
 
 
-def _visible(q, k, segment_ids, offset):
-  low, position = call.visible_tokens(*q.shape[:2], offset, segment_ids)
-  return low, jnp.minimum(position + 1, k.shape[1])
-
-
 def _losses(q_idx, k_idx, rest, *, how, keep):
   """loss, index lse, 1 / sum of P: float32[B, T, K]; over all tokens dq_idx for a loss of weight 1, else None; P by
   entry [B, places / B, block size] if it is to be kept, there are blocks and it is not too large, else None."""
@@ -106,7 +102,8 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   if block_indices is None:
     B, T, K, HI = q_idx.shape
     moments, dq = call.kernel_call(
-        kl_kernels.dense_forward_kernel, (q, k, lse, q_idx, k_idx, *_visible(q, k, segment_ids, offset)),
+        kl_kernels.dense_forward_kernel,
+        (q, k, lse, q_idx, k_idx, *spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)),
         [jax.ShapeDtypeStruct((5, B, T, K), jnp.float32), jax.ShapeDtypeStruct((B, T, K, HI), jnp.float32)],
         grid=(B * K * -(-T // tuned.rows),), name="index_kl_dense_forward", B=B, T=T, TOKENS=tuned.rows,
         BLOCK=tuned.block, **constants)
@@ -155,7 +152,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   weight = dloss * how[2]
   inputs = (q, k, lse, q_idx, k_idx, index_lse, factor, weight)
   if block_indices is None:
-    low, high = _visible(q, k, segment_ids, offset)
+    low, high = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)
     S = k.shape[1]
     dk = call.kernel_call(
         kl_kernels.dense_dk_kernel, (*inputs, low, high, ranged.who_sees(low, high, S, tuned.block)),

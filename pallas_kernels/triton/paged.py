@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
 from pallas_kernels.triton import call
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import tuning
@@ -37,10 +38,7 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices, window, s
   """See `pallas_kernels.api.paged_attention`."""
   (B, T, N, H), (pages, size, K) = q.shape, k_pages.shape[:3]
   blocks = page_table.shape[1]
-  low, position = call.visible_tokens(B, T, query_offset)
-  if window is not None:
-    low = jnp.maximum(low, position - (window - 1))
-  high = jnp.minimum(position + 1, blocks * size)
+  low, high = spans.of_tokens(spans.positions(T, query_offset, B), blocks * size, None, window=window)
   items = B * T * K
   if block_indices is None:
     J, most = 0, blocks if window is None else min(blocks, -(-window // size) + 1)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import spans
 from pallas_kernels.triton import call
 from pallas_kernels.triton import range_kernels
 from pallas_kernels.triton import tuning
@@ -44,18 +45,15 @@ def reasons(q, k, v=None, scale=None, k_name="k"):
 def attention(q, k, v, *, causal, window, scale, segment_ids, query_offset, forward_pass=None):
   """See `pallas_kernels.api.attention`; forward_pass as in `attend`."""
   (B, T), S = q.shape[:2], k.shape[1]
-  low, position = call.visible_tokens(B, T, query_offset, segment_ids)
-  if window is not None:
-    low = jnp.maximum(low, position - (window - 1))
-  high = jnp.minimum(position + 1, S) if causal else call.segment_ends(B, T, S, query_offset, segment_ids)
+  low, high = spans.of_tokens(spans.positions(T, query_offset, B), S, segment_ids, causal=causal, window=window)
   return attend(q, k, v, low, high, scale, forward_pass)
 
 
 def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, segment_ids, query_offset,
                          forward_pass=None):
   """See `pallas_kernels.api.compressed_attention`; forward_pass as in `attend`."""
-  first, position = call.visible_tokens(*q.shape[:2], query_offset, segment_ids)
-  low, high = call.compressed_run(first, position, k_cmp.shape[1], block_len, block_stride)
+  low, high = spans.of_compressed(spans.positions(q.shape[1], query_offset, q.shape[0]), k_cmp.shape[1], segment_ids,
+                                  block_len=block_len, block_stride=block_stride)
   return attend(q, k_cmp, v_cmp, low, high, scale, forward_pass)
 
 

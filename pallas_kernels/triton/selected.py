@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
 from pallas_kernels.triton import call
 from pallas_kernels.triton import kl
 from pallas_kernels.triton import ranged
@@ -78,9 +79,9 @@ def _constants(q, k, J, how, kernel):
 def _slots(q, k, rest, how):
   """Block indices with each block once, and the keys that each token sees: what forward and dQ read."""
   block_indices, segment_ids, offset = rest
-  low, position = call.visible_tokens(*q.shape[:2], offset, segment_ids)
   once = entry_lists.chosen(block_indices, -(-k.shape[1] // how[0]))
-  return jnp.where(once, block_indices, -1).astype(jnp.int32), low, jnp.minimum(position + 1, k.shape[1])
+  seen = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)
+  return jnp.where(once, block_indices, -1).astype(jnp.int32), *seen
 
 
 def _per_token(constants):

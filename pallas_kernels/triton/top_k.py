@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import spans
 from pallas_kernels.triton import call
 from pallas_kernels.triton import choose_kernel
 from pallas_kernels.triton import ranged
@@ -56,7 +57,8 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
                      segment_ids, query_offset):
   """See `pallas_kernels.api.compressed_top_k`."""
   (B, T), (C, K) = q.shape[:2], k_cmp.shape[1:3]
-  first, position = call.visible_tokens(B, T, query_offset, segment_ids)
+  position = spans.positions(T, query_offset, B)
+  first, _ = spans.of_segments(segment_ids, position)
   last = T + query_offset if isinstance(query_offset, (int, np.integer)) else T
   S = max(last, C * block_stride + block_len - 1) if segment_ids is None else segment_ids.shape[1]
   f = functools.partial(
@@ -130,7 +132,8 @@ def _choose(scores, first, position, choice, *, K, padded=True, **constants):
 def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local, scale, segment_ids, query_offset):
   """See `pallas_kernels.api.index_top_k`."""
   B, T, K, _ = q_idx.shape
-  first, position = call.visible_tokens(B, T, query_offset, segment_ids)
+  position = spans.positions(T, query_offset, B)
+  first, _ = spans.of_segments(segment_ids, position)
   f = functools.partial(_index_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local),
                         scale=float(scale))
   line = 4 * _width(-(-k_idx.shape[1] // block_size))
@@ -168,7 +171,8 @@ def supports_block_top_k(a):
 
 def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys, segment_ids, query_offset):
   """See `pallas_kernels.api.block_top_k`."""
-  first, position = call.visible_tokens(*scores.shape[:2], query_offset, segment_ids)
+  position = spans.positions(scores.shape[1], query_offset, scores.shape[0])
+  first, _ = spans.of_segments(segment_ids, position)
   del keys
   f = functools.partial(_block_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local))
   return call.batched(f)(scores.astype(jnp.float32), first, position)

@@ -1,0 +1,114 @@
+"""The model shapes and methods whose train steps benchmarks.step times, and how it does that."""
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+
+from benchmarks import kinds
+from benchmarks import timing
+
+PILOT = dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
+             tie_embeddings=False, dtype="bfloat16")
+MODELS = {  # name -> fields of ModelConfig
+    "pilot": PILOT,                                                    # experiments/pilot.py, 10M without embeddings
+    "28m": dict(PILOT, num_layers=10, d_model=512, mlp_dim=1408),
+    # SmolLM2-135M's shape (its config.json); recomputed by layer, as experiments/retrofit_hf.py trains it.
+    "smollm2": dict(vocab_size=49_152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+                    rope_theta=1e5, embedding_multiplier=1.0, qk_norm=False, remat="layer", dtype="bfloat16"),
+    "tiny": dict(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=64),
+}
+# Selection geometry: the pilot's, and for an imported model that of experiments/retrofit_hf.py.
+BLOCKS = {"smollm2": dict(block_size=64, num_blocks=16)}
+LEARNING_BYTES = 32  # of float32 weights, gradients and two moments, read and written, per parameter
+
+
+def methods_of(model: str) -> dict:
+  """{name: options} of the methods at a model's geometry."""
+  from nsa import methods
+  blocks = BLOCKS.get(model, dict(block_size=32, num_blocks=16))
+  size = blocks["block_size"]
+  nsa = dict(compress_len=size // 2, compress_stride=size // 4, window=4 * size if size < 64 else 512)
+  return {"dense": methods.Dense(), "msa": methods.MSA(index_dim=64, **blocks), "nsa": methods.NSA(**nsa, **blocks)}
+
+
+def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = ""):
+  """The config of a row: the pilot's data and optimizer, one stage. Raises ValueError naming what is unknown."""
+  from experiments import pilot
+  from nsa import config as config_lib, schedule
+  if model not in MODELS:
+    raise ValueError(f"--models: {model!r} is unknown; take some of {', '.join(MODELS)}")
+  name, _, mode = method.partition(":")
+  known = methods_of(model)
+  if name not in known:
+    raise ValueError(f"--methods: {name!r} is unknown; take some of {', '.join(known)}, or NAME:MODE")
+  plan = schedule.dense(100)
+  plan.stages[0].mode = mode or ("dense" if name == "dense" else "sparse")
+  base = pilot.get_config().arms[0]
+  config = dataclasses.replace(
+      base, arm=method, size=model, seeds=tuple(range(seeds)), model=config_lib.ModelConfig(**MODELS[model]),
+      attention=known[name], schedule=plan, implementation=implementation,
+      data=dataclasses.replace(base.data, context=tokens, global_batch=sequences,
+                               task_lengths=tuple(n for n in base.data.task_lengths if n <= tokens)))
+  return config_lib.validate(config)
+
+
+def floor_ms(config, what, device_kind: str) -> float | None:
+  """The least milliseconds of a step: see the module; None for a device whose rates nobody measured."""
+  from nsa import flops
+  if device_kind not in timing.CEILINGS:
+    return None
+  flop_rate, byte_rate = timing.CEILINGS[device_kind]
+  parameters = flops.parameters(config)
+  learning = sum(parameters.get(group, 0) for group in what.groups)
+  return len(config.seeds) * (flops.per_step(config, what) / flop_rate + LEARNING_BYTES * learning / byte_rate) * 1e3
+
+
+def measure(config, *, steps: int, repeats: int, profile: bool = False) -> dict:
+  """The columns of a row."""
+  import jax
+  import numpy as np
+  from nsa import flops, metrics, schedule, sharding, step as step_lib
+  mesh = sharding.make_mesh(config)
+  what = schedule.at(config, config.schedule.steps // 2)
+  seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
+  function, arguments, options = step_lib.program(config, what, mesh)
+  began = time.perf_counter()
+  lowered = jax.jit(function, **options).lower(*arguments)
+  program = lowered.compile()
+  compile_seconds = time.perf_counter() - began
+  rate = np.float32(what.learning_rate)
+  state = step_lib.compile_init(config, mesh)(seeds)
+
+  def run(program, state, times):
+    for _ in range(times):
+      state, values = program(state, batch, rate, seeds)
+    return state, jax.block_until_ready(values)
+
+  state, values = run(program, state, 3)
+  groups = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    state, values = run(program, state, steps)
+    groups.append((time.perf_counter() - began) / steps * 1e3)
+  ms, device = statistics.median(groups), jax.devices()[0]
+  useful = flops.per_step(config, what) * len(config.seeds)
+  peak, floor = metrics.peak_tflops(device.device_kind), floor_ms(config, what, device.device_kind)
+  memory = program.memory_analysis()
+  row = dict(ms=ms, ms_of_groups=groups, tokens_per_second=what.batch * what.context * len(config.seeds) / ms * 1e3,
+             useful_tflop=useful / 1e12, mfu=peak and metrics.mfu(useful / ms * 1e3, peak, jax.device_count()),
+             floor_ms=floor, of_floor=floor and floor / ms, compile_seconds=compile_seconds,
+             temporary_bytes=memory and memory.temp_size_in_bytes, loss=float(np.mean(values["loss"])), mode=what.mode,
+             device=device.device_kind, jax=jax.__version__)
+  if profile:
+    # Kernels in a command buffer have no times of their own.
+    apart = program
+    if device.platform == "gpu":
+      apart = lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
+    state, _ = run(apart, state, 2)
+    with tempfile.TemporaryDirectory() as directory:
+      with jax.profiler.trace(directory):
+        run(apart, state, 3)
+      row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
+  return row

@@ -1,0 +1,86 @@
+"""Times the real train step of named model shapes with named methods: the whole step, the batch on the device.
+
+  python -m benchmarks.step --models=pilot,28m,smollm2 --methods=dense,msa,nsa --batch=8x4096 --out=steps.json
+  python -m benchmarks.step --models=pilot --methods=dense,msa --batch=8x4096,2x16384 --profile
+  python -m benchmarks.step --models=smollm2 --methods=dense,msa,msa:warmup --batch=8x8192
+  python -m benchmarks.step --models=tiny --batch=2x256 --steps=2 --repeats=1     # on a CPU, to see that it runs
+
+A row is a model and a method (benchmarks/models.py; `msa:warmup` is the step in which the output stays dense and the
+selector learns) and a batch of sequences x tokens: packed documents of the pilot's data, recall tasks included, as
+`nsa.train` would see them. A vocabulary larger than the bytes tokenizer's costs what it costs and is not filled.
+
+ms: median over `--repeats` groups of `--steps` steps, each of which needs the state of the one before. compile: seconds
+of tracing and compiling, little where the compilation cache has the program. MFU: useful FLOPs (nsa.flops: visible pairs alone,
+recomputation not counted) over the chip's published peak. floor: the least time of this device for those FLOPs at the
+measured rate of a large product, plus, one after the other, the bytes that the optimizer cannot avoid (weights, gradients
+and two moments, read and written in float32: 32 per parameter that learns) at the measured rate of a large copy;
+"of floor" is floor / ms. vs dense: the dense step's time of the same model and batch over this one's.
+"""
+from __future__ import annotations
+
+import collections
+import json
+
+from absl import flags
+
+from benchmarks import models
+from launch import cli
+
+_MODELS = flags.DEFINE_list("models", ["pilot"], f"Of {', '.join(models.MODELS)}.")
+_METHODS = flags.DEFINE_list("methods", ["dense", "msa", "nsa"],
+                             "dense, msa or nsa; NAME:MODE takes a step of that mode.")
+_BATCH = flags.DEFINE_list("batch", ["8x4096"], "SEQUENCESxTOKENS.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds that train as one program.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Groups; the median counts.", lower_bound=1)
+_IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the attention operations; empty: the best one.")
+_PROFILE = flags.DEFINE_boolean("profile", False, "Adds the device time by kind of kernel.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
+cli.define_common()
+
+
+def _line(row) -> str:
+  number = lambda name, form: f"{row[name]:{form}}" if row.get(name) is not None else "-"
+  return (f"{row['model']:<8} {row['method']:<11} {row['batch']:<9} {row['ms']:9.2f} "
+          f"{row['tokens_per_second'] / 1e3:9.0f} {number('mfu', '.3f'):>6} {number('of_floor', '.2f'):>8} "
+          f"{number('vs_dense', '.2f'):>8} {row['compile_seconds']:8.1f}")
+
+
+def main():
+  import jax
+  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  batches = []
+  for text in _BATCH.value:
+    sequences, _, tokens = text.partition("x")
+    if not (sequences.isdigit() and tokens.isdigit()):
+      raise ValueError(f"--batch: {text!r}; take SEQUENCESxTOKENS, as 8x4096")
+    batches.append((int(sequences), int(tokens)))
+  plan = [(model, batch, method, models.config_of(model, method, *batch, _SEEDS.value, _IMPLEMENTATION.value))
+          for model in _MODELS.value for batch in batches for method in _METHODS.value]  # all checked before one runs
+  device = jax.devices()[0]
+  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seeds in a program: {_SEEDS.value}")
+  print(f"{'model':<8} {'method':<11} {'batch':<9} {'ms':>9} {'ktok/s':>9} {'MFU':>6} {'of floor':>8} {'vs dense':>8} "
+        f"{'compile':>8}")
+  rows, dense = [], collections.defaultdict(lambda: None)
+  for model, (sequences, tokens), method, config in plan:
+    row = dict(model=model, method=method, batch=f"{sequences}x{tokens}", seeds=_SEEDS.value)
+    try:
+      row.update(models.measure(config, steps=_STEPS.value, repeats=_REPEATS.value, profile=_PROFILE.value))
+    except Exception as error:  # memory, a shape that an implementation refuses; other rows go on
+      row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+      print(f"{model:<8} {method:<11} {row['batch']:<9} {row['error']}", flush=True)
+    else:
+      if method == "dense":
+        dense[model, row["batch"]] = row["ms"]
+      row["vs_dense"] = dense[model, row["batch"]] and dense[model, row["batch"]] / row["ms"]
+      print(_line(row), flush=True)
+      for kind, ms in row.get("kinds_ms", {}).items():
+        print(f"    {kind:<34} {ms:9.3f} ms")
+    rows.append(row)
+    if _OUT.value:  # after each row: what was measured stays if a later one fails
+      with open(_OUT.value, "w") as file:
+        json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+  cli.run(main)
