@@ -82,6 +82,10 @@ CASES = {  # operation, shape of q, K, S, options
     "selected_g3_packed": ("selected_attention", (2, 300, 6, 64), 2, 300, dict(block_size=32, segments=True)),
     "selected_g1_b128": ("selected_attention", (1, 500, 2, 128), 2, 500, dict(block_size=128)),
     "selected_decode": ("selected_attention", (4, 1, 16, 128), 2, 700, dict(block_size=64, query_offset=650)),
+    "dense_h96": ("attention", (1, 300, 6, 96), 2, 300, {}),
+    "compressed_h80": ("compressed_attention", (1, 700, 4, 80), 2, 42, COMPRESSED),
+    "selected_g3_h96_b32": ("selected_attention", (1, 300, 6, 96), 2, 300, dict(block_size=32)),
+    "selected_h256": ("selected_attention", (1, 300, 8, 256), 2, 300, dict(block_size=64)),
     "huge_logits": ("attention", (1, 256, 4, 128), 1, 256, dict(magnitude=6.0)),
 }
 CUDNN = {
@@ -360,6 +364,17 @@ def test_interpreted_kernels_agree(name, monkeypatch):
   want = with_gradients(functools.partial(getattr(reference, operation), **options))(arrays, cotangents)
   assert bool(used) == bool(other)
   for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+def test_interpreted_head_dim_that_is_no_power_of_two():
+  operation, arrays, cotangents, options, _ = inputs_of(
+      ("selected_attention", (1, 20, 6, 12), 2, 20, dict(block_size=16)), 0, jnp.float32)
+  f = functools.partial(getattr(pk, operation), **options)
+  with backends.target_platform("gpu"):
+    got = with_gradients(functools.partial(f, implementation="triton"))(arrays, cotangents)
+  for x, y in zip(got, with_gradients(functools.partial(f, implementation="reference"))(arrays, cotangents)):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
