@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
 from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward
 from pallas_kernels.mosaic_gpu import forward
@@ -29,7 +30,8 @@ from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
 try:
   from pallas_kernels.triton import invert as counting
-except ImportError:
+  from pallas_kernels.triton import split as splitting
+except ImportError:  # triton is not installed
   counting = None
 
 HEAD_DIMS = (64, 96, 128)
@@ -162,6 +164,17 @@ def _invert(block_indices, plan, segment_ids, offset, interpret):
   return counting.invert(block_indices, plan, segment_ids, offset)
 
 
+def _split(block_indices, plan, segment_ids, offset):
+  """`shared_blocks.split`, by a kernel of triton/ where that is installed."""
+  if counting is None or counting.supports(plan):
+    return shared_blocks.split(block_indices, plan, segment_ids, offset)
+  seen = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, offset)
+  *tiles, rest = splitting.split(
+      block_indices, *seen, group=plan.group, rows=shared_blocks.ROWS, slots=shared_blocks.SLOTS,
+      votes=shared_blocks.votes_needed(plan), blocks=plan.blocks)
+  return shared_blocks.Common(*tiles), rest
+
+
 def _cut(x, plan, slices, fill=0):
   """[B, T, ...] to [slices, B, plan.queries, ...]."""
   missing = slices * plan.queries - x.shape[1]
@@ -189,7 +202,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
     shared = None
     if not interpret and shared_blocks.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
-      tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
+      tiles, block_indices = _split(block_indices, plan, segment_ids, offset + first)
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
     entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
     parts, part_lse = forward.partial_attention(

@@ -70,6 +70,11 @@ def tiles_of(plan):
   return -(-plan.queries // tokens_of(plan))
 
 
+def votes_needed(plan):
+  """Tokens of a tile that have to choose a block."""
+  return max(2, round(SHARE * tokens_of(plan)))
+
+
 def first_rows(plan):
   """int32[B, T, K]: the first of the G rows of each query, among the rows of all tiles."""
   tokens, tiles = tokens_of(plan), tiles_of(plan)
@@ -121,7 +126,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   picks = jnp.pad(picks, ((0, 0), (0, tiles * tokens - T), (0, 0), (0, 0)), constant_values=-1)
   picks = picks.transpose(0, 2, 1, 3).reshape(-1, tokens, J)
   samples = -(-SLOTS // J)
-  sampled = ((np.arange(samples) + 0.5) * tokens / samples).astype(int)
+  sampled = (2 * np.arange(samples) + 1) * tokens // (2 * samples)
   candidates = picks[:, sampled].reshape(-1, samples * J)[:, :SLOTS]
   candidates = jnp.pad(candidates, ((0, 0), (0, SLOTS - candidates.shape[1])), constant_values=-1)
   slot = jnp.arange(SLOTS, dtype=jnp.int32)
@@ -130,7 +135,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   which = jnp.where(same, slot, SLOTS).min(axis=-1)
   words = jnp.where(which < SLOTS, 1 << jnp.minimum(which, SLOTS - 1), 0).sum(axis=2, dtype=jnp.int32)  # no carry
   votes = ((words[..., None] >> slot) & 1).sum(axis=1, dtype=jnp.int32)
-  taken = votes >= max(2, round(SHARE * tokens))
+  taken = votes >= votes_needed(plan)
   mask = jnp.where(taken, 1 << slot, 0).sum(axis=-1, dtype=jnp.int32)
   rank = jnp.cumsum(taken, axis=1, dtype=jnp.int32) - 1
   here = taken[:, :, None] & (rank[:, :, None] == slot)

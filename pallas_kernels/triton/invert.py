@@ -1,6 +1,8 @@
 """`pallas_kernels.lists.invert` by four small kernels instead of a sort, which is its slow twin."""
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,24 +31,11 @@ def _chunks(plan):
 def invert(block_indices, plan, segment_ids=None, query_offset=0):
   """The same Entries as `pallas_kernels.lists.invert` where it defines them; what its padding holds is undefined."""
   first, end = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
-  return _invert(plan)(block_indices, first, end)
+  # Each selection has lists of its own.
+  return call.one_by_one(functools.partial(_entries, plan=plan))(block_indices, first, end)
 
 
-def _invert(plan):
-  @jax.custom_batching.custom_vmap
-  def one(block_indices, first, end):
-    return _entries(block_indices, first, end, plan)
-
-  @one.def_vmap
-  def rule(axis_size, in_batched, *arguments):  # each selection has lists of its own
-    fold = lambda x, mapped: x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-    out = jax.lax.map(lambda x: one(*x), tuple(map(fold, arguments, in_batched)))
-    return out, jax.tree.map(lambda _: True, out)
-
-  return one
-
-
-def _entries(block_indices, first, end, plan):
+def _entries(block_indices, first, end, *, plan):
   B, T, K, J = block_indices.shape
   chunks, owners = _chunks(plan), B * K * plan.ranges
   numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
