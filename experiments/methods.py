@@ -82,7 +82,7 @@ def get_config(arg=None):
   return Config(
       arm=a.arm, size="methods", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),
-      data=DataConfig(source="tasks", context=128, global_batch=32, task_share=1.0, tasks=("mqar:pairs=8",),
+      data=DataConfig(source="tasks", context=128, global_batch=32, task_share=1.0, tasks=("mqar:pairs=8,layout=paper",),
                       answer_weight=1.0, filler_weight=0.0),
       optimizer=OptimizerConfig(weight_decay=0.01, selector_learning_rate=a.selector_rate),
       eval=EvalConfig(sequences=0, task_examples=256, batch=32, run_modes=("dense", "sparse"), every=a.steps // 5),

@@ -34,7 +34,7 @@ def get_config(arg=None):
   return Config(
       arm=a.arm, size="mqar", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),
-      data=DataConfig(source="tasks", context=256, global_batch=32, task_share=1.0, tasks=("mqar:pairs=16",),
+      data=DataConfig(source="tasks", context=256, global_batch=32, task_share=1.0, tasks=("mqar:pairs=16,layout=paper",),
                       answer_weight=1.0, filler_weight=0.0),
       optimizer=OptimizerConfig(weight_decay=0.01),
       eval=EvalConfig(sequences=0, task_examples=256, batch=32, run_modes=("dense", "sparse"), every=a.steps // 4),

@@ -1,5 +1,8 @@
 """Evaluates a run's checkpoint and writes workdir/eval/<step>.json.
 
+What differs in anything from the run's own evaluation (run modes, split, context, windows, ...) goes to a file of its own,
+eval/<step>-<what differs>.json, which reports leave out.
+
     python -m launch.evaluate --workdir=runs/native
     python -m launch.evaluate --workdir=runs/native --step=400 --run_modes="sparse sparse:num_blocks=8"
 """
@@ -12,7 +15,7 @@ _STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
 _RUN_MODES = flags.DEFINE_string("run_modes", "", "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
 _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
-_SEQUENCES = flags.DEFINE_integer("sequences", -1, "Windows of text; -1: the run's own.")
+_SEQUENCES = flags.DEFINE_integer("sequences", None, "Windows of text, -1 for all of the split; left out: the run's own.")
 flags.mark_flag_as_required("workdir")
 cli.define_common()
 
@@ -23,11 +26,11 @@ def main():
   e = config.eval
   e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
-  e.sequences = e.sequences if _SEQUENCES.value < 0 else _SEQUENCES.value
+  e.sequences = e.sequences if _SEQUENCES.value is None else _SEQUENCES.value
   config_lib.validate(config)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   mesh, params = evaluate.place_here(config, params)
-  rows = evaluate.write(config, params, _WORKDIR.value, step, mesh)
+  rows, path = evaluate.write(config, params, _WORKDIR.value, step, mesh)
   if not processes.first():
     return
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
@@ -37,8 +40,9 @@ def main():
       parts = [f"{run_mode:24s} seed {seed}"]
       for name, weight, unit in (("bits_per_byte", "bytes", "bits/byte"),
                                  ("second_half_bits_per_byte", "second_half_bytes", "in the second half")):
-        if text and name in text[0]:  # a method that chooses once per prompt is scored behind the prompt alone
-          parts.append(f"{sum(r[name] * r[weight] for r in text) / sum(r[weight] for r in text):.4f} {unit}")
+        scored = [r for r in text if name in r]  # a method that chooses once per prompt is scored behind the prompt alone
+        if scored:
+          parts.append(f"{sum(r[name] * r[weight] for r in scored) / sum(r[weight] for r in scored):.4f} {unit}")
       if recall:
         parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
       seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible" in r]
@@ -46,7 +50,7 @@ def main():
         parts.append("{:.0f} of {:.0f} tokens per query".format(
             *(sum(r[name] for r in seen) / len(seen) for name in ("tokens_visible", "tokens_causal"))))
       print("  ".join(parts))
-  print(f"{len(rows)} records in {_WORKDIR.value}/eval")
+  print(f"{len(rows)} records in {path}")
 
 
 if __name__ == "__main__":

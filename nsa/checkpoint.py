@@ -34,6 +34,7 @@ from nsa import fingerprint
 _TEMPORARY = (".orbax-checkpoint-tmp", ".deleted")  # directories that a killed save or deletion leaves
 _DAMAGED = ".damaged"  # what `restore` sets aside
 _FORMAT = 1  # of the manifest below
+_LAST_SECONDS = 60  # that one process of several waits for a save on its way out of an error
 
 
 class CheckpointError(Exception):
@@ -160,19 +161,39 @@ class Checkpoints:
     """Waits for the save in progress; call it before the process ends. Raises as `wait` does."""
     self.wait()
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    """Nothing that was saved is lost, whatever ends the block: an interpreter that ends would cut its writing short."""
+    if error is None:
+      return self.close()
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    # Its processes write in threads of their own: one alone may wait for it, and deletes nothing. If another one is dead,
+    # it never ends.
+    try:
+      response.result(timeout=None if jax.process_count() == 1 else _LAST_SECONDS)
+    except Exception as failure:
+      logging.warning("%s", self._message_of_failed(step, failure))
+
   def _save_failed(self, step, error) -> CheckpointError:
     try:
       self._discard_leftovers(only=step)
     except OSError as cleanup:
       logging.warning("could not remove what the failed save of step %d left: %s", step, cleanup)
+    return CheckpointError(self._message_of_failed(step, error))
+
+  def _message_of_failed(self, step, error) -> str:
     steps = self.steps()
     intact = f"the newest complete one is step {steps[-1]}" if steps else "there is no earlier one"
     if _disk_is_full(error):
       cause, fix = "the disk is full or a quota is reached", "free some space, or lower checkpoint.keep"
     else:
       cause, fix = type(error).__name__, "see the error below, and whether the directory can be written"
-    return CheckpointError(f"the checkpoint of step {step} in {self.directory} was not saved: {cause}; "
-                           f"{intact}. Fix: {fix}.\n{_shortened(error)}")
+    return (f"the checkpoint of step {step} in {self.directory} was not saved: {cause}; {intact}. Fix: {fix}.\n"
+            f"{_shortened(error)}")
 
   def _discard_leftovers(self, only: int | None = None) -> None:
     """Deletes what killed or failed saves left: of one step, or of all but the pending one."""

@@ -8,6 +8,10 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 "sparse:num_blocks=8". Models that were trained with dense attention have no geometry of their
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
+Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
+score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
+arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
+
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
 out. They are scored behind the prompt alone: the first half of a text window is its prompt, and its record
@@ -24,6 +28,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import re
 
 from absl import logging
 from etils import epath
@@ -33,13 +39,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, data, flops, methods, metrics, model as model_lib, records as record_lib, sharding, tasks
+from nsa import checkpoint, flops, held_out, methods, metrics, model as model_lib, records as record_lib, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
 
-# All arms and seeds are tested on the same examples.
-_TASK_SEED = 20_26
 _MAX_HEAT = 64  # cells per side of a stored heat map
 
 
@@ -79,42 +83,62 @@ def place_here(config, params):
   return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
 
 
-def write(config, params, workdir, step: int, mesh=None, during: bool = False) -> list[dict]:
-  """Evaluates and writes workdir/eval/<step>.json; returns the new records.
+def write(config, params, workdir, step: int, mesh=None, during: bool = False, own: bool = False) -> tuple[list[dict], epath.Path]:
+  """Evaluates and writes workdir/eval/<step>.json; returns the new records and the file.
 
   during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
+  own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
+    windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
+    leave it out.
   With several processes each must call it; the first one writes.
-  Records of other run modes stay in the file. Another split or context than the run's own goes to
-  a file of its own, <step>-<split>-<context>.json, which reports leave out.
   """
-  rows = records(config, params, step, mesh, during)
-  if jax.process_index():
-    return rows
+  asked = held_out.load(config, during)
+  rows = records(config, params, step, mesh, during, asked)
+  settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
-  directory.mkdir(parents=True, exist_ok=True)
-  own = config_lib.from_dict(metrics.read_json(epath.Path(workdir) / "config.json"))
   path = directory / f"{step}.json"
-  if (config.eval.split, config.eval.context) != (own.eval.split, own.eval.context):
-    path = directory / f"{step}-{config.eval.split}-{config.eval.context or config.data.context}.json"
-  old = metrics.read_json(path)["records"] if path.exists() else []
-  kept = [row for row in old if row["run_mode"] not in {new["run_mode"] for new in rows}]
-  metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "records": kept + rows})
-  return rows
+  if not own:
+    path = directory / f"{step}{_by_hand(config, workdir, step, settings)}.json"
+  if not jax.process_index():
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings, "records": rows}, indent=None)
+  return rows, path
 
 
-def records(config, params, step: int, mesh=None, during: bool = False) -> list[dict]:
+def is_there(config, workdir, step: int, during: bool = False) -> bool:
+  """Whether workdir/eval/<step>.json holds the run's own evaluation, asked as it would ask now."""
+  path = epath.Path(workdir) / f"eval/{step}.json"
+  return path.exists() and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during)
+
+
+def _by_hand(config, workdir, step, settings) -> str:
+  """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
+  workdir = epath.Path(workdir)
+  run = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  own = held_out.declared(run, during=step < run.schedule.steps)
+  path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
+  if path.exists():
+    own |= metrics.read_json(path).get("settings") or {"settings": "unknown"}  # written before there were any
+  elif versions.exists():
+    own |= {"corpus_sha256": metrics.read_json(versions).get("held_out_sha256", {}).get(settings["split"], settings["corpus_sha256"])}
+  differ = [name for name in {**settings, **own} if name in own and settings.get(name) != own[name]]
+  differ = [name for name in differ if not name.endswith("_sha256")] or differ  # what was read follows from what was asked
+  parts = [(name, str(settings.get(name))) for name in differ]
+  short = lambda text: text if re.fullmatch(r"\w{1,24}", text) else hashlib.sha256(text.encode()).hexdigest()[:8]
+  return "".join(f"-{name}={short(text)}" for name, text in parts)
+
+
+def records(config, params, step: int, mesh=None, during: bool = False, asked: held_out.HeldOut | None = None) -> list[dict]:
   """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
+  asked: what held_out.load gives for this config, if it is read already.
   """
   e = config.eval
   short = during and bool(e.during)
   mesh = mesh if mesh is not None and mesh.size > 1 else None
-  context = e.context or config.data.context
-  windows = data.eval_windows(config.data, e.split, e.sequences, context) if e.sequences and config.data.source != "tasks" else []
-  names = () if short else e.tasks or config.data.tasks
-  haystack = data.load(config.data.source, e.split, data_dir=config.data.data_dir) if names else []
-  task_sets = {name: tasks.batch(name, _TASK_SEED, e.task_examples, context, e.split, haystack) for name in names}
+  asked = asked or held_out.load(config, during)
+  context, windows, task_sets = asked.context, asked.windows, asked.tasks
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.run_modes:
@@ -128,10 +152,13 @@ def records(config, params, step: int, mesh=None, during: bool = False) -> list[
       if isinstance(run_config.attention, methods.PromptMethod):
         one = model_lib.backbone(one)
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = _text_records(run, one, windows, e, context, run_config.attention, token_bytes)
+      rows = []
+      for corpus, of_corpus in windows.items():
+        of_text = _text_records(run, one, of_corpus, e, context, run_config.attention, token_bytes)
+        rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       _count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += _task_records(run, one, name, examples, e)
+        rows += _task_records(run, one, name, examples, e, not short)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -243,26 +270,42 @@ def _text_records(run, params, windows, e, context, method, token_bytes):
   arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
   arrays["prompt"] = np.full(len(windows), half, np.int32)
   nll = np.zeros((len(windows), context))
-  seen, weights = [], []
-  for batch, rows in _batches(arrays, e.batch):
-    values, _, layers = run(params, batch, True)
+  seen, weights, done = [], [], []
+  watched = _spread(-(-len(windows) // e.batch), -(-e.diagnosed // e.batch))
+  for number, (batch, rows) in enumerate(_batches(arrays, e.batch)):
+    watch = number in watched or bool(scored)  # methods that choose once per prompt measure themselves, always
+    values, _, layers = run(params, batch, watch)
+    done.append((rows, values))                # read below: the device does not wait for the host
+    if watch:
+      seen.append(layers)
+      weights.append(rows.stop - rows.start)
+  for rows, values in done:
     nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-    seen.append(jax.device_get(layers))
-    weights.append(rows.stop - rows.start)
+  seen = jax.device_get(seen)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   bits = nll / step_lib.LN2 * (real > 0)
   rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
-                          **({} if scored else {"bits_per_byte": float(bits[i].sum() / real[i].sum())}),
+                          **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
                           bytes=int(real[i, scored:].sum()),
-                          second_half_bits_per_byte=float(bits[i, half:].sum() / real[i, half:].sum()),
+                          **_per_byte("second_half_bits_per_byte", bits[i, half:], real[i, half:]),
                           second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
     if first < scored:
       continue
     rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
-                                bits_per_byte=float(bits[:, first:end].sum() / real[:, first:end].sum())))
-  return rows + _layer_records(seen, weights, windows[0].document)
+                                **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
+  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
+
+
+def _spread(count, wanted):
+  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
+  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
+
+
+def _per_byte(name, bits, real) -> dict[str, float]:
+  """{name: bits per byte}; {} where all targets are special tokens, which stand for no byte."""
+  return {name: float(bits.sum() / real.sum())} if real.sum() else {}
 
 
 def _layer_records(seen, weights, document):
@@ -297,20 +340,44 @@ def _shrink(heat):
   return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
 
 
-def _task_records(run, params, name, examples, e):
-  count = len(examples["inputs"])
-  nll, correct = np.zeros(examples["inputs"].shape), np.zeros(examples["inputs"].shape, bool)
+def _task_records(run, params, name, examples, e, listed: bool):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
+  count, length = examples["inputs"].shape
+  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  for batch, rows in _batches(examples, e.batch):
-    values, right, _ = run(params, batch, False)
+  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
+  for rows, values, right in done:
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
-  out = []
+  first, last = e.near or (length // 32, length // 8)
+  out, answers = [], []
   for i in range(count):
     group = examples["answer_group"][i]
-    answers = [correct[i, group == g].all() for g in range(group.max() + 1)]
-    out.append(record_lib.make("task", task=name, index=i, exact_match=float(np.mean(answers)),
-                               answer_nll=float(nll[i, group >= 0].mean()), depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i])))
+    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
+    missing = evidence < 0  # an answer with fewer pieces than others
+    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
+    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
+            for g in range(group.max() + 1)]
+    answers += mine
+    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
+    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
+    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
+    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
+                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
+  return out + _answer_records(name, answers, length)
+
+
+def _answer_records(name, answers, length):
+  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
+  out, end = [], length >> max(0, length.bit_length() - 6)
+  start = 0
+  while start < length:
+    for far in (True, False):
+      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
+      if mine:
+        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
+                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
+    start, end = end, 2 * end
   return out

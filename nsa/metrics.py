@@ -310,12 +310,12 @@ def _summary_writer_class():
 # --- whole files of JSON ------------------------------------------------------------
 
 
-def write_json(path: str | os.PathLike, obj: Any) -> None:
+def write_json(path: str | os.PathLike, obj: Any, indent: int | None = 2) -> None:
   """Writes `obj` as JSON; a reader sees the old file or the whole new one, also after a crash.
 
-  Values are converted as `JsonlWriter` does. Raises ValueError for what JSON cannot hold.
+  Values are converted as `JsonlWriter` does. Raises ValueError for what JSON cannot hold. indent: None = all on one line.
   """
-  data = (json.dumps(_encode(obj, "value"), indent=2, allow_nan=False) + "\n").encode()
+  data = (json.dumps(_encode(obj, "value"), indent=indent, allow_nan=False) + "\n").encode()
   if "://" in os.fspath(path):
     epath.Path(path).write_bytes(data)  # object stores put an object whole or not at all
   else:

@@ -221,7 +221,7 @@ def init_params(config, seed: int | Array) -> dict:
 def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
             cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0, prompt: Int[Array, "B"] | int | None = None,
-            observe: Callable | None = None, constrain: Callable = lambda x, axes: x) -> Output:
+            observe: Callable | None = None, constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
   """Logits for the next token at every position.
 
   Args:
@@ -236,6 +236,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
+    unroll: layers that one turn of the loop over the layers of a stack holds. More cost compilation; in training they
+      save stacking what the backward pass needs of each layer.
   """
   model = config.model
   if cache is not None and segment_ids is not None and model.short_conv > 1:
@@ -278,10 +280,12 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       return constrain(x, ("batch", "time", None)), (loss, observed, None if layer_cache is None else streams)
 
     if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise
-      body = jax.checkpoint(body, prevent_cse=False,
+      # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
+      body = jax.checkpoint(body, prevent_cse=unroll >= count,
                             policy=jax.checkpoint_policies.save_only_these_names("block_indices"))
     index = jnp.arange(first, first + count)
-    x, (loss, observed, streams) = jax.lax.scan(body, x, (stack_state, None if cache is None else cache[i], index))
+    x, (loss, observed, streams) = jax.lax.scan(body, x, (stack_state, None if cache is None else cache[i], index),
+                                              unroll=min(unroll, count))
     first += count
     all_losses.append(loss)
     seen.append(observed)

@@ -90,6 +90,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "items": _total("1; more where items were condensed"),
         "evidence_distance": _item("tokens from the evidence to the question, mean over the answers"),
         "depth": _item("place of the evidence, 0 to 1"),
+        "answers": _item("one by one: [first token of the query, last token of the evidence, 1 if right, nats per token]"),
     },
     "answer": {  # answers of a task by distance to their evidence, all items together
         "task": _key("as of task"),
@@ -101,6 +102,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "answers": _total("how many"),
     },
     "layer": {  # diagnostics of attention, means over KV heads and queries (methods/blocks.py, methods/prompt.py)
+        "corpus": _key("as of language", needed=False),
         "layer": _key("0 = first"),
         "captured_mass": _layer("share of the dense attention mass on the chosen blocks", column=True),
         "oracle_mass": _layer("share on the best blocks, as many", column=True),
@@ -116,6 +118,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "attention_flops": _layer("of a query, selection included"),
     },
     "heat": {  # which key blocks one head selects: an illustration
+        "corpus": _key("as of language", needed=False),
         "layer": _key("0 = first"),
         "kv_head": _key("0 = first"),
         "document": _key("name of the document"),

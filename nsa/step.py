@@ -14,8 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import data, model as model_lib, optim, schedule, sharding
+from pallas_kernels import backends
 
 LN2 = float(np.log(2.0))
+UNROLLED_LAYERS = 12  # stacks of up to so many layers are unrolled where a loop costs more; see `layers_per_turn`
 MAX_LOGITS = 2 ** 28  # float32 numbers on a device at a time (1 GiB); more go in chunks
 BATCH_KEYS = ("inputs", "targets", "weights", "segment_ids")
 
@@ -98,10 +100,25 @@ def _nll_in_chunks(config, params, hidden, targets):
   return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(B, T)
 
 
+def layers_per_turn(config) -> int:
+  """Layers that one turn of the train step's loop holds: `config.unroll`, or what was measured to be faster.
+
+  On a GPU all layers of a stack of up to UNROLLED_LAYERS, unless they are recomputed: a loop writes what the backward pass
+  needs of each layer into stacked arrays and reads it from there again. On one H200, 10M parameters in 6 layers,
+  8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1. With recomputation one array per layer is
+  stacked. On a CPU a loop compiles faster and runs as fast.
+  """
+  if config.unroll:
+    return config.unroll
+  if backends.current_platform() != "gpu" or config.model.remat != "none" or config.model.num_layers > UNROLLED_LAYERS:
+    return 1
+  return config.model.num_layers
+
+
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
-                          losses=step.losses, constrain=constrain)
+                          losses=step.losses, constrain=constrain, unroll=layers_per_turn(config))
   nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
@@ -143,7 +160,7 @@ _compiled: dict[Any, Any] = {}  # programs of this process; runs that differ in 
 
 
 def _key(config, mesh):
-  return (repr((model_lib.architecture(config), config.optimizer)), len(config.seeds), mesh)
+  return (repr((model_lib.architecture(config), config.optimizer, config.unroll)), len(config.seeds), mesh)
 
 
 def compile_init(config, mesh):

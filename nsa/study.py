@@ -14,8 +14,9 @@ from absl import logging
 from etils import epath
 
 from nsa import config as config_lib
-from nsa import flops, metrics, processes, train
+from nsa import flops, lock, metrics, processes, train
 from nsa.config import Config, ConfigError
+from nsa.tasks import audit
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Study:
   budgets: dict[str, float] = field(default_factory=dict)  # arm -> share of the steps after leaving dense
   margin: float = 0.01             # equivalence margin of the primary endpoint, bits per byte
   task_margin: float = 0.02        # of the secondary endpoint, mean exact match over the tasks
+  shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py), on purpose
 
 
 @dataclass
@@ -58,6 +60,12 @@ def jobs(study: Study, directory) -> list[Job]:
   if twice:
     raise ConfigError([("arms", ", ".join(twice), "two arms have the same name and size: rename one")])
   return _trunks_first(out)
+
+
+def check_tasks(study: Study) -> None:
+  """Raises ConfigError where tasks can be answered without selecting anything, unless `study.shortcuts`."""
+  if problems := audit.problems(study):
+    raise ConfigError(problems)
 
 
 def _cohort(study, directory, seeds) -> list[Job]:
@@ -116,6 +124,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   """
   directory = epath.Path(directory)
   todo = jobs(study, directory)
+  check_tasks(study)
   others = [job for job in todo if only and not any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only)]
   todo = [job for job in todo if job not in others]
   if not todo:
@@ -139,6 +148,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
     _run_one(job, todo, directory)
     if job.status == "done":
       clock, trained = clock + time.monotonic() - before, trained + work[job.run]
+    elif job.status == "pending":
+      on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
     else:
       on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
       if len(job.config.seeds) > 1 and "not finite" in job.error:
@@ -163,10 +174,14 @@ def _run_one(job: Job, todo: list[Job], directory) -> None:
   try:
     if trunk is not None and trunk.status == "failed":
       raise RuntimeError(f"its trunk {trunk.run} failed")
+    if trunk is not None and trunk.status == "pending":
+      raise lock.Busy(f"its trunk {trunk.run} is not done yet")
     train.train(job.config, workdir)
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
+  except lock.Busy as error:    # another process is at it: neither failed nor done
+    job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
     logging.debug("%s", traceback.format_exc())

@@ -1,7 +1,7 @@
 """Training: one loop that reads from top to bottom.
 
     train(config, workdir) -> the step it reached, with workdir holding
-    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh. With several processes each
@@ -10,10 +10,12 @@ calls `train` with the same config and a workdir that all of them see; process 0
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import tempfile
 import time
 
 from absl import logging
@@ -21,13 +23,14 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import checkpoint, config as config_lib, evaluate, flops, metrics, model as model_lib, optim, processes, schedule, sharding
+from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
+                 schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
-_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "peak_tflops",
-                "tensorboard")
+_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "unroll",
+                "peak_tflops", "tensorboard")
 
 
 class Preempted(Exception):
@@ -55,11 +58,21 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     Preempted: SIGTERM; the state is saved.
     Diverged: the loss became NaN or infinite; the message names step, rows and last good checkpoint.
     ProcessError: another process failed, or has another config, corpus or workdir.
+    lock.Busy, a ProcessError: another run goes on in `workdir`.
+    RuntimeError: an error in the middle of training that is of none of these kinds; its cause says which.
   """
   workdir = epath.Path(workdir)
   config_lib.validate(config)
   config_lib.validate(config, jax.device_count())
   processes.agree(config=json.dumps(config_lib.to_dict(config)))
+  with contextlib.ExitStack() as stack:
+    with processes.together("opening the workdir"):
+      make_workdir(workdir)
+      held = stack.enter_context(lock.Lock(workdir)) if processes.first() else None
+    return _train(config, workdir, held, progress, hang_seconds)
+
+
+def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float) -> int:
   open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
@@ -73,10 +86,11 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
 
   with processes.together("reading the data"):
     batches = step_lib.Batches(config, mesh)
-  processes.agree(corpus=batches.fingerprint)
+    read = corpora(config, workdir, batches, resumed=checkpoints.latest() is not None)
+  processes.agree(corpus=json.dumps(read))
   first = processes.first()
   if first:
-    metrics.write_json(workdir / "versions.json", {**versions(), "corpus_sha256": batches.fingerprint})
+    metrics.write_json(workdir / "versions.json", {**versions(), **read})
   state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
@@ -89,12 +103,14 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
 
   seeds = step_lib.seeds_of(config)
-  with processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog, writer or contextlib.nullcontext():
-    cut = bool(start) and _evaluates(config, start) and not (workdir / f"eval/{start}.json").exists() and start in checkpoints.steps()
+  with (_under_way(workdir), processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog,
+        writer or contextlib.nullcontext(), checkpoints):
+    cut = (bool(start) and _evaluates(config, start) and start in checkpoints.steps()
+           and not evaluate.is_there(config, workdir, start, during=start < total))
     processes.agree(evaluation=str(cut))
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
-        evaluate.write(config, state.params, workdir, start, mesh, during=start < total)
+        evaluate.write(config, state.params, workdir, start, mesh, during=start < total, own=True)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
@@ -125,6 +141,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
         watchdog.expect(f"the checkpoint of step {done}")
         with bar.pause("checkpoint"):
           if first:
+            held.check()
             writer.sync()              # a checkpoint never is ahead of the records
           checkpoints.save(done, state, wait=stop)
       if stop:
@@ -132,7 +149,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
       if evaluating:
         watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
-          evaluate.write(config, state.params, workdir, done, mesh, during=done < total)
+          evaluate.write(config, state.params, workdir, done, mesh, during=done < total, own=True)
     bar.close()
     watchdog.expect("the last checkpoint")
     checkpoints.close()
@@ -140,6 +157,16 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
   processes.barrier("nsa.train.done")
   return total
+
+
+@contextlib.contextmanager
+def _under_way(workdir):
+  """Turns errors that elsewhere mean wrong input, with nothing touched, into what they are once training has begun."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest checkpoint. "
+                       f"{type(error).__name__}: {error}") from error
 
 
 def _evaluates(config, done: int) -> bool:
@@ -150,12 +177,24 @@ def _evaluates(config, done: int) -> bool:
 # --- the run directory ------------------------------------------------------------
 
 
+def make_workdir(workdir: epath.Path) -> None:
+  """Makes the directory. Raises ConfigError where there can be none, or nothing can be written into it."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if "://" not in os.fspath(workdir):
+      tempfile.TemporaryFile(dir=workdir).close()
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise config_lib.ConfigError([("--workdir", str(workdir), f"cannot be made or written to ({error.strerror}): take a directory "
+                                   "of your own")]) from None
+
+
 def open_workdir(config, workdir: epath.Path) -> None:
   """Writes config.json, or checks that the run there has the same config."""
   path = workdir / "config.json"
   wanted = config_lib.to_dict(config)
   with processes.together("opening the workdir"):
-    workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
       found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
       changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
@@ -171,6 +210,39 @@ def open_workdir(config, workdir: epath.Path) -> None:
     if not path.exists():
       raise config_lib.ConfigError([("--workdir", str(workdir), f"process {jax.process_index()} does not see the config.json "
                                      "that process 0 has written: take a directory that all hosts share")])
+
+
+def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
+  """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
+
+  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names another
+  data.source or tokenizer, or begins anew.
+  """
+  read = {"corpus_sha256": batches.fingerprint, "held_out_sha256": held_out.check(config)}
+  if resumed:
+    before = _recorded(workdir)
+    _same_corpora(config, read, before, workdir, "bring them back, or begin again in another workdir")
+    return {**read, "held_out_sha256": {**before.get("held_out_sha256", {}), **read["held_out_sha256"]}}
+  trunk = epath.Path(config.fork.workdir)
+  if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
+    theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
+    if (theirs.texts, theirs.tokenizer) == (config.data.texts, config.data.tokenizer):
+      _same_corpora(config, read, _recorded(trunk), trunk, "bring them back, train the trunk again, or give these a data.source of "
+                    "their own")
+  return read
+
+
+def _recorded(workdir) -> dict:
+  return metrics.read_json(workdir / "versions.json") if (workdir / "versions.json").exists() else {}
+
+
+def _same_corpora(config, read, before, workdir, fix):
+  theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
+  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read (SHA-256 "
+               f"{ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
+              for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items() if theirs.get(split, ours) not in (ours, None)]
+  if problems:
+    raise config_lib.ConfigError(problems)
 
 
 def versions() -> dict:

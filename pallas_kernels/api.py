@@ -22,9 +22,13 @@ a named implementation that cannot serve the arguments.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+import numpy as np
 
 from pallas_kernels import backends
 from pallas_kernels import partition
@@ -37,9 +41,14 @@ from pallas_kernels.backends import target_platform
 __all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k",
            "index_kl", "index_top_k", "paged_attention", "register", "selected_attention", "target_platform")
 
+Offset = int | np.integer | Int[Array, ""] | Int[Array, "B"]
+Scale = float | Float[Array, ""]
 
-def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None, query_offset=0,
-              implementation=None):
+
+def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *,
+              causal: bool = True, window: int | None = None, scale: Scale | None = None,
+              segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+              implementation: str | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """Softmax attention, dense or over a sliding window.
 
   Args:
@@ -63,8 +72,10 @@ def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None
               scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
-def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None, segment_ids=None,
-                         query_offset=0, implementation=None):
+def compressed_attention(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"], v_cmp: Float[Array, "B C K H"], *,
+                         block_len: int, block_stride: int, scale: Scale | None = None,
+                         segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+                         implementation: str | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """Attention over compressed blocks of keys (NSA, arXiv 2502.11089, eq. 7).
 
   Compressed block c stands for the tokens [c * block_stride, c * block_stride + block_len). Token t sees it
@@ -90,8 +101,11 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
               query_offset=query_offset)
 
 
-def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_blocks, num_initial=1,
-                     num_local=2, scale=None, segment_ids=None, query_offset=0, implementation=None):
+def compressed_top_k(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"], lse: Float[Array, "B T N"], *,
+                     block_len: int, block_stride: int, block_size: int, num_blocks: int, num_initial: int = 1,
+                     num_local: int = 2, scale: Scale | None = None,
+                     segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+                     implementation: str | None = None) -> Int[Array, "B T K J"]:
   """Selects blocks by the attention their tokens get from compressed attention (NSA, eq. 8 to 12).
 
   p_cmp = exp(scale * q.k_cmp - lse). The score of selection block j is the sum of p_cmp over the compressed
@@ -130,8 +144,10 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   return checkpoint_name(indices, "block_indices")  # a remat that saves it cannot select anew
 
 
-def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_local=1, scale=None,
-                segment_ids=None, query_offset=0, implementation=None):
+def index_top_k(q_idx: Float[Array, "B T K Hi"], k_idx: Float[Array, "B S Hi"], *, block_size: int, num_blocks: int,
+                num_initial: int = 0, num_local: int = 1, scale: Scale | None = None,
+                segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+                implementation: str | None = None) -> Int[Array, "B T K J"]:
   """Selects blocks by the best index score among their visible tokens (MSA, arXiv 2606.13392).
 
   Scores are scale * <q_idx, k_idx>, masked, then max-pooled over each block. Forced blocks, visibility and
@@ -157,8 +173,10 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
   return checkpoint_name(indices, "block_indices")
 
 
-def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
-                       implementation=None):
+def selected_attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+                       block_indices: Int[Array, "B T K J"], *, block_size: int, scale: Scale | None = None,
+                       segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+                       implementation: str | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """Softmax attention over the visible tokens of each query's selected blocks (NSA, eq. 11 and 12).
 
   Args:
@@ -180,8 +198,11 @@ def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segmen
               scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
-def paged_attention(q, k_pages, v_pages, page_table, *, block_indices=None, window=None, scale=None, query_offset=0,
-                    implementation=None):
+def paged_attention(q: Float[Array, "B T N H"], k_pages: Float[Array, "pages page_size K H"],
+                    v_pages: Float[Array, "pages page_size K H"], page_table: Int[Array, "B table"], *,
+                    block_indices: Int[Array, "B T K J"] | None = None, window: int | None = None,
+                    scale: Scale | None = None, query_offset: Offset = 0,
+                    implementation: str | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
   """`attention` or, with block indices, `selected_attention` over a cache of pages: decoding.
 
   A page holds the keys of one block, so that a selected block is one page. Page page_table[b, j] holds the tokens
@@ -214,8 +235,11 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices=None, wind
               block_indices=block_indices, window=window, scale=_scale(scale, q), query_offset=query_offset)
 
 
-def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None,
-             segment_ids=None, query_offset=0, implementation=None):
+def index_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
+             q_idx: Float[Array, "B T K Hi"], k_idx: Float[Array, "B S Hi"],
+             block_indices: Int[Array, "B T K J"] | None, *, block_size: int, scale: Scale | None = None,
+             index_scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None,
+             query_offset: Offset = 0, implementation: str | None = None) -> Float[Array, "B T K"]:
   """KL(P || P_idx) per query and KV head: what trains an index branch (MSA, arXiv 2606.13392).
 
   Over the selected, visible tokens, P is the mean over the group's heads of exp(scale * q.k - lse), held
@@ -251,8 +275,9 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
               segment_ids=segment_ids, query_offset=query_offset)
 
 
-def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, keys=None, segment_ids=None,
-                query_offset=0, implementation=None):
+def block_top_k(scores: Float[Array, "B T K blocks"], *, block_size: int, num_blocks: int, num_initial: int = 0,
+                num_local: int = 1, keys: int | None = None, segment_ids: Int[Array, "B S"] | None = None,
+                query_offset: Offset = 0, implementation: str | None = None) -> Int[Array, "B T K J"]:
   """The best J visible blocks by given scores: what every training-free selection ends in. No gradient.
 
   Args:
@@ -280,7 +305,9 @@ def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, k
   return checkpoint_name(indices, "block_indices")
 
 
-def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_offset=0, implementation=None):
+def block_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"], *, block_size: int,
+               scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+               implementation: str | None = None) -> tuple[Float[Array, "B T K blocks"], Float[Array, "B T K"]]:
   """Where dense attention puts its mass, by block: the oracle's scores and the ceiling of any selector.
 
   Args:
@@ -307,7 +334,7 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
 # --- dispatch -----------------------------------------------------------------
 
 
-def _run(operation, implementation, **arguments):
+def _run(operation: str, implementation: str | None, **arguments: Any) -> Any:
   def call(**arguments):
     chosen = backends.choose(operation, implementation, arguments)
     with jax.named_scope(f"{operation}_{chosen.name}"):
@@ -321,5 +348,5 @@ for _operation in backends.OPERATIONS:
            supports=lambda arguments: None)
 
 
-def _scale(scale, q):
+def _scale(scale: Scale | None, q: Array) -> Scale:
   return q.shape[-1] ** -0.5 if scale is None else scale

@@ -3,15 +3,10 @@
 The functions here take the arguments of `pallas_kernels.api`, which documents
 and validates them, and define the result that every kernel is compared with.
 They are dense and masked: each works on [B, K, G, T, S] scores and hides what
-was not selected. Where positions are known ahead, queries go through in a few
-parts that each leave out the keys that causality or the window hides from all
-of the part. Once the scores of all parts would hold more than `MAX_SCORES`
-numbers each goes through in chunks of queries that are recomputed in the
-backward pass: so memory grows with T and S, not with T * S.
-
-Rows that see nothing give o = 0, lse = -inf and zero gradients: masked scores
-are -inf but are only ever compared with a finite row maximum, so no inf - inf
-and no 0 * inf arises, forward or backward.
+was not selected (masked.py). Where positions are known ahead, queries go through
+in a few parts that each leave out the keys that causality or the window hides from
+all of the part. Once the scores of all parts would hold more than `MAX_SCORES`
+numbers each goes through in chunks of queries.
 """
 from __future__ import annotations
 
@@ -22,7 +17,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_SCORES = 2 ** 25  # float32 scores of an array at a time (128 MiB); more go through in chunks of queries
+from pallas_kernels import masked
+
 PART_QUERIES = 128  # least queries of a part, and the most parts: each is compiled on its own
 MAX_PARTS = 4
 
@@ -36,8 +32,8 @@ def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None
   pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
 
   def part(keys, q, pos, seg):
-    mask = _visible_tokens(pos, seg, keys, segment_ids, causal=causal, window=window)
-    return _attend(q, k[:, keys], v[:, keys], mask[:, None], scale)
+    mask = masked.visible_tokens(pos, seg, keys, segment_ids, causal=causal, window=window)
+    return masked.attend(q, k[:, keys], v[:, keys], mask[:, None], scale)
 
   offset = query_offset if causal else None
   return _over_queries(part, k.shape[1], offset, window, q, pos, seg)
@@ -51,7 +47,7 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
 
   def part(keys, q, pos, seg):
     mask = _visible_compressed(pos, seg, k_cmp.shape[1], segment_ids, block_len, block_stride)
-    return _attend(q, k_cmp, v_cmp, mask[:, None], scale)
+    return masked.attend(q, k_cmp, v_cmp, mask[:, None], scale)
 
   return _over_queries(part, k_cmp.shape[1], None, None, q, pos, seg)
 
@@ -71,8 +67,8 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
 
   def part(keys, q, lse, pos, seg):
     mask = _visible_compressed(pos, seg, C, segment_ids, block_len, block_stride)
-    p = _probabilities(q, k_cmp, lse, mask[:, None], scale).sum(axis=2)  # over the heads of the group
-    scores = _einsum("bktc,cj->btkj", p, weights)
+    p = masked.probabilities(q, k_cmp, lse, mask[:, None], scale).sum(axis=2)  # over the heads of the group
+    scores = masked.einsum("bktc,cj->btkj", p, weights)
     visible = _visible_blocks(pos, seg, S, segment_ids, block_size)
     return _choose(scores, visible, pos, block_size, num_blocks, num_initial, num_local)
 
@@ -87,10 +83,10 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
   pos, seg = _query_positions(q_idx.shape[1], query_offset, segment_ids)
 
   def part(keys, q_idx, pos, seg):
-    mask = _visible_tokens(pos, seg, keys, segment_ids)
+    mask = masked.visible_tokens(pos, seg, keys, segment_ids)
     s = jnp.where(mask[:, None], _index_scores(q_idx, k_idx[:, keys], scale), -jnp.inf)  # [B, K, T, S]
-    scores = _by_block(s, block_size, -jnp.inf).max(axis=-1).transpose(0, 2, 1, 3)
-    visible = _by_block(mask, block_size, False).any(axis=-1)
+    scores = masked.by_block(s, block_size, -jnp.inf).max(axis=-1).transpose(0, 2, 1, 3)
+    visible = masked.by_block(mask, block_size, False).any(axis=-1)
     return _choose(scores, visible, pos, block_size, num_blocks, num_initial, num_local)
 
   return _over_queries(part, k_idx.shape[1], query_offset, None, q_idx, pos, seg)
@@ -103,7 +99,7 @@ def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segmen
 
   def part(keys, q, block_indices, pos, seg):
     mask = _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size)
-    return _attend(q, k[:, keys], v[:, keys], mask, scale)
+    return masked.attend(q, k[:, keys], v[:, keys], mask, scale)
 
   return _over_queries(part, k.shape[1], query_offset, None, q, block_indices, pos, seg)
 
@@ -119,10 +115,10 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices=None, wind
 
   def part(keys, q, block_indices, pos):
     if block_indices is None:
-      mask = _visible_tokens(pos, None, keys, None, window=window)[:, None]
+      mask = masked.visible_tokens(pos, None, keys, None, window=window)[:, None]
     else:
       mask = _selected_tokens(block_indices, pos, None, keys, None, size)
-    return _attend(q, k[:, keys], v[:, keys], mask & there[..., keys], scale)
+    return masked.attend(q, k[:, keys], v[:, keys], mask & there[..., keys], scale)
 
   return _over_queries(part, blocks * size, query_offset, window, q, block_indices, pos)
 
@@ -137,18 +133,9 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
 
   def part(keys, q, lse, q_idx, block_indices, pos, seg):
     mask = _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size)  # [B, K, T, S]
-    target = _probabilities(q, k[:, keys], lse, mask, scale).mean(axis=2)  # [B, K, T, S], a mean over heads
-    total = target.sum(axis=-1, keepdims=True)
-    target = target / jnp.where(total > 0, total, 1.0)
-    seen = total[..., 0] > 0
-    s, top = _mask_scores(_index_scores(q_idx, k_idx[:, keys], index_scale), mask)
-    norm = jnp.exp(s - top).sum(axis=-1)
-    log_norm = top[..., 0] + jnp.log(jnp.where(seen & (norm > 0), norm, 1.0))
-    # -inf * 0 is NaN: the scores outside the set leave the sum before they meet their zero weight.
-    cross = jnp.where(mask, s, 0.0)
-    entropy = jnp.where(target > 0, target * jnp.log(jnp.where(target > 0, target, 1.0)), 0.0)
-    loss = (entropy - target * cross).sum(axis=-1) + log_norm  # target sums to 1: d/ds = P_idx - P
-    return jnp.where(seen, loss, 0.0).transpose(0, 2, 1)
+    target = masked.probabilities(q, k[:, keys], lse, mask, scale).mean(axis=2)  # [B, K, T, S], a mean over heads
+    loss = masked.kl(target, _index_scores(q_idx, k_idx[:, keys], index_scale), mask)
+    return loss.transpose(0, 2, 1)
 
   return _over_queries(part, k.shape[1], query_offset, None, q, lse, q_idx, block_indices, pos, seg)
 
@@ -173,10 +160,10 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
   pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
 
   def part(keys, q, lse, pos, seg):
-    mask = _visible_tokens(pos, seg, keys, segment_ids)[:, None]
-    p = _probabilities(q, k, lse, mask, scale)
+    mask = masked.visible_tokens(pos, seg, keys, segment_ids)[:, None]
+    p = masked.probabilities(q, k, lse, mask, scale)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1).mean(axis=2)
-    mass = _by_block(p.mean(axis=2), block_size, 0.0).sum(axis=-1)
+    mass = masked.by_block(p.mean(axis=2), block_size, 0.0).sum(axis=-1)
     return mass.transpose(0, 2, 1, 3), entropy.transpose(0, 2, 1)
 
   return _over_queries(part, k.shape[1], None, None, q, lse, pos, seg)  # all blocks in each row: one part
@@ -197,55 +184,9 @@ def overlap_weights(num_compressed, num_blocks, block_len, block_stride, block_s
   return (np.maximum(shared, 0) / block_stride).astype(np.float32)
 
 
-def _einsum(spec, x, y):
-  # HIGHEST, or an accelerator multiplies float32 in TF32 or bfloat16 and the truth is not one.
-  return jnp.einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32), precision=lax.Precision.HIGHEST,
-                    preferred_element_type=jnp.float32)
-
-
-def _scores(q_BTNH, k_BSKH, scale):
-  """Scaled scores, float32[B, K, G, T, S]."""
-  B, T, N, H = q_BTNH.shape
-  K = k_BSKH.shape[2]
-  # The small operands are transposed, so that the products come out in their final order.
-  q_BKGTH = (q_BTNH.astype(jnp.float32) * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  return _einsum("bkgth,bksh->bkgts", q_BKGTH, k_BSKH.transpose(0, 2, 1, 3))
-
-
 def _index_scores(q_idx_BTKH, k_idx_BSH, scale):
   """Scaled index scores, float32[B, K, T, S]."""
-  return _einsum("bkth,bsh->bkts", q_idx_BTKH.astype(jnp.float32).transpose(0, 2, 1, 3) * scale, k_idx_BSH)
-
-
-def _mask_scores(s, mask):
-  """Scores with -inf outside the mask, and each row's maximum (0 where nothing is seen), kept as a dim."""
-  s = jnp.where(mask, s, -jnp.inf)
-  top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
-  return s, jnp.where(top > -jnp.inf, top, 0.0)
-
-
-def _attend(q, k, v, mask_BKTS, scale):
-  """Softmax attention over a mask: o[B, T, N, H] in q.dtype and lse float32[B, T, N]."""
-  B, T, N, H = q.shape
-  s, top = _mask_scores(_scores(q, k, scale), mask_BKTS[:, :, None])
-  p = jnp.exp(s - top)
-  norm = p.sum(axis=-1)
-  seen = norm > 0
-  safe = jnp.where(seen, norm, 1.0)
-  lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)  # [B, K, G, T]
-  o = _einsum("bkgts,bksh->bkgth", p, v.transpose(0, 2, 1, 3)) / safe[..., None]
-  o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
-  return o, lse.transpose(0, 3, 1, 2).reshape(B, T, N)
-
-
-def _probabilities(q, k, lse_BTN, mask_BKTS, scale):
-  """exp(score - lse) inside the mask, 0 outside and in rows with lse = -inf: float32[B, K, G, T, S]."""
-  B, T, N = lse_BTN.shape
-  K = k.shape[2]
-  lse = lse_BTN.astype(jnp.float32).reshape(B, T, K, N // K).transpose(0, 2, 3, 1)[..., None]
-  seen = lse > -jnp.inf
-  s = jnp.where(mask_BKTS[:, :, None] & seen, _scores(q, k, scale), -jnp.inf)
-  return jnp.exp(s - jnp.where(seen, lse, 0.0))
+  return masked.einsum("bkth,bsh->bkts", q_idx_BTKH.astype(jnp.float32).transpose(0, 2, 1, 3) * scale, k_idx_BSH)
 
 
 def _query_positions(T, query_offset, segment_ids):
@@ -256,18 +197,6 @@ def _query_positions(T, query_offset, segment_ids):
     return pos, None
   at = jnp.broadcast_to(pos, (segment_ids.shape[0], T))
   return pos, jnp.take_along_axis(segment_ids, at, axis=1, mode="clip")
-
-
-def _visible_tokens(pos, seg, keys, segment_ids, *, causal=True, window=None):
-  """bool[1 or B, T, S]: which tokens of the slice `keys` each query may see. Padded queries have pos = -1."""
-  tokens = jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
-  pos = pos[:, :, None]
-  mask = tokens <= pos if causal else jnp.broadcast_to(pos >= 0, pos.shape[:2] + tokens.shape)
-  if window is not None:
-    mask &= tokens > pos - window
-  if segment_ids is not None:
-    mask &= seg[:, :, None] == segment_ids[:, None, keys]
-  return mask
 
 
 def _visible_compressed(pos, seg, C, segment_ids, block_len, block_stride):
@@ -286,15 +215,7 @@ def _visible_blocks(pos, seg, S, segment_ids, block_size):
   """bool[1 or B, T, blocks]: blocks with at least one token the query may see."""
   if segment_ids is None:
     return jnp.arange(-(-S // block_size), dtype=jnp.int32) * block_size <= pos[:, :, None]
-  return _by_block(_visible_tokens(pos, seg, slice(0, S), segment_ids), block_size, False).any(axis=-1)
-
-
-def _by_block(x, block_size, fill):
-  """[..., S] -> [..., blocks, block_size], the last block padded with `fill`."""
-  S = x.shape[-1]
-  blocks = -(-S // block_size)
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block_size - S)], constant_values=fill)
-  return x.reshape(x.shape[:-1] + (blocks, block_size))
+  return masked.by_block(masked.visible_tokens(pos, seg, slice(0, S), segment_ids), block_size, False).any(axis=-1)
 
 
 def _choose(scores_BTKj, visible_BTj, pos, block_size, num_blocks, num_initial, num_local):
@@ -316,16 +237,10 @@ def _choose(scores_BTKj, visible_BTj, pos, block_size, num_blocks, num_initial, 
 
 def _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size):
   """bool[B, K or 1, T, S]: visible tokens of the selected blocks (of all blocks without indices)."""
-  visible = _visible_tokens(pos, seg, keys, segment_ids)[:, None]
+  visible = masked.visible_tokens(pos, seg, keys, segment_ids)[:, None]
   if block_indices is None:
     return visible
-  S = keys.stop  # such slices begin at 0
-  blocks = -(-S // block_size)
-  # One comparison per (slot, block), not per (slot, token); a duplicate sets a bit that is already set.
-  chosen = (block_indices[..., None] == jnp.arange(blocks, dtype=block_indices.dtype)).any(axis=-2)
-  chosen = chosen.transpose(0, 2, 1, 3)[..., None]  # [B, K, T, blocks, 1]
-  tokens = jnp.broadcast_to(chosen, chosen.shape[:-1] + (block_size,))
-  return tokens.reshape(chosen.shape[:-2] + (blocks * block_size,))[..., :S] & visible
+  return masked.selected_tokens(block_indices, block_size, keys.stop) & visible  # such slices begin at 0
 
 
 def _over_queries(part, S, offset, window, *xs):
@@ -349,26 +264,5 @@ def _over_queries(part, S, offset, window, *xs):
   for queries, keys in slices:
     f = functools.partial(part, keys)
     ys = jax.tree.map(lambda x: x[:, queries], xs)
-    results.append(f(*ys) if total <= MAX_SCORES else _in_chunks(f, max(1, MAX_SCORES // row(keys)), *ys))
+    results.append(f(*ys) if total <= masked.MAX_SCORES else masked.in_chunks(f, max(1, masked.MAX_SCORES // row(keys)), *ys))
   return results[0] if parts == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys, axis=1), *results)
-
-
-def _in_chunks(f, chunk, *xs):
-  """f(*xs) by chunks of at most `chunk` queries, each recomputed in the backward pass; pos = -1 pads."""
-  T = xs[0].shape[1]
-  n = -(-T // chunk)
-  if n <= 1:
-    return jax.checkpoint(f)(*xs)
-  chunk = -(-T // n)
-
-  def split(x):
-    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
-    x = jnp.pad(x, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape((x.shape[0], n, chunk) + x.shape[2:]), 1, 0)
-
-  def join(y):
-    y = jnp.moveaxis(y, 0, 1)
-    return y.reshape((y.shape[0], n * chunk) + y.shape[3:])[:, :T]
-
-  step = jax.checkpoint(f, prevent_cse=False)  # a scan's body is not merged with its recomputation anyway
-  return jax.tree.map(join, lax.map(lambda xs: step(*xs), jax.tree.map(split, xs)))

@@ -230,7 +230,63 @@ def test_short_tasks_are_packed(corpus):
       assert np.all(b["weights"][row][120:] == 0)
   assert set(counts) == {4, 6} and 20 < len(counts) < 60  # a quarter of 160 rows
   with pytest.raises(ValueError, match="data.context = 16: task copy"):
-    data.make(dataclasses.replace(config, task_lengths=(16, 128)), seed=0)
+    data.make(dataclasses.replace(config, task_lengths=(8, 16)), seed=0)
+  # A task takes the lengths that it fits into: 16 tokens hold 4 pairs, but no string of 6 letters and its copy.
+  some = data.make(dataclasses.replace(config, task_lengths=(16, 128)), seed=0)
+  lines = [line for step in range(20) for line in some.describe(some.batch_at(step)).split("\n") if "task" in line]
+  assert {("mqar" in line, "8 of 16" in line) for line in lines} == {(True, True), (True, False), (False, False)}
+
+
+# --- a fixed number of task rows, mixed corpora ---
+
+
+def test_every_batch_has_its_rows_of_tasks(corpus):
+  """One row of 8 at 64 tokens, the same share at other lengths; the text around it has no gap; the loss weight is constant."""
+  config = config_of(corpus, task_rows=2, task_loss=0.25, tasks=("mqar:pairs=4", "copy:length=6"), filler_weight=0.0)
+  pipeline, plain = data.make(config, seed=4), data.make(config_of(corpus), seed=4)
+  text = []
+  for step in range(12):
+    b = pipeline.batch_at(step)
+    is_task = ["task" in line for line in pipeline.describe(b).split("\n")]
+    assert is_task == [False, False, False, True] * 2
+    np.testing.assert_allclose(b["weights"][is_task].sum(axis=1), 0.25 / 0.75 * 6 * 64 / 2, rtol=1e-5)
+    assert b["weights"][is_task].sum() / (b["weights"][is_task].sum() + 6 * 64) == pytest.approx(0.25)
+    text += [b["inputs"][row] for row in np.flatnonzero(~np.array(is_task))]
+    half = data.make(config, seed=4).batch_at(step, rows=slice(4, 8))
+    for name in b:
+      np.testing.assert_array_equal(half[name], b[name][4:])
+  np.testing.assert_array_equal(text, np.concatenate([plain.batch_at(step)["inputs"] for step in range(9)]))
+  assert sum("task" in line for line in pipeline.describe(pipeline.batch_at(1, context=32)).split("\n")) == 4
+  with pytest.raises(ValueError, match="context = 512: data.task_rows = 2 of 8 rows are no whole number of a batch of 1"):
+    pipeline.check_context(512)
+  with pytest.raises(ValueError, match="data.task_rows = 1: data.tasks is empty"):
+    data.make(config_of(corpus, task_rows=1), seed=0)
+
+
+def test_corpora_are_mixed_by_weight(corpus, tmp_path):
+  for split in ("train", "val"):
+    (tmp_path / split).mkdir()
+    (tmp_path / split / "z.txt").write_bytes(b"z" * 3000)
+  config = config_of(corpus, corpora={"noise": f"files:{corpus}", "zeds": f"files:{tmp_path}"}, weights={"noise": 3.0},
+                     task_rows=1, tasks=("mqar:pairs=4",))
+  pipeline, alone = data.make(config, seed=2), data.make(config_of(corpus), seed=2)
+  rows = {"noise": [], "zeds": []}
+  for step in range(16):
+    b = pipeline.batch_at(step)
+    for row, line in enumerate(pipeline.describe(b).split("\n")):
+      if "task" not in line:
+        rows["zeds" if "z.txt" in line else "noise"].append(b["inputs"][row])
+    share = len(rows["noise"]) / sum(map(len, rows.values()))
+    assert abs(share - 0.75) * 7 * (step + 1) <= 1  # never more than a row from the stated share
+  # Each corpus is read as it would be alone.
+  first = np.concatenate([alone.batch_at(step)["inputs"] for step in range(len(rows["noise"]) // 8)])
+  np.testing.assert_array_equal(rows["noise"][:len(first)], first)
+  assert pipeline.fingerprint != alone.fingerprint != data.make(config_of(corpus, corpora={"zeds": f"files:{tmp_path}"}), 0).fingerprint
+  assert data.make(dataclasses.replace(config, weights={}), 2).fingerprint == pipeline.fingerprint
+  assert {w.document for w in data.eval_windows(config, "val", -1, 100, "zeds")} == {"z.txt"}
+  assert len(data.eval_windows(config, "val", -1, 100, "zeds")) == 30  # 3002 positions
+  with pytest.raises(ValueError, match=r"data.weights\['zeds'\] = 1e-09: above 0, and at least 1/1000"):
+    data.make(dataclasses.replace(config, weights={"zeds": 1e-9}), seed=0)
 
 
 def test_describe_names_the_document(corpus):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, evaluate, methods, model as model_lib
+from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, tasks
 from nsa.methods import blocks
 import pallas_kernels as pk
 
@@ -87,7 +87,7 @@ def flattened(rows):
 def test_batches_do_not_change_the_records():
   config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), tasks=("mqar:pairs=2",))
   (three, _), (eight, _) = records(config, batch=3), records(config, batch=8)
-  assert {row["kind"] for row in three} == {"language", "position", "task", "layer", "heat"}
+  assert {row["kind"] for row in three} == {"language", "position", "task", "answer", "layer", "heat"}
   assert [{k: v for k, v in a.items() if not isinstance(v, float)} for a in three] == [
       {k: v for k, v in b.items() if not isinstance(v, float)} for b in eight]
   a, b = flattened(three), flattened(eight)
@@ -99,19 +99,65 @@ def test_batches_do_not_change_the_records():
 def test_task_records_score_whole_answers():
   config = make_config(methods.Dense(), tasks=("mqar:pairs=2",), sequences=0)
   rows, params = records(config)
-  examples = evaluate.tasks.batch("mqar:pairs=2", evaluate._TASK_SEED, 3, T, "val",
+  examples = tasks.batch("mqar:pairs=2", held_out.TASK_SEED, 3, T, "val",
                                   data.load("stdlib", "val"))
   run = jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)
   logits = np.asarray(run(params, examples["inputs"]))
   log_p = np.asarray(jax.nn.log_softmax(logits))
-  assert [row["index"] for row in rows] == [0, 1, 2]
-  for i, row in enumerate(rows):
+  items, everything = of_kind(rows, "task"), []
+  assert [row["index"] for row in items] == [0, 1, 2]
+  for i, row in enumerate(items):
     group, targets = examples["answer_group"][i], examples["targets"][i]
     right = logits[i].argmax(-1) == targets
     answers = [right[group == g].all() for g in range(group.max() + 1)]
     assert row["exact_match"] == np.mean(answers)
     nll = [-log_p[i, t, targets[t]] for t in np.flatnonzero(group >= 0)]
     np.testing.assert_allclose(row["answer_nll"], np.mean(nll), rtol=1e-5)
+    # One by one, and those alone whose evidence lies behind the first 2 tokens and more than 8 before the query.
+    far = []
+    for g, (query, evidence, correct, loss) in enumerate(row["answers"]):
+      assert (query, evidence) == (examples["query"][i, g], examples["evidence"][i, g, 0, 1]) and correct == answers[g]
+      np.testing.assert_allclose(loss, -log_p[i, query, targets[query]], atol=6e-5)  # the key's target is its value
+      far += [g] * (evidence >= 2 and query - evidence > 8)
+      everything.append((query - evidence, g in far, loss))
+    assert row["far_answers"] == len(far)
+    if far:
+      assert row["far_exact_match"] == np.mean([answers[g] for g in far])
+      np.testing.assert_allclose(row["far_answer_nll"], np.mean([row["answers"][g][3] for g in far]), atol=6e-5)
+    else:
+      assert "far_exact_match" not in row
+  assert sum(row["far_answers"] for row in items) > 0
+  by_distance = of_kind(rows, "answer")
+  assert sum(row["answers"] for row in by_distance) == len(everything)
+  for row in by_distance:
+    mine = [loss for distance, far, loss in everything if row["start"] <= distance < row["end"] and far != row["forced"]]
+    assert row["answers"] == len(mine) and row["end"] in (32, 64)
+    np.testing.assert_allclose(row["answer_nll"], np.mean(mine), atol=6e-5)
+
+
+def test_corpora_have_records_of_their_own(tmp_path):
+  """Each as it would be alone; diagnostics are of a sample; on the way tasks are looked at where that is asked for."""
+  for name, letter in (("a", b"ab"), ("b", b"xyz")):
+    (tmp_path / name / "val").mkdir(parents=True)
+    (tmp_path / name / "val" / f"{name}.txt").write_bytes(letter * 300)
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), during=("sparse",), during_examples=2, sequences=-1,
+                       diagnosed=1, batch=4, tasks=("mqar:pairs=2",))
+  config.data.corpora = {name: f"files:{tmp_path / name}" for name in "ab"}
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None, data=config_lib.DataConfig(context=T))))
+  rows = evaluate.records(config, params, 7)
+  assert {(r.get("corpus"), r.get("document")) for r in of_kind(rows, "language")} == {("a", "a.txt"), ("b", "b.txt")}
+  assert [sum(r["corpus"] == name for r in of_kind(rows, "language")) for name in "ab"] == [9, 14]  # of 601 and 901 bytes
+  assert all(len([r for r in of_kind(rows, kind) if r["corpus"] == name]) == n
+             for kind, n in (("position", 7), ("layer", 2)) for name in "ab")
+  alone = dataclasses.replace(config, data=config_lib.DataConfig(context=T, source=f"files:{tmp_path / 'b'}"),
+                              eval=dataclasses.replace(config.eval, tasks=(), diagnosed=64))
+  alone = evaluate.records(alone, params, 7)
+  of_b = [{k: v for k, v in r.items() if k != "corpus"} for r in rows if r.get("corpus") == "b"]
+  assert of_kind(of_b, "language") + of_kind(of_b, "position") == of_kind(alone, "language") + of_kind(alone, "position")
+  assert of_kind(of_b, "layer") != of_kind(alone, "layer")  # a sample of 4 windows, not all 14
+  short = evaluate.records(config, params, 7, during=True)
+  assert [r["index"] for r in of_kind(short, "task")] == [0, 1] and "answers" not in of_kind(short, "task")[0]
+  assert of_kind(short, "task")[0]["exact_match"] == of_kind(rows, "task")[0]["exact_match"]
 
 
 def test_a_dense_model_runs_under_training_free_selectors():

@@ -12,6 +12,7 @@ import pallas_kernels as pk
 from pallas_kernels import api
 from pallas_kernels import arg_specs
 from pallas_kernels import backends
+from pallas_kernels import masked
 from pallas_kernels import reference
 import pytest
 
@@ -298,7 +299,7 @@ def assert_close(got, want):
 @pytest.mark.parametrize("max_scores, part_queries", [(2500, 10**6), (10**9, 18)], ids=["chunks", "parts"])
 def test_chunks_and_parts_change_nothing(monkeypatch, expected, max_scores, part_queries):
   args, want = expected
-  monkeypatch.setattr(reference, "MAX_SCORES", max_scores)
+  monkeypatch.setattr(masked, "MAX_SCORES", max_scores)
   monkeypatch.setattr(reference, "PART_QUERIES", part_queries)
   assert_close(jit(outputs_and_grads())(*args), want)
 
@@ -318,7 +319,7 @@ def test_vmap_over_seeds(expected):
 
 @pytest.mark.parametrize("max_scores", [2**25, 2500], ids=["plain", "chunks"])
 def test_shard_map_over_the_batch(monkeypatch, expected, max_scores):
-  monkeypatch.setattr(reference, "MAX_SCORES", max_scores)
+  monkeypatch.setattr(masked, "MAX_SCORES", max_scores)
   args, want = expected
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
   spec = jax.sharding.PartitionSpec("data")

@@ -10,6 +10,7 @@ import kernels_oracle as oracle
 import numpy as np
 import pallas_kernels as pk
 from pallas_kernels import backends
+from pallas_kernels import masked
 from pallas_kernels import reference
 import pytest
 
@@ -169,7 +170,7 @@ def test_error_on_device_is_that_of_the_dtype(name):
     B, T, K, size = *q.shape[:2], k.shape[2], k.shape[1]
     pos, _ = reference._query_positions(T, options["query_offset"], None)
     keys = slice(0, names.shape[1] * size)
-    mask = reference._visible_tokens(pos, None, keys, None, window=options["window"])[:, None]
+    mask = masked.visible_tokens(pos, None, keys, None, window=options["window"])[:, None]
     if options["block_indices"] is not None:
       mask = reference._selected_tokens(options["block_indices"], pos, None, keys, None, size)
     there = (names >= 0) & (names < len(k))

@@ -93,6 +93,32 @@ def test_equality_that_says_nothing_is_no_match(tmp_path, quick):
   assert "No verdict: identical to native_msa in every seed" in words(root)
 
 
+@pytest.mark.parametrize("file, change, said", [
+    ("eval/1000.json", lambda t: t["records"].remove(next(r for r in t["records"] if r["kind"] == "language" and r["run_mode"] == "sparse")),
+     "evaluated on other questions: `native_msa-tiny-0_1_2` has text = val/emma: 1024, `retrofit_msa_5-tiny-0_1_2` val/emma: None"),
+    ("eval/1000.json", lambda t: t.update(settings={"split": "val", "sequences": 1, "windows_sha256": "c" * 64}),
+     "evaluated on other questions: `native_msa-tiny-0_1_2` has sequences = 6, `retrofit_msa_5-tiny-0_1_2` 1"),
+    ("versions.json", lambda t: t.update(corpus_sha256="d" * 64),
+     "trained on other documents: `native_msa-tiny-0_1_2` has corpus_sha256 = aaaaaaaaaaaa..., `retrofit_msa_5-tiny-0_1_2` dddddddddddd...")])
+def test_arms_that_read_or_were_asked_something_else_are_not_judged(tmp_path, quick, file, change, said):
+  root = write_study(tmp_path, with_retrofit(0.05))
+  for run in (root / "runs").iterdir():
+    for name, extra in (("versions.json", {"corpus_sha256": "a" * 64}),
+                        ("eval/1000.json", {"settings": {"split": "val", "sequences": 6, "windows_sha256": "b" * 64}})):
+      (run / name).write_text(json.dumps({**json.loads((run / name).read_text()), **extra}))
+  assert "Retrofit is worse than native_msa." in words(root)
+  path = root / "runs/retrofit_msa_5-tiny-0_1_2" / file
+  tree = json.loads(path.read_text())
+  change(tree)
+  path.write_text(json.dumps(tree))
+  text = words(root)
+  assert f"No verdict: {said}".replace("`", "") in text and "worse than" not in text
+  text = report.write([root], root / "report", publish=True).markdown.read_text()
+  assert said.replace("native_msa-", "dense-") in text           # named among the problems too, against the first run
+  assert json.loads((root / "report/study.json").read_text())
+  assert f"No verdict: {said}".replace("`", "") in words(root / "report")  # and what is published says so again
+
+
 def test_seeds_are_paired_and_not_pooled(tmp_path):
   """Seed levels vary by 0.01 here and the paired noise by 0.0015: only a paired analysis can match."""
   study = loading.load([write_study(tmp_path, with_retrofit(0.0))])

@@ -1,12 +1,14 @@
 """Tests of nsa/data/tokenizer.py beyond bytes: tokenizer.json files made on the spot, and what is built on them."""
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, schedule, sharding
+from nsa import config as config_lib, data, schedule, sharding, tasks
 from nsa import step as step_lib
 from nsa.data import tokenizer
+from tasks_test import solve_scattered
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -83,6 +85,52 @@ def test_documents_batches_and_windows_are_in_its_tokens(tmp_path):
   assert batches.tokens_per_byte(1) < 1
 
 
+WORDS = ("recall:pairs=3,distractors=1", "tracking:chains=3", "needle:keys=2", "ledger:entries=3", "common:words=3,often=6,seldom=3")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "fallback"])
+@pytest.mark.parametrize("name", WORDS)
+def test_tasks_are_asked_in_its_tokens(kind, name, tmp_path):
+  """Lengths are exact in tokens; the text in front of an answer says it; answers and evidence are where they are said to be."""
+  tokens = save(tmp_path / "hf", kind, {"bos_token": "<s>", "eos_token": "</s>"})
+  (tmp_path / "val").mkdir()
+  (tmp_path / "val" / "a.py").write_text(TEXT * 20)
+  documents, found = data.load(f"files:{tmp_path}", "val"), tokenizer.get(tokens)
+  b = tasks.batch(name, 0, 4, 700, "val", documents, tokens=tokens)
+  assert b["inputs"].shape == (4, 700) and (b["inputs"][:, 0] == found.bos).all() and (b["targets"][:, -1] == found.eos).all()
+  for i in range(4):
+    ids = np.append(b["inputs"][i], found.eos)
+    for g in range(b["answer_group"][i].max() + 1):
+      at = np.flatnonzero(b["answer_group"][i] == g) + 1     # in `ids`
+      assert (np.diff(at) == 1).all() and b["query"][i, g] < at[0]
+      said = found.decode(ids[at]).strip(' ".,;')
+      assert said
+      pieces = [found.decode(ids[a:z + 1]) for a, z in b["evidence"][i, g] if a >= 0]
+      assert any(said in piece for piece in pieces)
+      before = found.decode(ids[1:at[0]])
+      if not name.startswith("needle"):
+        assert said in solve_scattered(name, before if before[-1] in ' "' else before + " ")
+  again = tasks.batch(name, 0, 2, 700, "val", documents, first=2, tokens=tokens)
+  np.testing.assert_array_equal(again["inputs"], b["inputs"][2:])
+  with pytest.raises(ValueError, match="has more tokens of hf:.* than that"):
+    tasks.batch(name, 0, 1, 60, "val", documents, tokens=tokens)
+
+
+def test_rows_of_tasks_are_in_its_tokens(tmp_path):
+  name = save(tmp_path / "hf", "byte_level", {"eos_token": "</s>"})
+  (tmp_path / "train").mkdir()
+  (tmp_path / "train" / "a.py").write_text(TEXT * 20)
+  config = config_lib.DataConfig(source=f"files:{tmp_path}", tokenizer=name, context=400, global_batch=4, align=8, task_rows=1,
+                                 task_loss=0.2, tasks=("recall:pairs=2",), filler_weight=0.0)
+  batch, = [data.make(config, 0).batch_at(step) for step in (3,)]
+  found, weights = tokenizer.get(name), batch["weights"][3]
+  np.testing.assert_allclose(weights.sum(), 0.2 / 0.8 * 3 * 400, rtol=1e-5)
+  answers = found.decode(batch["targets"][3][weights > 0]).replace(" ", "")
+  assert answers.isdigit() and len(answers) == 6
+  with pytest.raises(ValueError, match="data.context = 40: task recall .* more tokens"):
+    data.make(dataclasses.replace(config, context=40), 0)
+
+
 def test_what_is_wrong_is_named(tmp_path):
   with pytest.raises(ValueError, match='data.tokenizer = \'words\': unknown; take "bytes" or "hf:PATH"'):
     tokenizer.get("words")
@@ -99,8 +147,8 @@ def test_what_is_wrong_is_named(tmp_path):
     tokenizer.get(f"hf:{tmp_path / 'c'}")
   name = save(tmp_path / "d", "byte_level", {"eos_token": "</s>"})
   config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=256),
-                             data=config_lib.DataConfig(tokenizer=name, tasks=("copy",)))
+                             data=config_lib.DataConfig(tokenizer=name, tasks=("copy", "mqar")))
   with pytest.raises(config_lib.ConfigError) as error:
     config_lib.validate(config)
   assert f"model.vocab_size = 256: the tokenizer has {tokenizer.get(name).vocab_size} tokens" in str(error.value)
-  assert "tasks are written in bytes" in str(error.value)
+  assert "data.tasks = 'mqar': has token ids of its own" in str(error.value) and "'copy'" not in str(error.value)

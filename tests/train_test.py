@@ -21,6 +21,7 @@ import pytest
 from nsa import checkpoint, config as config_lib, methods, metrics, schedule, sharding, train as train_lib
 from nsa import step as step_lib
 from nsa.config import Stage
+from pallas_kernels import backends
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "compilation_cache")
 
@@ -65,15 +66,20 @@ def assert_same_bits(a, b):
 # --- golden first steps --------------------------------------------------------------
 
 
-def first_step(method):
-  config = make_config(method, schedule.dense(1) if method == "dense" else schedule.native(1, 0))
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
+def example(config, mesh):
+  """A batch of packed rows."""
   rng = np.random.default_rng(0)  # not from the text: the standard library is another one in each Python
   tokens = rng.integers(0, 256, (4, 33)).astype(np.int32)
   weights = rng.integers(0, 2, (4, 32)).astype(np.float32)
   segments = (np.arange(32) >= np.array([0, 4, 16, 28])[:, None]).astype(np.int32)
   batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segment_ids=segments)
-  batch = jax.device_put(batch, sharding.of_batch(config, mesh))
+  return jax.device_put(batch, sharding.of_batch(config, mesh))
+
+
+def first_step(method):
+  config = make_config(method, schedule.dense(1) if method == "dense" else schedule.native(1, 0))
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  batch = example(config, mesh)
   state = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
   function = step_lib.compile_step(config, schedule.at(config, 0), mesh)
   _, values = function(state, batch, np.full(2, 1e-3, np.float32), step_lib.seeds_of(config))
@@ -87,6 +93,36 @@ def test_first_step_is_golden(method):
   assert set(got) == set(want)
   for name, value in want.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_unrolled_layers_compute_the_same_step():
+  looped, unrolled = (make_config("dense", schedule.dense(1), unroll=layers) for layers in (1, 2))
+  unrolled.model.remat = "layer"
+  mesh = sharding.make_mesh(looped, jax.devices()[:1])
+  batch = example(looped, mesh)
+  state = step_lib.compile_init(looped, mesh)(step_lib.seeds_of(looped))
+
+  def after(config):
+    function, *_ = step_lib.program(config, schedule.at(config, 0), mesh)
+    arguments = state, batch, jnp.float32(1e-3), step_lib.seeds_of(config)
+    lowered = jax.jit(function).lower(*arguments)
+    return lowered.as_text().count("stablehlo.while"), lowered.compile()(*arguments)
+
+  (loops, want), (fewer, got) = after(looped), after(unrolled)
+  assert fewer == loops - 2  # one forward, one backward
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_unrolled_where_that_was_faster():
+  config = make_config("dense", schedule.dense(1))
+  assert step_lib.layers_per_turn(config) == 1
+  with backends.target_platform("gpu"):
+    assert step_lib.layers_per_turn(config) == 2
+    config.model.remat = "layer"
+    assert step_lib.layers_per_turn(config) == 1
+    config.unroll = 2
+    assert step_lib.layers_per_turn(config) == 2
 
 
 # --- forks ------------------------------------------------------------------------------
@@ -197,20 +233,20 @@ def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
     class Killed(BaseException):
       pass
 
-    def write(config, params, workdir, step, mesh, during):
+    def write(config, params, workdir, step, mesh, during, own):
       if step == last and not killed:
         killed.append(step)
         raise Killed
       assert during == (step < 4)
-      return real(config, params, workdir, step, mesh, during)
+      assert own
+      return real(config, params, workdir, step, mesh, during, own)
 
     killed, real = [], train_lib.evaluate.write
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(train_lib.evaluate, "write", write)
       with pytest.raises(Killed):
         train_lib.train(config(), work, progress=False)
-    while not (work / f"checkpoints/{last}").is_dir():  # its thread goes on writing
-      time.sleep(0.05)
+    assert (work / f"checkpoints/{last}").is_dir()  # what was being saved is finished first
     run(config(), work)
     for step in (2, 4):
       assert (work / f"eval/{step}.json").read_text() == (tmp_path / f"calm/eval/{step}.json").read_text()

@@ -14,6 +14,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import backends
+from pallas_kernels import masked
 from pallas_kernels import reference
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -118,7 +119,7 @@ def inputs_of(case, seed, dtype=jnp.bfloat16):
     mask = reference._selected_tokens(options["block_indices"], pos, seg, slice(0, S), options.get("segment_ids"),
                                       options["block_size"])
   else:
-    mask = reference._visible_tokens(pos, seg, slice(0, S), options.get("segment_ids"),
+    mask = masked.visible_tokens(pos, seg, slice(0, S), options.get("segment_ids"),
                                      causal=options.get("causal", True), window=options.get("window"))[:, None]
   cotangents = draw(B, T, N, H), jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32)
   return operation, arrays, cotangents, options, jnp.broadcast_to(mask, (B, *mask.shape[1:]))

@@ -62,8 +62,6 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
       need(False, "data.tokenizer", d.tokenizer, str(error))
-    for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
-      need(not names, where, names, f"tasks are written in bytes, data.tokenizer is {d.tokenizer}: leave them out")
 
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
@@ -73,15 +71,31 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
-  need(d.source != "tasks" or d.task_share == 1, "data.task_share", d.task_share,
+  need(not d.task_rows or d.tasks, "data.tasks", d.tasks, "data.task_rows is above 0: name at least one task")
+  need(0 <= d.task_rows < d.global_batch, "data.task_rows", d.task_rows,
+       f"0 to data.global_batch - 1 = {d.global_batch - 1}; for tasks alone set data.task_share = 1")
+  need(not d.task_rows or d.task_share == 0, "data.task_share", d.task_share,
+       f"data.task_rows = {d.task_rows} fixes the number of rows: set the share to 0")
+  need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
+  need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
+  need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,
        'data.source = "tasks" has no text: set data.task_share = 1')
-  need(d.source in ("stdlib", "tasks") or d.source.split(":", 1)[0] in ("files", "tfds") and ":" in d.source,
-       "data.source", d.source, 'take "stdlib", "files:PATH", "tfds:NAME" or "tasks"')
+  for where, source in [("data.source", d.source)] * (not d.corpora) + [(f"data.corpora[{n}]", x) for n, x in d.corpora.items()]:
+    need(source == "stdlib" or source == "tasks" and not d.corpora
+         or source.split(":", 1)[0] in ("files", "tfds") and ":" in source,
+         where, source, 'take "stdlib", "files:PATH", "tfds:NAME"' + (' or "tasks"' if not d.corpora else ""))
+  need("" not in d.corpora, "data.corpora", d.corpora, "give every corpus a name")
+  for name, weight in d.weights.items():
+    need(name in d.corpora, f"data.weights[{name}]", weight, f"data.corpora has {', '.join(d.corpora) or 'none'}")
+    need(weight > 0, f"data.weights[{name}]", weight, "above 0; leave the corpus out instead")
   for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
     for name in names:
       try:
         task = tasks.get(name)
-        need(m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+        need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
+        need(task.in_words or d.tokenizer == "bytes", where, name,
+             f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
+        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
       except ValueError as error:
         need(False, where, name, str(error))
 
@@ -160,7 +174,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
         for n, v, f in run.check(m, e.context or d.context):
           need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
-  need(e.sequences >= 0, "eval.sequences", e.sequences, "cannot be negative; 0 for none")
+  need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
+  need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
+  need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
+       "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
@@ -186,6 +204,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
+  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")

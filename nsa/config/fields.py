@@ -99,15 +99,29 @@ class ScheduleConfig:
 class DataConfig:
   source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
   tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD | hf:PATH: a tokenizer.json or its folder (extra `hf`)
+  corpora: dict[str, str] = field(default_factory=dict)  # name -> source: a mixture in place of `source`; each has endpoints of its own
+  weights: dict[str, float] = field(default_factory=dict)  # of the corpora, rows of text; absent = 1
   data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
   context: int = 1024             # T, tokens per sequence
   global_batch: int = 8           # sequences per step over all devices, at `context` tokens
   align: int = 64                 # packed documents begin at multiples of this; the same in all arms that are compared
-  task_share: float = 0.0         # share of the sequences that are synthetic tasks, 0 to 1
+  task_share: float = 0.0         # share of the sequences that are synthetic tasks, each drawn for itself, 0 to 1
+  task_rows: int = 0              # instead of a share: so many of every `global_batch` sequences, in every batch
+  task_loss: float = 0.0          # with task_rows: share of a batch's loss weight on tasks; 0 = as answer_weight makes it
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
-  task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from these; () = context
+  task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from those of these that it fits into; () = context
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
   filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
+
+  @property
+  def texts(self) -> dict[str, str]:
+    """Name -> source of every corpus; the name is "" where there is but `source`."""
+    return self.corpora or {"": self.source}
+
+  @property
+  def has_tasks(self) -> bool:
+    """Whether rows of tasks are trained on."""
+    return self.task_share > 0 or self.task_rows > 0
 
 
 @dataclass
@@ -135,15 +149,19 @@ class MeshConfig:
 class EvalConfig:
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
-  sequences: int = 32             # windows of `context` tokens, drawn evenly over the documents
+  sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents; -1 = all of the split
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
   run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
-  during: tuple[str, ...] = ()    # run modes at steps before the last, on text alone and without heat maps; () = as at the end
+  during: tuple[str, ...] = ()    # run modes at steps before the last, without heat maps; () = as at the end
+  during_examples: int = 0        # examples per task at these; 0 = text alone
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks
   task_examples: int = 32         # per task
+  near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence behind the first
+                                  # and before the last; () = (context / 32, context / 8)
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
+  diagnosed: int = 64             # of so many windows of each corpus, at most: they take longer than the model
 
 
 @dataclass
@@ -182,6 +200,7 @@ class Config:
   tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
   implementation: str = ""        # of the attention operations; "" = the best one for the platform; "fastest" lets last bits differ between runs
+  unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured (step.layers_per_turn)
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 
   def method_of(self, name: str) -> methods.Method:

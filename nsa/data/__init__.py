@@ -5,7 +5,8 @@
 
 No iterator exists, so no iterator is saved: the step is the state.
 """
-from nsa.data.batches import Batch, Data, EvalWindow, eval_windows, make
+from nsa.data.batches import Batch, Data, make
 from nsa.data.sources import Document, fingerprint, load
+from nsa.data.windows import EvalWindow, eval_windows
 
 __all__ = ["Batch", "Data", "Document", "EvalWindow", "eval_windows", "fingerprint", "load", "make"]

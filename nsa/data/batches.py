@@ -1,4 +1,4 @@
-"""Batches and evaluation windows: pure functions of (seed, step).
+"""Batches: pure functions of (seed, step).
 
 `Data` keeps documents and index arrays in memory, never a position: asking for
 a step again, out of order, in another process or for some of its rows gives
@@ -7,14 +7,14 @@ of hosts.
 """
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import functools
+import hashlib
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsa.data import counter, packing, sources, tokenizer
+from nsa.data import counter, mixture, sources, text, tokenizer
 
 if TYPE_CHECKING:  # data needs the fields, not the module: loading it pulls in JAX
   from nsa.config import DataConfig
@@ -40,10 +40,15 @@ def make(config: DataConfig, seed: int) -> Data:
 class Data:
   """Training batches by step. Build it with `make`.
 
-  Text and tasks: row `row` of step `step` has the number step * batch + row at
-  its context. A task row takes the place of the text row with that number, so
-  with data.task_share = s an epoch shows each text row with probability 1 - s,
-  under other cuts in every epoch.
+  Row `row` of step `step` has the number step * batch + row at its context.
+
+  Tasks: with data.task_rows = R of every data.global_batch rows, at the same
+  places of all batches; the text goes on behind them without a gap. With
+  data.task_share = s each row is one with probability s and takes the place of
+  the text row with its number, so an epoch shows each text row with probability
+  1 - s, under other cuts in every epoch.
+
+  Text: of data.source, or of data.corpora in a fixed pattern (see mixture.py).
   """
 
   def __init__(self, config: DataConfig, seed: int):
@@ -57,22 +62,33 @@ class Data:
     if not 0 <= config.task_share <= 1:
       raise ValueError(f"data.task_share = {config.task_share}: a share between 0 and 1")
     self.tasks = [tasks.get(name) for name in config.tasks]
+    tasks.check_trainable(config.tasks)
+    self._render = tasks.rendering.example
     if config.task_share > 0 and not self.tasks:
       raise ValueError(f"data.task_share = {config.task_share}: data.tasks is empty; "
                        "name a task or set the share to 0")
-    self.documents = sources.load(config.source, "train", data_dir=config.data_dir, tokens=config.tokenizer)
+    if config.task_rows and not self.tasks:
+      raise ValueError(f"data.task_rows = {config.task_rows}: data.tasks is empty; name a task or set it to 0")
+    loaded = {name: sources.load(source, "train", data_dir=config.data_dir, tokens=config.tokenizer)
+              for name, source in config.texts.items()}
+    self.documents = [document for documents in loaded.values() for document in documents]  # of all corpora
     if config.task_share < 1 and not self.documents:
       raise ValueError(f"data.source = {config.source!r}: no text, so data.task_share must be 1 "
                        f"(it is {config.task_share})")
-    self._lengths = np.array([len(d.tokens) for d in self.documents], np.int64)
-    self._edges: dict[int, tuple[int, ...]] = {}  # context -> number of the first row of each epoch so far
-    self._index = functools.lru_cache(maxsize=4)(self._epoch_index)
+    self.texts = [text.Text(config.texts[name], documents, self.tokenizer, self.align, self.seed)
+                  for name, documents in loaded.items()]
+    self.mixture = mixture.Mixture({name: config.weights.get(name, 1.0) for name in loaded})
+    self.haystack = self.documents  # of tasks: in bytes
+    if config.has_tasks and config.tokenizer != "bytes":
+      self.haystack = [document for source in config.texts.values()
+                       for document in sources.load(source, "train", data_dir=config.data_dir)]
     self.check_context(config.context)
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """SHA-256 of the training documents."""
-    return sources.fingerprint(self.documents)
+    """SHA-256 of the training documents; of several corpora, of their fingerprints in order."""
+    prints = [sources.fingerprint(one.documents) for one in self.texts]
+    return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
   # --- batches ---
 
@@ -107,18 +123,25 @@ class Data:
     kinds = self._kinds(numbers, context)
     for i, (number, kind) in enumerate(zip(numbers.tolist(), kinds.tolist())):
       if kind < 0:
-        self._text_row(number, context, inputs[i], targets[i], weights[i], segment_ids[i])
+        one, row = self._text_of(number)
+        one.row(row, inputs[i], targets[i], weights[i], segment_ids[i])
       else:
         self._task_row(number, kind, inputs[i], targets[i], weights[i], segment_ids[i])
     return dict(inputs=inputs, targets=targets, weights=weights, segment_ids=segment_ids, index=numbers)
 
   def check_context(self, context: int) -> None:
     """Raises the ValueError that `batch_at` would raise at this context: call it before training begins."""
-    self._shape(context, None)
-    if self.config.task_share > 0:
+    batch = self._shape(context, None)[1]
+    config = self.config
+    if config.task_rows and config.task_rows * batch % config.global_batch:
+      raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} rows are "
+                       f"no whole number of a batch of {batch}; take another context or another number of rows")
+    if config.has_tasks and config.tokenizer == "bytes":
       for task in self.tasks:
-        for length in self._task_lengths(context):
-          task.check_length(length + 1)
+        task.check_length(self._task_lengths(context, task)[-1] + 1)
+    elif config.has_tasks:  # how many tokens a text has is known when it is written
+      for task, length in itertools.product(self.tasks, self._task_lengths(context)):
+        self._render(task, config.tokenizer, self.seed, 0, length + 1, "train", self.haystack)
 
   def _shape(self, context, batch):
     config = self.config
@@ -132,59 +155,53 @@ class Data:
 
   def _kinds(self, numbers, context):
     """int64[B]: -1 for a text row, otherwise which task."""
-    if not self.config.task_share:
+    config = self.config
+    if not config.has_tasks:
       return np.full(len(numbers), -1)
     key = counter.key("kind", self.seed, context)
-    is_task = counter.uniform(key, 2 * numbers) < self.config.task_share
+    if config.task_rows:
+      is_task = self._tasks_before(numbers + 1) > self._tasks_before(numbers)
+    else:
+      is_task = counter.uniform(key, 2 * numbers) < config.task_share
     return np.where(is_task, counter.integers(key, 2 * numbers + 1, len(self.tasks)), -1)
+
+  def _tasks_before(self, number):
+    """Rows of tasks among 0 .. number - 1, where their number in a batch is fixed."""
+    return number * self.config.task_rows // self.config.global_batch
+
+  def _text_of(self, number) -> tuple[text.Text, int]:
+    """The corpus of a row of text, and the row's number in it."""
+    corpus, row = self.mixture.locate(number - self._tasks_before(number))
+    return self.texts[corpus], row
 
   # --- task rows ---
 
-  def _task_lengths(self, context):
-    return [length for length in self.config.task_lengths if length <= context] or [context]
+  def _task_lengths(self, context, task=None):
+    """The lengths that the task fits into; all of them, for the error to name, where it fits into none."""
+    lengths = [length for length in self.config.task_lengths if length <= context] or [context]
+    if task is None or self.config.tokenizer != "bytes":
+      return lengths
+    return [length for length in lengths if length + 1 >= task.min_length] or lengths
 
-  def _task_length(self, number, context):
+  def _task_length(self, number, context, task):
     """Tokens of the examples in a task's row."""
-    lengths = self._task_lengths(context)
+    lengths = self._task_lengths(context, task)
     return lengths[counter.integers(counter.key("length", self.seed, context), [number], len(lengths))[0]]
 
   def _task_row(self, number, kind, inputs, targets, weights, segment_ids):
     """As many examples of one length as fit, a segment each."""
-    context = len(inputs)
-    length = self._task_length(number, context)
+    context, config, task = len(inputs), self.config, self.tasks[kind]
+    length = self._task_length(number, context, task)
     for j in range(context // length):
       at = slice(j * length, (j + 1) * length)
       # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they are.
-      example = self.tasks[kind].example(self.seed, number + (j << 40), length + 1, "train", self.documents)
+      example = self._render(task, config.tokenizer, self.seed, number + (j << 40), length + 1, "train", self.haystack)
       inputs[at], targets[at] = example.tokens[:-1], example.tokens[1:]
-      weights[at] = np.where(example.answer_mask[1:], self.config.answer_weight, self.config.filler_weight)
+      weights[at] = np.where(example.answer_mask[1:], config.answer_weight, config.filler_weight)
       segment_ids[at] = 1 + j
-
-  # --- text rows ---
-
-  def _epoch_index(self, context, epoch):
-    return packing.epoch_index(self._lengths, context, self.align, self.seed, epoch)
-
-  def _locate(self, number, context):
-    """Row number -> (epoch, row of the epoch). Epochs have slightly different numbers of rows."""
-    edges = self._edges.get(context, (0,))
-    while edges[-1] <= number:
-      rows = packing.count_rows(self._lengths, context, self.align, self.seed, len(edges) - 1)
-      edges += (edges[-1] + rows,)
-      self._edges[context] = edges  # a whole tuple at once: safe when threads read ahead
-    epoch = bisect.bisect_right(edges, number) - 1
-    return epoch, number - edges[epoch]
-
-  def _text_row(self, number, context, inputs, targets, weights, segment_ids):
-    epoch, row = self._locate(number, context)
-    index = self._index(context, epoch)
-    pieces = range(index.first[row], index.first[row + 1])
-    for segment, piece in enumerate(pieces, start=1):
-      begin, length = index.offset[piece], index.length[piece]
-      at = slice(begin, begin + length)
-      _read(self.tokenizer, self.documents[index.document[piece]].tokens, index.start[piece], inputs[at], targets[at])
-      weights[at] = 1
-      segment_ids[at] = segment
+    if config.task_loss:  # so much of a batch whose other rows are full of text
+      text_rows = config.global_batch - config.task_rows
+      weights *= config.task_loss / (1 - config.task_loss) * text_rows * context / config.task_rows / weights.sum()
 
   # --- words ---
 
@@ -197,103 +214,19 @@ class Data:
 
   def _describe_row(self, number, kind, context):
     if kind >= 0:
-      length = self._task_length(number, context)
+      length = self._task_length(number, context, self.tasks[kind])
       many = f", {context // length} of {length} tokens" if length < context else ""
       return f"row {number}: task {self.config.tasks[kind]}, example {number} of seed {self.seed}{many}"
-    epoch, row = self._locate(number, context)
-    index = self._index(context, epoch)
-    pieces = []
-    for piece in range(index.first[row], index.first[row + 1]):
-      start = index.start[piece]
-      name = self.documents[index.document[piece]].name
-      pieces.append(f"{name} tokens {start}..{start + index.length[piece]}")
-    return f"row {number}: epoch {epoch}, {self.config.source}: {'; '.join(pieces)}"
+    one, row = self._text_of(number)
+    return f"row {number}: {one.describe(row, context)}"
 
   def epoch_at(self, step: int, *, context: int | None = None, batch: int | None = None) -> float:
-    """How many times the text was read before `step`: epochs and a fraction, task rows counted as read."""
+    """How many times the text was read before `step`: epochs and a fraction, of several corpora the one read most.
+
+    Rows of tasks count as read where data.task_share draws them.
+    """
     context, batch = self._shape(context, batch)
     if not self.documents:
       return 0.0
-    epoch, row = self._locate(step * batch, context)
-    edges = self._edges[context]
-    return epoch + row / (edges[epoch + 1] - edges[epoch])
-
-
-def _read(kind, tokens, start, inputs, targets):
-  """Copies [start, start + n) of BOS, tokens, EOS to the n inputs, and what follows each to the targets."""
-  n = len(inputs)
-  if start:
-    inputs[:] = tokens[start - 1:start - 1 + n]
-  else:
-    inputs[0] = kind.bos
-    inputs[1:] = tokens[:n - 1]
-  if start + n <= len(tokens):
-    targets[:] = tokens[start:start + n]
-  else:
-    targets[:-1] = tokens[start:]
-    targets[-1] = kind.eos
-
-
-# --- evaluation ---------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalWindow:
-  """`context` consecutive tokens of one document; `start` counts from its BOS (0)."""
-  document: str
-  start: int
-  inputs: np.ndarray       # int32[T]
-  targets: np.ndarray      # int32[T]
-  weights: np.ndarray      # float32[T], all 1
-  segment_ids: np.ndarray  # int32[T], all 1
-
-
-def eval_windows(config: DataConfig, split: str, count: int, context: int) -> list[EvalWindow]:
-  """`count` windows spread evenly over the documents of a split and over each document; nothing is random.
-
-  Windows overlap only when the documents together hold fewer than `count`
-  separate ones. Documents shorter than context + 1 tokens (BOS and EOS
-  included) are skipped.
-
-  Raises:
-    ValueError: no document is long enough, or the source has no text.
-  """
-  documents = sources.load(config.source, split, data_dir=config.data_dir, tokens=config.tokenizer)
-  kind = tokenizer.get(config.tokenizer)
-  if not documents:
-    raise ValueError(f"data.source = {config.source!r}: no text to evaluate on; set eval.sequences = 0 "
-                     "or take a source with text")
-  lengths = np.array([len(d.tokens) + 2 for d in documents])
-  long = np.flatnonzero(lengths > context)
-  if not len(long):
-    at = int(lengths.argmax())
-    raise ValueError(f"data.context = {context}: no document of {config.source!r} ({split}) has "
-                     f"{context + 1} tokens; the longest, {documents[at].name}, has {lengths[at]}; take a "
-                     "smaller context or a source with longer documents")
-  windows = []
-  for d, share in zip(long.tolist(), _shares((lengths[long] - 1) // context, count).tolist()):
-    slack = int(lengths[d]) - 1 - share * context  # tokens that no window needs; below 0 they must overlap
-    for j in range(share):
-      if slack >= 0:
-        start = j * context + slack * (2 * j + 1) // (2 * share)
-      else:
-        start = j * (int(lengths[d]) - 1 - context) // max(share - 1, 1)
-      inputs, targets = np.empty(context, np.int32), np.empty(context, np.int32)
-      _read(kind, documents[d].tokens, start, inputs, targets)
-      windows.append(EvalWindow(documents[d].name, start, inputs, targets, np.ones(context, np.float32),
-                                np.ones(context, np.int32)))
-  return windows
-
-
-def _shares(capacity, count):
-  """How many of `count` windows each document gets: equal shares, but no more than fit without overlap."""
-  shares = np.zeros(len(capacity), np.int64)
-  while count > 0:
-    free = np.flatnonzero(shares < capacity)
-    if not len(free):  # everything is covered: overlap, equally much everywhere
-      free = np.arange(len(capacity))
-    if count < len(free):  # fewer than one for each: every so-many-th document
-      free = free[np.arange(count) * len(free) // count]
-    shares[free] += 1
-    count -= len(free)
-  return shares
+    last = step * batch - self._tasks_before(step * batch)
+    return max(one.epochs(self.mixture.rows(last)[i], context) for i, one in enumerate(self.texts))

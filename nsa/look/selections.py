@@ -33,7 +33,8 @@ def collect(config, params, *, step: int, layers: tuple[int, ...], windows: int,
 
   Raises ValueError if the model has no such run mode or layer, chooses no blocks, or was trained without text.
   """
-  if config.data.source == "tasks":
+  corpus, source = next(iter(config.data.texts.items()))  # the first of several
+  if source == "tasks":
     raise ValueError('data.source = "tasks": the model was trained without text; take another run')
   found = evaluate.how(config, run_mode)
   if found is None or found[1] != "sparse":
@@ -43,7 +44,7 @@ def collect(config, params, *, step: int, layers: tuple[int, ...], windows: int,
   if bad:
     raise ValueError(f"layers = {layers}: the model has the layers 0 to {config.model.num_layers - 1}")
   context = context or config.data.context
-  text = data.eval_windows(config.data, config.eval.split, windows, context)
+  text = data.eval_windows(config.data, config.eval.split, windows, context, corpus)
   run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector)))
   lists = []
   for window in text:

@@ -7,20 +7,24 @@ import time
 import jax
 
 from nsa import config as config_lib
-from nsa import flops, schedule, sharding, step as step_lib, study as study_lib
+from nsa import data, flops, held_out, schedule, sharding, step as step_lib, study as study_lib
 from nsa.planning import forecast, topology as topology_lib
+from nsa.tasks import audit
 
 
 def describe(config) -> str:
   """Config, parameters, FLOPs and memory of every stage; compiles every stage's step.
 
-  Raises ConfigError where the config does not fit the devices that are here.
+  Raises ConfigError where the config does not fit the devices that are here, and what reading the data of training and
+  evaluations raises.
   """
   config_lib.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config)
+  corpora = _check_data(config)
   lines = [json.dumps(config_lib.to_dict(config), indent=2), ""]
   counts = flops.parameters(config)
   lines.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+  lines.append("corpus: " + ", ".join(f"{split} {sha[:12]}" for split, sha in corpora.items()))
   lines.append(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
   for step in schedule.programs(config):
     first, end = config_lib.steps_of(config.schedule)[step.stage]
@@ -41,14 +45,32 @@ def describe(config) -> str:
 
 
 def describe_study(study, workdir) -> str:
-  """The runs of a study in their order, with steps and FLOPs."""
-  lines = [f"study {study.name}: {study.question}"]
+  """The runs of a study in their order, with steps and FLOPs, and what its tasks could be answered from without selection.
+
+  Raises ConfigError where that is more than half, unless the study says so on purpose, and what reading the data of training
+  and evaluations raises.
+  """
+  lines, read = [f"study {study.name}: {study.question}"], set()
   for job in study_lib.jobs(study, workdir):
     config = job.config
+    if (key := repr((config.data, config.schedule.stages, config.eval))) not in read:
+      read.add(key)
+      _check_data(config)
     own = flops.cumulative(config, config.schedule.steps) - flops.cumulative(config, max(config.fork.step, 0))
     lines.append(f"  {job.run:40s} {config.schedule.steps - max(config.fork.step, 0):6d} steps, "
                  f"{own * len(config.seeds):.2e} FLOPs" + (f", after {job.trunk}" if job.trunk else ""))
+  if rows := audit.of_study(study):
+    lines += ["", audit.text(rows)]
+  study_lib.check_tasks(study)
   return "\n".join(lines)
+
+
+def _check_data(config) -> dict[str, str]:
+  """Reads all that a run will read; {split: SHA-256 of its documents}."""
+  batches = data.make(config.data, config.seeds[0])
+  for stage in config.schedule.stages:
+    batches.check_context(stage.context or config.data.context)
+  return {"train": batches.fingerprint, **held_out.check(config)}
 
 
 def _mib(size: int) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsa.report import published, runs
+from nsa.report import comparable, published, runs
 
 
 def load(paths: list[Path]) -> runs.Study:
@@ -51,4 +51,5 @@ def load(paths: list[Path]) -> runs.Study:
     for seed in run.diverged:
       why = "has no line in the published results.csv" if run.rows else "diverged (its last loss is not finite)"
       study.problems.append(f"`{run.name}`: seed {seed} {why}, left out")
+  study.problems += comparable.problems(study)
   return study

@@ -143,7 +143,8 @@ def _files(run: Run, directories, drawn) -> dict[str, str]:
   for step in run.text:
     last = step == run.eval_step
     kept = [r for record in run.records if (r := _record(run, record, drawn))] if last else _on_the_way(run, step)
-    files[f"eval/{step}.json"] = write({"step": step, "arm": run.arm, "size": run.size, "records": kept})
+    files[f"eval/{step}.json"] = write({
+        "step": step, "arm": run.arm, "size": run.size, **({"settings": run.settings} if last and run.settings else {}), "records": kept})
   if run.status == "done":
     files["DONE"] = write({"seconds_paused": run.paused})
   return files

@@ -37,6 +37,7 @@ class Run:
   layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # what the last evaluation asked (nsa/held_out.py)
   rows: list | None = None         # endpoints.Row, ready-made: of a run that is known by its published numbers alone
 
   @property
@@ -125,14 +126,14 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   config = _read_object(path / "config.json", problems)
   versions = _read_object(path / "versions.json", problems) if (path / "versions.json").exists() else {}
   curves = _read_metrics(path / "metrics.jsonl", problems)
-  records, eval_step, of_kind = _read_eval(path / "eval", problems)
+  records, eval_step, of_kind, settings = _read_eval(path / "eval", problems)
   first = records[0] if records else {}
   status, error = _status(path, job)
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
             seeds, config, versions, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"],
-            _paused(path))
+            _paused(path), settings)
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -258,20 +259,22 @@ def _read_metrics(path, problems):
 
 
 def _read_eval(folder, problems):
-  """The records and the step of the newest evaluation that can be read, and those of layers and of text of all, by step."""
-  newest, of_kind = ([], None), {"layer": {}, "language": {}}
+  """The records and the step of the newest evaluation that can be read, those of layers and of text of all, by step, and
+  what the newest asked."""
+  newest, of_kind, settings = ([], None), {"layer": {}, "language": {}}, {}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):
     tree = _read_json(file, problems)
     if isinstance(tree, dict) and isinstance(tree.get("records"), list):
       records = [r for r in tree["records"] if isinstance(r, dict) and "kind" in r]
       step = int(tree.get("step", file.stem))
-      newest = newest if newest[1] is not None else (records, step)
+      if newest[1] is None:
+        newest, settings = (records, step), tree.get("settings") if isinstance(tree.get("settings"), dict) else {}
       for kind, by_step in of_kind.items():
         by_step[step] = [r for r in records if r["kind"] == kind]
     elif tree is not None:
       problems.append(f"eval/{file.name} has no list of records")
-  return *newest, of_kind
+  return *newest, of_kind, settings
 
 
 def _paused(path):

@@ -11,8 +11,7 @@ import math
 
 import numpy as np
 
-from nsa.report import statistics
-from nsa.report import endpoints
+from nsa.report import comparable, endpoints, statistics
 from nsa.report.endpoints import METRIC, Row
 from nsa.report.runs import Study
 
@@ -76,6 +75,9 @@ def compare(study: Study, table: list[Row], arm: str, run_mode: str, size: str, 
   if not seeds:
     out.reason = (f"no finished result of {study.reference}" if not theirs else "no finished result"
                   if not ours else f"no seed in common with {study.reference}")
+    return out
+  out.reason = comparable.reason(study, arm, study.reference, size)
+  if out.reason:
     return out
   out.differences = dict(zip(seeds, map(float, d)))
   # Equality that says nothing: TOST would call it a match with p = 0.

@@ -11,15 +11,19 @@ import functools
 
 import numpy as np
 
+from nsa.tasks.common import Common
 from nsa.tasks.copy import Copy, Induction
+from nsa.tasks import rendering
 from nsa.tasks.frame import Example, Task
 from nsa.tasks.mqar import MQAR
 from nsa.tasks.needle import Needle
 from nsa.tasks.phonebook import Phonebook
+from nsa.tasks.recall import Ledger, Recall
+from nsa.tasks.tracking import Tracking
 
-__all__ = ["Example", "TASKS", "Task", "batch", "get"]
+__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get"]
 
-TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Copy, Induction, MQAR, Needle, Phonebook)}
+TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
 
 
 @functools.lru_cache(maxsize=None)
@@ -49,8 +53,15 @@ def get(name: str) -> Task:
   return cls(**parameters)
 
 
+def check_trainable(names: tuple[str, ...]) -> None:
+  """Raises ValueError for a task that is held out of training."""
+  for name in names:
+    if not get(name).trainable:
+      raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in eval.tasks alone")
+
+
 def batch(task_name: str, seed: int, count: int, length: int, split: str, haystack=None, *,
-          first: int = 0) -> dict[str, np.ndarray]:
+          first: int = 0, tokens: str = "bytes") -> dict[str, np.ndarray]:
   """Examples number first .. first + count - 1 of a task, ready for a model and for scoring.
 
   Args:
@@ -58,21 +69,32 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
     seed, first, count: which examples.
     length: T, tokens of context; an example has one more, its last target.
     split: train, val, test or ood.
-    haystack: documents of that split; none = noise sentences.
+    haystack: documents of that split, in bytes; none = noise sentences.
+    tokens: the tokenizer, as in data.tokenizer.
 
   Returns:
     inputs, targets, segment_ids (all 1): int32[count, T]; weights
     float32[count, T], 1 where the target is an answer token; answer_group
     int32[count, T], the query that the target answers (an exact match needs
     all targets of a group), -1 elsewhere; evidence_distance int64[count] and
-    depth float64[count], see `Example`.
+    depth float64[count], means of each example; query int32[count, Q] and
+    evidence int32[count, Q, E, 2], see `Example`, -1 where an example has fewer.
   """
   task = get(task_name)
-  examples = [task.example(seed, first + i, length + 1, split, haystack) for i in range(count)]
-  tokens = np.stack([e.tokens for e in examples])
+  examples = [rendering.example(task, tokens, seed, first + i, length + 1, split, haystack) for i in range(count)]
+  ids = np.stack([e.tokens for e in examples])
   group = np.stack([e.answer_group for e in examples])[:, 1:]
   return dict(
-      inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=(group >= 0).astype(np.float32),
+      inputs=ids[:, :-1], targets=ids[:, 1:], weights=(group >= 0).astype(np.float32),
       segment_ids=np.ones(group.shape, np.int32), answer_group=group,
       evidence_distance=np.array([e.evidence_distance for e in examples]),
-      depth=np.array([e.depth for e in examples]))
+      depth=np.array([e.depth for e in examples]),
+      query=_padded([e.query for e in examples]), evidence=_padded([e.evidence for e in examples]))
+
+
+def _padded(arrays):
+  """int32 arrays of the same rank stacked, filled up with -1."""
+  out = np.full((len(arrays), *np.max([a.shape for a in arrays], axis=0)), -1, np.int32)
+  for row, a in zip(out, arrays):
+    row[tuple(map(slice, a.shape))] = a
+  return out

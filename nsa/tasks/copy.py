@@ -37,7 +37,7 @@ class Copy(frame.Task):
     cut = frame.word_start(text, draws.integer(free + 1))
     before = text[:cut] + evidence + text[cut:]
     evidence_end = cut + len(MARK) + len(answer)
-    return frame.finish(before, query, answer, end, evidence_end, evidence_end / len(before))
+    return frame.finish(before, query, answer, end, evidence_end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Induction(frame.Task):
         found = max(-1, found - self.ngram)  # the new letter may complete another one
       found = text.find(gram, found + 1)
     evidence_end = at + planted
-    return frame.finish(bytes(text), query_mark + gram, answer, end, evidence_end, evidence_end / room)
+    return frame.finish(bytes(text), query_mark + gram, answer, end, evidence_end)
 
 
 def _letters(draws, count, split):

@@ -29,23 +29,43 @@ class Example:
   """One example of a task.
 
   tokens: int32[L].
-  answer_mask: bool[L], the positions in `tokens` that are answer tokens.
   answer_group: int32[L], the query (0, 1, ...) that an answer token belongs to, -1 elsewhere.
-  evidence_distance: tokens from the last evidence token to the query's first
-    (adjacent = 1); with several queries the mean, rounded.
-  depth: place of the evidence, 0 (begin) to 1 (just before the query).
+  query: int32[Q], the first token of each query.
+  evidence: int32[Q, E, 2], first and last token of each piece of text that the answer to a query has to be read
+    from (a value, not the key beside it); -1 where a query needs fewer than E pieces.
   """
   tokens: np.ndarray
-  answer_mask: np.ndarray
   answer_group: np.ndarray
-  evidence_distance: int
-  depth: float
+  query: np.ndarray
+  evidence: np.ndarray
+
+  @property
+  def answer_mask(self) -> np.ndarray:
+    """bool[L], the positions in `tokens` that are answer tokens."""
+    return self.answer_group >= 0
+
+  @property
+  def distances(self) -> np.ndarray:
+    """int64[Q]: tokens from the last evidence token to the query's first (adjacent = 1)."""
+    return self.query - self.evidence[:, :, 1].max(axis=1)
+
+  @property
+  def evidence_distance(self) -> int:
+    """The mean of `distances`, rounded."""
+    return int(round(float(self.distances.mean())))
+
+  @property
+  def depth(self) -> float:
+    """Place of the evidence, 0 (begin) to 1 (just before the query); the mean over the queries."""
+    return float(np.mean(self.evidence[:, :, 1].max(axis=1) / np.maximum(self.query - 1, 1)))
 
 
 class Task(abc.ABC):
   """A family of examples; the dataclass fields of a subclass are its parameters."""
   family: ClassVar[str]
   sizes: ClassVar[tuple[str, ...]]  # the parameters that make an example longer
+  trainable: ClassVar[bool] = True   # False: held out, evaluated and never trained on; may depend on the parameters
+  in_words: ClassVar[bool] = True    # bytes of text, which any tokenizer can write; False: token ids of its own
   vocab_size = 259  # the model needs at least as many token ids (bytes and 3 special ones)
 
   @property
@@ -69,12 +89,22 @@ class Task(abc.ABC):
         more different strings than there are.
     """
 
+  def answerable(self, example: Example, answer: int, visible: np.ndarray) -> bool:
+    """Whether `visible` tokens, bool[L], alone hold what answer number `answer` has to be read from: all its evidence."""
+    pieces = example.evidence[answer]
+    return all(visible[first:last + 1].all() for first, last in pieces[pieces[:, 0] >= 0])
+
   def begin(self, seed: int, index: int, length: int, split: str) -> counter.Draws:
     """Checks split and length and gives the random numbers of one example."""
     if split not in BUCKETS:
       raise ValueError(f"split = {split!r}: unknown; tasks know {', '.join(BUCKETS)}")
     self.check_length(length)
-    return counter.Draws(repr(self), seed, index, split)
+    return counter.Draws(self.identity, seed, index, split)
+
+  @property
+  def identity(self) -> str:
+    """What the random numbers depend on besides seed, index and split: the task with all its parameters."""
+    return repr(self)
 
   def check_length(self, length: int) -> None:
     """Raises ValueError if an example of `length` tokens (a context of one less) cannot hold the task."""
@@ -141,11 +171,10 @@ def word_start(text: bytes, at: int) -> int:
   return max(text.rfind(b" ", 0, at), text.rfind(b"\n", 0, at)) + 1
 
 
-def finish(before: bytes, query: bytes, answer: bytes, end: bytes, evidence_end: int,
-           depth: float) -> Example:
+def finish(before: bytes, query: bytes, answer: bytes, end: bytes, evidence_end: int) -> Example:
   """BOS + before + query + answer + end + EOS, with the answer's bytes marked.
 
-  `evidence_end` is the offset in `before` just behind the evidence.
+  `evidence_end` is the offset in `before` just behind the answer where it stands there.
   """
   body = np.frombuffer(before + query + answer + end, np.uint8)
   tokens = np.empty(len(body) + 2, np.int32)
@@ -153,4 +182,5 @@ def finish(before: bytes, query: bytes, answer: bytes, end: bytes, evidence_end:
   group = np.full(len(tokens), -1, np.int32)
   first = 1 + len(before) + len(query)
   group[first:first + len(answer)] = 0
-  return Example(tokens, group >= 0, group, len(before) - evidence_end + 1, float(depth))
+  evidence = np.array([[[evidence_end - len(answer) + 1, evidence_end]]], np.int32)
+  return Example(tokens, group, np.array([1 + len(before)], np.int32), evidence)

@@ -100,9 +100,9 @@ class Needle(frame.Task):
       parts += [text[at:cut], sentences[i]]
       at = cut
       if i == 0:
-        evidence_end = sum(map(len, parts)) - 1  # without the space behind the sentence
+        evidence_end = sum(map(len, parts)) - len(". ")
     before = b"".join(parts) + text[at:]
-    return frame.finish(before, query, answer, END, evidence_end, evidence_end / max(len(before), 1))
+    return frame.finish(before, query, answer, END, evidence_end)
 
 
 def _key(number: int) -> str:

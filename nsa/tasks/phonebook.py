@@ -62,7 +62,7 @@ class Phonebook(frame.Task):
     cut = frame.word_start(text, draws.integer(free + 1))
     before = text[:cut] + book + text[cut:]
     evidence_end = cut + 2 + sum(len(line) for line in lines[:asked + 1]) - 1  # without the line's end
-    return frame.finish(before, query, answer, end, evidence_end, evidence_end / len(before))
+    return frame.finish(before, query, answer, end, evidence_end)
 
 
 def _name(number: int) -> str:

@@ -1,0 +1,107 @@
+"""What an evaluation asks: windows of held-out text and task examples, the same for all arms and seeds.
+
+`load` reads it, before a run begins as well as at every evaluation; `HeldOut.settings` says what two evaluations
+have to share for their numbers to be compared, and which of a run's evaluations are its own.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from nsa import data, tasks
+from nsa.data import tokenizer
+
+TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of the split's
+  documents, "" where none are read."""
+  context: int
+  windows: dict[str, list[data.EvalWindow]]
+  tasks: dict[str, dict[str, np.ndarray]]
+  fingerprint: str
+
+  def settings(self, config, during: bool = False) -> dict:
+    """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same way."""
+    windows = hashlib.sha256()
+    for corpus, listed in self.windows.items():
+      for window in listed:
+        windows.update(f"{corpus!r} {window.document!r} {window.start} ".encode())
+        _add(windows, window.inputs, window.targets)
+    examples = {name: _digest(*(arrays[key] for key in sorted(arrays))) for name, arrays in self.tasks.items()}
+    return {**declared(config, during), "corpus_sha256": self.fingerprint,
+            "windows_sha256": windows.hexdigest() if self.windows else "", "examples_sha256": examples}
+
+
+def declared(config, during: bool = False) -> dict:
+  """What the config alone says of an evaluation, JSON-ready; `during` as in `evaluate.write`."""
+  e, short = config.eval, during and bool(config.eval.during)
+  items = e.during_examples if short else e.task_examples
+  names = (e.tasks or config.data.tasks) if items else ()
+  kind, colon, path = config.data.tokenizer.partition(":")  # a run may be moved: what it makes of the text is in windows_sha256
+  return json.loads(json.dumps({
+      "split": e.split, "context": e.context or config.data.context, "tokenizer": kind + colon + pathlib.PurePath(path).name,
+      "sequences": e.sequences if _texts(config) else 0, "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "run_modes": e.during if short else e.run_modes, "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
+      "implementation": config.implementation}))
+
+
+def _texts(config) -> dict[str, str]:
+  """The corpora that have text."""
+  return {name: source for name, source in config.data.texts.items() if source != "tasks"}
+
+
+def load(config, during: bool = False) -> HeldOut:
+  """Reads what an evaluation asks; `during` as in `evaluate.write`.
+
+  Raises ValueError or FileNotFoundError that name the field of the config, its value and the fix: no such split, no
+  document that is long enough, no text in any window, a task that does not fit into the context.
+  """
+  try:
+    return _load(config, declared(config, during))
+  except ValueError as error:  # its field is data.context for all who ask for windows and examples
+    if not config.eval.context:
+      raise
+    raise ValueError(str(error).replace("data.context = ", "eval.context = ", 1)) from None
+
+
+def _load(config, asked):
+  e, context, windows = config.eval, asked["context"], {}
+  read = lambda tokens: [document for source in config.data.texts.values()
+                         for document in data.load(source, e.split, data_dir=config.data.data_dir, tokens=tokens)]
+  real = tokenizer.get(config.data.tokenizer).token_bytes
+  for corpus in _texts(config) if asked["sequences"] else ():
+    windows[corpus] = data.eval_windows(config.data, e.split, e.sequences, context, corpus)
+    if not any(real[window.targets].any() for window in windows[corpus]):
+      raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} tokens of the "
+                       f"split {e.split!r} hold special tokens alone, no byte to score; take text that does not spell them")
+  haystack = read("bytes") if asked["tasks"] else []
+  examples = {name: tasks.batch(name, TASK_SEED, asked["task_examples"], context, e.split, haystack,
+                                tokens=config.data.tokenizer) for name in asked["tasks"]}
+  documents = read(config.data.tokenizer) if windows else haystack
+  return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "")
+
+
+def check(config) -> dict[str, str]:
+  """Reads all that the evaluations of a run will ask, and raises what `load` raises. Returns {split: SHA-256 of its documents}."""
+  for during in (True, False) if config.eval.every and config.eval.during else (False,):
+    found = load(config, during)
+  return {config.eval.split: found.fingerprint} if found.fingerprint else {}
+
+
+def _digest(*arrays) -> str:
+  digest = hashlib.sha256()
+  _add(digest, *arrays)
+  return digest.hexdigest()
+
+
+def _add(digest, *arrays) -> None:
+  for array in arrays:
+    digest.update(f"{array.dtype.str} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array))

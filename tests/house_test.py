@@ -1,0 +1,112 @@
+"""The rules of the house that a program can check: arrows point one way, a broken backend costs only itself."""
+import ast
+import importlib
+import inspect
+from pathlib import Path
+import sys
+import types
+
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pallas_kernels", "nsa", "experiments", "launch", "benchmarks")
+BACKENDS = {  # package or module of a backend -> other backends that it is made of
+    "mosaic_gpu": (), "mosaic_tpu": (), "triton": (), "cudnn": (), "cudnn_triton": ("cudnn", "triton"),
+}
+THIRD_PARTY = {"mosaic_gpu": "jax.experimental.pallas.mosaic_gpu", "mosaic_tpu": "jax.experimental.pallas.tpu",
+               "triton": "triton"}
+
+
+def imports(path):
+  """(module, whether the import is inside a function) of all that a file imports."""
+  tree = ast.parse(path.read_text())
+  inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+      continue
+    yield from ((name, id(node) in inside) for name in names)
+
+
+def test_arrows_point_one_way():
+  """benchmarks -> launch -> experiments -> nsa -> pallas_kernels, and no backend imports another."""
+  for rank, package in enumerate(PACKAGES):
+    for path in (ROOT / package).rglob("*.py"):
+      for name, _ in imports(path):
+        top = name.split(".")[0]
+        assert top not in PACKAGES[rank + 1:], f"{path.relative_to(ROOT)} imports {name}"
+  for path in (ROOT / "pallas_kernels").rglob("*.py"):
+    mine = path.relative_to(ROOT / "pallas_kernels").parts[0].removesuffix(".py")
+    for name, inside in imports(path):
+      other = (name.split(".") + ["", ""])[1] if name.startswith("pallas_kernels.") else ""
+      if other in BACKENDS and other != mine and not inside:
+        assert other in BACKENDS.get(mine, ()), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def stand_in_for_triton():
+  """As much of Triton as importing kernels needs, for machines without it."""
+  triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+  triton.jit, triton.language, language.constexpr = lambda f: f, language, lambda x: x
+  return {"triton": triton, "triton.language": language}
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+  """No backend is loaded, and afterwards those that were are again."""
+  ours = lambda name: name.startswith(tuple(f"pallas_kernels.{backend}" for backend in BACKENDS))
+  before = {name: module for name, module in sys.modules.items() if ours(name)}
+  attributes = {name: vars(pk)[name] for name in BACKENDS if name in vars(pk)}
+  if importlib.util.find_spec("triton") is None:
+    for name, module in stand_in_for_triton().items():
+      monkeypatch.setitem(sys.modules, name, module)
+
+  def unload():
+    for name in list(filter(ours, sys.modules)):
+      del sys.modules[name]
+    for name in BACKENDS:
+      vars(pk).pop(name, None)
+    reference = {operation: {"reference": found["reference"]} for operation, found in backends._registered.items()}
+    monkeypatch.setattr(backends, "_registered", reference)
+    monkeypatch.setattr(backends, "_import_errors", {})
+
+  yield unload
+  unload()
+  sys.modules.update(before)
+  vars(pk).update(attributes)
+
+
+def test_a_backend_that_does_not_import_costs_only_itself(unloaded, monkeypatch):
+  """Blocks each backend's module, and what it imports from others, in turn: all others are there and are chosen."""
+  everything = lambda: {operation: pk.available(operation) for operation in backends.OPERATIONS}
+  unloaded()
+  whole = everything()
+  assert {name for names in whole.values() for name in names} == {*BACKENDS, "reference"}
+  cases = [(name, f"pallas_kernels.{name}") for name in BACKENDS] + list(THIRD_PARTY.items())
+  for broken, module in cases:
+    lost = {broken, *(name for name, parts in BACKENDS.items() if broken in parts)}
+    unloaded()
+    with monkeypatch.context() as patch:
+      patch.setitem(sys.modules, module, None)
+      if module == "triton":
+        patch.setitem(sys.modules, "triton.language", None)
+      got = everything()
+    assert got == {operation: tuple(n for n in names if n not in lost) for operation, names in whole.items()}, module
+    told = backends._import_errors[f"pallas_kernels.{broken}"]
+    assert told and module.split(".")[-1] in told
+    for name, error in backends._import_errors.items():
+      assert (error is None) == (name.split(".")[-1] not in lost), (module, name, error)
+
+
+def test_operations_are_typed():
+  """Each argument and result of the public operations has a type, arrays with their shape in letters."""
+  for operation in backends.OPERATIONS:
+    signature = inspect.signature(getattr(pk, operation))
+    assert signature.return_annotation is not signature.empty
+    for parameter in signature.parameters.values():
+      assert parameter.annotation is not parameter.empty, f"{operation}: {parameter.name}"

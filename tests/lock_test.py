@@ -1,0 +1,85 @@
+"""Tests of nsa/lock.py: one process per run directory, and a dead owner is in nobody's way."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nsa import lock
+
+OWNER = "import sys, time\nfrom nsa import lock\nwith lock.Lock(sys.argv[1]):\n  print('has it', flush=True)\n  time.sleep(600)"
+
+
+@pytest.fixture
+def owner(tmp_path):
+  """Another process that has the directory."""
+  process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "has it\n"
+  yield process
+  process.kill()
+  process.wait()
+
+
+@pytest.fixture
+def without_flock(monkeypatch):
+  """A file system that has no locks."""
+  def none(*_):
+    raise OSError(38, "Function not implemented")
+  monkeypatch.setattr(lock.fcntl, "flock", none)
+
+
+def take(path):
+  with lock.Lock(path) as held:
+    held.check()
+    return json.loads((path / "LOCK").read_text())["process"]
+
+
+def is_refused(path, process):
+  with pytest.raises(lock.Busy, match=rf"process {process.pid} on {lock.platform.node()} \(for \d+ s\) trains there"):
+    take(path)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_living_owner_is_named_and_a_killed_one_is_in_nobodys_way(tmp_path, owner, locks, request):
+  if not locks:
+    request.getfixturevalue("without_flock")
+  is_refused(tmp_path, owner)
+  is_refused(tmp_path, owner)             # and asking took nothing from it
+  owner.send_signal(signal.SIGKILL)
+  while open(f"/proc/{owner.pid}/stat").read().split()[2] != "Z":  # nobody has waited for it: it is there, and dead
+    time.sleep(0.01)
+  assert take(tmp_path) == os.getpid()
+  assert not (tmp_path / "LOCK").exists()
+  assert take(tmp_path) == os.getpid()
+
+
+@pytest.mark.parametrize("place", ["a folder", "gs://bucket/run"])
+def test_an_owner_on_another_host_is_dead_once_it_is_silent(tmp_path, place, monkeypatch, request):
+  bucket = place.startswith("gs://")
+  if bucket:
+    request.getfixturevalue("bucket")
+  path = lock.epath.Path(place) if bucket else lock.epath.Path(tmp_path)
+  monkeypatch.setattr(lock, "BEAT", 0.05)
+  monkeypatch.setattr(lock, "SILENCE", 0.6)
+  elsewhere = lock.Lock(path)
+  elsewhere._me |= {"place": "another", "host": "node7"}
+  with elsewhere:
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: None)  # does not reach that host
+    with pytest.raises(lock.Busy, match=r"process \d+ on node7 \(for 0 s\)"):
+      take(path)
+    elsewhere._over.set()                 # it dies, and nothing is unlinked
+    elsewhere._thread.join()
+    began = time.monotonic()
+    with lock.Lock(path) as mine:
+      assert time.monotonic() - began > 0.5
+      mine.check()
+      mine._over.set()
+      mine._thread.join()
+      elsewhere._over.clear()
+      elsewhere._beat()                   # it was asleep only: it finds out, and ends
+      with pytest.raises(lock.Busy, match="was taken over by process"):
+        elsewhere.check()
+    assert not (path / "LOCK").exists()

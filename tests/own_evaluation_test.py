@@ -1,0 +1,144 @@
+"""A run's own evaluations, those made by hand, and the documents that both read: nothing changes unseen between them."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from nsa import checkpoint, config as config_lib, evaluate, methods, metrics, schedule, train as train_lib
+from nsa.data import sources
+from nsa.planning import plan
+
+pytestmark = pytest.mark.usefixtures("quick_compiles", "compilation_cache")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 4), ("val", 3), ("test", 3)):
+    (tmp_path / "corpus" / split).mkdir(parents=True)
+    for i in range(count):
+      (tmp_path / "corpus" / split / f"{i}.txt").write_bytes(rng.integers(97, 123, 400, np.uint8).tobytes())
+  return tmp_path / "corpus"
+
+
+def make_config(corpus, steps=4, **options):
+  config = config_lib.Config(
+      attention=methods.MSA(block_size=4, num_blocks=3, index_dim=4), schedule=schedule.native(steps, 0), log_every=1,
+      model=config_lib.ModelConfig(vocab_size=264, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8),
+      data=config_lib.DataConfig(source=f"files:{corpus}", context=32, global_batch=2, align=4),
+      eval=config_lib.EvalConfig(sequences=3, batch=2, run_modes=("sparse",), every=2, during=("dense",), diagnostics=False),
+      checkpoint=config_lib.CheckpointConfig(every=2))
+  for name, value in options.items():
+    setattr(config, name, value)
+  return config
+
+
+def train(config, workdir):
+  return train_lib.train(config, workdir, progress=False)
+
+
+def by_hand(workdir, **options):
+  config, params, step = evaluate.open_run(workdir)
+  config.eval = dataclasses.replace(config.eval, **options)
+  return evaluate.write(config, params, workdir, step)[1].name
+
+
+def files(workdir):
+  return {path.name: path.read_text() for path in (workdir / "eval").iterdir()}
+
+
+def write(path, data):
+  """Changes a corpus, as seen by a process that begins then."""
+  path.write_bytes(data)
+  sources._load.cache_clear()
+
+
+def break_off(monkeypatch, step, error):
+  """The run ends with `error` where its evaluation at `step` begins."""
+  real = evaluate.write
+
+  def write(config, params, workdir, at, *rest, **kw):
+    if at == step:
+      raise error
+    return real(config, params, workdir, at, *rest, **kw)
+
+  monkeypatch.setattr(train_lib.evaluate, "write", write)
+
+
+def test_an_evaluation_by_hand_leaves_the_runs_own_alone(tmp_path, corpus, monkeypatch):
+  train(make_config(corpus), tmp_path / "run")
+  before = files(tmp_path / "run")
+  assert before.keys() == {"2.json", "4.json"}
+  asked = json.loads(before["4.json"])["settings"]
+  assert (asked["split"], asked["context"], asked["sequences"], asked["run_modes"]) == ("val", 32, 3, ["sparse"])
+  assert json.loads(before["2.json"])["settings"]["run_modes"] == ["dense"]
+  assert metrics.read_json(tmp_path / "run/versions.json")["held_out_sha256"] == {"val": asked["corpus_sha256"]}
+  assert by_hand(tmp_path / "run") == "4.json", "the same questions: the same file"
+  assert files(tmp_path / "run") == before
+  monkeypatch.setattr(evaluate, "records", lambda *_: [])  # what follows is about files
+  for name, options in [("4-sequences=1.json", dict(sequences=1)), ("4-run_modes=", dict(run_modes=("dense", "sparse"))),
+                        ("4-split=test-context=16.json", dict(split="test", context=16)), ("4-blocks=", dict(blocks={"num_blocks": 2})),
+                        ("4-tasks=", dict(tasks=("copy:length=4",), task_examples=1)), ("4-diagnostics=64.json", dict(diagnostics=True))]:
+    assert by_hand(tmp_path / "run", **options).startswith(name)
+  write(corpus / "val/0.txt", b"another document" * 30)
+  assert by_hand(tmp_path / "run").startswith("4-corpus_sha256=")
+  after = files(tmp_path / "run")
+  assert len(after) == 9 and {name: after[name] for name in before} == before
+
+
+def test_a_run_makes_its_own_evaluation_whatever_was_made_by_hand(tmp_path, corpus, monkeypatch):
+  train(make_config(corpus), tmp_path / "calm")
+  with monkeypatch.context() as patch:
+    break_off(patch, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+      train(make_config(corpus), tmp_path / "run")
+  assert by_hand(tmp_path / "run", sequences=1) == "4-sequences=1.json"
+  (tmp_path / "run/eval/4.json").write_text((tmp_path / "run/eval/4-sequences=1.json").read_text())  # as older versions wrote it
+  train(make_config(corpus), tmp_path / "run")
+  assert files(tmp_path / "run")["4.json"] == files(tmp_path / "calm")["4.json"]
+
+
+def test_what_evaluations_need_is_read_before_the_first_step(tmp_path, corpus):
+  for options, said in [(dict(split="ood"), r"there is no ood/ folder in it \(found: test, train, val\)"),
+                        (dict(context=512), "eval.context = 512: no document of .* has 513 tokens"),
+                        (dict(tasks=("mqar:pairs=30",)), "data.context = 32: task mqar with pairs=30")]:
+    config = make_config(corpus)
+    config.eval = dataclasses.replace(config.eval, **options)
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+      plan.describe(config)
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+      train(config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
+    (tmp_path / "run/config.json").unlink()
+
+
+def test_an_error_in_the_middle_keeps_the_checkpoint_and_is_no_wrong_input(tmp_path, corpus, monkeypatch):
+  break_off(monkeypatch, 2, FileNotFoundError("a disk went away"))
+  with pytest.raises(RuntimeError, match="in the middle of training.*FileNotFoundError: a disk went away"):
+    train(make_config(corpus), tmp_path / "run")
+  assert checkpoint.Checkpoints(tmp_path / "run").steps() == [2]
+  assert not (tmp_path / "run/LOCK").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_documents_are_refused_on_resume_and_on_fork(tmp_path, corpus, split, monkeypatch):
+  with monkeypatch.context() as patch:
+    break_off(patch, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+      train(make_config(corpus, 8), tmp_path / "trunk")
+  fork = lambda **data: make_config(corpus, 8, fork=config_lib.ForkConfig(str(tmp_path / "trunk"), 2), data=dataclasses.replace(
+      make_config(corpus).data, **data))
+  config = make_config(corpus, 8)
+  recorded = (tmp_path / "trunk/versions.json").read_text()
+  write(corpus / split / "new.txt", b"one more document" * 20)
+  said = rf"data.source = 'files:.*the documents of '{split}' are not those that .*trunk has read"
+  for wrong, workdir in ((config, "trunk"), (fork(), "fork")):
+    with pytest.raises(config_lib.ConfigError, match=said):
+      train(wrong, tmp_path / workdir)
+  assert (tmp_path / "trunk/versions.json").read_text() == recorded
+  (corpus.parent / "other").symlink_to(corpus)                     # another data.source: on purpose
+  assert train(fork(source=f"files:{corpus.parent}/other"), tmp_path / "meant") == 8
+  (corpus / split / "new.txt").unlink()
+  sources._load.cache_clear()
+  assert train(config, tmp_path / "trunk") == 8
