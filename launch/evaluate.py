@@ -13,6 +13,7 @@ from launch import cli
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
 _RUN_MODES = flags.DEFINE_string("run_modes", "", "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
+_MODULES = flags.DEFINE_list("modules", [], "Files or modules that define further controls or tasks, besides the run's own.")
 _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
 _SEQUENCES = flags.DEFINE_integer("sequences", None, "Windows of text, -1 for all of the split; left out: the run's own.")
@@ -23,6 +24,7 @@ cli.define_common()
 def main():
   from nsa import config as config_lib, evaluate, processes
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
+  config.modules = (*config.modules, *_MODULES.value)
   e = config.eval
   e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context

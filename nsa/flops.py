@@ -10,51 +10,65 @@ import dataclasses
 from nsa import config as config_lib
 from nsa import methods, model as model_lib, optim, schedule
 
-# Parts that pass no gradient: what a top-k is taken of, and what a loss holds constant.
-_FORWARD_ONLY = ("index", "scores", "teacher")
+
+def costs(config, context: int, mode: str, losses: bool = False) -> list[tuple[str, methods.Cost]]:
+  """What each part of all layers costs, forward, per token, averaged over a causal sequence of `context` tokens.
+
+  First "projections", 2 FLOPs per weight of every matrix that the mode uses, and "unembedding", the same for the
+  output matrix; then the attention branches of each stack of layers, and with `losses` its auxiliary losses.
+  """
+  weights = sum(_projections(config, group) for group in schedule.GROUPS_OF[mode])
+  out = [("projections", methods.Cost(weights, kind="projections")),
+         ("unembedding", methods.Cost(2.0 * config.model.vocab_size * config.model.d_model, kind="projections"))]
+  for method, count in model_lib.layout(config):
+    parts = list(method.costs(config.model, context, mode).items())
+    parts += method.loss_costs(config.model, context, mode).items() if losses else ()
+    out += [(part, cost._replace(flops=count * cost.flops)) for part, cost in parts]
+  return out
+
+
+def by_part(parts: list[tuple[str, methods.Cost]]) -> dict[str, float]:
+  """FLOPs summed by name."""
+  out = {}
+  for part, cost in parts:
+    out[part] = out.get(part, 0.0) + cost.flops
+  return out
 
 
 def forward(config, context: int, mode: str) -> dict[str, float]:
-  """Forward FLOPs per token by part, averaged over a causal sequence of `context` tokens.
-
-  "projections" are 2 per weight of every matrix that the mode uses, "unembedding" the same for
-  the output matrix; the other parts are attention branches, summed over the layers.
-  """
-  out = {"projections": sum(_projections(config, group) for group in schedule.GROUPS_OF[mode]),
-         "unembedding": 2.0 * config.model.vocab_size * config.model.d_model}
-  for method, count in model_lib.layout(config):
-    for branch, cost in method.flops(config.model, context, mode).items():
-      out[branch] = out.get(branch, 0.0) + count * cost
-  return out
+  """Forward FLOPs per token by part."""
+  return by_part(costs(config, context, mode))
 
 
 def _projections(config, group: str) -> float:
   """2 FLOPs per weight of the matrices of one parameter group."""
-  decays = optim.split(model_lib.param_metadata(config, "decay")).get(group, {})
-  leaves = optim.split(model_lib.abstract_params(config)).get(group, {})
-  return sum(2.0 * leaf.size for path, leaf in leaves.items()
-             if decays[path] and path not in ("embed", "head") and "compress" not in path)
+  groups, each_token = optim.groups_of(config), optim.by_path(model_lib.param_metadata(config, "tokens"))
+  return sum(2.0 * leaf.size for path, leaf in optim.by_path(model_lib.abstract_params(config)).items()
+             if groups[path] == group and each_token[path])
 
 
-def training(config, step: schedule.Step) -> dict[str, float]:
-  """FLOPs per token of one optimizer step, by part: forward, and twice that for the backward pass.
+def training_costs(config, step: schedule.Step) -> list[tuple[str, methods.Cost]]:
+  """`costs` of one optimizer step: forward, and twice that for the backward pass.
 
   A part that does not learn and lies on no path of gradient (scores that a top-k is taken of, a
   frozen backbone while the selector is distilled) is counted forward only.
   """
-  parts = forward(config, step.context, step.mode)
-  for method, count in model_lib.layout(config) if step.losses else ():
-    for loss, cost in method.loss_flops(config.model, step.context, step.mode).items():
-      parts[loss] = parts.get(loss, 0.0) + count * cost
+  parts = costs(config, step.context, step.mode, step.losses)
   if step.groups == ("selector",):
-    learns = {loss for method, _ in model_lib.layout(config) for loss in method.selector_losses}
-    return {part: cost * (3.0 if part in learns else 1.0) for part, cost in parts.items()}
+    return [(part, cost._replace(flops=cost.flops * (3.0 if cost.trains == "selector" else 1.0))) for part, cost in parts]
+  both = [(part, cost._replace(flops=cost.flops * (3.0 if cost.gradient else 1.0))) for part, cost in parts]
   if step.groups == ("memory",):
     # Gradient passes through the frozen backbone, to memories below, but none is taken of its matrices.
-    frozen = parts["projections"] - _projections(config, "memory")
-    return {**{part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()},
-            "projections": 3.0 * parts["projections"] - frozen, "unembedding": 2.0 * parts["unembedding"]}
-  return {part: cost * (1.0 if part in _FORWARD_ONLY else 3.0) for part, cost in parts.items()}
+    (_, projections), (_, unembedding) = parts[:2]
+    frozen = projections.flops - _projections(config, "memory")
+    both[:2] = [("projections", projections._replace(flops=3.0 * projections.flops - frozen)),
+                ("unembedding", unembedding._replace(flops=2.0 * unembedding.flops))]
+  return both
+
+
+def training(config, step: schedule.Step) -> dict[str, float]:
+  """FLOPs per token of one optimizer step, by part."""
+  return by_part(training_costs(config, step))
 
 
 def per_step(config, step: schedule.Step) -> float:
@@ -81,8 +95,7 @@ def cumulative(config, steps: int) -> float:
 
 def attention(config, context: int, mode: str) -> float:
   """Attention FLOPs per token and sequence position, forward, all branches and the selector."""
-  parts = forward(config, context, mode)
-  return sum(cost for part, cost in parts.items() if part not in ("projections", "unembedding"))
+  return sum(cost.flops for _, cost in costs(config, context, mode)[2:])
 
 
 def attention_reduction(attention_options: methods.Method, model, context: int) -> float:
@@ -93,20 +106,6 @@ def attention_reduction(attention_options: methods.Method, model, context: int) 
   """
   dense = methods.interface.dense_flops(model, context)
   return dense / sum(attention_options.flops(model, context, "sparse").values())
-
-
-def measured(method: methods.Method, model, context: int, visible: float) -> float:
-  """Attention FLOPs per query and layer, forward, of a query that attended to `visible` tokens (as measured).
-
-  The selection is counted as for a causal sequence of `context` tokens; of a method that chooses once per prompt,
-  for a prompt of half of that, and not at all for answers that an eviction serves.
-  """
-  attended = 4.0 * model.num_heads * model.head_dim * visible
-  if isinstance(method, methods.PromptMethod):
-    choosing = method.selection_flops(model, context // 2) if method.phase == "prefill" else {}
-    return attended + sum(choosing.values())
-  parts = method.flops(model, context, "sparse")
-  return attended + sum(cost for part, cost in parts.items() if part != "selected")
 
 
 def equal_window(config, context: int) -> int:
@@ -137,7 +136,8 @@ def read_reduction(attention_options: methods.Method, model, context: int) -> fl
 
 def parameters(config) -> dict[str, int]:
   """Number of parameters by group, and "non_embedding"."""
-  groups = optim.split(model_lib.abstract_params(config))
+  params = model_lib.abstract_params(config)
+  groups = optim.split(params, optim.groups_of(config))
   out = {group: sum(leaf.size for leaf in leaves.values()) for group, leaves in groups.items()}
-  embedding = sum(leaf.size for path, leaf in groups["backbone"].items() if path in ("embed", "head"))
+  embedding = sum(params[name].size for name in ("embed", "head") if name in params)
   return {**out, "total": sum(out.values()), "non_embedding": sum(out.values()) - embedding}

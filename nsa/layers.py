@@ -23,24 +23,38 @@ class Init:
 
   Adding a selector or a branch to a model therefore leaves the initial value of
   every other parameter as it was: all arms of one seed start from the same weights.
+
+  What the optimizer and the FLOPs have to know of a parameter it is told here, and keeps as metadata:
+    group   the parameter group (methods/interface.py, GROUPS); an Init hands its own to all below it
+    axes    logical names of its dimensions, for sharding
+    decay   whether weight decay acts on it
+    matrix  of a weight that is a matrix: the dimensions that it sums over, counted from the end; those behind them
+            are what it makes of them, those before them count separate matrices. (): norms, biases, tables
+    tokens  whether the matrix multiplies every token, so that it costs 2 FLOPs per weight and token
   """
 
-  def __init__(self, key: Array):
-    self.key = key
+  def __init__(self, key: Array, group: str = "backbone"):
+    self.key, self.group = key, group
 
-  def child(self, name: str | int) -> "Init":
+  def child(self, name: str | int, group: str | None = None) -> "Init":
     tag = name if isinstance(name, int) else zlib.crc32(name.encode())
-    return Init(jax.random.fold_in(self.key, tag))
+    return Init(jax.random.fold_in(self.key, tag), self.group if group is None else group)
+
+  def param(self, value: Array, axes: tuple[str | None, ...], *, decay: bool = False,
+            matrix: tuple[int, ...] = (), tokens: bool = True) -> nnx.Param:
+    """A parameter that begins with `value`; `matrix` counts its dimensions from the first."""
+    matrix = tuple(i - value.ndim for i in matrix)
+    return nnx.Param(value, axes=axes, decay=decay, group=self.group, matrix=matrix, tokens=tokens and bool(matrix))
 
   def normal(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int,
-             gain: float = 1.0, decay: bool = True) -> nnx.Param:
-    """Gaussian with standard deviation gain / sqrt(fan_in). `axes` are logical names for sharding."""
+             gain: float = 1.0, decay: bool = True, matrix: tuple[int, ...] = (0,), tokens: bool = True) -> nnx.Param:
+    """Gaussian with standard deviation gain / sqrt(fan_in). What is not decayed is no matrix."""
     value = jax.random.normal(self.child(name).key, shape, jnp.float32) * (gain * fan_in ** -0.5)
-    return nnx.Param(value, axes=axes, decay=decay)
+    return self.param(value, axes, decay=decay, matrix=matrix if decay else (), tokens=tokens)
 
   def constant(self, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> nnx.Param:
     """A constant; norms, gates' biases and convolutions are not decayed."""
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes, decay=False)
+    return self.param(jnp.full(shape, value, jnp.float32), axes)
 
 
 def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
@@ -161,8 +175,7 @@ class HeadProjection(nnx.Module):
       self.bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=(axis, None), decay=False)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
-      value = jnp.zeros((taps, heads, head_dim)).at[0].set(1.0)
-      self.taps = nnx.Param(value, axes=(None, axis, None), decay=False)
+      self.taps = init.param(jnp.zeros((taps, heads, head_dim)).at[0].set(1.0), (None, axis, None))
     if norm:
       self.norm = init.constant((head_dim,), (None,), 1.0)
 

@@ -33,10 +33,10 @@ class Attention(nnx.Module):
     self.k = projection("k", model.num_kv_heads, "kv_heads", norm=model.qk_norm)
     self.v = projection("v", model.num_kv_heads, "kv_heads")
     self.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
-                           fan_in=model.num_heads * model.head_dim, gain=out_gain)
+                           fan_in=model.num_heads * model.head_dim, gain=out_gain, matrix=(0, 1))
     if model.output_gate:
       self.gate = init.normal("gate", (model.d_model, model.num_heads), ("embed", "heads"), fan_in=model.d_model)
-    self.method = method.layer(init.child("method"), model)
+    self.method = methods.build(method, init.child("method", group=""), model)  # which declares the group of each parameter
 
   def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
     """These tokens as the method sees them, and their streams."""
@@ -97,7 +97,8 @@ class Transformer(nnx.Module):
 
   def __init__(self, init: layers.Init, config):
     model = config.model
-    self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model)
+    # Embeddings are looked up, and their output matrix is counted apart and learns by Adam: neither is a `matrix` here.
+    self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model, matrix=())
     stacks, first = [], 0  # all layers draw their keys by their own number, whatever the layout
     for method, count in layout(config):
       keys = jax.vmap(lambda i: jax.random.fold_in(init.child("layers").key, i))(jnp.arange(first, first + count))
@@ -107,7 +108,8 @@ class Transformer(nnx.Module):
     self.stacks = nnx.Dict({f"stack{i}": stack for i, stack in enumerate(stacks)})
     self.norm = init.constant((model.d_model,), (None,), 1.0)
     if not model.tie_embeddings:
-      self.head = init.normal("head", (model.d_model, model.vocab_size), ("embed", "vocab"), fan_in=model.d_model)
+      self.head = init.normal("head", (model.d_model, model.vocab_size), ("embed", "vocab"), fan_in=model.d_model,
+                              matrix=())
 
 
 def layout(config) -> list[tuple[methods.Method, int]]:
@@ -139,6 +141,15 @@ def backbone(params: dict, axis: int = 0) -> dict:
   stacks = [strip(params["stacks"][f"stack{i}"]) for i in range(len(params["stacks"]))]
   whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *stacks)
   return {**params, "stacks": {"stack0": whole}}
+
+
+def enter(config, params: dict, surgery: str) -> dict:
+  """`Stage.enter`: the surgery on the attention parameters of all layers whose method knows it (`Method.enter`)."""
+  stacks = {f"stack{i}": params["stacks"][f"stack{i}"] for i in range(len(params["stacks"]))}
+  for (name, stack), (method, _) in zip(stacks.items(), layout(config)):
+    if surgery in method.enters:
+      stacks[name] = {**stack, "attention": method.enter(surgery, stack["attention"])}
+  return {**params, "stacks": stacks}
 
 
 def restack(params: dict, config) -> dict:
@@ -192,7 +203,7 @@ def abstract_params(config) -> dict:
 
 
 def param_metadata(config, name: str) -> dict:
-  """Nested dict like the parameters with one metadata entry of each: "axes" or "decay".
+  """Nested dict like the parameters with one metadata entry of each, as `layers.Init` says.
 
   "axes" has one logical name or None per dimension, the stacking axis of layers included.
   """
@@ -202,14 +213,14 @@ def param_metadata(config, name: str) -> dict:
   def read(v):
     value = getattr(v, name)
     if name == "axes":
-      value = Axes((None,) * (v.ndim - len(value)) + tuple(value))
-    return value
+      value = (None,) * (v.ndim - len(value)) + tuple(value)
+    return Axes(value) if isinstance(value, tuple) else value
 
   return nnx.to_pure_dict(jax.tree.map(lambda v: v.replace(read(v)), state, is_leaf=is_leaf))
 
 
 class Axes(tuple):
-  """Logical axis names of one parameter; a leaf, not a subtree."""
+  """Axes of one parameter, by logical name or number; a leaf, not a subtree."""
 
 
 def init_params(config, seed: int | Array) -> dict:
@@ -228,7 +239,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     tokens: int32[B, T].
     segment_ids: int32[B, T]; tokens attend within their segment only. None: one segment.
     mode: "dense", "sparse" or "warmup" (dense output and the selector's loss).
-    selector: "own", or a training-free one in its place (methods.SELECTORS).
+    selector: "own", or the name of a control in its place (methods.TrainingFree).
     key: random key; only the "random" selector needs one.
     losses: whether to compute the auxiliary losses.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
@@ -282,7 +293,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise
       # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
       body = jax.checkpoint(body, prevent_cse=unroll >= count,
-                            policy=jax.checkpoint_policies.save_only_these_names("block_indices"))
+                            policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN))
     index = jnp.arange(first, first + count)
     x, (loss, observed, streams) = jax.lax.scan(body, x, (stack_state, None if cache is None else cache[i], index),
                                               unroll=min(unroll, count))

@@ -15,9 +15,8 @@ import numpy as np
 
 from nsa import config as config_lib
 from nsa.config import LearningRate, Restart, ScheduleConfig, Stage
-from nsa.methods import nsa as nsa_method
 
-# Parameter groups (see optim.group_of): which learn in a step of a mode when everything trains.
+# Parameter groups (methods.GROUPS): which learn in a step of a mode when everything trains.
 GROUPS_OF = {
     "dense": ("backbone",),
     "warmup": ("backbone", "selector"),
@@ -64,7 +63,7 @@ def at(config: config_lib.Config, step: int) -> Step:
   # In float32, as the optimizer multiplies.
   selector = float(np.float32(peak(config.schedule, step) if stage.hold_selector else rate)
                    * np.float32(config.optimizer.selector_learning_rate))
-  weights = {name: weight for method in config.methods for name, weight in method.loss_weights.items()}
+  weights = {name: loss.weight for method in config.methods for name, loss in method.losses.items()}
   return Step(index, mode, groups, context, config.data.global_batch * config.data.context // context,
               tuple(sorted({**weights, **stage.loss_weights}.items())), stage.mode != "dense",
               rate, selector, stage.enter if step == edges[index][0] else "")
@@ -132,23 +131,6 @@ def _again(first, top, final, again, step, steps):
   if decay and step >= steps - decay:
     return top * (final + (1 - final) * (steps - 1 - step) / decay)
   return top
-
-
-# --- weight surgery -------------------------------------------------------------
-
-
-def enter(name: str, params: dict) -> dict:
-  """Applies the surgery `Stage.enter` to all layers that have the parts it touches.
-
-  "copy_kv": NSA's compressed and window branches start from the trained K and V.
-  """
-  if name != "copy_kv":
-    raise ValueError(f"schedule stage enter = {name!r}: no such surgery; known is copy_kv")
-  stacks = {}
-  for name_, stack in params["stacks"].items():
-    method = stack["attention"].get("method", {})
-    stacks[name_] = {**stack, "attention": nsa_method.copy_kv(stack["attention"])} if "branch" in method else stack
-  return {**params, "stacks": stacks}
 
 
 # --- common schedules ---------------------------------------------------------------

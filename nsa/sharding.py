@@ -116,8 +116,8 @@ def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
   axes = model_lib.param_metadata(config, "axes")
   params = jax.tree.map(lambda a, p: named(mesh, a, p.shape, rules, replicas), axes, abstract_state.params,
                         is_leaf=is_axes)
-  by_path = {path: (sharding, leaf.shape) for group, leaves in optim.split(abstract_state.params).items()
-             for (path, leaf), sharding in zip(leaves.items(), optim.split(params)[group].values())}
+  placed = optim.by_path(params)
+  by_path = {path: (placed[path], leaf.shape) for path, leaf in optim.by_path(abstract_state.params).items()}
 
   def like_parameter(path, leaf):
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -30,7 +30,7 @@ from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
 _FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "unroll",
-                "peak_tflops", "tensorboard")
+                "peak_tflops", "tensorboard", "modules")
 
 
 class Preempted(Exception):
@@ -117,7 +117,7 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
       watchdog.expect(f"step {index}")
       step = schedule.at(config, index)
       if step.enter:
-        state = enter(config, state, step.enter)
+        state = state._replace(params=model_lib.enter(config, state.params, step.enter))  # the optimizer's state stays
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
       state, device_metrics = programs[step.program](state, batch, step.rates, seeds)
@@ -304,7 +304,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
   theirs = trunk.params
-  if config.fork.reset and not any(group in optim.GROUPS[1:] for group in optim.split(theirs)):
+  if config.fork.reset and not set(optim.groups_of(trunk_config).values()) - {"backbone"}:
     theirs = model_lib.restack(theirs, config)
   params = _overlay(fresh.params, theirs, config)
   if config.fork.reset:
@@ -315,7 +315,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
 
 
 def _overlay(fresh: dict, trunk: dict, config) -> dict:
-  problems = []
+  problems, group_of = [], optim.groups_of(config)
 
   def merge(mine, theirs, path):
     out = dict(mine)
@@ -327,7 +327,7 @@ def _overlay(fresh: dict, trunk: dict, config) -> dict:
         out[name] = _place(value, theirs[name])
       elif name in theirs:
         problems.append(("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
-      elif not {"selector", "branch", "memory"} & set(here):
+      elif group_of[".".join(here)] == "backbone":
         problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same model config"))
     return out
 
@@ -339,11 +339,6 @@ def _overlay(fresh: dict, trunk: dict, config) -> dict:
 
 def _place(mine, theirs):
   return jax.device_put(theirs, mine.sharding)
-
-
-def enter(config, state: step_lib.TrainState, name: str) -> step_lib.TrainState:
-  """Weight surgery at the beginning of a stage; the optimizer's state stays."""
-  return state._replace(params=schedule.enter(name, state.params))
 
 
 # --- logging, failure, preemption ---------------------------------------------------

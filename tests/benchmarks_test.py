@@ -1,6 +1,7 @@
 """benchmarks.kernels: what it counts and what it concludes; times need a device."""
 import dataclasses
 import json
+import os
 
 import jax
 from benchmarks import cases
@@ -9,7 +10,10 @@ from benchmarks import kinds
 from benchmarks import models
 from benchmarks import peer
 from benchmarks import timing
+from benchmarks import wall
+from nsa import config as config_lib
 from nsa import flops
+from nsa import metrics
 from nsa import schedule
 from nsa.look import selections
 import numpy as np
@@ -143,3 +147,23 @@ def test_kinds_of_kernels():
            "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions", "loop_add_fusion": "elementwise and the rest",
            "MemcpyD2D": "copies and transposes", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
   assert {name: kinds.kind(name) for name in names} == names
+
+
+def test_wall_time_of_a_study_by_part(tmp_path):
+  """Two runs, one after the other, 20 s apart: 100 steps of 8 x 4,096 tokens at 32,768 tokens/s are 100 s."""
+  for number, name in enumerate(("a", "b")):
+    run = tmp_path / "runs" / name
+    run.mkdir(parents=True)
+    config = models.config_of("pilot", "dense", 8, 4096)
+    metrics.write_json(run / "config.json", config_lib.to_dict(config))
+    records = [{"step": step, "seed": 0, "tokens_per_second": 32768.0} for step in (10, 60, 100)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics.write_json(run / "DONE", {"step": 100, "seconds_paused": {"compile": 30.0, "evaluate": 50.0}})
+    for file, seconds in (("config.json", 0), ("DONE", 200)):
+      os.utime(run / file, (1e9 + 220 * number + seconds,) * 2)
+  *runs, whole = wall.table(tmp_path)
+  assert [(r["run"], r["wall"], r["steps"], r["rest"], r["share_in_steps"]) for r in runs] == [
+      ("a", 200.0, 100.0, 20.0, 0.5), ("b", 200.0, 100.0, 20.0, 0.5)]
+  assert (whole["wall"], whole["steps"], whole["evaluate"]) == (420.0, 200.0, 100.0)
+  with pytest.raises(ValueError, match="no finished run"):
+    wall.table(tmp_path / "nothing")

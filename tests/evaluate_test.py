@@ -219,7 +219,7 @@ def test_diagnostics_equal_a_slow_computation(segmented):
   q, k, _ = random_case()
   options = methods.BlockTopK(block_size=4, num_blocks=3)
   call = methods.Call(segment_ids=segments, key=jax.random.key(0))
-  indices = np.asarray(methods.training_free.select("random", q, k, options, call))
+  indices = np.asarray(methods.RandomBlocks(**options.geometry).choose(q, k, call))
   got = jax.device_get(blocks.diagnostics(q, k, indices, call, options, tile_rows=12))  # 6 queries; the last tile has 4
   p = slow_attention(q, k, segments)
   names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common")
@@ -265,14 +265,14 @@ def test_an_oracle_without_forced_blocks_captures_the_oracle_mass():
   np.testing.assert_allclose(got["captured_mass"], got["oracle_mass"], rtol=1e-6)
   np.testing.assert_allclose(got["block_recall"], 1.0, rtol=1e-6)
   np.testing.assert_allclose(got["score_recall"], got["oracle_mass"], rtol=1e-6)
-  forced = methods.training_free.select("oracle", q, k, options, call)
+  forced = options.choose(q, k, call)
   assert (blocks.diagnostics(q, k, forced, call, options)["captured_mass"] <= got["oracle_mass"] + 1e-6).all()
 
 
 def test_rows_that_fill_up_a_batch_do_not_count():
   q, k, _ = random_case()
   options = methods.BlockTopK(block_size=4, num_blocks=3)
-  indices = methods.training_free.select("block_topk", q, k, options, methods.Call())
+  indices = options.choose(q, k, methods.Call())
   alone = blocks.diagnostics(q[:1], k[:1], indices[:1], methods.Call(), options)
   both = blocks.diagnostics(q, k, indices, methods.Call(), options, rows=jnp.array([1.0, 0.0]))
   for name, value in alone.items():

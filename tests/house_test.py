@@ -103,6 +103,14 @@ def test_a_backend_that_does_not_import_costs_only_itself(unloaded, monkeypatch)
       assert (error is None) == (name.split(".")[-1] not in lost), (module, name, error)
 
 
+def test_the_page_of_kernels_tells_what_is_served(unloaded):
+  """docs/kernels.md has the table that every `supports` gives today."""
+  from benchmarks import support
+  unloaded()
+  text = support.PAGE.read_text()
+  assert support.page(text) == text, "python -m benchmarks.support --write"
+
+
 def test_operations_are_typed():
   """Each argument and result of the public operations has a type, arrays with their shape in letters."""
   for operation in backends.OPERATIONS:

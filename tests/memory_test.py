@@ -169,7 +169,7 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_memory_learns():
   for _ in range(12):
     state, got = run(state, batch, np.full(2, 1e-2, np.float32), step_lib.seeds_of(config))
     losses.append(float(got["loss"]))
-  old, new = optim.split(before.params), optim.split(state.params)
+  old, new = (optim.split(x.params, optim.groups_of(config)) for x in (before, state))
   assert set(old) == {"backbone", "memory"}
   for path, leaf in old["backbone"].items():
     np.testing.assert_array_equal(new["backbone"][path], leaf, err_msg=path)

@@ -62,8 +62,8 @@ def objective(name, mode, params, h, weights, segments):
   layer = nnx.merge(attention_of(name)[0], params)
   out, losses, _, _ = layer(h, call, None, None)
   x, streams = layer.project(h, call)
-  lists, size = layer.method.select(*layer.method.selector.queries(x.h, call), streams["k_idx"], call)
-  assert size == (1 if name.startswith("token") else 8)
+  lists = layer.method.select(layer.method.index(x, streams, call), x, streams, call)
+  assert layer.method.unit == (1 if name.startswith("token") else 8)
   return jnp.sum(out * weights) + losses["index_kl"], (out, losses["index_kl"], lists)
 
 

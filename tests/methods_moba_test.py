@@ -173,7 +173,8 @@ def tokens(seed=0):
 def test_decoding_with_the_convolution_equals_the_parallel_pass():
   config = make_config(VARIANTS["conv"], short_conv=2)
   params = random_params(model_lib.abstract_params(config))
-  assert [path for path in optim.split(params)["branch"]] == ["stacks.stack0.attention.method.branch.taps"]
+  assert [path for path, group in optim.groups_of(config).items() if group == "branch"] == \
+      ["stacks.stack0.attention.method.branch.taps"]
   step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
       config, params, tokens, losses=False, cache=cache, offset=offset))
   cache, logits, at = model_lib.init_cache(config, params, B, T), [], 0

@@ -186,8 +186,7 @@ def test_selected_sets_are_those_of_the_slow_selection(name):
 def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
   options = methods.RandomBlocks(block_size=4, num_blocks=3)
   q, k = jnp.zeros((4, 64, 2, 4)), jnp.zeros((4, 64, 2, 4))
-  pick = lambda seed: np.asarray(methods.training_free.select("random", q, k, options,
-                                                              methods.Call(key=jax.random.key(seed))))
+  pick = lambda seed: np.asarray(options.choose(q, k, methods.Call(key=jax.random.key(seed))))
   indices = pick(0)
   late = indices[:, 60:]  # the last block's queries: their own and 2 of the other 15
   counts = np.bincount(np.concatenate([pick(s)[:, 60:].ravel() for s in range(8)]), minlength=16)
@@ -198,7 +197,7 @@ def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
   assert (indices != pick(1)).any() and (late[:, 0] != late[:, 1]).any() and (late[:, :, 0] != late[:, :,
                                                                                                     1]).any()
   with pytest.raises(ValueError, match="random key"):
-    methods.training_free.select("random", q, k, options, methods.Call())
+    options.choose(q, k, methods.Call())
 
 
 # --- what holds for whole models ----------------------------------------------------
@@ -290,9 +289,9 @@ def gradients_of(name, mode="sparse", **model):
   return jax.jit(jax.grad(objective, has_aux=True))
 
 
-def largest_by_group(grads):
-  return {group: max(float(np.abs(g).max()) for g in leaves.values()) for group,
-          leaves in optim.split(grads).items()}
+def largest_by_group(name, grads):
+  groups = optim.groups_of(make_config(METHODS[name]))
+  return {group: max(float(np.abs(g).max()) for g in leaves.values()) for group, leaves in optim.split(grads, groups).items()}
 
 
 @pytest.mark.parametrize("name,mode", [("msa", "sparse"), ("msa", "warmup"), ("dsa", "sparse"), ("seer", "sparse")])
@@ -300,7 +299,7 @@ def test_kl_trains_the_selector_alone_and_nothing_else_does(name, mode):
   params, gradients = params_of(name), gradients_of(name, mode)
   of_kl, (_, kl) = gradients(params, 0.0, 1.0)
   of_lm, _ = gradients(params, 1.0, 0.0)
-  kl_groups, lm_groups = largest_by_group(of_kl), largest_by_group(of_lm)
+  kl_groups, lm_groups = largest_by_group(name, of_kl), largest_by_group(name, of_lm)
   assert kl > 0 and kl_groups["selector"] > 1e-4 and kl_groups["backbone"] == 0
   assert lm_groups["selector"] == 0 and lm_groups["backbone"] > 1e-4
 
@@ -362,7 +361,7 @@ def test_an_index_with_the_weights_of_the_only_head_is_that_head():
 
 
 def leaves_of(params):
-  return {path: leaf for leaves in optim.split(params).values() for path, leaf in leaves.items()}
+  return optim.by_path(params)
 
 
 def test_all_arms_start_from_the_same_weights():

@@ -435,7 +435,7 @@ def test_analytic_cost():
   parts = lines.flops(model, context, "sparse")
   assert parts["scores"] == 2 * 32 * 128 * sum(range(context - 63, context + 1)) / context
   assert parts["selected"] == pytest.approx(4 * 32 * 128 * (sum(range(1, 1025)) + (context - 1024) * 1024) / context)
-  assert flops.measured(lines, model, 2 * context, 700.0) == 4 * 32 * 128 * 700 + parts["scores"]
+  assert lines.measured_flops(model, 2 * context, 700.0) == 4 * 32 * 128 * 700 + parts["scores"]
   blocks = methods.MInferenceBlocks()
   pairs = 512 * 513 / 2  # blocks of 64, one product of the group's sum each
-  assert blocks.selection_flops(model, context)["scores"] == pytest.approx(2 * 8 * 128 * pairs / context)
+  assert blocks.selection_costs(model, context)["scores"].flops == pytest.approx(2 * 8 * 128 * pairs / context)

@@ -156,7 +156,7 @@ def random_tree(tree, seed, scale=1.0):
 
 
 def flat(params):
-  return {path: leaf for leaves in optim.split(params).values() for path, leaf in leaves.items()}
+  return optim.by_path(params)
 
 
 def setup(method, **options):
@@ -179,7 +179,7 @@ def test_frozen_groups_stay_bit_for_bit(name, optimizer):
     for i in range(3):
       new, new_state, norms = step(learns, random_tree(params, 1 + i), new_state, new)
     assert set(norms) == set(learns)
-    before, after = optim.split(params), optim.split(new)
+    before, after = optim.split(params, transforms.groups), optim.split(new, transforms.groups)
     for group in before:
       for path, leaf in before[group].items():
         assert bool((leaf == after[group][path]).all()) == (group not in learns), path
@@ -187,9 +187,9 @@ def test_frozen_groups_stay_bit_for_bit(name, optimizer):
       assert all(same) == (group not in learns)
 
 
-def test_split_and_join_are_inverses_and_groups_are_named_by_path():
-  _, params, _, _ = setup("nsa")
-  groups = optim.split(params)
+def test_split_and_join_are_inverses_and_groups_are_those_that_parameters_name():
+  config, params, _, _ = setup("nsa")
+  groups = optim.split(params, optim.groups_of(config))
   assert set(groups) == {"backbone", "branch"}
   assert {"embed", "stacks.stack0.attention.k.weight", "stacks.stack0.mlp.down"} <= set(groups["backbone"])
   assert all(".branch." in path for path in groups["branch"])
@@ -199,8 +199,9 @@ def test_split_and_join_are_inverses_and_groups_are_named_by_path():
 def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
   config, params, transforms, state = setup("msa", clip=0.5, selector_clip=0.25, weight_decay=0.1)
   grads = random_tree(params, 1, 1e-4)
-  grads = jax.tree_util.tree_map_with_path(lambda p, g: g * (1e6 if optim.group_of(p) == "selector" else 1.0),
-                                           grads)
+  scale = lambda leaves, by: jax.tree.map(lambda g: g * by, leaves)
+  grads = optim.join(grads, {group: scale(leaves, 1e6 if group == "selector" else 1.0)
+                             for group, leaves in optim.split(grads, transforms.groups).items()})
   step = jax.jit(lambda state, params: optim.update(transforms, ALL, grads, state, params, (0.01, 0.02)))
   new, new_state, norms = step(state, params)
   new, _, _ = step(new_state, new)
@@ -208,7 +209,7 @@ def test_adamw_takes_the_textbook_step_with_each_group_clipped_apart():
   got, start, flat_grads = flat(new), flat(params), flat(grads)
   o = config.optimizer
   norm = {}
-  for group, leaves in optim.split(grads).items():
+  for group, leaves in optim.split(grads, transforms.groups).items():
     norm[group] = np.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in leaves.values()))
     np.testing.assert_allclose(norms[group], norm[group], rtol=1e-5)
   assert norm["selector"] > 1 and norm["backbone"] < 0.5  # and the backbone is not clipped
@@ -261,8 +262,8 @@ def test_muon_updates_are_orthogonal_with_the_rms_of_adam(name):
 
 
 def test_copy_kv_copies_into_every_branch_and_nothing_else():
-  _, params, _, _ = setup("nsa")
-  new = schedule.enter("copy_kv", params)
+  config, params, _, _ = setup("nsa")
+  new = model_lib.enter(config, params, "copy_kv")
   attention, old = new["stacks"]["stack0"]["attention"], params["stacks"]["stack0"]["attention"]
   branch = attention["method"]["branch"]
   for x in "kv":
@@ -273,5 +274,6 @@ def test_copy_kv_copies_into_every_branch_and_nothing_else():
   changed = {path for path, leaf in flat(params).items() if not bool((leaf == flat(new)[path]).all())}
   assert changed == {path for path in flat(params) if any(f".{x}_{t}" in path for x in "kv" for t in ("cmp",
                                                                                                       "win"))}
-  with pytest.raises(ValueError, match="copy_kv"):
-    schedule.enter("copy", params)
+  moba = make_config(schedule.dense(1), methods.MoBA(key_conv=3))  # has a group "branch" too, and no such surgery
+  params = model_lib.abstract_params(moba)
+  assert model_lib.enter(moba, params, "copy_kv") == params

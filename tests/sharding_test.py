@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {"data=8": dict(data=8), "fsdp=4,tensor=2": dict(fsdp=4, tensor=2), "data=2,fsdp=2,tensor=2": dict(fsdp=2, tensor=2),
           "context=4,tensor=2": dict(context=4, tensor=2), "context=8": dict(context=8),
           "fsdp=2,context=2,tensor=2": dict(fsdp=2, context=2, tensor=2)}
-METHODS = sorted(name for name, method in methods._METHODS.items() if not issubclass(method, methods.PromptMethod))
+METHODS = sorted(name for name, method in methods.registry.METHODS.items() if not issubclass(method, methods.PromptMethod))
 PAIRS = [("all", "fsdp=2,context=2,tensor=2"), ("msa", "data=2,fsdp=2,tensor=2")]
 # For sums in another order: of the largest parameter, of the largest gradient (Adam's first moment after a step),
 # and of a metric plus 0.1 (a KL near 0 is the difference of larger numbers).
@@ -38,8 +38,8 @@ tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_st
             pool_len=4, pool_stride=2, segment=8, chunk=4)
 # Training-free selectors differ in their scores alone; memories take as long to compile as all the others.
 ALONE = ("random", "sink_window", "quest", "window")
-TRAINED = sorted(name for name, method in methods._METHODS.items()
-                 if not (issubclass(method, methods.PromptMethod) or method.memory or name in ALONE))
+TRAINED = sorted(name for name, method in methods.registry.METHODS.items()
+                 if not (issubclass(method, methods.PromptMethod) or "memory" in method.groups or name in ALONE))
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 256, (8, 25)).astype(np.int32)
 batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=np.ones((8, 24), np.float32),

@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from nsa import methods, tasks
+from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
 from nsa.data import tokenizer
 from pallas_kernels import backends
@@ -13,12 +13,14 @@ GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
 
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
-  """Checks every arithmetic constraint; returns the config unchanged.
+  """Imports `config.modules` and checks every arithmetic constraint; returns the config unchanged.
 
   Raises ConfigError listing all problems. `num_devices` adds the check of the
   mesh against the devices that are there.
   """
   problems = []
+  for module in config.modules:
+    origins.load(module)
 
   def need(ok, name, value, fix):
     if not ok:
@@ -128,7 +130,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(not once, f"{at}.mode", stage.mode, f"{', '.join(once)} chooses once per prompt and would leak in training: "
            "train dense and name it in eval.run_modes")
     if stage.train == "memory":
-      need(any(method.memory for method in config.methods), f"{at}.train", stage.train,
+      need(any("memory" in method.groups for method in config.methods), f"{at}.train", stage.train,
            f"{config.attention.name} has no memory")
     if stage.context:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
@@ -167,7 +169,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     known = methods.run_mode_fields(name)
     options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
     once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
-    if name != "dense" and (options or once or name == "quest"):
+    if name != "dense" and (options or once or name != "sparse" and methods.get(name).has_geometry):
       own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
       if own or name != "sparse":
         run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)

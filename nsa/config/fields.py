@@ -152,7 +152,7 @@ class EvalConfig:
   sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents; -1 = all of the split
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
-  run_modes: tuple[str, ...] = ("dense", "sparse")  # also those of methods.RUN_MODES, with options: "sparse:num_blocks=8"
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also the others of methods/run_modes.py, with options: "sparse:num_blocks=8"
   during: tuple[str, ...] = ()    # run modes at steps before the last, without heat maps; () = as at the end
   during_examples: int = 0        # examples per task at these; 0 = text alone
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
@@ -185,6 +185,8 @@ class Config:
   arm: str = "dense"              # name of the arm, a column of every record
   size: str = "base"              # name of the model size, a column of every record
   seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
+  modules: tuple[str, ...] = ()   # what defines methods, tasks and controls outside of the package, by import name or file:
+                                  # config.json names it by itself (nsa/origins.py)
   model: ModelConfig = field(default_factory=ModelConfig)
   attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
   layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name; () = attention in all

@@ -5,26 +5,41 @@ import types
 import typing
 from typing import Any
 
-from nsa import methods
+from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError
 
 
 def to_dict(config: Config) -> dict:
-  """The config as JSON-ready nested dicts; `attention` carries its method's name."""
+  """The config as JSON-ready nested dicts; `attention` carries its method's name, `modules` what has to be imported."""
   out = dataclasses.asdict(config)
+  out["modules"] = sorted({*config.modules, *origins.modules_of(_classes(config))})
   out["attention"] = {"method": config.attention.name, **out["attention"]}
   out["others"] = {name: {"method": config.others[name].name, **options} for name, options in out["others"].items()}
   return json.loads(json.dumps(out))
 
 
 def from_dict(tree: dict) -> Config:
-  """The inverse of `to_dict`. Raises ConfigError for an unknown field or method."""
+  """The inverse of `to_dict`: imports its modules first.
+
+  Raises ConfigError for an unknown field or method, FileNotFoundError or ModuleNotFoundError for a module that is gone.
+  """
   tree = dict(tree)
+  for module in tree.get("modules", ()):
+    origins.load(module)
   attention = _method(tree.pop("attention", {"method": "dense"}), "attention")
   others = {name: _method(options, f"others.{name}") for name, options in tree.pop("others", {}).items()}
   config = _build(Config, tree, "")
   config.attention, config.others = attention, others
   return config
+
+
+def _classes(config: Config) -> set[type]:
+  """The methods, controls and tasks that a config names."""
+  modes = [mode.partition(":")[0] for mode in (*config.eval.run_modes, *config.eval.during)]
+  families = [name.partition(":")[0] for name in (*config.data.tasks, *config.eval.tasks)]
+  named = [methods.registry.METHODS.get(name) for name in (*config.layers, *modes)]
+  named += [tasks.TASKS.get(family) for family in families]
+  return {cls for cls in named if cls} | {type(method) for method in (config.attention, *config.others.values())}
 
 
 def _method(options: dict, where: str) -> methods.Method:

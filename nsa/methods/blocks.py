@@ -1,18 +1,20 @@
-"""What all block methods share: geometry and its constraints, and diagnostics.
+"""What all block methods share: geometry and its constraints, the layer, and diagnostics.
 
 Semantics (the same in every kernel): the block grid is anchored at absolute position 0; a
 query sees the blocks up to its own; forced blocks take slots of J; -1 pads; one set per
 (query, KV head).
 """
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
-from nsa.methods import interface
+from nsa.methods import interface, registry
+from nsa.methods.interface import Cost
 
 
 @dataclasses.dataclass
@@ -48,16 +50,88 @@ class BlockMethod(interface.Method):
                        f"{self.num_initial + self.num_local}"))
     return problems
 
-  def flops(self, model, context, mode):
-    if mode == "dense":
-      return super().flops(model, context, mode)
-    return {"selected": selected_flops(self, model, context)}
+  def costs(self, model, context, mode):
+    if mode != "sparse":
+      return super().costs(model, context, mode)
+    return {"selected": Cost(selected_flops(self, model, context), kind="selected"), **self.selection_costs(model, context)}
+
+  def selection_costs(self, model, context: int) -> dict[str, Cost]:
+    """Of choosing the blocks, in sparse mode; a warm-up's scores belong to its loss."""
+    return {}
+
+  def choose(self, q, k, call: interface.Call) -> Int[Array, "B T K J"]:
+    """The blocks that a control takes in a selector's place (training_free.py); a learned selector cannot be one."""
+    raise ValueError(f"selector = {self.name!r}: it has parameters of its own; known controls are those of "
+                     "methods/training_free.py and registered ones like them")
 
   def reads(self, model, context):
     return {"selected": self.tokens_visible(context)}
 
   def tokens_visible(self, context):
     return float(min(self.num_blocks * self.block_size, context))
+
+
+class BlockLayer(interface.Layer):
+  """Attention to chosen blocks: dense, warm-up, by the layer's own choice or a control's, all in one place.
+
+  What a method adds: `select`, and where it has them `index`, `losses` and another `attend`.
+  """
+
+  def __init__(self, options: BlockMethod):
+    self.options = options
+
+  @property
+  def unit(self) -> int:
+    """Tokens that an entry of the layer's own lists stands for."""
+    return self.options.block_size
+
+  def index(self, x, streams, call) -> Any:
+    """What both the choice and the losses are computed of."""
+    return None
+
+  def select(self, index, x, streams, call) -> Int[Array, "B T R J"]:
+    """The layer's own choice, -1 padded, no gradient: R sets per query, 1, K or N."""
+    raise NotImplementedError
+
+  def losses(self, index, x, streams, lse, lists, call) -> dict[str, Float[Array, ""]]:
+    """Auxiliary losses; `lists` None in warm-up, whose `lse` is that of dense attention."""
+    return {}
+
+  def choose(self, index, x, streams, call) -> tuple[Int[Array, "B T R J"], int]:
+    """The chosen lists and the tokens of an entry: the layer's own, or those of the control that `call.selector` names."""
+    if call.selector == "own":
+      return checkpoint_name(self.select(index, x, streams, call), interface.CHOSEN), self.unit
+    control = registry.get(call.selector)
+    if not issubclass(control, BlockMethod):
+      raise ValueError(f"selector = {call.selector!r}: it chooses no blocks")
+    return control(**self.options.geometry).choose(x.q, streams["k"], call), self.options.block_size
+
+  def attend(self, index, x, streams, lists, size, call):
+    """(o, lse) over the chosen lists. Where each query head has a set of its own, keys and values are repeated."""
+    k, v = streams["k"], streams["v"]
+    if lists.shape[2] > k.shape[2]:
+      k, v = (jnp.repeat(y, lists.shape[2] // y.shape[2], axis=2) for y in (k, v))
+    return pk.selected_attention(x.q, k, v, per_head(lists, k), block_size=size, **call.ops)
+
+  def __call__(self, x, streams, call):
+    if call.mode == "dense":
+      return super().__call__(x, streams, call)
+    index = self.index(x, streams, call)
+    if call.mode == "warmup":
+      lists, size = None, 0
+      o, lse = pk.attention(x.q, streams["k"], streams["v"], **call.ops)
+    else:
+      lists, size = self.choose(index, x, streams, call)
+      o, lse = self.attend(index, x, streams, lists, size, call)
+    losses = self.losses(index, x, streams, lse, lists, call) if call.losses else {}
+    if lists is None or size != self.options.block_size:  # lists of tokens would be misread as lists of blocks
+      return interface.Result(o, losses)
+    return interface.Result(o, losses, per_head(lists, streams["k"]))
+
+
+def per_head(lists: Int[Array, "B T R J"], k) -> Int[Array, "B T K J"]:
+  """One set for all KV heads as one set for each; others as they are."""
+  return jnp.broadcast_to(lists, lists.shape[:2] + (max(lists.shape[2], k.shape[2]),) + lists.shape[3:])
 
 
 def mean_visible(limit: int, context: int) -> float:

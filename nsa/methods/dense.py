@@ -9,3 +9,4 @@ from nsa.methods import interface
 class Dense(interface.Method):
   """Softmax attention over all previous tokens (arXiv 1706.03762, eq. 1). No options."""
   name: ClassVar[str] = "dense"
+  has_sparse: ClassVar[bool] = False

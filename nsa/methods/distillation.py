@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nsa.methods import interface
+from nsa.methods.interface import Cost
 
 MAX_SCORES = 2 ** 25  # float32 scores that a chunk of queries may hold at a time (128 MiB)
 
@@ -96,3 +97,9 @@ def selected_tokens(block_indices: Int[Array, "B t R J"], block_size: int, keys:
   b, i, r = (jnp.arange(n).reshape([-1 if a == axis else 1 for a in range(4)]) for axis, n in enumerate((B, t, R)))
   chosen = jnp.zeros((B, t, R, count), bool).at[b, i, r, at].set(True, mode="drop")
   return jnp.repeat(chosen, block_size, axis=-1)[..., :keys] if block_size > 1 else chosen
+
+
+def costs(loss: str, student: float, model, visible: float) -> dict[str, Cost]:
+  """Both branches' scores over `visible` tokens, computed again; the teacher's pass no gradient."""
+  return {loss: Cost(student, causal=True, trains="selector"),
+          "teacher": Cost(2.0 * model.num_heads * model.head_dim * visible, gradient=False, causal=True)}

@@ -33,13 +33,13 @@ from typing import ClassVar
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from nsa import layers
-from nsa.methods import blocks, distillation, interface, training_free
+from nsa.methods import blocks, distillation
+from nsa.methods.interface import Cost, Loss, Stream
 
 LEVELS = ("token", "block")
 
@@ -48,8 +48,8 @@ LEVELS = ("token", "block")
 class DSA(blocks.BlockMethod):
   """Defaults: the paper's budget of 2,048 tokens, and an indexer for small models (the paper: 64 heads of 128)."""
   name: ClassVar[str] = "dsa"
-  losses: ClassVar[tuple[str, ...]] = ("index_kl",)
-  selector_losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  groups: ClassVar[tuple[str, ...]] = ("selector",)
+  losses: ClassVar[dict[str, Loss]] = {"index_kl": Loss("selector")}
   block_size: int = 64            # tokens; at level "token" only a factor of the budget
   num_blocks: int = 32            # J; the budget is num_blocks * block_size tokens
   num_initial: int = 0            # forced first blocks, level "block" only
@@ -80,18 +80,17 @@ class DSA(blocks.BlockMethod):
     """Of I over `keys` tokens: each head's dot product, then its weighted sum."""
     return 2.0 * self.sets(model) * self.index_heads * (self.index_dim + 1) * keys
 
-  def flops(self, model, context, mode):
-    if mode != "sparse":  # a warm-up's index scores belong to its loss
-      return {"dense": interface.dense_flops(model, context)}
-    return {"selected": blocks.selected_flops(self, model, context),
-            "index": self._index_flops(model, (context + 1) / 2)}
+  def streams(self, model):
+    return {"k_idx": Stream(1, self.index_dim)}
 
-  def loss_flops(self, model, context, mode):
+  def selection_costs(self, model, context):
+    return {"index": Cost(self._index_flops(model, (context + 1) / 2), gradient=False, causal=True)}
+
+  def loss_costs(self, model, context, mode):
     if mode == "dense":
       return {}
     visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
-    return {"index_kl": self._index_flops(model, visible),
-            "teacher": 2.0 * model.num_heads * model.head_dim * visible}
+    return distillation.costs("index_kl", self._index_flops(model, visible), model, visible)
 
   def reads(self, model, context):
     # The one index key head is read once for all K heads and has no value.
@@ -108,7 +107,7 @@ def layer_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], bias: Float[Ar
 
 
 class Indexer(nnx.Module):
-  """The lightning indexer's projections; their parameters are the group "selector"."""
+  """The lightning indexer's projections."""
 
   def __init__(self, init, model, options: DSA):
     self.sets, self.heads = options.sets(model), options.index_heads
@@ -141,25 +140,30 @@ def index_scores(q_idx: Float[Array, "B t R HI dI"], w: Float[Array, "B t R HI"]
   return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(dots), axis=3)
 
 
-class DSALayer(interface.Layer):
+class DSALayer(blocks.BlockLayer):
 
   def __init__(self, init, model, options: DSA):
     self.options = options
-    self.selector = Indexer(init.child("selector"), model, options)
+    self.selector = Indexer(init.child("selector", group="selector"), model, options)
+
+  @property
+  def unit(self):
+    return 1 if self.options.level == "token" else self.options.block_size
 
   def streams(self, x, call):
     return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
 
-  def select(self, q_idx, w, k_idx, call):
-    """(lists int32[B, T, R, J] of the chosen blocks or tokens, tokens of one entry). No gradient."""
+  def index(self, x, streams, call):
+    return *self.selector.queries(jax.lax.stop_gradient(x.h), call), streams["k_idx"]
+
+  def select(self, index, x, streams, call):
     o = self.options
-    q_idx, w, k_idx = map(jax.lax.stop_gradient, (q_idx, w, k_idx))
+    q_idx, w, k_idx = map(jax.lax.stop_gradient, index)
     S = k_idx.shape[1]
     count = -(-S // o.block_size)
+    geometry = o.geometry
     if o.level == "token":
       geometry = dict(block_size=1, num_blocks=min(o.num_blocks * o.block_size, S), num_initial=0, num_local=0)
-    else:
-      geometry = o.geometry
 
     def choose(position, segments, q_idx, w):
       scores = index_scores(q_idx, w, k_idx)
@@ -171,32 +175,13 @@ class DSALayer(interface.Layer):
       return pk.block_top_k(scores, **geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],
                             implementation=call.implementation)
 
-    lists = distillation.over_queries(choose, call, self._scores_per_query(k_idx), q_idx, w)
-    return checkpoint_name(lists, "block_indices"), geometry["block_size"]  # named once more, outside the chunks
+    return distillation.over_queries(choose, call, self._scores_per_query(k_idx), q_idx, w)
 
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    q, k, v, k_idx = x.q, streams["k"], streams["v"], streams["k_idx"]
-    q_idx, w = self.selector.queries(jax.lax.stop_gradient(x.h), call)
-    size, lists = 1, None
-    if call.mode == "warmup":
-      o, lse = pk.attention(q, k, v, **call.ops)
-    else:
-      if call.selector == "own":
-        lists, size = self.select(q_idx, w, k_idx, call)
-      else:
-        lists, size = training_free.select(call.selector, q, k, self.options, call), self.options.block_size
-      per_head = jnp.broadcast_to(lists, lists.shape[:2] + (k.shape[2],) + lists.shape[3:])
-      o, lse = pk.selected_attention(q, k, v, per_head, block_size=size, **call.ops)
-    losses = {"index_kl": self._index_kl(q, k, lse, q_idx, w, k_idx, lists, size, call)} if call.losses else {}
-    # Result takes blocks of `block_size`; lists of tokens would be misread as such.
-    blocks_chosen = per_head if lists is not None and size == self.options.block_size else None
-    return interface.Result(o, losses, blocks_chosen)
-
-  def _index_kl(self, q, k, lse, q_idx, w, k_idx, lists, size, call):
+  def losses(self, index, x, streams, lse, lists, call):
     """KL(p || softmax(I)), a mean over queries and sets; `lists` None takes all visible tokens."""
-    S = k.shape[1]
+    q_idx, w, k_idx = index
+    q, k = x.q, streams["k"]
+    S, size = k.shape[1], self.unit if call.selector == "own" else self.options.block_size
 
     def one(position, segments, q, lse, q_idx, w, lists):
       mask = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
@@ -209,8 +194,8 @@ class DSALayer(interface.Layer):
         target, mask = p.sum((2, 3))[:, :, None], mask.any(2, keepdims=True)
       return distillation.kl(target, index_scores(q_idx, w, k_idx), mask)
 
-    return jnp.mean(distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w,
-                                              lists))
+    kl = distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w, lists)
+    return {"index_kl": jnp.mean(kl)}
 
   def _scores_per_query(self, k_idx, heads: int = 0) -> int:
     return k_idx.shape[0] * k_idx.shape[1] * max(heads, self.selector.sets * self.selector.heads)

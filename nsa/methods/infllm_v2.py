@@ -28,12 +28,12 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 import pallas_kernels as pk
-from nsa.methods import blocks, distillation, interface, training_free
+from nsa.methods import blocks, distillation
+from nsa.methods.interface import Cost
 
 COARSE = 4  # the coarse log-normaliser pools over so many times pool_len and pool_stride
 
@@ -70,13 +70,10 @@ class InfLLMV2(blocks.BlockMethod):
   def layer(self, init, model):
     return InfLLMV2Layer(self)
 
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":
-      factor = COARSE if self.coarse_lse else 1
-      keys = sum(mean_pooled(context, f * self.pool_len, f * self.pool_stride) for f in (1, factor))
-      out["scores"] = 2.0 * model.num_heads * model.head_dim * keys
-    return out
+  def selection_costs(self, model, context):
+    factor = COARSE if self.coarse_lse else 1
+    keys = sum(mean_pooled(context, f * self.pool_len, f * self.pool_stride) for f in (1, factor))
+    return {"scores": Cost(2.0 * model.num_heads * model.head_dim * keys, gradient=False, causal=True)}
 
   def reads(self, model, context):
     keys = context / self.pool_stride * (1 + (1 / COARSE if self.coarse_lse else 0))
@@ -110,26 +107,11 @@ def visible_pooled(position, segments, segment_ids, count: int, length: int, str
   return mask
 
 
-class InfLLMV2Layer(interface.Layer):
+class InfLLMV2Layer(blocks.BlockLayer):
 
-  def __init__(self, options: InfLLMV2):
-    self.options = options
-
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    q, k, v = x.q, streams["k"], streams["v"]
-    if call.selector == "own":
-      block_indices = self.select(q, k, call)
-    else:
-      block_indices = training_free.select(call.selector, q, k, self.options, call)
-    o, _ = pk.selected_attention(q, k, v, block_indices, block_size=self.options.block_size, **call.ops)
-    return interface.Result(o, {}, block_indices)
-
-  def select(self, q, k, call):
-    """block_indices int32[B, T, K, J] for q [B, T, N, H] and k [B, S, K, H]. No gradient."""
+  def select(self, index, x, streams, call):
     o = self.options
-    q, k = map(jax.lax.stop_gradient, (q, k))
+    q, k = map(jax.lax.stop_gradient, (x.q, streams["k"]))
     B, _, N, _ = q.shape
     S = k.shape[1]
     k_cmp = mean_pool(k, o.pool_len, o.pool_stride)
@@ -149,5 +131,4 @@ class InfLLMV2Layer(interface.Layer):
       return pk.block_top_k(scores, **o.geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],
                             implementation=call.implementation)
 
-    lists = distillation.over_queries(choose, call, B * N * max(C, 1), q, lse)
-    return checkpoint_name(lists, "block_indices")
+    return distillation.over_queries(choose, call, B * N * max(C, 1), q, lse)

@@ -1,7 +1,9 @@
-"""What a method is: a dataclass of options that builds a layer and counts its cost.
+"""What a method is: a dataclass of options that builds a layer and says what the rest of the code has to know of it.
 
-One file per method. The dataclass is the config's `attention` field; the layer
-holds only the parameters that the method adds to a dense Transformer's.
+One file per method. The dataclass is the config's `attention` field; the layer holds only the parameters that the
+method adds to a dense Transformer's. Nothing is decided by a name: what a method has, costs, keeps and trains it
+declares with the classes below, and contract.py checks the declarations against the layer when it is registered.
+docs/extend.md writes a method, a recall task and a control outside of this package.
 """
 import dataclasses
 from typing import Any, Callable, ClassVar, NamedTuple
@@ -12,19 +14,53 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 
+# Parameter groups. A group learns, is clipped and may be frozen by itself; a fork may lack all but the first.
+#   backbone   what a dense model has too; learns in every mode
+#   selector   chooses; learns from its own losses, in warm-up and sparse steps
+#   branch     acts and learns in sparse steps alone
+#   memory     the same, and can be trained beside a frozen backbone
+GROUPS = ("backbone", "selector", "branch", "memory")
+MODES = ("dense", "warmup", "sparse")
+
+# The checkpoint name of what a selection chose: a remat saves it, for to choose anew would be wasted, and ties could
+# break otherwise. The operations of pallas_kernels name their lists themselves.
+CHOSEN = "block_indices"
+
+
+class Cost(NamedTuple):
+  """What one part of a layer costs: forward FLOPs per token, a mean over the queries of a causal sequence."""
+  flops: float
+  gradient: bool = True    # whether the backward pass goes through it, at twice the FLOPs; not through what a top-k is taken of
+  causal: bool = False     # whether it grows with the query's position, so that the last shard of a sequence has the most
+  kind: str = ""           # "dense" | "selected": attention whose efficiency plans know; of "selected" evaluation measures the tokens
+  trains: str = "backbone"  # "selector": a loss that still learns when the selector alone does
+
+
+class Loss(NamedTuple):
+  """An auxiliary loss of a layer."""
+  trains: str = "backbone"  # the group that learns from it
+  weight: float = 1.0       # where `Stage.loss_weights` says nothing
+
+
+class Stream(NamedTuple):
+  """What attention reads of every earlier token besides k and v, in warm-up and sparse mode: [heads, width] in the compute dtype."""
+  heads: int
+  width: int
+  cached: bool = True      # False: copies that a training step makes (`Layer.streams` does not return them)
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
   """How one forward pass is run; the same object for all layers but for `key`."""
-  mode: str = "sparse"                # dense | warmup (dense output + selector loss) | sparse
+  mode: str = "sparse"                # of MODES: dense | warmup (dense output + selector loss) | sparse
   offset: Any = 0                     # absolute position of the first query: int, or traced int32
   segment_ids: Any = None             # int32[B, S] or None
-  selector: str = "own"               # or a training-free one that replaces it: see training_free.SELECTORS
+  selector: str = "own"               # or the name of a control that replaces it: see training_free.py
   key: Any = None                     # random bits for the random selector, one key per layer
   losses: bool = True                 # whether auxiliary losses are computed
   implementation: str | None = None   # of the attention operations
-  rope: Callable = None               # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
-  prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods that choose once per prompt (prompt/base.py)
+  rope: Callable[..., Array] = lambda x, offset=0, stride=1: x  # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
+  prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods of prompt/
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
 
@@ -61,7 +97,8 @@ class Layer(nnx.Module):
   """The method's part of one attention layer. This base class is dense attention: it adds nothing."""
 
   def streams(self, x: Inputs, call: Call) -> dict[str, Array]:
-    """What later queries need of these tokens besides k and v; [B, T, ...] each, kept in the KV cache."""
+    """What later queries need of these tokens besides k and v, as `Method.streams` declares it: [B, T, heads, width] or,
+    of one head, [B, T, width], kept in the KV cache. A "k" or "v" among them takes the place of the model's own."""
     return {}
 
   def initial_state(self, batch: int, dtype) -> dict:
@@ -81,36 +118,55 @@ class Layer(nnx.Module):
 
 @dataclasses.dataclass
 class Method:
-  """Base of all methods' options. Class attributes say what its schedules may ask for."""
-  name: ClassVar[str] = ""
-  losses: ClassVar[tuple[str, ...]] = ()   # auxiliary losses that its layers return
-  selector_losses: ClassVar[tuple[str, ...]] = ()  # those of them that train the group "selector"
-  loss_weights: ClassVar[dict[str, float]] = {}  # their weights where `Stage.loss_weights` says nothing; absent = 1
-  memory: ClassVar[bool] = False           # whether it has parameters of the group "memory"
-  grid: ClassVar[str] = ""                 # its option that packed documents have to begin at multiples of
-  enters: ClassVar[tuple[str, ...]] = ()   # weight surgery that a stage may ask for on entry
+  """Base of all methods' options; contract.py checks what they declare.
+
+  Options are int, float, bool or str and have defaults: they are written to config.json, and to command lines.
+  """
+  name: ClassVar[str] = ""                   # in configs, records and reports; unique
+  groups: ClassVar[tuple[str, ...]] = ()     # of the parameters that its layers may have; each names its own: layers.Init
+  losses: ClassVar[dict[str, Loss]] = {}     # auxiliary losses that its layers return
+  enters: ClassVar[tuple[str, ...]] = ()     # weight surgery that a stage may ask for on entry: see `enter`
+  grid: ClassVar[str] = ""                   # its option that packed documents have to begin at multiples of
+  has_sparse: ClassVar[bool] = True          # whether mode "sparse" is another computation than mode "dense"
+
+  @property
+  def selector_losses(self) -> tuple[str, ...]:
+    """The losses that train the group "selector"."""
+    return tuple(name for name, loss in self.losses.items() if loss.trains == "selector")
 
   @property
   def acts_when_dense(self) -> bool:
     """Whether its parameters act in mode "dense" too: without them it is not the same model."""
-    return self.memory
+    return False
 
   def check(self, model, context: int) -> list[tuple[str, Any, str]]:
-    """Problems as (field, value, fix), for sequences of `context` tokens."""
+    """Problems as (option, value, fix), for sequences of `context` tokens."""
     return []
 
   def layer(self, init, model) -> Layer:
-    """The layer's own parameters, created with `init` (nsa.layers.Init)."""
+    """The layer, its parameters created with `init.child(name, group=...)` (nsa.layers.Init)."""
     return Layer()
 
-  def flops(self, model, context: int, mode: str) -> dict[str, float]:
-    """Forward FLOPs per token and layer of each branch, averaged over a causal sequence of
-    `context` tokens; projections are counted with the parameters (nsa/flops.py)."""
-    return {"dense": dense_flops(model, context)}
+  def streams(self, model) -> dict[str, Stream]:
+    """What attention reads of earlier tokens besides k and v."""
+    return {}
 
-  def loss_flops(self, model, context: int, mode: str) -> dict[str, float]:
+  def costs(self, model, context: int, mode: str) -> dict[str, Cost]:
+    """Each part of a layer at `context` tokens; projections are counted with the parameters (nsa/flops.py)."""
+    return dense_costs(model, context)
+
+  def loss_costs(self, model, context: int, mode: str) -> dict[str, Cost]:
     """The same for auxiliary losses, which training alone pays; stages of mode "dense" have none."""
     return {}
+
+  def flops(self, model, context: int, mode: str) -> dict[str, float]:
+    """`costs` as forward FLOPs alone."""
+    return {part: cost.flops for part, cost in self.costs(model, context, mode).items()}
+
+  def measured_flops(self, model, context: int, visible: float) -> float:
+    """FLOPs of a sparse query that was measured to attend to `visible` tokens, all parts."""
+    parts = self.costs(model, context, "sparse").values()
+    return 4.0 * model.num_heads * model.head_dim * visible + sum(cost.flops for cost in parts if cost.kind != "selected")
 
   def reads(self, model, context: int) -> dict[str, float]:
     """Vectors of one KV head that the token at position `context` reads at decode, per branch.
@@ -123,7 +179,15 @@ class Method:
     """Tokens that the last query of the sequence attends to exactly."""
     return float(context)
 
+  def enter(self, surgery: str, attention: dict) -> dict:
+    """The parameters of attention layers (stacked) after one of `enters`, at the first step of a stage."""
+    raise NotImplementedError(f"{type(self).__name__}.enters names {surgery!r}, which its enter() does not know")
+
 
 def dense_flops(model, context: int) -> float:
   """Q K^T and P V over the causal half: 2 * 2 * N * H * (context + 1) / 2."""
   return 2.0 * model.num_heads * model.head_dim * (context + 1)
+
+
+def dense_costs(model, context: int) -> dict[str, Cost]:
+  return {"dense": Cost(dense_flops(model, context), causal=True, kind="dense")}

@@ -29,18 +29,19 @@ from typing import ClassVar
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 import pallas_kernels as pk
 from nsa import layers
-from nsa.methods import blocks, distillation, interface, training_free
+from nsa.methods import blocks, distillation, training_free
+from nsa.methods.interface import Cost, Stream
 
 
 @dataclasses.dataclass
 class MoBA(blocks.BlockMethod):
   """Defaults: the paper's scaling-law runs at 8,192 tokens (blocks of 512, J 3), without FlashMoBA's convolution."""
   name: ClassVar[str] = "moba"
+  groups: ClassVar[tuple[str, ...]] = ("branch",)
   block_size: int = 512           # tokens; FlashMoBA: 128, its kernel takes multiples of 64
   num_blocks: int = 3             # J, the query's own block included
   num_initial: int = 0            # forced first blocks
@@ -60,13 +61,19 @@ class MoBA(blocks.BlockMethod):
   def layer(self, init, model):
     return MoBALayer(init, model, self)
 
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":
-      out["scores"] = model.num_heads * model.head_dim * (context + 1) / self.block_size
+  def streams(self, model):
+    """Keys and values once more for each query head beyond the first of its group."""
+    extra = model.num_heads - model.num_kv_heads
+    return {name: Stream(extra, model.head_dim, cached=False) for name in ("k_repeated", "v_repeated")}
+
+  def costs(self, model, context, mode):
+    out = super().costs(model, context, mode)
     if self.key_conv:
-      out["key_conv"] = 2.0 * self.key_conv * model.num_kv_heads * model.head_dim
+      out["key_conv"] = Cost(2.0 * self.key_conv * model.num_kv_heads * model.head_dim)
     return out
+
+  def selection_costs(self, model, context):
+    return {"scores": training_free.mean_key_cost(model, context, self.block_size, model.num_heads)}
 
   def reads(self, model, context):
     forced = min(self.num_initial + self.num_local, self.num_blocks)
@@ -78,21 +85,20 @@ class MoBA(blocks.BlockMethod):
 class KeyConv(nnx.Module):
   """FlashMoBA's convolution on the keys of one layer."""
 
-  def __init__(self, model, taps: int):
-    value = jnp.zeros((taps, model.num_kv_heads, model.head_dim))
-    self.taps = nnx.Param(value, axes=(None, "kv_heads", None), decay=False)
+  def __init__(self, init, model, taps: int):
+    self.taps = init.constant((taps, model.num_kv_heads, model.head_dim), (None, "kv_heads", None), 0.0)
 
   def __call__(self, k_BTKH, segment_ids):
     return k_BTKH + jax.nn.silu(layers.short_conv(k_BTKH, self.taps[...], segment_ids))
 
 
-class MoBALayer(interface.Layer):
+class MoBALayer(blocks.BlockLayer):
 
   def __init__(self, init, model, options: MoBA):
     self.options = options
     self.past_shape = (max(options.key_conv - 1, 0), model.num_kv_heads, model.head_dim)
     if options.key_conv:
-      self.branch = KeyConv(model, options.key_conv)
+      self.branch = KeyConv(init.child("branch", group="branch"), model, options.key_conv)
 
   def initial_state(self, batch, dtype):
     return {"k_past": jnp.zeros((batch, *self.past_shape), dtype)} if self.past_shape[0] else {}
@@ -115,20 +121,11 @@ class MoBALayer(interface.Layer):
 
   def __call__(self, x, streams, call):
     state = None if call.state is None else {"k_past": self._keys(x, call)[:, -self.past_shape[0]:]}
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)._replace(state=state)
-    q, k, v, size = x.q, streams["k"], streams["v"], self.options.block_size
-    if call.selector == "own":
-      block_indices = self.select(q, k, call)
-      k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
-    else:
-      block_indices = training_free.select(call.selector, q, k, self.options, call)
-    o, _ = pk.selected_attention(q, k, v, block_indices, block_size=size, **call.ops)
-    return interface.Result(o, {}, block_indices, state)
+    return super().__call__(x, streams, call)._replace(state=state)
 
-  def select(self, q, k, call):
-    """block_indices int32[B, T, N, J] for q [B, T, N, H] and k [B, S, K, H]. No gradient."""
-    q, k = map(jax.lax.stop_gradient, (q, k))
+  def select(self, index, x, streams, call):
+    """One set per query head: int32[B, T, N, J]."""
+    q, k = map(jax.lax.stop_gradient, (x.q, streams["k"]))
     B, _, N, H = q.shape
     S, K = k.shape[1:3]
     mean = blocks.mean_keys(k, self.options.block_size, call.segment_ids)
@@ -140,5 +137,4 @@ class MoBALayer(interface.Layer):
                             segment_ids=call.segment_ids, query_offset=position[:, 0],
                             implementation=call.implementation)
 
-    lists = distillation.over_queries(choose, call, B * N * mean.shape[1], q)
-    return checkpoint_name(lists, "block_indices")
+    return distillation.over_queries(choose, call, B * N * mean.shape[1], q)

@@ -33,15 +33,16 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from nsa import layers
-from nsa.methods import blocks, interface, training_free
+from nsa.methods import blocks, distillation
+from nsa.methods.interface import Cost, Loss, Stream
 
 
 @dataclasses.dataclass
 class MSA(blocks.BlockMethod):
   """Defaults: the released M3 geometry (block 128, J 16, index width 128, own block forced)."""
   name: ClassVar[str] = "msa"
-  losses: ClassVar[tuple[str, ...]] = ("index_kl",)
-  selector_losses: ClassVar[tuple[str, ...]] = ("index_kl",)
+  groups: ClassVar[tuple[str, ...]] = ("selector",)
+  losses: ClassVar[dict[str, Loss]] = {"index_kl": Loss("selector")}
   block_size: int = 128           # tokens
   num_blocks: int = 16            # J, forced blocks included
   num_initial: int = 0            # forced first blocks
@@ -57,20 +58,18 @@ class MSA(blocks.BlockMethod):
   def layer(self, init, model):
     return MSALayer(init, model, self)
 
-  def flops(self, model, context, mode):
-    if mode != "sparse":  # a warm-up's index scores belong to its loss
-      return {"dense": interface.dense_flops(model, context)}
-    index = model.num_kv_heads * self.index_dim * float(context + 1)  # Q K^T alone, causal half
-    return {"selected": blocks.selected_flops(self, model, context), "index": index}
+  def streams(self, model):
+    return {"k_idx": Stream(1, self.index_dim)}
 
-  def loss_flops(self, model, context, mode):
+  def selection_costs(self, model, context):
+    index = model.num_kv_heads * self.index_dim * float(context + 1)  # Q K^T alone, causal half
+    return {"index": Cost(index, gradient=False, causal=True)}
+
+  def loss_costs(self, model, context, mode):
     if mode == "dense":
       return {}
-    limit = context if mode == "warmup" else self.num_blocks * self.block_size
-    visible = blocks.mean_visible(limit, context)
-    # Both branches' scores over the chosen tokens, computed again; the teacher's pass no gradient.
-    return {"index_kl": 2.0 * model.num_kv_heads * self.index_dim * visible,
-            "teacher": 2.0 * model.num_heads * model.head_dim * visible}
+    visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
+    return distillation.costs("index_kl", 2.0 * model.num_kv_heads * self.index_dim * visible, model, visible)
 
   def reads(self, model, context):
     # The one index key head is read once for all K heads and has no value.
@@ -79,7 +78,7 @@ class MSA(blocks.BlockMethod):
 
 
 class IndexBranch(nnx.Module):
-  """The two index projections; their parameters are the group "selector"."""
+  """The two index projections."""
 
   def __init__(self, init, model, options):
     projection = functools.partial(layers.HeadProjection, taps=model.short_conv, norm=True)
@@ -93,32 +92,21 @@ class IndexBranch(nnx.Module):
     return call.rope(self.q(h, call.query_segments(h.shape[1]), call.tail), offset=call.offset)
 
 
-class MSALayer(interface.Layer):
+class MSALayer(blocks.BlockLayer):
 
   def __init__(self, init, model, options: MSA):
     self.options = options
-    self.selector = IndexBranch(init.child("selector"), model, options)
+    self.selector = IndexBranch(init.child("selector", group="selector"), model, options)
 
   def streams(self, x, call):
     return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
 
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    q, k, v, k_idx = x.q, streams["k"], streams["v"], streams["k_idx"]
-    q_idx = self.selector.queries(jax.lax.stop_gradient(x.h), call)
-    size = self.options.block_size
-    if call.mode == "warmup":
-      o, lse = pk.attention(q, k, v, **call.ops)
-      block_indices = None
-    else:
-      if call.selector == "own":
-        block_indices = pk.index_top_k(q_idx, k_idx, **self.options.geometry, **call.ops)
-      else:
-        block_indices = training_free.select(call.selector, q, k, self.options, call)
-      o, lse = pk.selected_attention(q, k, v, block_indices, block_size=size, **call.ops)
-    losses = {}
-    if call.losses:
-      kl = pk.index_kl(q, k, lse, q_idx, k_idx, block_indices, block_size=size, **call.ops)
-      losses["index_kl"] = jnp.mean(kl)
-    return interface.Result(o, losses, block_indices)
+  def index(self, x, streams, call):
+    return self.selector.queries(jax.lax.stop_gradient(x.h), call)
+
+  def select(self, q_idx, x, streams, call):
+    return pk.index_top_k(q_idx, streams["k_idx"], **self.options.geometry, **call.ops)
+
+  def losses(self, q_idx, x, streams, lse, lists, call):
+    kl = pk.index_kl(x.q, streams["k"], lse, q_idx, streams["k_idx"], lists, block_size=self.options.block_size, **call.ops)
+    return {"index_kl": jnp.mean(kl)}

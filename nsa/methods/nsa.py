@@ -31,13 +31,15 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from nsa import layers
-from nsa.methods import blocks, interface, training_free
+from nsa.methods import blocks
+from nsa.methods.interface import Cost, Stream
 
 
 @dataclasses.dataclass
 class NSA(blocks.BlockMethod):
   """Defaults: the paper's geometry (compress 32 every 16, blocks of 64, 16 of them, window 512)."""
   name: ClassVar[str] = "nsa"
+  groups: ClassVar[tuple[str, ...]] = ("branch",)
   enters: ClassVar[tuple[str, ...]] = ("copy_kv",)
   block_size: int = 64            # l', tokens of a selection block
   num_blocks: int = 16            # J, forced blocks included
@@ -68,9 +70,22 @@ class NSA(blocks.BlockMethod):
     """Blocks that lie wholly in the first `context` tokens."""
     return max(0, (context - self.compress_len) // self.compress_stride + 1)
 
-  def flops(self, model, context, mode):
-    if mode == "dense":
-      return super().flops(model, context, mode)
+  def enter(self, surgery, attention):
+    """copy_kv: the trained K and V of the layers into all branches."""
+    branch = dict(attention["method"]["branch"])
+    for source, targets in (("k", ("k_cmp", "k_win")), ("v", ("v_cmp", "v_win"))):
+      for target in targets:
+        branch[target] = {name: jnp.copy(attention[source][name]) for name in branch[target]}  # a step donates each leaf
+    if "k_cmp_norm" in branch:
+      branch["k_cmp_norm"] = jnp.copy(attention["k"]["norm"])
+    return {**attention, "method": {**attention["method"], "branch": branch}}
+
+  def streams(self, model):
+    return {name: Stream(model.num_kv_heads, model.head_dim) for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
+
+  def costs(self, model, context, mode):
+    if mode != "sparse":
+      return super().costs(model, context, mode)
     width = model.num_heads * model.head_dim
     # Visible compressed blocks, averaged over the queries 0 .. context - 1.
     count = self.compressed_blocks(context)
@@ -79,8 +94,9 @@ class NSA(blocks.BlockMethod):
     hidden = 2 * model.head_dim
     mlp = 2 * 2 * per_token * hidden + 2 * 2 * model.num_kv_heads * hidden * model.head_dim / self.compress_stride
     window = blocks.mean_visible(self.window, context)
-    return {"compressed": 4 * width * visible, "compression_mlp": mlp, "scores": 2 * width * visible,
-            "selected": blocks.selected_flops(self, model, context), "window": 4 * width * window}
+    return {"compressed": Cost(4 * width * visible, causal=True), "compression_mlp": Cost(mlp),
+            "scores": Cost(2 * width * visible, gradient=False, causal=True),
+            **super().costs(model, context, mode), "window": Cost(4 * width * window)}
 
   def reads(self, model, context):
     return {"compressed": context / self.compress_stride, "selected": super().tokens_visible(context),
@@ -94,8 +110,9 @@ class Compression(nnx.Module):
     K, H, length = model.num_kv_heads, model.head_dim, options.compress_len
     hidden = 2 * H
     self.position = init.normal("position", (length, H), (None, None), fan_in=H, decay=False)
-    self.inner = init.normal("inner", (K, length * H, hidden), ("kv_heads", None, None), fan_in=length * H)
-    self.outer = init.normal("outer", (K, hidden, H), ("kv_heads", None, None), fan_in=hidden)
+    each = dict(axes=("kv_heads", None, None), matrix=(1,), tokens=False)  # once per compressed block: NSA.costs has them
+    self.inner = init.normal("inner", (K, length * H, hidden), fan_in=length * H, **each)
+    self.outer = init.normal("outer", (K, hidden, H), fan_in=hidden, **each)
 
   def __call__(self, x_BSKH, length: int, stride: int):
     B, S, K, H = x_BSKH.shape
@@ -112,7 +129,7 @@ class Compression(nnx.Module):
 
 
 class Branches(nnx.Module):
-  """All that NSA adds to dense: the group "branch", which learns in sparse steps alone."""
+  """All that NSA adds to dense."""
 
   def __init__(self, init, model, options):
     K, H = model.num_kv_heads, model.head_dim
@@ -133,11 +150,12 @@ class Branches(nnx.Module):
     self.gate_bias = init.constant((model.num_heads, 3), ("heads", None), 0.0)
 
 
-class NSALayer(interface.Layer):
+class NSALayer(blocks.BlockLayer):
 
   def __init__(self, init, model, options: NSA):
     self.options = options
-    self.branch = Branches(init.child("branch"), model, options)
+    self.branch = Branches(init.child("branch", group="branch"), model, options)
+    self.strides = dict(block_len=options.compress_len, block_stride=options.compress_stride)
 
   def streams(self, x, call):
     h, b, seg = x.h, self.branch, call.query_segments(x.h.shape[1])
@@ -145,37 +163,25 @@ class NSALayer(interface.Layer):
     return {"k_cmp": b.k_cmp(h, seg, call.tail), "v_cmp": b.v_cmp(h, seg, call.tail),
             "k_win": k_win, "v_win": b.v_win(h, seg, call.tail)}
 
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    h, q, o, b = x.h, x.q, self.options, self.branch
-    strides = dict(block_len=o.compress_len, block_stride=o.compress_stride)
+  def index(self, x, streams, call):
+    """The compressed branch: its keys, its output and its log normaliser."""
+    o, b = self.options, self.branch
     k_cmp = b.compress_k(streams["k_cmp"], o.compress_len, o.compress_stride)
     v_cmp = b.compress_v(streams["v_cmp"], o.compress_len, o.compress_stride)
     if hasattr(b, "k_cmp_norm"):
       k_cmp = layers.rms_norm(k_cmp, b.k_cmp_norm[...], b.k_win.eps)
     k_cmp = call.rope(k_cmp, stride=o.compress_stride)
-    o_cmp, lse = pk.compressed_attention(q, k_cmp, v_cmp, **strides, **call.ops)
-    if call.selector == "own":
-      block_indices = pk.compressed_top_k(q, k_cmp, lse, **strides, **o.geometry, **call.ops)
-    else:
-      block_indices = training_free.select(call.selector, q, streams["k"], o, call)
-    o_slc, _ = pk.selected_attention(q, streams["k"], streams["v"], block_indices, block_size=o.block_size, **call.ops)
-    o_win, _ = pk.attention(q, streams["k_win"], streams["v_win"], window=o.window, **call.ops)
+    return k_cmp, *pk.compressed_attention(x.q, k_cmp, v_cmp, **self.strides, **call.ops)
+
+  def select(self, compressed, x, streams, call):
+    k_cmp, _, lse = compressed
+    return pk.compressed_top_k(x.q, k_cmp, lse, **self.strides, **self.options.geometry, **call.ops)
+
+  def attend(self, compressed, x, streams, lists, size, call):
+    """The three branches under their gates."""
+    h, b, (_, o_cmp, _) = x.h, self.branch, compressed
+    o_slc, lse = super().attend(compressed, x, streams, lists, size, call)
+    o_win, _ = pk.attention(x.q, streams["k_win"], streams["v_win"], window=self.options.window, **call.ops)
     gate = jnp.einsum("btd,dng->btng", h, b.gate[...].astype(h.dtype)) + b.gate_bias[...].astype(h.dtype)
     gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(h.dtype)
-    out = gate[..., 0:1] * o_cmp + gate[..., 1:2] * o_slc + gate[..., 2:3] * o_win
-    return interface.Result(out, {}, block_indices)
-
-
-def copy_kv(attention_params: dict) -> dict:
-  """The weight surgery "copy_kv": the trained K and V of one attention layer into all branches."""
-  out = dict(attention_params)
-  branch = dict(out["method"]["branch"])
-  for source, targets in (("k", ("k_cmp", "k_win")), ("v", ("v_cmp", "v_win"))):
-    for target in targets:
-      branch[target] = {name: jnp.copy(out[source][name]) for name in branch[target]}  # a step donates each leaf
-  if "k_cmp_norm" in branch:
-    branch["k_cmp_norm"] = jnp.copy(out["k"]["norm"])
-  out["method"] = {**out["method"], "branch": branch}
-  return out
+    return gate[..., 0:1] * o_cmp + gate[..., 1:2] * o_slc + gate[..., 2:3] * o_win, lse

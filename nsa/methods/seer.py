@@ -34,15 +34,16 @@ from jaxtyping import Array, Bool, Float
 
 import pallas_kernels as pk
 from nsa import layers
-from nsa.methods import blocks, distillation, interface, training_free
+from nsa.methods import blocks, distillation
+from nsa.methods.interface import Cost, Loss, Stream
 
 
 @dataclasses.dataclass
 class Seer(blocks.BlockMethod):
   """Defaults: the paper's blocks of 64 and gates of width 128; 2,048 tokens is its smallest budget."""
   name: ClassVar[str] = "seer"
-  losses: ClassVar[tuple[str, ...]] = ("gate_kl",)
-  selector_losses: ClassVar[tuple[str, ...]] = ("gate_kl",)
+  groups: ClassVar[tuple[str, ...]] = ("selector",)
+  losses: ClassVar[dict[str, Loss]] = {"gate_kl": Loss("selector")}
   block_size: int = 64            # tokens
   num_blocks: int = 32            # J, forced blocks included
   num_initial: int = 0            # forced first blocks
@@ -64,19 +65,18 @@ class Seer(blocks.BlockMethod):
     project = 2.0 * model.num_kv_heads * 3 * model.head_dim * self.gate_dim / self.block_size
     return 2.0 * model.num_kv_heads * self.gate_dim * block_scores + project
 
-  def flops(self, model, context, mode):
-    if mode != "sparse":  # a warm-up's scores belong to its loss
-      return {"dense": interface.dense_flops(model, context)}
-    return {"selected": blocks.selected_flops(self, model, context),
-            "scores": self._gate_flops(model, mean_complete(context, self.block_size, context))}
+  def streams(self, model):
+    return {"k_raw": Stream(model.num_kv_heads, model.head_dim)}
 
-  def loss_flops(self, model, context, mode):
+  def selection_costs(self, model, context):
+    scores = self._gate_flops(model, mean_complete(context, self.block_size, context))
+    return {"scores": Cost(scores, gradient=False, causal=True)}
+
+  def loss_costs(self, model, context, mode):
     if mode == "dense":
       return {}
-    # Both sides over the blocks of the KL, computed again; the teacher's pass no gradient.
     complete = mean_complete(context, self.block_size, context if mode == "warmup" else self.num_blocks)
-    return {"gate_kl": self._gate_flops(model, complete),
-            "teacher": 2.0 * model.num_heads * model.head_dim * self.block_size * complete}
+    return distillation.costs("gate_kl", self._gate_flops(model, complete), model, self.block_size * complete)
 
   def reads(self, model, context):
     share = self.gate_dim / (2 * model.head_dim)  # a pooled key has no value
@@ -94,8 +94,9 @@ def mean_complete(context: int, block_size: int, num_blocks: int) -> float:
 class PerHead(nnx.Module):
   """One matrix per KV head: [..., K, in] -> [..., K, out], with an optional RMSNorm."""
 
-  def __init__(self, init, heads: int, width: int, out: int, norm: bool):
-    self.inner = init.normal("inner", (heads, width, out), ("kv_heads", None, None), fan_in=width)
+  def __init__(self, init, heads: int, width: int, out: int, norm: bool, tokens: bool = True):
+    self.inner = init.normal("inner", (heads, width, out), ("kv_heads", None, None), fan_in=width, matrix=(1,),
+                             tokens=tokens)
     if norm:
       self.norm = init.constant((out,), (None,), 1.0)
 
@@ -105,13 +106,13 @@ class PerHead(nnx.Module):
 
 
 class Gate(nnx.Module):
-  """The gate's two projections; their parameters are the group "selector"."""
+  """The gate's two projections."""
 
   def __init__(self, init, model, options: Seer):
     K, H, d = model.num_kv_heads, model.head_dim, options.gate_dim
     self.q = PerHead(init.child("q"), K, model.num_heads // K * H, d, options.gate_norm)
-    # "compress": nsa/flops.py leaves it to Seer.flops, for it works once per block, not per token.
-    self.compress_k = PerHead(init.child("compress_k"), K, 3 * H, d, options.gate_norm)
+    # Once per block, not per token: Seer.selection_costs has it.
+    self.compress_k = PerHead(init.child("compress_k"), K, 3 * H, d, options.gate_norm, tokens=False)
 
 
 def pooled(k_raw: Float[Array, "B S K H"], block_size: int, segment_ids) -> Float[Array, "B blocks K 3*H"]:
@@ -144,38 +145,18 @@ def complete_blocks(position, segments, segment_ids, keys: int, block_size: int)
   return mask
 
 
-class SeerLayer(interface.Layer):
+class SeerLayer(blocks.BlockLayer):
 
   def __init__(self, init, model, options: Seer):
     self.options = options
-    self.selector = Gate(init.child("selector"), model, options)
+    self.selector = Gate(init.child("selector", group="selector"), model, options)
 
   def streams(self, x, call):
     return {"k_raw": x.k_raw}
 
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    q, k, v = x.q, streams["k"], streams["v"]
-    size = self.options.block_size
-    scores = None
-    if call.losses or (call.mode == "sparse" and call.selector == "own"):
-      scores = self._scores(x.q_raw, streams["k_raw"], call)
-    if call.mode == "warmup":
-      o, lse = pk.attention(q, k, v, **call.ops)
-      block_indices = None
-    else:
-      if call.selector == "own":
-        block_indices = pk.block_top_k(scores, **self.options.geometry, keys=k.shape[1], **call.ops)
-      else:
-        block_indices = training_free.select(call.selector, q, k, self.options, call)
-      o, lse = pk.selected_attention(q, k, v, block_indices, block_size=size, **call.ops)
-    losses = {"gate_kl": self._gate_kl(q, k, lse, scores, block_indices, call)} if call.losses else {}
-    return interface.Result(o, losses, block_indices)
-
-  def _scores(self, q_raw, k_raw, call) -> Float[Array, "B T K blocks"]:
+  def index(self, x, streams, call) -> Float[Array, "B T K blocks"]:
     """The gate's scores, float32; those of blocks that are not complete at the query mean nothing."""
-    q_raw, k_raw = map(jax.lax.stop_gradient, (q_raw, k_raw))
+    q_raw, k_raw = map(jax.lax.stop_gradient, (x.q_raw, streams["k_raw"]))
     B, T, N, H = q_raw.shape
     K = k_raw.shape[2]
     q_gate = call.rope(self.selector.q(q_raw.reshape(B, T, K, N // K * H)), offset=call.offset)
@@ -184,15 +165,19 @@ class SeerLayer(interface.Layer):
     return jnp.einsum("btkd,bckd->btkc", q_gate, k_gate, preferred_element_type=jnp.float32,
                       precision=jax.lax.Precision.HIGHEST) * self.options.gate_dim ** -0.5
 
-  def _gate_kl(self, q, k, lse, scores, block_indices, call):
+  def select(self, scores, x, streams, call):
+    return pk.block_top_k(scores, **self.options.geometry, keys=streams["k"].shape[1], **call.ops)
+
+  def losses(self, scores, x, streams, lse, lists, call):
     """The KL of the module's docstring, a mean over the KV heads and the queries that it ranges over."""
+    q, k = x.q, streams["k"]
     size, S = self.options.block_size, k.shape[1]
     count = scores.shape[-1]
 
-    def one(position, segments, q, lse, scores, block_indices):
+    def one(position, segments, q, lse, scores, lists):
       mask = complete_blocks(position, segments, call.segment_ids, S, size)[:, :, None]  # [B, t, 1 or K, blocks]
-      if block_indices is not None:
-        mask = mask & distillation.selected_tokens(block_indices, 1, count)
+      if lists is not None:
+        mask = mask & distillation.selected_tokens(lists, 1, count)
       tokens = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
       tokens &= jnp.repeat(mask, size, axis=-1)[..., :S]
       p = distillation.probabilities(q, k, lse, tokens).max(3)
@@ -200,5 +185,5 @@ class SeerLayer(interface.Layer):
       return distillation.kl(p, scores, mask), jnp.any(p > 0, -1)
 
     B, _, N, _ = q.shape
-    loss, counts = distillation.over_queries(one, call, B * S * N, q, lse, scores, block_indices)
-    return jnp.sum(loss) / jnp.maximum(jnp.sum(counts), 1)
+    loss, counts = distillation.over_queries(one, call, B * S * N, q, lse, scores, lists)
+    return {"gate_kl": jnp.sum(loss) / jnp.maximum(jnp.sum(counts), 1)}

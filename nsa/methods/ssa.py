@@ -32,14 +32,14 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from nsa.methods import blocks, interface, training_free
+from nsa.methods.interface import Loss
 
 
 @dataclasses.dataclass
 class SSA(blocks.BlockMethod):
   """Defaults: the paper's training geometry, 16 blocks of 16 (it is also evaluated with 1,024 tokens: J 64)."""
   name: ClassVar[str] = "ssa"
-  losses: ClassVar[tuple[str, ...]] = ("alignment",)
-  loss_weights: ClassVar[dict[str, float]] = {"alignment": 10.0}  # alpha
+  losses: ClassVar[dict[str, Loss]] = {"alignment": Loss(weight=10.0)}  # alpha
   block_size: int = 16            # tokens
   num_blocks: int = 16            # J, forced blocks included
   num_initial: int = 0            # forced first blocks
@@ -48,17 +48,14 @@ class SSA(blocks.BlockMethod):
   def layer(self, init, model):
     return SSALayer(self)
 
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":
-      out["scores"] = model.num_kv_heads * model.head_dim * (context + 1) / self.block_size
-    return out
+  def selection_costs(self, model, context):
+    return {"scores": training_free.mean_key_cost(model, context, self.block_size)}
 
-  def loss_flops(self, model, context, mode):
+  def loss_costs(self, model, context, mode):
     """The attention that the step does not pass on."""
-    if mode != "dense":
-      return {"counterpart": interface.dense_flops(model, context)}
-    sparse = self.flops(model, context, "sparse")
+    if mode == "sparse":
+      return {"counterpart": interface.dense_costs(model, context)["dense"]}
+    sparse = self.costs(model, context, "sparse")
     return {"counterpart": sparse["selected"], "scores": sparse["scores"]}
 
   def reads(self, model, context):
@@ -71,27 +68,22 @@ def smooth_l1(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""
   return jnp.mean(jnp.where(d < 1, 0.5 * d * d, d - 0.5))
 
 
-class SSALayer(interface.Layer):
-
-  def __init__(self, options: SSA):
-    self.options = options
+class SSALayer(blocks.BlockLayer):
 
   def __call__(self, x, streams, call):
-    dense = call.mode == "dense"
-    full = sparse = block_indices = None
+    dense = call.mode != "sparse"
+    full = sparse = lists = None
     if dense or call.losses:
       full, _ = pk.attention(x.q, streams["k"], streams["v"], **call.ops)
     if not dense or call.losses:
-      block_indices = self.select(x.q, streams["k"], call)
-      sparse, _ = pk.selected_attention(x.q, streams["k"], streams["v"], block_indices,
-                                        block_size=self.options.block_size, **call.ops)
+      lists, size = self.choose(None, x, streams, call)
+      sparse, _ = self.attend(None, x, streams, lists, size, call)
     losses = {}
     if call.losses:
       gate = 1.0 if x.gate is None else x.gate[..., None]
       a, b = (y.astype(jnp.float32) * gate for y in (full, sparse))
       losses["alignment"] = smooth_l1(a, jax.lax.stop_gradient(b)) + smooth_l1(b, jax.lax.stop_gradient(a))
-    return interface.Result(full, losses) if dense else interface.Result(sparse, losses, block_indices)
+    return interface.Result(full, losses) if dense else interface.Result(sparse, losses, lists)
 
-  def select(self, q, k, call):
-    name = "block_topk" if call.selector == "own" else call.selector
-    return training_free.select(name, q, k, self.options, call)
+  def select(self, index, x, streams, call):
+    return training_free.BlockTopK(**self.options.geometry).choose(x.q, streams["k"], call)

@@ -12,50 +12,141 @@ None has parameters, so each can be trained through (gradient flows in the chose
 put on any model that has q, k and v. All are causal: a query chooses by itself, from blocks that lie
 wholly before it or hold it, and its own block is forced. Selections that are made once per prompt are
 in prompt/base.py.
+
+Every registered subclass of `TrainingFree` is a method, a run mode and a control: `Call.selector` takes its name.
 """
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from nsa.methods import blocks, interface
+from nsa.methods.interface import Cost
 
-SELECTORS = ("oracle", "random", "block_topk", "sink_window", "quest")
+
+@dataclasses.dataclass
+class TrainingFree(blocks.BlockMethod):
+  """Base of the selections that are scores of blocks and nothing else: a subclass says which (`scores`)."""
+  least_initial: ClassVar[int] = 0         # first blocks forced whatever `num_initial` says
+  has_geometry: ClassVar[bool] = False     # its defaults are a paper's: no geometry has to be given for a dense model
+
+  def scores(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], call: interface.Call) -> Float[Array, "B T K blocks"]:
+    """float32 scores of the blocks of `block_size` keys, of which each query takes the best; after RoPE, no gradient."""
+    raise NotImplementedError
+
+  def choose(self, q, k, call) -> Int[Array, "B T K J"]:
+    """The chosen blocks: forced ones, then the best scores."""
+    q, k = jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
+    initial = max(self.num_initial, self.least_initial)
+    local = min(self.num_local, self.num_blocks - initial) or 1
+    geometry = dict(self.geometry, num_initial=min(initial, self.num_blocks - local), num_local=local)
+    return pk.block_top_k(self.scores(q, k, call), **geometry, keys=k.shape[1], **call.ops)
+
+  def blocks_of(self, k) -> int:
+    """How many blocks the keys [B, S, K, H] make."""
+    return -(-k.shape[1] // self.block_size)
+
+  def layer(self, init, model):
+    return TrainingFreeLayer(self)
 
 
-def select(selector: str, q, k, options: blocks.BlockMethod, call: interface.Call):
-  """block_indices int32[B,T,K,J] of a training-free selector for q [B,T,N,H] and k [B,S,K,H]."""
-  q, k = jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
-  B, T, N, H = q.shape
-  S, K = k.shape[1], k.shape[2]
-  size = options.block_size
-  count = -(-S // size)
-  initial = options.num_initial
-  if selector == "oracle":
-    _, lse = pk.attention(q, k, k, **call.ops)
-    scores, _ = pk.block_mass(q, k, lse, block_size=size, **call.ops)
-  elif selector == "block_topk":
+class TrainingFreeLayer(blocks.BlockLayer):
+  """Selected attention over a training-free selection; no parameters."""
+
+  def select(self, index, x, streams, call):
+    return self.options.choose(x.q, streams["k"], call)
+
+
+@dataclasses.dataclass
+class BlockTopK(TrainingFree):
+  """Mean-pooled block keys (arXiv 2502.13189, eq. 6), one set per GQA group."""
+  name: ClassVar[str] = "block_topk"
+
+  def scores(self, q, k, call):
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    count, size = self.blocks_of(k), self.block_size
     padded = jnp.pad(k.astype(jnp.float32), ((0, 0), (0, count * size - S), (0, 0), (0, 0)))
     mean = padded.reshape(B, count, size, K, H).mean(axis=2)
     group = q.astype(jnp.float32).reshape(B, T, K, N // K, H).sum(axis=3)
-    scores = jnp.einsum("btkh,bckh->btkc", group, mean, precision=jax.lax.Precision.HIGHEST)
-  elif selector == "quest":
-    scores = page_bounds(q, k, size)
-  elif selector == "sink_window":
-    initial = max(initial, 1)
-    scores = jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32), (B, T, K, count))
-  elif selector == "random":
-    scores = _random_scores(call, B, T, K, count)
-  else:
-    raise ValueError(f"selector = {selector!r}: no such selector; known are {', '.join(SELECTORS)}")
-  local = min(options.num_local, options.num_blocks - initial) or 1
-  return pk.block_top_k(scores, block_size=size, num_blocks=options.num_blocks,
-                        num_initial=min(initial, options.num_blocks - local), num_local=local, keys=S, **call.ops)
+    return jnp.einsum("btkh,bckh->btkc", group, mean, precision=jax.lax.Precision.HIGHEST)
+
+  def selection_costs(self, model, context):
+    return {"scores": mean_key_cost(model, context, self.block_size)}
+
+  def reads(self, model, context):
+    return {**super().reads(model, context), "scores": context / self.block_size / 2}  # a mean key has no value
 
 
-def page_bounds(q, k, size: int):
+@dataclasses.dataclass
+class Quest(TrainingFree):
+  """Bounds from each page's smallest and largest keys (arXiv 2406.10774). Defaults: pages of 16, 1,024 tokens.
+
+  The paper chooses per query head, at decode alone, and keeps the first two layers dense (`Config.layers` can).
+  """
+  name: ClassVar[str] = "quest"
+  has_geometry: ClassVar[bool] = True
+  block_size: int = 16            # tokens of a page
+  num_blocks: int = 64            # J, forced pages included
+
+  def scores(self, q, k, call):
+    return page_bounds(q, k, self.block_size)
+
+  def selection_costs(self, model, context):
+    cost = mean_key_cost(model, context, self.block_size)
+    return {"scores": cost._replace(flops=2 * cost.flops)}  # two products per page
+
+  def reads(self, model, context):
+    return {**super().reads(model, context), "scores": context / self.block_size}
+
+
+@dataclasses.dataclass
+class SinkWindow(TrainingFree):
+  """The first block and the latest J - 1 (arXiv 2309.17453, in blocks)."""
+  name: ClassVar[str] = "sink_window"
+  least_initial: ClassVar[int] = 1
+  num_initial: int = 1
+
+  def scores(self, q, k, call):
+    count = self.blocks_of(k)
+    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32), (*q.shape[:2], k.shape[2], count))
+
+
+@dataclasses.dataclass
+class RandomBlocks(TrainingFree):
+  """Uniformly drawn blocks besides the forced ones."""
+  name: ClassVar[str] = "random"
+
+  def scores(self, q, k, call):
+    B, T = q.shape[:2]
+    return _random_scores(call, B, T, k.shape[2], self.blocks_of(k))
+
+
+@dataclasses.dataclass
+class Oracle(TrainingFree):
+  """The blocks with most of the dense model's own attention mass; costs a dense pass."""
+  name: ClassVar[str] = "oracle"
+
+  def scores(self, q, k, call):
+    _, lse = pk.attention(q, k, k, **call.ops)
+    return pk.block_mass(q, k, lse, block_size=self.block_size, **call.ops)[0]
+
+  def selection_costs(self, model, context):
+    return {"scores": Cost(interface.dense_flops(model, context) / 2, gradient=False, causal=True)}
+
+  def reads(self, model, context):
+    return {**super().reads(model, context), "scores": context / 2}
+
+
+def mean_key_cost(model, context: int, block_size: int, heads: int = 0) -> Cost:
+  """One product with each earlier block's pooled key, of `heads` queries (0: one per KV head)."""
+  return Cost((heads or model.num_kv_heads) * model.head_dim * (context + 1) / block_size, gradient=False, causal=True)
+
+
+def page_bounds(q, k, size: int) -> Array:
   """Upper bounds of <q, k> over the keys of each page, summed over the group's queries: float32[B, T, K, pages].
 
   sum_d max(q_d min_d, q_d max_d), with min and max over the page's keys (Quest, arXiv 2406.10774, eq. 2). What a
@@ -68,7 +159,8 @@ def page_bounds(q, k, size: int):
   group = q.astype(jnp.float32).reshape(B, T, K, N // K, H)
   # Where q_d is positive the largest product is with max_d, else with min_d: the group sums up before the product.
   parts = ((jnp.maximum(group, 0).sum(3), pages.max(2)), (jnp.minimum(group, 0).sum(3), pages.min(2)))
-  return sum(jnp.einsum("btkh,bckh->btkc", x, y, precision=jax.lax.Precision.HIGHEST) for x, y in parts)
+  above, below = (jnp.einsum("btkh,bckh->btkc", x, y, precision=jax.lax.Precision.HIGHEST) for x, y in parts)
+  return above + below
 
 
 def _random_scores(call, B, T, K, count):
@@ -88,88 +180,3 @@ def _mix(x):
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
-
-
-class SelectorLayer(interface.Layer):
-  """Selected attention over a training-free selection; no parameters."""
-
-  def __init__(self, options, selector: str):
-    self.options, self.selector = options, selector
-
-  def __call__(self, x, streams, call):
-    if call.mode == "dense":
-      return super().__call__(x, streams, call)
-    name = self.selector if call.selector == "own" else call.selector
-    block_indices = select(name, x.q, streams["k"], self.options, call)
-    o, _ = pk.selected_attention(x.q, streams["k"], streams["v"], block_indices,
-                                 block_size=self.options.block_size, **call.ops)
-    return interface.Result(o, {}, block_indices)
-
-
-class _TrainingFree(blocks.BlockMethod):
-
-  def layer(self, init, model):
-    return SelectorLayer(self, self.name)
-
-
-@dataclasses.dataclass
-class BlockTopK(_TrainingFree):
-  """Mean-pooled block keys (arXiv 2502.13189, eq. 6), one set per GQA group."""
-  name: ClassVar[str] = "block_topk"
-
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":
-      out["scores"] = model.num_kv_heads * model.head_dim * (context + 1) / self.block_size
-    return out
-
-  def reads(self, model, context):
-    return {**super().reads(model, context), "scores": context / self.block_size / 2}
-
-
-@dataclasses.dataclass
-class Quest(_TrainingFree):
-  """Bounds from each page's smallest and largest keys (arXiv 2406.10774). Defaults: pages of 16, 1,024 tokens.
-
-  The paper chooses per query head, at decode alone, and keeps the first two layers dense (`Config.layers` can).
-  """
-  name: ClassVar[str] = "quest"
-  block_size: int = 16            # tokens of a page
-  num_blocks: int = 64            # J, forced pages included
-
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":  # two products per page
-      out["scores"] = 2.0 * model.num_kv_heads * model.head_dim * (context + 1) / self.block_size
-    return out
-
-  def reads(self, model, context):
-    return {**super().reads(model, context), "scores": context / self.block_size}
-
-
-@dataclasses.dataclass
-class SinkWindow(_TrainingFree):
-  """The first block and the latest J - 1 (arXiv 2309.17453, in blocks)."""
-  name: ClassVar[str] = "sink_window"
-  num_initial: int = 1
-
-
-@dataclasses.dataclass
-class RandomBlocks(_TrainingFree):
-  """Uniformly drawn blocks besides the forced ones."""
-  name: ClassVar[str] = "random"
-
-
-@dataclasses.dataclass
-class Oracle(_TrainingFree):
-  """The blocks with most of the dense model's own attention mass; costs a dense pass."""
-  name: ClassVar[str] = "oracle"
-
-  def flops(self, model, context, mode):
-    out = super().flops(model, context, mode)
-    if mode != "dense":
-      out["scores"] = interface.dense_flops(model, context) / 2
-    return out
-
-  def reads(self, model, context):
-    return {**super().reads(model, context), "scores": context / 2}

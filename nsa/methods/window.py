@@ -23,10 +23,10 @@ class Window(interface.Method):
   def layer(self, init, model):
     return WindowLayer(self)
 
-  def flops(self, model, context, mode):
+  def costs(self, model, context, mode):
     if mode != "sparse":
-      return super().flops(model, context, mode)
-    return {"window": 4.0 * model.num_heads * model.head_dim * blocks.mean_visible(self.window, context)}
+      return super().costs(model, context, mode)
+    return {"window": interface.Cost(4.0 * model.num_heads * model.head_dim * blocks.mean_visible(self.window, context))}
 
   def reads(self, model, context):
     return {"window": self.tokens_visible(context)}

@@ -9,18 +9,13 @@ import dataclasses
 import math
 
 import jax
-import numpy as np
 
 from nsa import chips, flops, model as model_lib, schedule, sharding, step as step_lib
 
 # Share of a chip's peak that each part of the work reaches. Projections and unembedding: what large training runs
 # report. Dense: cuDNN on one H200, forward and backward at 32K tokens. Selected: this project's kernel on one H200
 # (64/4 heads of 128, block 64, J 16, 32K: 242 of 989 TFLOP/s; experiments/results/kernels). The rest is assumed.
-EFFICIENCY = {"projections": 0.6, "unembedding": 0.6, "dense": 0.55, "selected": 0.24}
-OTHER_EFFICIENCY = 0.4
-
-# Parts whose cost grows with the query's position: with T cut into contiguous shards the last one has the most.
-_CAUSAL = ("dense", "compressed", "scores", "index", "index_kl", "teacher")
+EFFICIENCY = {"projections": 0.6, "dense": 0.55, "selected": 0.24, "": 0.4}  # by `Cost.kind`
 
 
 @dataclasses.dataclass
@@ -84,8 +79,8 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   blocks = max((getattr(method, "num_blocks", 0) for method in config.methods), default=0)
   saved = width * m.d_model + 4 * K * blocks
   inner = width * (4 * m.d_model + 3 * F + 3 * N * m.head_dim) + 4 * N
-  streams = _streams(config, step.mode)
-  gathered = rows * step.context * K * m.head_dim * width * streams * (2 if mesh["context"] > 1 else 1)
+  sent = rows * step.context * K * m.head_dim * width * _streams(config, step.mode) * (2 if mesh["context"] > 1 else 1)
+  gathered = sent + rows * step.context * K * m.head_dim * width * _streams(config, step.mode, copies=True)
   layers = m.num_layers
   activations = tokens * (layers * saved if remat else layers * (saved + inner)) + (0 if remat else layers * gathered)
   total = sum(x.size for x in jax.tree.leaves(state.params))
@@ -101,13 +96,17 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
     memory["experts"] = 16 * inactive / devices              # weight, gradient and two moments, float32
 
   # Compute.
-  parts = flops.training(config, step)
-  forward = flops.forward(config, step.context, step.mode)
-  again = {part: cost for part, cost in forward.items() if remat and part not in ("unembedding", "scores", "index")}
   uneven = 2 - 1 / mesh["context"]
-  share = lambda part: tokens / mesh["tensor"] * (uneven if part in _CAUSAL else 1.0)
-  work = {part: (cost + again.get(part, 0.0)) * share(part) for part, cost in parts.items()}
-  compute = {part: cost / (chip.tflops * 1e12 * EFFICIENCY.get(part, OTHER_EFFICIENCY)) for part, cost in work.items()}
+  work, compute, useful = {}, {}, 0.0
+  todo = [(name, cost, True) for name, cost in flops.training_costs(config, step)]
+  if remat:  # recomputed: all layers, but no choice, which is saved, and no output matrix
+    projections, _, *branches = flops.costs(config, step.context, step.mode)
+    todo += [(name, cost, False) for name, cost in (projections, *branches) if cost.gradient]
+  for name, cost, first in todo:
+    count = cost.flops * tokens / mesh["tensor"] * (uneven if cost.causal else 1.0)
+    work[name] = work.get(name, 0.0) + count
+    compute[name] = compute.get(name, 0.0) + count / (chip.tflops * 1e12 * EFFICIENCY[cost.kind])
+    useful += count if first else 0.0
 
   # Memory traffic: weights as each pass reads them, the optimizer's update, activations in and out of each pass.
   passes = 3 + remat
@@ -124,7 +123,7 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
       "weights (fsdp, context)": gathers * width * weights * part(shards),
       "gradients (fsdp, context)": 4 * weights * part(shards),
       "gradients (data)": 2 * 4 * weights / shards * part(mesh["data"]),
-      "keys and values (context)": (passes * gathered / 2 * part(mesh["context"])) * layers,
+      "keys and values (context)": (passes * sent / 2 * part(mesh["context"])) * layers,
       "activations (tensor)": 2 * (passes - 1) * 2 * width * m.d_model * tokens * part(mesh["tensor"]) * layers}
   if inactive:
     collectives["tokens to experts"] = 2 * passes * width * m.d_model * tokens * layers
@@ -135,17 +134,16 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
     reach = max((n for axis, n in span.items() if axis in name), default=1)
     fast = not chip.island or reach <= chip.island
     network[name] = size / (1e9 * (chip.link if fast else chip.network))
-  return Forecast(memory, work, sum(cost * share(part) for part, cost in parts.items()), compute,
+  return Forecast(memory, work, useful, compute,
                   traffic / (chip.hbm_speed * 1e9), {k: v for k, v in collectives.items() if v}, network)
 
 
-def _streams(config, mode: str) -> float:
-  """Arrays of [S, K, H] that attention reads per layer: k and v, and what the method adds in this mode."""
-  counts = []
-  for method, count in model_lib.layout(config):
-    extra = {"nsa": 4.0, "msa": getattr(method, "index_dim", 0) / (config.model.num_kv_heads * config.model.head_dim)}
-    counts += [2.0 + (0 if mode == "dense" else extra.get(method.name, 0.0))] * count
-  return float(np.mean(counts))
+def _streams(config, mode: str, copies: bool = False) -> float:
+  """Arrays of [S, K, H] that attention reads per layer: k, v and the method's `streams`; or what it makes `copies` of."""
+  extra = 0.0
+  for method, count in model_lib.layout(config) if mode != "dense" else ():
+    extra += count * sum(s.heads * s.width for s in method.streams(config.model).values() if s.cached != copies)
+  return (0.0 if copies else 2.0) + extra / (config.model.num_layers * config.model.num_kv_heads * config.model.head_dim)
 
 
 def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int, used: float, inactive: float = 0.0) -> str:

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from nsa import origins
 from nsa.tasks.common import Common
 from nsa.tasks.copy import Copy, Induction
 from nsa.tasks import rendering
@@ -21,9 +22,38 @@ from nsa.tasks.phonebook import Phonebook
 from nsa.tasks.recall import Ledger, Recall
 from nsa.tasks.tracking import Tracking
 
-__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get"]
+__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "register"]
 
 TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
+
+
+def register(cls: type[Task]) -> type[Task]:
+  """Makes a task of a user's file known by its family's name; usable as a decorator over @dataclasses.dataclass(frozen=True).
+
+  Raises ValueError that names the task and what is wrong with it: its first example of each split is made here.
+  """
+  def need(ok, field, fix):
+    if not ok:
+      raise ValueError(f"task {cls.__name__}: {field}: {fix}")
+
+  need(issubclass(cls, Task) and "__dataclass_fields__" in vars(cls), "class", "a dataclass derived from tasks.Task")
+  name = getattr(cls, "family", "")
+  need(name.isidentifier(), f"family = {name!r}", "a name of its own: letters, digits and _")
+  known = TASKS.get(name, cls)
+  need(known.__qualname__ == cls.__qualname__, f"family = {name!r}", f"taken by {known.__module__}.{known.__qualname__}")
+  fields = {f.name: f.default for f in dataclasses.fields(cls)}
+  need(dataclasses.MISSING not in fields.values(), f"fields {', '.join(fields)}", "give each parameter a default")
+  need(set(getattr(cls, "sizes", ())) <= set(fields), "sizes", f"names of parameters: {', '.join(fields)}")
+  task = cls()
+  for split in ("train", "val", "test"):
+    example = task.example(0, 0, task.min_length, split)
+    need(example.tokens.shape == example.answer_group.shape == (task.min_length,), f"example(split={split!r})",
+         f"tokens and answer_group of exactly length = {task.min_length} numbers")
+    need(example.answer_mask.any() and example.evidence.shape[:1] == example.query.shape, f"example(split={split!r})",
+         "at least one answer token, and evidence for every query")
+  TASKS[name] = cls
+  get.cache_clear()
+  return origins.remember(cls)
 
 
 @functools.lru_cache(maxsize=None)
@@ -35,7 +65,8 @@ def get(name: str) -> Task:
   """
   family, _, text = name.partition(":")
   if family not in TASKS:
-    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}")
+    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its file "
+                     "has been imported: name it in config.modules")
   cls = TASKS[family]
   defaults = {f.name: f.default for f in dataclasses.fields(cls)}
   parameters = {}

@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
 from nsa.methods import blocks, interface
+from nsa.methods.interface import Cost
 
 _MAX_SCORES = 2 ** 25  # float32 scores at a time, 128 MiB
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -67,22 +68,27 @@ class PromptMethod(interface.Method):
     """What the answer's queries see when the prompt is past; None: everything."""
     return None
 
-  def selection_flops(self, model, context: int) -> dict[str, float]:
-    """What choosing costs, FLOPs per token of a prompt of `context` tokens and layer."""
+  def selection_costs(self, model, context: int) -> dict[str, Cost]:
+    """What choosing costs, per token of a prompt of `context` tokens and layer."""
     return {}
 
   def budget(self, context: int) -> int:
     """Tokens that a query attends to at most."""
     return context
 
-  def flops(self, model, context, mode):
+  def costs(self, model, context, mode):
     """Of a prompt of `context` tokens. Where the sets adapt this is the most it can be: see `Result.measured`."""
-    if mode == "dense":
-      return super().flops(model, context, mode)
-    if self.phase == "decode":
-      return {"dense": interface.dense_flops(model, context), **self.selection_flops(model, context)}
+    dense = super().costs(model, context, mode)
+    if mode != "sparse":
+      return dense
     visible = blocks.mean_visible(self.budget(context), context)
-    return {"selected": attention_flops(model, visible), **self.selection_flops(model, context)}
+    attention = dense if self.phase == "decode" else {"selected": Cost(attention_flops(model, visible), kind="selected")}
+    return {**attention, **self.selection_costs(model, context)}
+
+  def measured_flops(self, model, context, visible):
+    """The selection for a prompt of half the tokens, and not at all for answers that an eviction serves."""
+    choosing = self.selection_costs(model, context // 2).values() if self.phase == "prefill" else ()
+    return attention_flops(model, visible) + sum(cost.flops for cost in choosing)
 
   def tokens_visible(self, context):
     return float(min(self.budget(context), context))

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from nsa.methods.interface import Cost
 from nsa.methods.prompt import base, minference
 
 
@@ -79,11 +80,12 @@ class FlexPrefill(base.PromptMethod):
     flat = pooled.reshape(B, K, rows * rows)
     return aware, base.best(flat, base.cover(flat, self.alpha)).reshape(pooled.shape)
 
-  def selection_flops(self, model, context):
-    out = {"scores": minference.last_queries_flops(model, context, self.window)}
+  def selection_costs(self, model, context):
+    out = {"scores": minference.last_queries_cost(model, context, self.window)}
     if self.tau:
       pooled = context / self.block_size
-      out["pooled_scores"] = 2.0 * model.num_heads * model.head_dim * (pooled * (pooled + 1) / 2 + pooled) / context
+      scores = 2.0 * model.num_heads * model.head_dim * (pooled * (pooled + 1) / 2 + pooled) / context
+      out["pooled_scores"] = Cost(scores, gradient=False)
     return out
 
 

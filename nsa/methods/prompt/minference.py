@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from nsa.methods import blocks
+from nsa.methods.interface import Cost
 from nsa.methods.prompt import base
 
 
@@ -46,9 +47,9 @@ class MInferenceBlocks(base.PromptMethod):
     chosen = blocks.membership(indices, rows).transpose(0, 2, 1, 3)
     return base.of_blocks(chosen, self.block_size, T), {}
 
-  def selection_flops(self, model, context):
+  def selection_costs(self, model, context):
     pooled = context / self.block_size
-    return {"scores": model.num_kv_heads * model.head_dim * (pooled + 1) / self.block_size}
+    return {"scores": Cost(model.num_kv_heads * model.head_dim * (pooled + 1) / self.block_size, gradient=False)}
 
   def budget(self, context):
     return self.num_blocks * self.block_size
@@ -81,8 +82,8 @@ class VerticalSlash(base.PromptMethod):
     distances = base.best(base.by_distance(p, at), self.slashes, index < self.local)
     return vertical_slash(tokens, distances), {}
 
-  def selection_flops(self, model, context):
-    return {"scores": last_queries_flops(model, context, self.window)}
+  def selection_costs(self, model, context):
+    return {"scores": last_queries_cost(model, context, self.window)}
 
   def budget(self, context):
     return self.verticals + self.slashes
@@ -100,7 +101,7 @@ def vertical_slash(tokens, distances) -> base.Visible:
   return visible
 
 
-def last_queries_flops(model, context: int, window: int) -> float:
+def last_queries_cost(model, context: int, window: int) -> Cost:
   """Q K^T of the last `window` queries of a prompt, per token of the prompt."""
   rows = min(window, context)
-  return 2.0 * model.num_heads * model.head_dim * rows * (context - (rows - 1) / 2) / context
+  return Cost(2.0 * model.num_heads * model.head_dim * rows * (context - (rows - 1) / 2) / context, gradient=False)

@@ -64,8 +64,8 @@ class SnapKV(base.PromptMethod):
     mask = (keep | (jnp.arange(keys) >= prompt_length[:, None, None]))[:, :, None]
     return lambda t: jnp.broadcast_to(mask, (B, K, t.shape[0], keys))
 
-  def selection_flops(self, model, context):
-    return {"scores": minference.last_queries_flops(model, context, self.window)}
+  def selection_costs(self, model, context):
+    return {"scores": minference.last_queries_cost(model, context, self.window)}
 
   def budget(self, context):
     return self.capacity

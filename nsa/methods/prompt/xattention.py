@@ -65,5 +65,5 @@ class XAttention(base.PromptMethod):
     chosen = jnp.take_along_axis(wanted, jnp.argsort(order, axis=-1, stable=True), axis=-1) | forced
     return base.of_blocks(chosen, size, T), {}
 
-  def selection_flops(self, model, context):
-    return {"scores": interface.dense_flops(model, context) / 2 / self.stride}
+  def selection_costs(self, model, context):
+    return {"scores": interface.Cost(interface.dense_flops(model, context) / 2 / self.stride, gradient=False)}

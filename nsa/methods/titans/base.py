@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, interface
+from nsa.methods.interface import Cost
 from nsa.methods.titans import memory
 
 
 @dataclasses.dataclass
 class Titans(interface.Method):
   """Options of the memory (memory.py says what they do)."""
-  memory: ClassVar[bool] = True
-  acts_when_dense: ClassVar[bool] = False
+  groups: ClassVar[tuple[str, ...]] = ("memory",)
   grid: ClassVar[str] = "chunk"
   heads: ClassVar[int] = 0        # memories; 0 = one per KV head, read by the queries of its group
   chunk: int = 16                 # tokens that share a memory to take gradients at
@@ -78,7 +78,7 @@ class Titans(interface.Method):
       problems.append(("window", self.window, f"longer than the context of {context} tokens; 0 is dense attention"))
     return problems
 
-  def memory_flops(self, model) -> dict[str, float]:
+  def memory_costs(self, model) -> dict[str, Cost]:
     """Per token and layer: reading, and writing with the inner forward and backward pass.
 
     The inner gradients are differentiated once more in training, which three times the forward cost covers.
@@ -90,19 +90,20 @@ class Titans(interface.Method):
     kept = 2 * 2 * weights + 3 * 2 * weights / self.chunk            # outer products into M and S; their decay
     read = 2 * 2 * weights + (self.chunk + 1) * edges if self.read == "token" else 2 * weights
     mixing = 2 * self.chunk ** 2                                     # decay(1 - alpha) decay(eta), per token
-    return {"memory_write": heads * float(inner + kept + mixing), "memory_read": heads * group * float(read)}
+    return {"memory_write": Cost(heads * float(inner + kept + mixing)), "memory_read": Cost(heads * group * float(read))}
 
-  def attention_flops(self, model, context: int) -> dict[str, float]:
+  def attention_costs(self, model, context: int) -> dict[str, Cost]:
     """Of the window, or dense, branch and its persistent tokens."""
     per_key = 4.0 * model.num_heads * model.head_dim
-    out = {"window": per_key * blocks.mean_visible(self.window, context)} if self.window else \
-        {"dense": interface.dense_flops(model, context)}
-    return {**out, "persistent": per_key * self.persistent} if self.persistent else out
+    out = interface.dense_costs(model, context)
+    if self.window:
+      out = {"window": Cost(per_key * blocks.mean_visible(self.window, context))}
+    return {**out, "persistent": Cost(per_key * self.persistent)} if self.persistent else out
 
-  def flops(self, model, context, mode):
+  def costs(self, model, context, mode):
     if mode != "sparse":
-      return super().flops(model, context, mode)
-    return {**self.attention_flops(model, context), **self.memory_flops(model)}
+      return super().costs(model, context, mode)
+    return {**self.attention_costs(model, context), **self.memory_costs(model)}
 
   def memory_reads(self, model) -> float:
     """The state's bytes over those of one position's key and value, per KV head."""

@@ -19,7 +19,7 @@ class LMM(base.Titans):
   def layer(self, init, model):
     return LMMLayer(init, model, self)
 
-  def attention_flops(self, model, context):
+  def attention_costs(self, model, context):
     return {}
 
   def reads(self, model, context):
@@ -33,7 +33,7 @@ class LMMLayer(interface.Layer):
 
   def __init__(self, init, model, options: LMM):
     self.options = options
-    self.memory = memory.Memory(init.child("memory"), model, options, project=False)
+    self.memory = memory.Memory(init.child("memory", group="memory"), model, options, project=False)
 
   def initial_state(self, batch, dtype):
     return self.memory.begin(batch)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import interface
+from nsa.methods.interface import Cost
 from nsa.methods.titans import base, memory
 
 
@@ -42,13 +43,13 @@ class MAC(base.Titans):
   def layer(self, init, model):
     return MACLayer(init, model, self)
 
-  def attention_flops(self, model, context):
+  def attention_costs(self, model, context):
     per_key = 4.0 * model.num_heads * model.head_dim
     whole, rest = divmod(context, self.segment)
     seen = (whole * self.segment * (self.segment + 1) + rest * (rest + 1)) / 2 / context
     weights, (heads, group, _) = sum(a * b for a, b in self.memory_sizes(model)), self.memory_shape(model)
-    return {"segment": per_key * seen, "recalled": per_key * seen, "persistent": per_key * self.persistent,
-            "recall": 2.0 * heads * group * weights}
+    return {"segment": Cost(per_key * seen), "recalled": Cost(per_key * seen),
+            "persistent": Cost(per_key * self.persistent), "recall": Cost(2.0 * heads * group * weights)}
 
   def reads(self, model, context):
     seen = self.tokens_visible(context)
@@ -63,7 +64,7 @@ class MACLayer(interface.Layer):
 
   def __init__(self, init, model, options: MAC):
     self.options = options
-    init, width = init.child("memory"), model.num_heads * model.head_dim
+    init, width = init.child("memory", group="memory"), model.num_heads * model.head_dim
     mem = self.memory = memory.Memory(init, model, options, inputs=width)  # of y: keys, values, queries of the last read
     heads, group, head_width = options.memory_shape(model)
     mem.ask = layers.HeadProjection(init.child("ask"), model.d_model, heads * group, head_width, axis="heads", taps=model.short_conv)

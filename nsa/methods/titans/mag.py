@@ -37,7 +37,7 @@ class MAGLayer(interface.Layer):
 
   def __init__(self, init, model, options: MAG):
     self.options = options
-    init = init.child("memory")
+    init = init.child("memory", group="memory")
     self.memory = memory.Memory(init, model, options)
     self.memory.join = base.Join(init.child("join"), model, options.join)
     if options.persistent:

@@ -31,10 +31,10 @@ class MALLayer(interface.Layer):
 
   def __init__(self, init, model, options: MAL):
     self.options = options
-    init = init.child("memory")
+    init = init.child("memory", group="memory")
     mem = self.memory = memory.Memory(init, model, options)
     mem.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
-                          fan_in=model.num_heads * model.head_dim)
+                          fan_in=model.num_heads * model.head_dim, matrix=(0, 1))
     if options.persistent:
       mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
     self.reach = max(model.short_conv - 1, 0), model.d_model

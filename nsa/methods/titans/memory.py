@@ -67,7 +67,7 @@ class Gates(NamedTuple):
 
 
 class Memory(nnx.Module):
-  """Parameters of R memories of one layer, read by G queries each; of the group "memory" by its name in the layer."""
+  """Parameters of R memories of one layer, read by G queries each."""
 
   def __init__(self, init: layers.Init, model, options, *, project: bool = True, inputs: int = 0):
     """`project`: with projections of its own. `inputs`: width of what they and the gates see, 0 = d_model."""
@@ -81,7 +81,7 @@ class Memory(nnx.Module):
     # Gates begin near their biases: forgetting 0.7 % per token, momentum 1/2, an eighth of the largest step.
     self.gates = init.normal("gates", (inputs, heads, 3), ("embed" if inputs == model.d_model else None, "heads", None),
                              fan_in=inputs, gain=0.1)
-    self.gate_bias = nnx.Param(jnp.broadcast_to(jnp.float32([-5.0, 0.0, -2.0]), (heads, 3)), axes=("heads", None), decay=False)
+    self.gate_bias = init.param(jnp.broadcast_to(jnp.float32([-5.0, 0.0, -2.0]), (heads, 3)), ("heads", None))
     if options.norm:
       self.gain = init.constant((heads, width), ("heads", None), 1.0)
     sizes = options.memory_sizes(model)

@@ -1,0 +1,73 @@
+"""docs/extend.md, done: its files written, its commands run each in a new process, nothing edited in the package."""
+import json
+import os
+from pathlib import Path
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/extend.md").read_text()
+
+
+def commands():
+  return [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+
+
+def test_the_page_does_what_it_says(tmp_path, compilation_cache):
+  for name, text in re.findall(r"`(\w+\.py)`:\n```python\n(.*?)```", PAGE, re.S):
+    (tmp_path / name).write_text(text)
+  assert {path.name for path in tmp_path.iterdir()} == {"strided.py", "farthest.py", "shelves.py"}
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1",
+         "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+
+  def start(command):
+    words = shlex.split(command)
+    assert words[0] == "python"
+    return subprocess.Popen([sys.executable, *words[1:]], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+  def run(command, code=0):
+    process = start(command)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"{command}\n{out}\n{err}"
+    return out + err
+
+  train, *rest = commands()
+  assert len(rest) == 6
+  run_dir, process = tmp_path / "runs/strided", start(train)  # cut once, so that the next process has to find the method
+  while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75 and "of 100" in err, err
+  assert "100 steps done" in run(train)
+  config = json.loads((run_dir / "config.json").read_text())
+  assert config["modules"] == ["strided.py"] and config["attention"] == {
+      "method": "strided", "block_size": 8, "num_blocks": 4, "num_initial": 0, "num_local": 1, "stride": 3}
+  for command in rest:
+    run(command)
+
+  lists = np.load(tmp_path / "strided.npz")["block_indices"]  # [layers, windows, T, K, J]: what the method says it takes
+  for t in (0, 40, 127):
+    own = t // 8
+    want = set(range(own, -1, -3)[:4])
+    for row in lists[:, :, t].reshape(-1, 4).tolist():
+      assert want <= set(row) and len(set(row) - {-1}) == min(4, own + 1), (t, want, row)
+  assert (run_dir / "report/report.html").exists()
+  rows = json.loads((run_dir / "eval/100.json").read_text())["records"]
+  visible = {row["run_mode"]: row["tokens_visible"] for row in rows if row["kind"] == "layer" and "tokens_visible" in row}
+  assert visible["farthest"] == visible["sparse"] > visible["sparse:num_blocks=2"]
+  tasks = json.loads((tmp_path / "runs/shelves/eval/20.json").read_text())["records"]
+  assert {row["task"] for row in tasks if row["kind"] == "task"} == {"shelves:notes=2"}
+  assert json.loads((tmp_path / "runs/shelves/config.json").read_text())["modules"] == ["shelves.py", "strided.py"]
+
+  (tmp_path / "strided.py").rename(tmp_path / "elsewhere.py")
+  gone = run(rest[0], code=2)
+  assert "modules = 'strided.py': no such file" in gone and "Traceback" not in gone

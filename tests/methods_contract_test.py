@@ -1,0 +1,128 @@
+"""The contract of a method: every method here holds it, and what breaks it is named with the method and the field."""
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nsa import config as config_lib, flops, methods, model as model_lib, optim, schedule
+from nsa.methods import blocks, contract, interface, registry
+from nsa.planning import forecast
+
+MODEL = config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=2)
+
+
+@pytest.mark.parametrize("name", sorted(registry.METHODS))
+def test_every_method_holds_the_contract(name):
+  contract.check(registry.METHODS[name])
+  contract.probe(registry.METHODS[name])
+
+
+class Leaking(interface.Layer):
+  """A layer whose parameter names no group, or one that its method does not declare."""
+
+  def __init__(self, init, group):
+    self.selectr = init.child("selectr", group=group).normal("w", (4, 4), (None, None), fan_in=4)
+
+
+@dataclasses.dataclass
+class Base(interface.Method):
+  name: ClassVar[str] = "broken"
+
+  def costs(self, model, context, mode):
+    return {"scores": interface.Cost(1.0)}
+
+
+def broken(**members):
+  annotations = {name: ClassVar[type(x)] for name, x in members.items() if not callable(x)}
+  annotations.update(members.pop("options", {}))
+  return dataclasses.dataclass(type("Broken", (Base,), {**members, "__annotations__": annotations}))
+
+
+@pytest.mark.parametrize("cls,field,message", [
+    (broken(name="a name"), "name", "letters"),
+    (broken(name="sparse"), "name", "means something else"),
+    (broken(groups=("selectr",)), "groups", "selector, branch, memory"),
+    (broken(losses={"kl": 1.0}), "losses['kl']", "interface.Loss"),
+    (broken(losses={"kl": interface.Loss("selector")}), "losses['kl'].trains", "groups"),
+    (broken(enters=("copy",)), "enters", "define enter"),
+    (broken(grid="blocks"), "grid", "names one of its options"),
+    (broken(options={"width": int}), "width", "default"),
+    (broken(options={"width": tuple}, width=()), "width", "int, float, bool or str"),
+    (broken(layer=lambda self, init, model: LaterLayer(self)), "layer", "not defined yet"),  # noqa: F821
+    (broken(layer=lambda self, init, model: Leaking(init, None)), "groups", "selectr.*group ''"),
+    (broken(layer=lambda self, init, model: Leaking(init, "selectr")), "groups", "selectr.*group 'selectr'"),
+    (broken(layer=lambda self, init, model: Leaking(init, "selector")), "groups", "declare the group"),
+    (broken(costs=lambda self, model, context, mode: {"scores": 1.0}), "costs(mode='dense')['scores']", "interface.Cost"),
+    (broken(costs=lambda self, model, context, mode: {"x": interface.Cost(1.0, kind="index")}), "costs(mode='dense')['x']", "kind"),
+    (broken(streams=lambda self, model: {"k_idx": interface.Stream(1, 8)}), "streams", "the layer's streams have"),
+    (broken(reads=lambda self, model, context: {"selected": -1.0}), "reads", "0 or more")])
+def test_what_breaks_the_contract_is_named(cls, field, message):
+  with pytest.raises(methods.ContractError) as error:
+    methods.register(cls)
+  text = str(error.value)
+  assert text.startswith(f"method Broken: {field} = "), text
+  with pytest.raises(methods.ContractError, match=message):
+    methods.register(cls)
+  assert "broken" not in registry.METHODS
+
+
+def test_a_name_that_is_taken_is_refused():
+  with pytest.raises(methods.ContractError, match="method Broken: name = 'msa': taken by nsa.methods.msa.MSA"):
+    methods.register(broken(name="msa"))
+
+
+def test_an_option_cannot_smuggle_in_a_group():
+  """What default options do not have is checked when a model is built of others."""
+  @dataclasses.dataclass
+  class Late(methods.MoBA):
+    groups: ClassVar[tuple[str, ...]] = ()
+  contract.probe(Late)
+  with pytest.raises(methods.ContractError, match=r"method Late: groups = \(\): parameter branch.taps is of the group 'branch'"):
+    model_lib.abstract_params(config_lib.Config(model=MODEL, attention=Late(key_conv=3)))
+
+
+def test_streams_are_those_of_the_cache_and_plans_count_them():
+  """By hand, numbers per token and layer besides k and v: what was counted as nothing."""
+  K, N, H = MODEL.num_kv_heads, MODEL.num_heads, MODEL.head_dim
+  want = {"dense": 0, "msa": 128, "nsa": 4 * K * H, "dsa": 64, "seer": K * H, "moba": 2 * (N - K) * H, "ssa": 0}
+  for name, extra in want.items():
+    method = methods.get(name)()
+    streams = method.streams(MODEL)
+    assert sum(s.heads * s.width for s in streams.values()) == extra, name
+    config = config_lib.Config(model=MODEL, attention=method)
+    cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, 1, 4), model_lib.abstract_params(config))[0]
+    kept = sum(x.size for name_, x in cache.items() if name_ not in ("tail", "state"))
+    assert kept == 2 * 4 * (2 * K * H + sum(s.heads * s.width for s in streams.values() if s.cached)), name
+    arrays = [forecast._streams(config, mode, copies) for mode in ("dense", "sparse") for copies in (False, True)]
+    copies = extra if name == "moba" else 0
+    assert arrays == [2, 0, 2 + (extra - copies) / (K * H), copies / (K * H)], name
+
+
+def test_a_warm_up_is_dense_whatever_the_layers():
+  """Layers without a selector's loss, in a hybrid that warms one up, give dense output at dense cost."""
+  config = config_lib.Config(model=MODEL, attention=methods.MSA(block_size=4, num_blocks=2, index_dim=4),
+                             layers=("attention", "block_topk"))
+  config.others = {"block_topk": methods.BlockTopK(block_size=4, num_blocks=2)}
+  params = model_lib.init_params(config, 0)
+  tokens = jnp.arange(24)[None] % 7
+  run = lambda mode: model_lib.forward(config, params, tokens, mode=mode, losses=False).logits
+  assert (run("warmup") == run("dense")).all() and (run("sparse") != run("dense")).any()
+  assert flops.forward(config, 24, "warmup")["dense"] == flops.forward(config, 24, "dense")["dense"]
+
+
+def test_a_typo_in_an_attribute_does_not_move_a_parameter():
+  """The group is what the parameter says, whatever its module is called."""
+  @dataclasses.dataclass
+  class Renamed(blocks.BlockMethod):
+    name: ClassVar[str] = "renamed"
+    groups: ClassVar[tuple[str, ...]] = ("selector",)
+
+    def layer(self, init, model):
+      return Leaking(init, "selector")
+
+  config = config_lib.Config(model=MODEL, attention=Renamed(), schedule=schedule.dense(1))
+  groups = optim.groups_of(config)
+  assert [path for path, group in groups.items() if group == "selector"] == ["stacks.stack0.attention.method.selectr"]
+  assert set(optim.make(config).transforms) == {"backbone", "selector"}
