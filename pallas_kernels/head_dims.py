@@ -1,7 +1,7 @@
-"""Head dims that are no power of two, 80 or 96 for instance: padded with zeros, whose products change nothing.
+"""Head dims that kernels do not have, 80 or 96 for instance: padded with zeros, whose products change nothing.
 
-`tl.arange` counts to powers of two alone. The padding is a copy of the arguments by XLA; scores keep their scale, which
-is an argument of its own, and gradients of the padding are cut off.
+The padding is a copy of the arguments by XLA. Scores keep their scale, which is an argument of its own; gradients of the
+padding are cut off.
 """
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton import call
-
-LEAST, MOST = 16, 256
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_pages", "v_pages", "q_idx", "k_idx")
 
 
-def padded(head_dim):
-  """The head dim that the kernels get for this one."""
-  return max(call.next_power_of_2(head_dim), LEAST) if head_dim <= MOST else head_dim
-
-
-def supports(function):
-  """`function` of a call's arguments, told of shapes that are padded."""
+def supports(function, padded):
+  """`function` of a call's arguments, told of shapes that are padded; padded(H) is the head dim that it gets for H."""
   @functools.wraps(function)
   def wrapped(arguments):
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], padded(x.shape[-1])), x.dtype)
@@ -30,7 +22,7 @@ def supports(function):
   return wrapped
 
 
-def any_head_dim(function, gives_rows):
+def pad(function, padded, gives_rows):
   """`function` of a call's arguments with padded ones; if it `gives_rows`, (o, lse), o gets back its head dim."""
   @functools.wraps(function)
   def wrapped(**arguments):
