@@ -13,20 +13,26 @@ import jax.numpy as jnp
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "k_pages", "v_pages", "q_idx", "k_idx")
 
 
-def supports(function, padded):
-  """`function` of a call's arguments, told of shapes that are padded; padded(H) is the head dim that it gets for H."""
+def supports(function, padded, names=NAMES):
+  """`function` of a call's arguments, told of shapes that are padded.
+
+  Args:
+    function: of a dict of arguments.
+    padded: head dim to what the kernels get for it.
+    names: of the arguments to pad.
+  """
   @functools.wraps(function)
   def wrapped(arguments):
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], padded(x.shape[-1])), x.dtype)
-    return function({name: shape(x) if name in NAMES and x is not None else x for name, x in arguments.items()})
+    return function({name: shape(x) if name in names and x is not None else x for name, x in arguments.items()})
   return wrapped
 
 
-def pad(function, padded, gives_rows):
-  """`function` of a call's arguments with padded ones; if it `gives_rows`, (o, lse), o gets back its head dim."""
+def pad(function, padded, gives_rows, names=NAMES):
+  """`function` of keyword arguments with padded ones; if it `gives_rows`, (o, lse), o gets back its head dim."""
   @functools.wraps(function)
   def wrapped(**arguments):
-    own = {name: x.shape[-1] for name, x in arguments.items() if name in NAMES and x is not None}
+    own = {name: x.shape[-1] for name, x in arguments.items() if name in names and x is not None}
     if all(size == padded(size) for size in own.values()):
       return function(**arguments)
     for name, size in own.items():

@@ -27,6 +27,7 @@ KERNELS = {  # operation -> its module, which has a function of that name and `s
 for _operation, _module in KERNELS.items():
   _function, _supports = getattr(_module, _operation), lambda arguments, _module=_module: _module.supports(**arguments)
   if _module in (selected, kl):  # the walks over selected blocks
-    _function = head_dims.pad(_function, selected.padded_head_dim, gives_rows=_module is selected)
-    _supports = head_dims.supports(_supports, selected.padded_head_dim)
+    _how = dict(padded=selected.padded_head_dim, names=("q", "k", "v"))
+    _function = head_dims.pad(_function, gives_rows=_module is selected, **_how)
+    _supports = head_dims.supports(_supports, **_how)
   backends.register(_operation, "mosaic_tpu", _function, platforms=("tpu",), supports=_supports)
