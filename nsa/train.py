@@ -25,8 +25,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 rundir, schedule, sharding)
+from nsa import (capacity, checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim,
+                 processes, rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -96,20 +96,26 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     if config.data.planted:
       metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                                                     for seed, source in zip(config.seeds, batches.sources)})
-  state, start = initial_state(config, mesh, checkpoints)
+  capacity.check_state(config, step_lib.abstract_state(config, mesh))
+  with capacity.told(config, "parameters and optimizer state"):
+    state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
     writer.truncate_after(start)
+    for remark in config_lib.remarks(config):
+      logging.warning("%s", remark)
   name = f"{config.arm} s{','.join(map(str, config.seeds))}"
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
-  with bar.pause("compile"):
+  with bar.pause("compile"), capacity.told(config, "a training step"):
     programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
+    for program in programs.values():
+      capacity.check_step(config, program)
 
   seeds = step_lib.seeds_of(config)
   with (_under_way(workdir), processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog,
-        writer or contextlib.nullcontext(), checkpoints):
+        writer or contextlib.nullcontext(), checkpoints, capacity.told(config, "training or evaluating")):
     cut = (bool(start) and _evaluates(config, start) and start in checkpoints.steps()
            and not evaluate.is_there(config, workdir, start, during=start < total))
     processes.agree(evaluation=str(cut))
