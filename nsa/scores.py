@@ -184,8 +184,12 @@ def task(run, params, name, examples, e, listed: bool):
     query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
     missing = evidence < 0  # an answer with fewer pieces than others
     far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
-    mine = [_Answer(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()),
-                    float(nll[i, group == g].mean())) for g in range(group.max() + 1)]
+    at = np.flatnonzero(group >= 0)
+    size = np.bincount(group[at])
+    right = np.bincount(group[at], correct[i, at]) == size
+    loss = np.bincount(group[at], nll[i, at]) / size
+    mine = [_Answer(*one) for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
+                                         loss.tolist())]
     answers += mine
     more = {}
     if of_far := [a for a in mine if a.far]:
@@ -193,7 +197,7 @@ def task(run, params, name, examples, e, listed: bool):
     if listed:
       more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
     out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
-                               answer_nll=float(nll[i, group >= 0].mean()), far_answers=len(of_far),
+                               answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
                                depth=float(examples["depth"][i]), evidence_distance=int(examples["evidence_distance"][i]), **more))
   return out + _answer_records(name, answers, length)
 
