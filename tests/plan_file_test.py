@@ -1,6 +1,5 @@
 """A plan is written before the data; the report lists what deviates from it."""
 import json
-from pathlib import Path
 
 import pytest
 

@@ -180,6 +180,14 @@ def test_planted_truths_are_found_and_shortcuts_refused(name):
     assert found["selector error of 5 %"] == pytest.approx(0.4, abs=0.01) and abs(found["backbone error of 5 %"]) < 0.01
 
 
+def test_the_committed_summary_keeps_its_promise():
+  """500 studies of each truth: at most 5 % have a false word, and shortcuts are refused in all (benchmarks/planted.py)."""
+  rows = list(csv.DictReader(open(Path(__file__).parents[1] / "experiments/results/planted.csv")))
+  assert [row["truth"] for row in rows] == list(planted.CASES) and all(row["studies"] == "500" for row in rows)
+  assert all(float(row["a false word"]) <= 0.05 for row in rows)
+  assert all(float(row["refused as it must be"]) == 1 for row in rows if planted.CASES[row["truth"]].refused)
+
+
 # --- quantities ---------------------------------------------------------------
 
 

@@ -121,9 +121,8 @@ def _power(study, plan, kinds, tests):
 
 
 def _cost(study):
-  from nsa import chips, study as study_lib
+  from nsa import chips, model as model_lib, study as study_lib
   from nsa.report import document, planning
-  from nsa import model as model_lib
   chip, lines, total = chips.find(planning.DEVICE), [], np.zeros(4)
   named = {name: set(arms) for name, arms in study.tiers.items()} or {"all": {arm.arm for arm in study.arms}}
   left = list(study.arms)
