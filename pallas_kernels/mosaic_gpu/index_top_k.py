@@ -184,6 +184,15 @@ def _index_top_k(q, first, end, position, k, *, block_size, choice, scale, block
                       SIZE=block_size, BLOCKS=blocks)
 
 
+def avoid(arguments):
+  """On one H200, ms here and in triton/, 4 heads of 128: 131,072 tokens 13.3 and 18.8, 32,768 tokens 0.91 and 1.20, 8,192
+  tokens 0.115 and 0.122; 2 heads of 64, blocks of 32, 8 x 4,096 tokens 0.165 and 0.140."""
+  H, size = arguments["q_idx"].shape[3], arguments["block_size"]
+  if H < 128 or size < 64:
+    return f"q_idx has head dim {H}, block_size = {size}: triton is faster but for heads of 128 and blocks from 64 on"
+  return None
+
+
 def supports(arguments):
   """None, or why these arguments need another implementation; begins with the argument's name."""
   q, size = arguments["q_idx"], arguments["block_size"]
