@@ -23,8 +23,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 schedule, sharding)
+from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, origins,
+                 processes, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -90,7 +90,8 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
   processes.agree(corpus=json.dumps(read))
   first = processes.first()
   if first:
-    metrics.write_json(workdir / "versions.json", {**versions(), **read})
+    own = origins.digests(config_lib.to_dict(config)["modules"])
+    metrics.write_json(workdir / "versions.json", {**versions(), **read, **({"modules": own} if own else {})})
   state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:

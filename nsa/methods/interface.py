@@ -151,6 +151,10 @@ class Method:
     """What attention reads of earlier tokens besides k and v."""
     return {}
 
+  def chosen(self, model) -> int:
+    """Entries of the lists that a selection makes of one token, all heads: int32, and a remat saves them."""
+    return 0
+
   def costs(self, model, context: int, mode: str) -> dict[str, Cost]:
     """Each part of a layer at `context` tokens; projections are counted with the parameters (nsa/flops.py)."""
     return dense_costs(model, context)
