@@ -11,6 +11,8 @@ own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
 score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
 arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
+There, too, where the config asks for them: the loss of what a model can know from far back (eval.ar_hits), and of the last quarter
+of a window given less and less before it (eval.context_gain).
 
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
@@ -36,15 +38,12 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, held_out, methods, metrics, model as model_lib, records as record_lib, sharding
+from nsa import checkpoint, held_out, methods, metrics, model as model_lib, rundir, scores, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
-
-_MAX_HEAT = 64  # cells per side of a stored heat map
 
 
 def open_run(workdir, step: int = -1):
@@ -53,9 +52,7 @@ def open_run(workdir, step: int = -1):
   Raises ConfigError if there is no such run or checkpoint.
   """
   workdir = epath.Path(workdir)
-  if not (workdir / "config.json").exists():
-    raise config_lib.ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
-  config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  config = rundir.read_config(workdir)
   steps = checkpoint.Checkpoints(workdir, read_only=True).steps()
   if not steps or (step >= 0 and step not in steps):
     raise config_lib.ConfigError([("--step", step, f"{workdir} has checkpoints at {steps}")])
@@ -114,7 +111,7 @@ def is_there(config, workdir, step: int, during: bool = False) -> bool:
 def _by_hand(config, workdir, step, settings) -> str:
   """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
   workdir = epath.Path(workdir)
-  run = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  run = rundir.read_config(workdir)
   own = held_out.declared(run, during=step < run.schedule.steps)
   path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
   if path.exists():
@@ -154,11 +151,12 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
       rows = []
       for corpus, of_corpus in windows.items():
-        of_text = _text_records(run, one, of_corpus, e, context, run_config.attention, token_bytes)
+        of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back.get(corpus),
+                              () if short else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
-      _count_flops(rows, run_config, selector, context)
+      scores.count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += _task_records(run, one, name, examples, e, not short)
+        rows += scores.task(run, one, name, examples, e, not short)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -247,137 +245,3 @@ def _runner(static, mesh):
     return jax.jit(run)
   compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
   return lambda params, batch, watch: compiled(params, sharding.place_rows(mesh, batch), watch)
-
-
-def _batches(arrays: dict[str, np.ndarray], size: int):
-  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count).
-
-  batch["rows"], float32[size], is 0 at the copies.
-  """
-  count = len(arrays["inputs"])
-  for first in range(0, count, size):
-    rows = np.minimum(np.arange(first, first + size), count - 1)
-    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids", "prompt")}
-    batch["rows"] = (np.arange(first, first + size) < count).astype(np.float32)
-    yield batch, slice(first, min(first + size, count))
-
-
-def _text_records(run, params, windows, e, context, method, token_bytes):
-  if not windows:
-    return []
-  half = context // 2
-  scored = half if isinstance(method, methods.PromptMethod) else 0  # from which position on
-  arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
-  arrays["prompt"] = np.full(len(windows), half, np.int32)
-  nll = np.zeros((len(windows), context))
-  seen, weights, done = [], [], []
-  watched = _spread(-(-len(windows) // e.batch), -(-e.diagnosed // e.batch))
-  for number, (batch, rows) in enumerate(_batches(arrays, e.batch)):
-    watch = number in watched or bool(scored)  # methods that choose once per prompt measure themselves, always
-    values, _, layers = run(params, batch, watch)
-    done.append((rows, values))                # read below: the device does not wait for the host
-    if watch:
-      seen.append(layers)
-      weights.append(rows.stop - rows.start)
-  for rows, values in done:
-    nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-  seen = jax.device_get(seen)
-  real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
-  bits = nll / step_lib.LN2 * (real > 0)
-  rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
-                          **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
-                          bytes=int(real[i, scored:].sum()),
-                          **_per_byte("second_half_bits_per_byte", bits[i, half:], real[i, half:]),
-                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
-  edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
-  for first, end in zip(edges[:-1], edges[1:]):
-    if first < scored:
-      continue
-    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
-                                **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
-  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
-
-
-def _spread(count, wanted):
-  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
-  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
-
-
-def _per_byte(name, bits, real) -> dict[str, float]:
-  """{name: bits per byte}; {} where all targets are special tokens, which stand for no byte."""
-  return {name: float(bits.sum() / real.sum())} if real.sum() else {}
-
-
-def _layer_records(seen, weights, document):
-  """Diagnostics of each layer; `weights` are the sequences that count in each batch of `seen`."""
-  rows = []
-  for layer, first in enumerate(seen[0]):
-    means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
-             for name in first if name != "heat"}
-    rows.append(record_lib.make("layer", layer=layer, **{n: x for n, x in means.items() if np.isfinite(x)}))
-    if "heat" in first:
-      rows.append(record_lib.make("heat", layer=layer, kv_head=0, document=document,
-                                  heat=np.round(_shrink(first["heat"][0]), 3).tolist()))
-  return rows
-
-
-def _count_flops(rows, config, selector, context):
-  """Adds what the measured number of visible tokens costs to the records of layers."""
-  method = config.attention
-  if selector != "own":
-    method = methods.get(selector)(**method.geometry)
-  for row in rows:
-    if row["kind"] == "layer" and "tokens_visible" in row:
-      row["attention_flops"] = method.measured_flops(config.model, context, row["tokens_visible"])
-
-
-def _shrink(heat):
-  """Averages cells until no side is longer than _MAX_HEAT."""
-  factor = -(-max(heat.shape) // _MAX_HEAT)
-  pad = [(0, -size % factor) for size in heat.shape]
-  grid = np.pad(heat, pad)
-  rows, columns = grid.shape
-  return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
-
-
-def _task_records(run, params, name, examples, e, listed: bool):
-  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
-  count, length = examples["inputs"].shape
-  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
-  # The input at the first answer's target is the prompt's last token.
-  examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
-  for rows, values, right in done:
-    keep = rows.stop - rows.start
-    nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
-  first, last = e.near or (length // 32, length // 8)
-  out, answers = [], []
-  for i in range(count):
-    group = examples["answer_group"][i]
-    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
-    missing = evidence < 0  # an answer with fewer pieces than others
-    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
-    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
-            for g in range(group.max() + 1)]
-    answers += mine
-    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
-    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
-    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
-    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
-                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
-  return out + _answer_records(name, answers, length)
-
-
-def _answer_records(name, answers, length):
-  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
-  out, end = [], length >> max(0, length.bit_length() - 6)
-  start = 0
-  while start < length:
-    for far in (True, False):
-      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
-      if mine:
-        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
-                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
-    start, end = end, 2 * end
-  return out

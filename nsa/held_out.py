@@ -6,14 +6,14 @@ have to share for their numbers to be compared, and which of a run's evaluations
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 
 from nsa import data, tasks
-from nsa.data import tokenizer
+from nsa.data import recurrence, tokenizer
 
 TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
 
@@ -21,11 +21,13 @@ TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
   """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of the split's
-  documents, "" where none are read."""
+  documents, "" where none are read. back: by corpus, how far back each target can be known from (recurrence.distances), where
+  eval.ar_hits asks for it."""
   context: int
   windows: dict[str, list[data.EvalWindow]]
   tasks: dict[str, dict[str, np.ndarray]]
   fingerprint: str
+  back: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def settings(self, config, during: bool = False) -> dict:
     """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same way."""
@@ -44,10 +46,11 @@ def declared(config, during: bool = False) -> dict:
   e, short = config.eval, during and bool(config.eval.during)
   items = e.during_examples if short else e.task_examples
   names = (e.tasks or config.data.tasks) if items else ()
-  kind, colon, path = config.data.tokenizer.partition(":")  # a run may be moved: what it makes of the text is in windows_sha256
+  kind = config.data.tokenizer.partition(":")[0]  # a run may be moved: what it makes of the text is in windows_sha256
   return json.loads(json.dumps({
-      "split": e.split, "context": e.context or config.data.context, "tokenizer": kind + colon + pathlib.PurePath(path).name,
+      "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
       "sequences": e.sequences if _texts(config) else 0, "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
       "run_modes": e.during if short else e.run_modes, "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
       "implementation": config.implementation}))
 
@@ -82,10 +85,20 @@ def _load(config, asked):
       raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} tokens of the "
                        f"split {e.split!r} hold special tokens alone, no byte to score; take text that does not spell them")
   haystack = read("bytes") if asked["tasks"] else []
-  examples = {name: tasks.batch(name, TASK_SEED, asked["task_examples"], context, e.split, haystack,
-                                tokens=config.data.tokenizer) for name in asked["tasks"]}
+  same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer)
+  examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
+  back = {corpus: recurrence.of_windows(config.data.texts[corpus], e.split, e.sequences, context, config.data.tokenizer,
+                                        config.data.data_dir, e.near[1] if e.near else context // 8)
+          for corpus in windows if asked["ar_hits"]}
   documents = read(config.data.tokenizer) if windows else haystack
-  return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "")
+  return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "", back)
+
+
+@functools.lru_cache(maxsize=64)
+def _examples(name, count, context, split, texts, data_dir, tokens):
+  """The examples of a task, made once for all evaluations of a process."""
+  haystack = [document for source in texts for document in data.load(source, split, data_dir=data_dir)]
+  return tasks.batch(name, TASK_SEED, count, context, split, haystack, tokens=tokens)
 
 
 def check(config) -> dict[str, str]:

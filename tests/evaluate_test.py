@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, tasks
+from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, scores, tasks
+from nsa.data import recurrence
 from nsa.methods import blocks
 import pallas_kernels as pk
 
@@ -75,6 +76,41 @@ def test_language_records_are_bits_per_byte_by_hand():
   assert {(r["seed"], r["arm"], r["step"], r["run_mode"]) for r in rows} == {(3, "arm", 7, "dense")}
 
 
+def test_what_far_context_is_worth_by_hand(tmp_path):
+  """AR hits by distance, and the last quarter of a window with less before it, against the model run on each window alone."""
+  rng = np.random.default_rng(0)
+  for split, size in (("train", 200), ("val", 64 * 4 + 1)):
+    (tmp_path / split).mkdir()
+    text = rng.integers(97, 123, size).astype(np.uint8)
+    if split == "val":
+      for at in range(0, 256, 64):
+        text[at + 30:at + 50] = text[at + 5:at + 25]  # 25 back: 9 of the 20 complete a 12-gram
+    (tmp_path / split / "a.txt").write_bytes(text.tobytes())
+  config = make_config(methods.Dense(), sequences=-1, near=(0, 8), ar_hits=True)
+  config.eval.context_gain = (16, 32)
+  config.data = config_lib.DataConfig(context=T, source=f"files:{tmp_path}", align=16)
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None, data=config_lib.DataConfig(context=T))))
+  rows = evaluate.records(config_lib.validate(config), params, 7)
+  windows = data.eval_windows(config.data, "val", -1, T)
+  run = jax.jit(lambda p, t, s: jax.nn.log_softmax(model_lib.forward(config, p, t, s, mode="dense").logits))
+  loss = lambda segments: np.stack([-np.asarray(run(params, w.inputs[None], segments))[0, np.arange(T), w.targets] for w in windows])
+  whole = loss(np.ones((1, T), np.int32))
+  hit, = of_kind(rows, "ar_hit")
+  assert (hit["start"], hit["end"]) == (16, 32) and hit["hits"] >= 9 * 3
+  back = recurrence.of_windows(config.data.source, "val", -1, T, "bytes", "", 8)
+  np.testing.assert_allclose(hit["nll"], whole[back == 25].mean(), rtol=1e-5)
+  assert (back[back > 0] == 25).all()
+  gain = {row["context"]: row["bits_per_byte"] for row in of_kind(rows, "context_gain")}
+  assert set(gain) == {16, 32, 48}
+  for before, value in gain.items():
+    cut = loss((1 + (np.arange(T) >= 48 - before)).astype(np.int32)[None])
+    np.testing.assert_allclose(value, cut[:, 48:].mean() / np.log(2), rtol=1e-5)
+  np.testing.assert_allclose(gain[48], whole[:, 48:].mean() / np.log(2), rtol=1e-5)
+  assert len(set(gain.values())) == 3
+  assert not of_kind(evaluate.records(dataclasses.replace(config, eval=dataclasses.replace(config.eval, during=("dense",))), params, 3,
+                                      during=True), "ar_hit")
+
+
 def flattened(rows):
   out = {}
   for i, row in enumerate(rows):
@@ -133,6 +169,32 @@ def test_task_records_score_whole_answers():
     mine = [loss for distance, far, loss in everything if row["start"] <= distance < row["end"] and far != row["forced"]]
     assert row["answers"] == len(mine) and row["end"] in (32, 64)
     np.testing.assert_allclose(row["answer_nll"], np.mean(mine), atol=6e-5)
+
+
+def test_exact_match_is_what_greedy_decoding_gives():
+  """Every answer token the argmax behind the right ones before it: the same as decoding the answer, token by token."""
+  config = make_config(methods.Dense(), tasks=("copy:length=6",), sequences=0)
+  rows, params = records(config)
+  examples = tasks.batch("copy:length=6", held_out.TASK_SEED, 3, T, "val", data.load("stdlib", "val"))
+  group = examples["answer_group"]
+  begins = np.argmax(group >= 0, axis=1)  # the same in all: the answer ends the example
+  assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))  # of random weights
+  prompt = examples["inputs"][:, :begins[0] + 1]
+  decoded = np.asarray(model_lib.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
+  run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
+
+  def scored(answers):
+    targets, inputs = examples["targets"].copy(), examples["inputs"].copy()
+    targets[group >= 0] = answers.ravel()
+    inputs[:, 1:] = targets[:, :-1]
+    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval, True)
+    return [row["exact_match"] for row in of_kind(found, "task")]
+
+  assert scored(decoded) == [1, 1, 1]
+  for place in (0, 3, 5):
+    wrong = decoded.copy()
+    wrong[1, place] = (wrong[1, place] + 1) % 256
+    assert scored(wrong) == [1, 0, 1]
 
 
 def test_corpora_have_records_of_their_own(tmp_path):

@@ -29,6 +29,7 @@ def test_resolves(path):
     configs = [job.config for job in jobs]
     assert config.reference in {c.arm for c in configs} and config.dense in {c.arm for c in configs}
     assert set(config.budgets) <= {c.arm for c in configs}
+    study_lib.check_tasks(config)  # its recall needs selection, or it says that it does not
   else:
     configs = [config_lib.validate(config)]
   for one in configs:
@@ -71,5 +72,8 @@ def test_arguments_are_typed_and_named():
   assert (parsed.steps, parsed.name, parsed.fast, parsed.rate) == (20, "x", True, 0.5)
   with pytest.raises(ValueError, match="'step=2'.*steps=1"):
     arguments.parse("step=2", steps=1)
+  assert arguments.parse("fast=No", fast=True).fast is False
+  with pytest.raises(ValueError, match="fast = 'ture'.*bool"):
+    arguments.parse("fast=ture", fast=False)
   with pytest.raises(ValueError, match="steps = 'two'.*int"):
     arguments.parse("steps=two", steps=1)

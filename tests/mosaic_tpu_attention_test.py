@@ -1,4 +1,5 @@
 """Attention and selection for TPUs, as far as a CPU can tell: numbers, races, and that libtpu compiles them."""
+import dataclasses
 import functools
 
 from hypothesis import example
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 import jax
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
+import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
 from pallas_kernels import backends
@@ -29,78 +31,59 @@ few = functools.partial(settings, deadline=None, database=None, derandomize=True
 seeds = st.integers(0, 2**31)
 
 
-@functools.cache
-def both(operation, options, tiles):
-  """Jitted (q, k, v, do, dlse, segment_ids, query_offset) -> o, lse, dq, dk, dv of the kernels and the truth."""
-  def of(f):
-    def run(q, k, v, do, dlse, segment_ids, query_offset):
-      (o, lse), vjp = jax.vjp(lambda q, k, v: f(q, k, v, **dict(options), segment_ids=segment_ids,
-                                                query_offset=query_offset), q, k, v)
-      return o, lse, *vjp((do.astype(o.dtype), dlse))
-    return jit(run)
-  kernels = functools.partial(FUNCTIONS[operation], tiles=tiles, interpret=True)
-  return of(kernels), of(getattr(reference, operation))
-
-
-def draw(seed, T, S, N, K, C=None, dtype=jnp.float32, B=2, integers=False):
-  """q, k, v, do, dlse, segment_ids, query_offset; offsets may lie past the last key."""
+def draw(seed, T, S, N, K, C=None, B=2, integers=False):
+  """q, k, v, segment_ids, query_offset of a selection; offsets may lie past the last key."""
   rng = np.random.default_rng(seed)
   new = lambda *shape: rng.integers(-2, 3, shape) if integers else rng.normal(size=shape)
-  array = lambda *shape: jnp.asarray(new(*shape), dtype)
+  array = lambda *shape: jnp.asarray(new(*shape), jnp.float32)
   keys = S if C is None else C
   ids = np.cumsum(rng.random((B, S)) < rng.choice([0.0, 0.03, 0.3]), axis=1).astype(np.int32)
   offset = rng.choice([0, 1, S - T, S - T // 2, S + 5], B).astype(np.int32)
-  return (array(B, T, N, H), array(B, keys, K, H), array(B, keys, K, H), array(B, T, N, H),
-          jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32), jnp.asarray(ids), jnp.asarray(offset))
+  return array(B, T, N, H), array(B, keys, K, H), array(B, keys, K, H), jnp.asarray(ids), jnp.asarray(offset)
 
 
-ATTENTIONS = {
-    "window": ("attention", (("window", 21),), (16, 16), dict(T=37, S=61, N=4, K=2)),
-    "dense_g3": ("attention", (), (16, 32), dict(T=33, S=64, N=3, K=1)),
-    "everything": ("attention", (("causal", False), ("scale", 0.3)), (32, 16), dict(T=21, S=40, N=2, K=2)),
-    "compressed": ("compressed_attention", tuple(COMPRESSED.items()), (16, 8), dict(T=40, S=70, N=4, K=1, C=16)),
+SHAPE = functools.partial(cases.shape, H=H)
+ATTENTIONS = {  # operation, options, tiles, shape
+    "window": ("attention", dict(window=21), (16, 16), SHAPE(T=37, S=61)),
+    "dense_g3": ("attention", {}, (16, 32), SHAPE(T=33, S=64, N=3, K=1)),
+    "everything": ("attention", dict(causal=False, scale=0.3), (32, 16), SHAPE(T=21, S=40, N=2)),
+    "compressed": ("compressed_attention", COMPRESSED, (16, 8), SHAPE(T=40, S=70, K=1)),
 }
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_is_the_references(name, monkeypatch):
+@functools.cache
+def program(name):
+  operation, options, tiles, _ = ATTENTIONS[name]
+  return cases.with_gradients(FUNCTIONS[operation], **options, tiles=tiles, interpret=True)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
   monkeypatch.setattr(flash, "PART_QUERIES", 8)  # two and more to a tile
-  operation, options, tiles, shape = ATTENTIONS[name]
-  kernels, truth = both(operation, options, tiles)
-
-  @few(max_examples=6)
-  @given(seeds)
-  def check(seed):
-    inputs = draw(seed, **shape)
-    for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), kernels(*inputs), truth(*inputs)):
-      np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=what)  # compares -inf with -inf
-
-  check()
 
 
-def test_bfloat16_errs_as_bfloat16_does(monkeypatch):
+@pytest.mark.parametrize("situation", cases.situations("attention"))
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_the_references(name, situation, small_parts):
+  operation, options, _, shape = ATTENTIONS[name]
+  exact = 2.0 ** -16 if situation == "huge_logits" else 2e-6
+  cases.check(operation, program(name), cases.draw(operation, shape, situation), options=options, exact=exact)
+
+
+def test_bfloat16_errs_as_bfloat16_does(small_parts):
   """And works on several parts of a tile at a time, which float32 does not."""
-  monkeypatch.setattr(flash, "PART_QUERIES", 8)
-  operation, options, tiles, shape = ATTENTIONS["window"]
-  kernels, truth = both(operation, options, tiles)
-  inputs = draw(0, **shape, dtype=jnp.bfloat16)
-  got = kernels(*inputs)
-  want = truth(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs))
-  for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, want):
-    assert x.dtype == (jnp.float32 if what == "lse" else jnp.bfloat16)
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
-    finite = np.isfinite(y)
-    error = np.linalg.norm(x[finite] - y[finite]) / np.linalg.norm(y[finite])
-    assert error < (1e-6 if what == "lse" else 5e-3), (what, error)  # a bfloat16 rounds by 2e-3 on average
+  operation, options, _, shape = ATTENTIONS["window"]
+  inputs = cases.draw(operation, dataclasses.replace(shape, dtype="bfloat16"), "segments")
+  cases.check(operation, program("window"), inputs, options=options, rounded=5e-3)
 
 
-def test_huge_logits():
+def test_huge_logits(small_parts):
   """o and lse hold; P of the backward pass is exp(s - lse), and a lse of 1e5 is 0.01 coarse in float32."""
-  operation, options, tiles, shape = ATTENTIONS["window"]
-  kernels, truth = both(operation, options, tiles)
-  q, *rest = draw(1, **shape, integers=True)  # scores are exact
-  got, want = kernels(q * 1e4, *rest), truth(q * 1e4, *rest)
+  operation, options, _, shape = ATTENTIONS["window"]
+  inputs = cases.draw(operation, shape, "segments", seed=1)
+  q, k, v = (jnp.round(x) for x in inputs.arrays)  # scores are exact
+  inputs = inputs._replace(arrays=(q * 1e4, k, v))
+  got, want = program("window")(inputs), cases.truth(operation, **options)(inputs)
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
   assert all(np.isfinite(x).all() for x in got[2:])
@@ -190,18 +173,10 @@ def strictly(function, *args, **options):
 
 
 def test_attention_does_not_race():
-  q, k, v, do, dlse, ids, _ = draw(0, T=48, S=48, N=2, K=1, B=1)
-  offset = jnp.zeros((1,), jnp.int32)
-
-  def run(q, k, v, do, dlse, **options):
-    attend = lambda q, k, v: attention.attention(q, k, v, window=20, segment_ids=ids, query_offset=offset, **options)
-    (o, lse), vjp = jax.vjp(attend, q, k, v)
-    return o, lse, *vjp((do, dlse))
-
-  got = strictly(run, q, k, v, do, dlse, tiles=(32, 16))
-  want = both("attention", (("window", 20),), (32, 16))[1](q, k, v, do, dlse, ids, offset)
-  for x, y in zip(got, want):
-    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+  inputs, window = cases.draw("attention", SHAPE(B=1, T=48, N=2, K=1), "segments"), dict(window=20)
+  cases.check("attention", lambda inputs: strictly(
+      lambda inputs, **how: cases.with_gradients(attention.attention, tiles=(32, 16), **window, **how).both(inputs), inputs),
+      inputs, options=window)
 
 
 def test_selections_do_not_race():

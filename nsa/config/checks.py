@@ -1,5 +1,6 @@
 """What a config has to satisfy before a device is touched."""
 import dataclasses
+import math
 from typing import Any
 
 from nsa import methods, origins, tasks
@@ -78,6 +79,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
        f"0 to data.global_batch - 1 = {d.global_batch - 1}; for tasks alone set data.task_share = 1")
   need(not d.task_rows or d.task_share == 0, "data.task_share", d.task_share,
        f"data.task_rows = {d.task_rows} fixes the number of rows: set the share to 0")
+  need(0 <= d.planted < 1, "data.planted", d.planted, "a share from 0 to below 1")
+  need(not d.planted or d.task_share == 0, "data.task_share", d.task_share,
+       "tasks drawn row by row would take the place of planted passages: use data.task_rows")
   need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
   need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
   need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,
@@ -179,6 +183,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
   need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
+  for tokens in e.context_gain:
+    need(0 < tokens and tokens % d.align == 0, "eval.context_gain", e.context_gain, f"multiples of data.align = {d.align}, where documents may begin")
   need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
        "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
@@ -190,6 +196,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     where = name if name == "attention" else f"others.{name}"
     need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
          f"must be a multiple of {where}.{field_} = {grid}; set it alike in all arms, or their batches differ")
+  need(o.eps > 0, "optimizer.eps", o.eps, "above 0: a second moment of 0 would divide by it")
+  need(config.peak_tflops >= 0, "peak_tflops", config.peak_tflops, "TFLOP/s of one device, or 0 to look it up")
+  problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
   for name in ("b1", "b2"):
     need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
   for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
@@ -267,6 +276,21 @@ def _check_layers(config: Config) -> list[tuple[str, Any, str]]:
     except ValueError as error:
       problems.append(("layers", name, f'{error}; or "attention", the config\'s own'))
   return problems
+
+
+def _numbers(tree, name=""):
+  """(field, value) of every float of a config, however deep."""
+  if isinstance(tree, float):
+    yield name, tree
+  elif dataclasses.is_dataclass(tree):
+    for field in dataclasses.fields(tree):
+      yield from _numbers(getattr(tree, field.name), f"{name}.{field.name}".lstrip("."))
+  elif isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from _numbers(value, f"{name}[{key!r}]")
+  elif isinstance(tree, (list, tuple)):
+    for i, value in enumerate(tree):
+      yield from _numbers(value, f"{name}[{i}]")
 
 
 def _hashable(value):

@@ -1,0 +1,216 @@
+"""From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a batch."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nsa import methods
+from nsa import records as record_lib
+from nsa import step as step_lib
+
+_MAX_HEAT = 64  # cells per side of a stored heat map
+
+
+def _batches(arrays: dict[str, np.ndarray], size: int):
+  """Batches of exactly `size` rows, the last one padded with copies; yields (batch, rows that count).
+
+  batch["rows"], float32[size], is 0 at the copies.
+  """
+  count = len(arrays["inputs"])
+  for first in range(0, count, size):
+    rows = np.minimum(np.arange(first, first + size), count - 1)
+    batch = {name: arrays[name][rows] for name in ("inputs", "targets", "segment_ids", "prompt")}
+    batch["rows"] = (np.arange(first, first + size) < count).astype(np.float32)
+    yield batch, slice(first, min(first + size, count))
+
+
+def text(run, params, windows, e, context, method, token_bytes, back=None, gain=()) -> list[dict]:
+  """Records of the windows of one corpus: each window, by position, by layer, and what far context is worth.
+
+  back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not asked.
+  gain: tokens of context before the last quarter of a window that its loss is measured with, beside all there are.
+  """
+  if not windows:
+    return []
+  half = context // 2
+  scored = half if isinstance(method, methods.PromptMethod) else 0  # from which position on
+  arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
+  arrays["prompt"] = np.full(len(windows), half, np.int32)
+  # Methods that choose once per prompt measure themselves, always.
+  watched = _spread(-(-len(windows) // e.batch), -(-len(windows) if scored else -e.diagnosed // e.batch))
+  nll, seen, weights = _nll(run, params, arrays, e.batch, watched)
+  real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
+  bits = nll / step_lib.LN2 * (real > 0)
+  rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
+                          **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
+                          bytes=int(real[i, scored:].sum()),
+                          **_per_byte("second_half_bits_per_byte", bits[i, half:], real[i, half:]),
+                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
+  edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
+  for first, end in zip(edges[:-1], edges[1:]):
+    if first < scored:
+      continue
+    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
+                                **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
+  if back is not None:
+    rows += _hits(nll[:, scored:], back[:, scored:] * (real[:, scored:] > 0), context)
+  if gain and not scored:
+    rows += _context_gain(run, params, arrays, e.batch, bits, real, gain)
+  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
+
+
+def _nll(run, params, arrays, batch_size, watched=()):
+  """(nll float64[rows, T], diagnostics of the watched batches, rows that count in each of these)."""
+  nll, seen, weights, done = np.zeros(arrays["inputs"].shape), [], [], []
+  for number, (batch, rows) in enumerate(_batches(arrays, batch_size)):
+    values, _, layers = run(params, batch, number in watched)
+    done.append((rows, values))  # read below: the device does not wait for the host
+    if number in watched:
+      seen.append(layers)
+      weights.append(rows.stop - rows.start)
+  for rows, values in done:
+    nll[rows] = np.asarray(values)[:rows.stop - rows.start]
+  return nll, jax.device_get(seen), weights
+
+
+def _hits(nll, back, context):
+  """Loss of the targets that complete a rare n-gram seen before, by distance, in powers of 2 of the context."""
+  out, start = [], max(1, context >> 7)
+  while start < context:
+    mine = nll[(back >= start) & (back < 2 * start)]
+    if len(mine):
+      out.append(record_lib.make("ar_hit", start=start, end=2 * start, nll=float(mine.mean()), hits=len(mine)))
+    start *= 2
+  return out
+
+
+MAX_GAIN = 256  # windows that are run again with less context
+
+
+def _context_gain(run, params, arrays, batch_size, bits, real, gain):
+  """Loss of the last quarter of a window, given less and less before it.
+
+  What comes earlier is cut off as another document, so the same program runs; places in the window stay.
+  """
+  rows = sorted(_spread(len(bits), MAX_GAIN))
+  T = bits.shape[1]
+  last = T - T // 4
+  scored = real[rows, last:]
+  out = []
+  for before in sorted(set(gain) | {last}):
+    cut = last - before
+    if cut < 0:
+      continue
+    mine = bits[rows]
+    if cut:
+      some = {name: x[rows] for name, x in arrays.items()}
+      some["segment_ids"] = np.where(np.arange(T) < cut, 1, 2).astype(np.int32) * np.ones((len(rows), 1), np.int32)
+      mine = _nll(run, params, some, batch_size)[0] / step_lib.LN2 * (real[rows] > 0)
+    out.append(record_lib.make("context_gain", context=before, bytes=int(scored.sum()),
+                               **_per_byte("bits_per_byte", mine[:, last:], scored)))
+  return out
+
+
+def _spread(count, wanted):
+  """`wanted` of the numbers 0 .. count - 1, the first and others evenly behind it; all where there are no more."""
+  return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
+
+
+def _per_byte(name, bits, real) -> dict[str, float]:
+  """{name: bits per byte}; {} where all targets are special tokens, which stand for no byte."""
+  return {name: float(bits.sum() / real.sum())} if real.sum() else {}
+
+
+def _layer_records(seen, weights, document):
+  """Diagnostics of each layer; `weights` are the sequences that count in each batch of `seen`."""
+  rows = []
+  for layer, first in enumerate(seen[0]):
+    means = {name: float(np.average([batch[layer][name].mean() for batch in seen], weights=weights))
+             for name in first if name != "heat"}
+    rows.append(record_lib.make("layer", layer=layer, **{n: x for n, x in means.items() if np.isfinite(x)}))
+    if "heat" in first:
+      rows.append(record_lib.make("heat", layer=layer, kv_head=0, document=document,
+                                  heat=np.round(_shrink(first["heat"][0]), 3).tolist()))
+  return rows
+
+
+def count_flops(rows, config, selector, context):
+  """Adds what the measured number of visible tokens costs to the records of layers."""
+  method = config.attention
+  if selector != "own":
+    method = methods.get(selector)(**method.geometry)
+  for row in rows:
+    if row["kind"] == "layer" and "tokens_visible" in row:
+      row["attention_flops"] = method.measured_flops(config.model, context, row["tokens_visible"])
+
+
+def _shrink(heat):
+  """Averages cells until no side is longer than _MAX_HEAT."""
+  factor = -(-max(heat.shape) // _MAX_HEAT)
+  pad = [(0, -size % factor) for size in heat.shape]
+  grid = np.pad(heat, pad)
+  rows, columns = grid.shape
+  return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
+
+
+class _Answer(NamedTuple):
+  query: int       # its first token
+  evidence: int    # the last token of it
+  far: bool
+  right: int       # 1 if all its tokens are
+  nll: float       # nats per token
+
+
+def _mean(answers, name):
+  return float(np.mean([getattr(a, name) for a in answers]))
+
+
+def task(run, params, name, examples, e, listed: bool):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
+  count, length = examples["inputs"].shape
+  nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
+  # The input at the first answer's target is the prompt's last token.
+  examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
+  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
+  for rows, values, right in done:  # as in _nll
+    keep = rows.stop - rows.start
+    nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
+  first, last = e.near or (length // 32, length // 8)
+  out, answers = [], []
+  for i in range(count):
+    group = examples["answer_group"][i]
+    query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
+    missing = evidence < 0  # an answer with fewer pieces than others
+    far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
+    at = np.flatnonzero(group >= 0)
+    size = np.bincount(group[at])
+    right = np.bincount(group[at], correct[i, at]) == size
+    loss = np.bincount(group[at], nll[i, at]) / size
+    mine = [_Answer(*one) for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
+                                         loss.tolist())]
+    answers += mine
+    more = {}
+    if of_far := [a for a in mine if a.far]:
+      more = dict(far_exact_match=_mean(of_far, "right"), far_answer_nll=_mean(of_far, "nll"))
+    if listed:
+      more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
+    out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
+                               answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
+                               depth=float(examples["depth"][i]), evidence_distance=int(examples["evidence_distance"][i]), **more))
+  return out + _answer_records(name, answers, length)
+
+
+def _answer_records(name, answers, length):
+  """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
+  out, end = [], length >> max(0, length.bit_length() - 6)
+  start = 0
+  while start < length:
+    for far in (True, False):
+      mine = [a for a in answers if start <= a.query - a.evidence < end and a.far == far]
+      if mine:
+        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
+                                   exact_match=_mean(mine, "right"), answer_nll=_mean(mine, "nll")))
+    start, end = end, 2 * end
+  return out

@@ -1,0 +1,268 @@
+"""The cases that every implementation of the operations inherits: situations, inputs, the truth, and how near to be.
+
+A case is an operation, a shape (what a backend serves) and a situation (what happens in the arrays). The reference
+meets all of them against float64 oracles (kernels_reference_test.py), kernels against the reference: in the
+interpreters of Triton, Mosaic GPU and Mosaic TPU, and on devices Triton, Mosaic GPU and cuDNN.
+"""
+import dataclasses
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import kernels_oracle as oracle
+import numpy as np
+
+from pallas_kernels import arg_specs
+from pallas_kernels import masked
+from pallas_kernels import reference
+
+on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
+QUICK = oracle.QUICK if jax.default_backend() == "cpu" else None
+RESULTS = {operation: ("o", "lse", "dq", "dk", "dv")
+           for operation in ("attention", "compressed_attention", "selected_attention")}
+RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
+
+
+# --- what happens in the arrays ---------------------------------------------------
+
+
+def anything(rng, shape, count):
+  """Future blocks, duplicates, -1 in any place."""
+  return rng.integers(-1, count, size=shape)
+
+
+def everybody(block):
+  return lambda rng, shape, count: np.full(shape, min(block, count - 1))
+
+
+def half_empty(rng, shape, count):
+  return np.where(rng.random(shape[:3] + (1,)) < 0.5, -1, rng.integers(0, count, size=shape))
+
+
+def with_duplicates_and_strangers(rng, shape, count):
+  blocks = rng.integers(-1, count + 3, size=shape)  # some lie past the end
+  blocks[..., -1] = blocks[..., 0]
+  return blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+  documents: Callable[[int], int] | None = None  # keys -> how many are packed
+  offset: tuple[float, ...] = (0.0,)  # where each sequence's queries begin, in parts of the keys beyond T; > 1: of all keys
+  blocks: Callable[..., Any] | None = None  # of the selection; None is `anything`
+  magnitude: float = 1.0  # of q and k
+
+
+SITUATIONS = {
+    "random": Situation(offset=(0, 0.95)),
+    "from_the_start": Situation(),  # most choices lie in the future
+    "segments": Situation(documents=lambda S: 4, offset=(0.6, 1)),
+    "crumbs": Situation(documents=lambda S: S // 3, offset=(0.3, 1)),
+    "past_the_keys": Situation(documents=lambda S: 4, offset=(0.9, 1.02)),
+    "half_empty": Situation(blocks=half_empty, offset=(0.4, 1)),
+    "all_empty": Situation(blocks=everybody(-1)),
+    "sink": Situation(blocks=everybody(0), offset=(0, 1)),
+    "late_block": Situation(blocks=everybody(3), offset=(0.8, 1)),
+    "duplicates_and_strangers": Situation(blocks=with_duplicates_and_strangers, offset=(0.05, 1)),
+    "huge_logits": Situation(magnitude=8.0, offset=(0.4, 1)),
+}
+
+
+def situations(operation: str) -> list[str]:
+  """Names of those that mean something for an operation."""
+  selects = operation in ("selected_attention", "index_kl")
+  return [name for name, s in SITUATIONS.items() if selects or s.blocks is None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape(arg_specs.AttentionSpec):
+  """A shape whose keys may be more, or fewer, than its queries."""
+  S: int = 0  # keys; 0: T
+
+  @property
+  def keys(self) -> int:
+    return self.S or self.T
+
+
+def shape(**fields) -> Shape:
+  small = dict(name="", B=2, T=29, N=4, K=2, H=8, block_size=8, J=4, dtype="float32", block_len=8, block_stride=4,
+               index_dim=4)
+  return Shape(**{**small, **fields})
+
+
+# --- inputs -------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+  arrays: tuple      # what gets gradients
+  cotangents: Any    # of the results
+  rest: dict         # other arrays, by keyword; segment_ids and query_offset among them
+
+
+def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: int = 0, *, always: bool = True):
+  """Inputs of a call. Without `always` segment ids are None if nothing is packed, and an offset that all have an int."""
+  what = SITUATIONS[situation] if isinstance(situation, str) else situation
+  rng, dtype = np.random.default_rng(seed), jnp.dtype(s.dtype)
+  array = lambda *shape, size=1.0: jnp.asarray(rng.normal(size=shape) * size, dtype)
+  number = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  B, T, S, N, K, H = s.B, s.T, s.keys, s.N, s.K, s.H
+  C = max(0, (S - s.block_len) // s.block_stride + 1)
+  offset = np.resize([round(part * max(S - T, 0)) if part <= 1 else round(part * S) for part in what.offset], B)
+  packed = what.documents is not None
+  ids = np.sort(rng.integers(0, what.documents(S), size=(B, S)), axis=1) if packed else np.zeros((B, S))
+  rest = dict(segment_ids=jnp.asarray(ids, jnp.int32), query_offset=jnp.asarray(offset, jnp.int32))
+  if not always:
+    rest["segment_ids"] = rest["segment_ids"] if packed else None
+    rest["query_offset"] = int(offset[0]) if (offset == offset[0]).all() else rest["query_offset"]
+  keys = C if operation == "compressed_attention" else S
+  q, k, v = array(B, T, N, H, size=what.magnitude), array(B, keys, K, H, size=what.magnitude), array(B, keys, K, H)
+  if operation in ("selected_attention", "index_kl"):
+    blocks = (what.blocks or anything)(rng, (B, T, K, s.J), -(-S // s.block_size))
+    rest["block_indices"] = jnp.asarray(blocks, jnp.int32)
+  if operation != "index_kl":
+    return Inputs((q, k, v), (array(B, T, N, H), number(B, T, N)), rest)
+  with on_cpu():
+    where = on_host(rest)
+    lse = _lse(*on_host((up(q), up(k), up(v))), where, s.block_size)
+  index = array(B, T, K, s.index_dim, size=what.magnitude), array(B, S, s.index_dim)
+  return Inputs(index, number(B, T, K), dict(rest, q=q, k=k, lse=jnp.asarray(np.asarray(lse))))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _lse(q, k, v, rest, block_size):
+  return reference.selected_attention(q, k, v, **rest, block_size=block_size)[1]
+
+
+def up(tree):
+  """Floating arrays in float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
+
+
+def on_host(tree):
+  """Arrays of a tree on the default device; other leaves stay."""
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)) if isinstance(x, jax.Array) else x, tree)
+
+
+def options_of(operation: str, s: Shape) -> dict:
+  """The plain arguments that the operation needs at a shape."""
+  return {"attention": {}, "compressed_attention": dict(block_len=s.block_len, block_stride=s.block_stride),
+          "selected_attention": dict(block_size=s.block_size), "index_kl": dict(block_size=s.block_size)}[operation]
+
+
+def sets_of(operation: str, inputs: Inputs, options: dict):
+  """bool[B, 1 or K, T, S]: what each query attends to."""
+  q, k = inputs.arrays[:2]
+  ids, offset = inputs.rest["segment_ids"], inputs.rest["query_offset"]
+  pos, seg = reference._query_positions(q.shape[1], offset, ids)
+  if operation == "compressed_attention":
+    lengths = options["block_len"], options["block_stride"]
+    mask = reference._visible_compressed(pos, seg, k.shape[1], ids, *lengths)[:, None]
+  elif operation == "selected_attention":
+    blocks, keys = inputs.rest["block_indices"], slice(0, k.shape[1])
+    mask = reference._selected_tokens(blocks, pos, seg, keys, ids, options["block_size"])
+  else:
+    how = {name: options[name] for name in ("causal", "window") if name in options}
+    mask = masked.visible_tokens(pos, seg, slice(0, k.shape[1]), ids, **how)[:, None]
+  return jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+
+
+# --- results and their errors -----------------------------------------------------
+
+
+def with_gradients(f, **options):
+  """f(*arrays, **rest, **options) to a jitted `Inputs` -> results and gradients, in the order of RESULTS."""
+  def both(inputs):
+    out, vjp = jax.vjp(lambda *arrays: f(*arrays, **inputs.rest, **options), *inputs.arrays)
+    finite = lambda x, c: jnp.where(jnp.isfinite(x), c, 0).astype(x.dtype)
+    return (*jax.tree.leaves(out), *vjp(jax.tree.map(finite, out, inputs.cotangents)))
+  return _with_static_offset(both)
+
+
+def _with_static_offset(both):
+  """Jitted, with a query_offset that is an int and ids that are None left as they are."""
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+  def run(static, inputs):
+    return both(inputs._replace(rest={**inputs.rest, **dict(static)}))
+
+  def call(inputs):
+    static = tuple((n, x) for n, x in inputs.rest.items() if x is None or isinstance(x, int))
+    return run(static, inputs._replace(rest={n: x for n, x in inputs.rest.items() if n not in dict(static)}))
+  call.both = both  # not jitted, for jit around it
+  return call
+
+
+@functools.cache
+def truth(operation: str, **options):
+  """The reference, as `with_gradients` makes it."""
+  f = getattr(reference, operation)
+  if operation == "index_kl":
+    f = of_index(f)
+  return with_gradients(f, **options)
+
+
+def of_index(f):
+  """index_kl as a function of what gets gradients, the rest by keyword."""
+  return lambda q_idx, k_idx, *, q, k, lse, block_indices, **rest: f(q, k, lse, q_idx, k_idx, block_indices, **rest)
+
+
+def in_dtype(inputs: Inputs, mask, scale):
+  """What XLA makes of masked attention in the dtype of q: the yardstick for the error of a kernel on a device."""
+  def attend(q, k, v):
+    (B, T, N, H), K = q.shape, k.shape[2]
+    s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
+    s = jnp.where(mask[:, :, None], s * scale, -jnp.inf)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    p = jnp.exp(s - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
+    o = jnp.einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
+    return o.astype(q.dtype).reshape(q.shape), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+  return with_gradients(attend)(Inputs(inputs.arrays, inputs.cotangents, {}))
+
+
+def compare(operation, got, want, dtype, *, exact=2e-6, rounded=4e-3, theirs=None):
+  """Asserts that results are those of the truth, infinities included, by the norm of the error over that of the truth.
+
+  Args:
+    dtype: of the inputs: lse and losses, and all of float32, are `exact`; a bfloat16 rounds by 2e-3 on average.
+    theirs: `in_dtype`; then the error is at most 2 times its error, and 3 times for gradients.
+  """
+  for n, (what, x, z) in enumerate(zip(RESULTS[operation], got, want, strict=True)):
+    assert x.dtype == (jnp.float32 if what in ("lse", "loss") else dtype), what
+    x, z = np.asarray(x, np.float64), np.asarray(z, np.float64)
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(z), err_msg=what)
+    finite = np.isfinite(z)
+    x, z = x[finite], z[finite]
+    error, size = np.linalg.norm(x - z), np.linalg.norm(z)
+    if theirs is not None:
+      y = np.asarray(theirs[n], np.float64)[finite]
+      bar = (3 if what.startswith("d") else 2) * np.linalg.norm(y - z) + 1e-6 * max(size, 1e-3)
+    else:
+      bar = (exact if what in ("lse", "loss") or dtype == jnp.float32 else rounded) * size
+      bar = max(bar, 1e-5 * size) if what == "loss" else bar  # the difference of two larger numbers
+    assert error <= bar, (what, error, bar, size)
+
+
+def check(operation, program, inputs: Inputs, *, options=None, **tolerance):
+  """Compares a `with_gradients` program with the truth on inputs; gives its results as float32 arrays."""
+  got = jax.block_until_ready(program(inputs))
+  compare(operation, got, truth(operation, **options or {})(up(inputs)), inputs.arrays[0].dtype, **tolerance)
+  return [np.asarray(x, np.float32) for x in got]
+
+
+def check_on_device(operation, f, s: Shape, situation, *, seed=0, **options):
+  """A kernel on the default device, against float32 on the host and the error of XLA in the kernel's dtype there."""
+  inputs = draw(operation, s, situation, seed, always=False)
+  options = {**options_of(operation, s), **options}
+  got = with_gradients(f, **options)(inputs)
+  with on_cpu():
+    host = on_host(inputs)
+    theirs = in_dtype(host, sets_of(operation, host, options), s.H ** -0.5)
+    compare(operation, got, truth(operation, **options)(up(host)), jnp.dtype(s.dtype), theirs=theirs)
+
+
+def same_bits(program, inputs: Inputs, runs: int = 20):
+  """Asserts equal bits of all results over so many runs."""
+  first = [np.asarray(x).view(np.uint8) for x in program(inputs)]
+  for _ in range(runs - 1):
+    for x, y in zip(first, program(inputs)):
+      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
