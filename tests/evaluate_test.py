@@ -76,6 +76,35 @@ def test_language_records_are_bits_per_byte_by_hand():
   assert {(r["seed"], r["arm"], r["step"], r["run_mode"]) for r in rows} == {(3, "arm", 7, "dense")}
 
 
+def test_what_is_compiled_ahead_is_what_an_evaluation_runs(monkeypatch):
+  """Of all kinds of run modes; the programs' keys alone, nothing is compiled."""
+  asked = []
+
+  class Asked(Exception):
+    pass
+
+  def get(key, build):
+    asked.append(key)
+    raise Asked
+
+  monkeypatch.setattr(evaluate.programs, "get", get)
+  for attention in (methods.Dense(), methods.MSA(index_dim=4, **BLOCKS)):
+    modes = ("dense", "sparse:num_blocks=2", "oracle", "snapkv")
+    config = make_config(attention, run_modes=modes, during=("block_topk",), every=10,
+                         blocks=BLOCKS if isinstance(attention, methods.Dense) else {})
+    asked.clear()
+    for compilation in evaluate.compilations(config):
+      with pytest.raises(Asked):
+        compilation()
+    ahead = list(asked)
+    asked.clear()
+    for mode, during in [("block_topk", True)] + [(mode, False) for mode in modes]:
+      if evaluate.how(config, mode) is not None:
+        with pytest.raises(Asked):
+          records(config, run_modes=(mode,), during=(mode,))
+    assert ahead == asked and len(set(ahead)) == len(ahead) == (4 if attention.name == "dense" else 5)
+
+
 def test_what_far_context_is_worth_by_hand(tmp_path):
   """AR hits by distance, and the last quarter of a window with less before it, against the model run on each window alone."""
   rng = np.random.default_rng(0)
