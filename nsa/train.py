@@ -1,7 +1,8 @@
 """Training: one loop that reads from top to bottom.
 
     train(config, workdir) -> the step it reached, with workdir holding
-    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs;
+    planted.json, where data.planted: which passages, and how often the whole run plants each
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh. With several processes each
@@ -10,6 +11,7 @@ calls `train` with the same config and a workdir that all of them see; process 0
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 
 from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 schedule, sharding)
+                 rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -91,6 +93,9 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
   first = processes.first()
   if first:
     metrics.write_json(workdir / "versions.json", {**versions(), **read})
+    if config.data.planted:
+      metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
+                                                    for seed, source in zip(config.seeds, batches.sources)})
   state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
@@ -198,7 +203,10 @@ def open_workdir(config, workdir: epath.Path) -> None:
   wanted = config_lib.to_dict(config)
   with processes.together("opening the workdir"):
     if path.exists():
-      found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
+      found = rundir.read_config(workdir)                 # fields it does not know yet have their defaults
+      if rundir.has_tokenizer_of(config, workdir):        # wherever it was read from
+        found.data.tokenizer = config.data.tokenizer
+      found = config_lib.to_dict(found)
       changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
       if changed:
         raise config_lib.ConfigError(
@@ -206,6 +214,7 @@ def open_workdir(config, workdir: epath.Path) -> None:
               "take another --workdir, or the old value") for key in changed])
   with processes.together("writing config.json"):
     if processes.first():
+      rundir.keep_tokenizer(config, workdir)
       metrics.write_json(path, wanted)
       (workdir / "FAILED").unlink(missing_ok=True)
   with processes.together("opening the workdir"):
@@ -228,7 +237,8 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
   trunk = epath.Path(config.fork.workdir)
   if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
     theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
-    if (theirs.texts, theirs.tokenizer) == (config.data.texts, config.data.tokenizer):
+    alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
+    if alike and theirs.texts == config.data.texts:
       _same_corpora(config, read, _recorded(trunk), trunk, "bring them back, train the trunk again, or give these a data.source of "
                     "their own")
   return read
@@ -282,10 +292,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   unused. Raises ConfigError naming what does not fit.
   """
   where = config.fork.workdir
-  path = epath.Path(where) / "config.json"
-  if not path.exists():
-    raise config_lib.ConfigError([("fork.workdir", where, "no run directory: config.json is missing")])
-  trunk_config = config_lib.from_dict(metrics.read_json(path))
+  trunk_config = rundir.read_config(where, field="fork.workdir")
   missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
   if missing and not config.fork.reset:
     raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])

@@ -21,9 +21,9 @@ THIRD_PARTY = {"mosaic_gpu": "jax.experimental.pallas.mosaic_gpu", "mosaic_tpu":
 
 
 def imports(path):
-  """(module, whether the import is inside a function) of all that a file imports."""
+  """(module, whether the import is in a function or may fail) of all that a file imports."""
   tree = ast.parse(path.read_text())
-  inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for node in ast.walk(f)}
+  inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda, ast.Try)) for node in ast.walk(f)}
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
