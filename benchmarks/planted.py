@@ -127,11 +127,12 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
                  second_half_bits_per_byte=x, second_half_bytes=1024)
     for task in TASKS if truth.rich else TASKS[:1]:
       p = min(1.0, max(0.0, EASE + exact + match + own_match))
-      right = int(rng.binomial(truth.items, p))
-      for index in range(40 if truth.rich else 1):  # of many items: single ones, or what they come to
-        share = float(index < round(40 * right / truth.items)) if truth.rich else right / truth.items
+      items = 40 if truth.rich else truth.items
+      right = int(rng.binomial(items, p))
+      for index in range(items if truth.rich else 1):  # single items, or what they come to
+        share = float(index < right) if truth.rich else right / items
         yield make("task", task=task, index=index, exact_match=share, answer_nll=0.2 + 4 * (1 - p), depth=index / 40,
-                   evidence_distance=int(2 ** rng.uniform(5, 11)), items=1 if truth.rich else truth.items)
+                   evidence_distance=int(2 ** rng.uniform(5, 11)), items=1 if truth.rich else items)
     if not truth.rich:
       continue
     for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
