@@ -135,6 +135,11 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
                    evidence_distance=int(2 ** rng.uniform(5, 11)), items=1 if truth.rich else items)
     if not truth.rich:
       continue
+    for end in (64, 256, 1024, 2048):
+      share_right = max(0.0, p - 0.02 * math.log2(end / 64))
+      yield make("answer", task=TASKS[0], start=end // 4, end=end, forced=end == 64, answers=160, exact_match=share_right, answer_nll=1 - share_right)
+      yield make("ar_hit", start=end // 4, end=end, nll=2.5 + 10 * delta * math.log2(end / 32) + rng.normal(0, 0.02), hits=300)
+      yield make("context_gain", context=end, bits_per_byte=value + 0.5 * (end / 64) ** -0.6, bytes=4000)
     for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
       yield make("position", start=start, end=end, bytes=(end - start) * 6,
                  bits_per_byte=value + 0.9 * (end / 64) ** -0.7 + delta * math.log2(end / 128) / 4 + rng.normal(0, 0.004))

@@ -268,14 +268,14 @@ def test_report_has_all_sections_in_order(written):
   text = written.markdown.read_text()
   titles = re.findall(r"^## (.*)$", text, re.M)
   assert titles == ["Verdict", "Arms", "R(b), A and Delta(b)", "Selector or backbone?",
-                    "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Train mode and run mode",
+                    "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Far context", "Train mode and run mode",
                     "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
                     "Which blocks one head selects", "Spread over seeds, and what another study could see",
                     "What another study would cost", "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text
   names = {p.name for p in written.plots}
-  for name in ("budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall", "layers", "learning",
+  for name in ("budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall", "context", "layers", "learning",
                "sharing", "blocks", "errors_exact_match", "errors_second_half_bits_per_byte"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
@@ -284,7 +284,7 @@ def test_report_has_all_sections_in_order(written):
 def test_html_needs_no_network(written):
   page = written.html.read_text()
   images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)
-  assert len(images) == 12 and page.count("<img") == 12 and "<table>" in page and "text-align:right" in page
+  assert len(images) == 13 and page.count("<img") == 13 and "<table>" in page and "text-align:right" in page
   assert all(base64.b64decode(i).lstrip().startswith(b"<?xml") for i in images)
   assert "http" not in page and "<script" not in page and "<link" not in page and "@import" not in page
 

@@ -200,7 +200,8 @@ def recall(study: Study, look: Look, size: str) -> Figure | None:
     records = endpoints.select(study, "task", arm, size, study.headline_mode(arm))
     by = endpoints.group(records, ("seed", "task"), "exact_match")
     if by:
-      values[arm], near[arm] = by, _by_distance(records)
+      answers = endpoints.select(study, "answer", arm, size, study.headline_mode(arm))
+      values[arm], near[arm] = by, endpoints.group(answers, ("seed", "end"), "exact_match", "answers")
   if not values:
     return None
   tasks = sorted({t for by in values.values() for _, t in by})
@@ -232,7 +233,7 @@ def recall(study: Study, look: Look, size: str) -> Figure | None:
     axes[1].set_xscale("log", base=2)
     axes[1].set_xticks(edges, [_short(e) for e in edges])
     axes[1].set_ylim(-3, 103)
-    axes[1].set_xlabel("bytes from the evidence to the question")
+    axes[1].set_xlabel("tokens from the evidence to the question, at most")
     axes[1].set_ylabel("exact match (%), all tasks")
     axes[1].set_title("by distance")
   key(fig, axes[0], look)
@@ -319,12 +320,6 @@ def _binned(x, y, edges):
   place = np.clip(np.digitize(x, edges), 1, len(edges) - 1)
   filled = np.unique(place)
   return (np.array([x[place == k].mean() for k in filled]), np.array([y[place == k].mean() for k in filled]))
-
-
-def _by_distance(records):
-  kept = [dict(r, bucket=2.0 ** round(math.log2(d))) for r in records
-          if (d := number(r.get("evidence_distance"))) > 0]
-  return endpoints.group(kept, ("seed", "bucket"), "exact_match")
 
 
 def _short(value):
