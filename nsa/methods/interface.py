@@ -130,6 +130,7 @@ class Method:
   losses: ClassVar[dict[str, Loss]] = {}     # auxiliary losses that its layers return
   enters: ClassVar[tuple[str, ...]] = ()     # weight surgery that a stage may ask for on entry: see `enter`
   grid: ClassVar[str] = ""                   # its option that packed documents have to begin at multiples of
+  has_geometry: ClassVar[bool] = False       # as a run mode: its defaults are a paper's, a dense model has to give none
   has_sparse: ClassVar[bool] = True          # whether mode "sparse" is another computation than mode "dense"
 
   @property
@@ -153,6 +154,10 @@ class Method:
   def streams(self, model) -> dict[str, Stream]:
     """What attention reads of earlier tokens besides k and v."""
     return {}
+
+  def chosen(self, model) -> int:
+    """Entries of the lists that a selection makes of one token, all heads: int32, and a remat saves them."""
+    return 0
 
   def handed_up(self, model, batch: int, queries: int) -> Int[Array, "B T K J"] | None:
     """What the lowest of consecutive layers of this method gets as `Call.handed`, where layers hand their chosen blocks to

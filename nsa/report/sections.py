@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, planning, statistics
+from nsa.report import answer, endpoints, planning
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 from nsa.report.verdict import Verdict
 
-PICTURES = {  # file name: (function in plots.py, caption, alternative text, what is said where it is missing)
+PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
     "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
              "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
              "a dense and of a sparse stage come from different forward passes",
@@ -25,6 +25,9 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
                  "shrinks is one of speed, not of what can be reached",
                  "Held-out bits per byte over training, and the difference from the reference",
                  "no evaluations on the way (eval.every was 0)"),
+    "learnt": ("recall_over_training", "Exact match over training, each arm in its own run mode; a retrofit begins where it leaves its "
+               "trunk. Thin: seeds; thick: means", "Exact match over training tokens per arm",
+               "no evaluations of tasks on the way (eval.during_examples was 0)"),
     "position": ("positions", "Held-out bits per byte by position in the context (exploratory). Marks: "
                  "seeds; lines: means", "Bits per byte by position in the context",
                  "no records of loss by position"),
@@ -58,15 +61,16 @@ class Gallery:
   """Draws figures as the sections ask for them, and saves them under plots/."""
 
   def __init__(self, study: Study, folder, endings=("svg", "png")):
-    from nsa.report import plots, style  # here: the verdict alone needs no matplotlib
-    self.plots, self.style, self.study, self.folder, self.endings = plots, style, study, folder, endings
+    from nsa.report import layer_plots, plots, style  # here: the verdict alone needs no matplotlib
+    self.plots, self.layer_plots, self.style, self.study, self.folder, self.endings = plots, layer_plots, style, study, folder, endings
     self.look = style.Look(study)
     self.names = []
 
   def picture(self, name, size):
     """The picture `name` of PICTURES for one model size, and what it leaves out."""
     function, caption, alt, missing = PICTURES[name]
-    figure = getattr(self.plots, function)(self.study, self.look, size)
+    figure = getattr(self.plots, function, None) or getattr(self.layer_plots, function)
+    figure = figure(self.study, self.look, size)
     return [self.block(name, figure, caption, alt, "Not drawn: " + missing, size)]
 
   def block(self, name, figure, caption, alt, missing, size=""):
@@ -85,6 +89,10 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
   blocks += answer.verdict(study, table, verdict) + answer.gates(study, table, verdict)
+  if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
+    blocks.append(Heading("When recall is learnt"))
+    for size in study.sizes:
+      blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
   blocks += answer.exploratory(study, verdict)
@@ -103,6 +111,20 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   if study.notes.strip():
     blocks += [Heading("Notes"), Written(study.notes)]
   return blocks + limits(study, table, verdict)
+
+
+def learnt(study: Study, size: str) -> list:
+  """The first evaluation at which an arm answers half, and nine tenths, of its questions, by seed."""
+  rows = []
+  for arm in study.arms:
+    found = endpoints.recall_over_training(study, arm, size)
+    if len({step for _, step in found}) < 2:
+      continue
+    seeds = sorted({seed for seed, _ in found})
+    first = lambda level: ", ".join(str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
+                                    for seed in seeds)
+    rows.append([arm, first(0.5), first(0.9)])
+  return [Table(["arm", "50 % at step", "90 % at step"], rows, "The first evaluation that found so many answers right, by seed. Exploratory")]
 
 
 def arms(study: Study, table: list[Row]) -> list:
