@@ -118,7 +118,7 @@ def layers_per_turn(config) -> int:
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
-                          losses=step.losses, constrain=constrain, unroll=layers_per_turn(config))
+                          losses=step.losses, counted=batch["segment_ids"] > 0, constrain=constrain, unroll=layers_per_turn(config))
   nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
