@@ -18,5 +18,12 @@ def _few(arguments):
   return f"q has {T} tokens: too few to sort by block" if T <= FEW_QUERIES else None
 
 
+try:
+  from pallas_kernels.mosaic_gpu import index_top_k
+except ImportError:  # triton, whose kernel chooses, is not installed
+  pass
+else:
+  backends.register("index_top_k", "mosaic_gpu", index_top_k.index_top_k, platforms=("gpu",),
+                    supports=index_top_k.supports, avoid=index_top_k.avoid)
 backends.register("selected_attention", "mosaic_gpu", selected_attention, platforms=("gpu",),
                   supports=lambda arguments: supports(**arguments), avoid=_few)
