@@ -85,8 +85,8 @@ class Entries:
     rows: int32[entries + unit_tokens], for each sorted entry (b * T + t) * K + r.
     spans: int32[entries + unit_tokens], the keys of the block that the entry's query sees, as
       offsets into the block: bits 0-15 hold the end, bits 16-30 the start.
-    position: int32[B, T, K, J], where the tile rows of an entry begin, in units of G rows; -1 if
-      the entry sees nothing.
+    position: int32[B, T, K, J], the first of the G tile rows of an entry, tile * 64 + place in it; -1 if the entry
+      sees nothing.
     units: int32[max_units, 6], each (first sorted entry, tokens, first tile, batch, KV head, block). Unused
       units have 0 tokens.
     unit_start: int32[lists + 1], the units of list i are unit_start[i] .. unit_start[i + 1].
@@ -164,7 +164,8 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
 
   key = key.astype(jnp.int32)
   owner = jnp.minimum(key, plan.lists - 1)
-  at = tile_start[owner] * plan.tile_tokens + (jnp.arange(plan.entries, dtype=jnp.int32) - bounds[owner])
+  nth = jnp.arange(plan.entries, dtype=jnp.int32) - bounds[owner]
+  at = (tile_start[owner] + nth // plan.tile_tokens) * TILE_ROWS + nth % plan.tile_tokens * plan.group
   position = jnp.zeros((plan.entries,), jnp.int32).at[entry].set(
       jnp.where(key < plan.lists, at, -1), unique_indices=True)
   # The spans anew from the sorted entries: that reads B * T numbers out of order, not all of them.

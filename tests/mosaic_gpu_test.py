@@ -66,6 +66,9 @@ LOWERED = {
                                 segments=True),
     "g2_b128": dict(B=2, T=300, N=8, K=4, H=64, J=2, block_size=128),
     "g8_h128_b128": dict(B=1, T=300, N=8, K=1, H=128, J=2, block_size=128),
+    "g3_b32": dict(B=1, T=500, N=9, K=3, H=64, J=4, block_size=32),
+    "g7": dict(B=1, T=500, N=28, K=4, H=128, J=16, block_size=64),
+    "g5_h96": dict(B=1, T=500, N=10, K=2, H=96, J=4, block_size=64),
 }
 
 
@@ -84,11 +87,11 @@ def test_lowers_for_h100(name):
     text = with_gradients(attend).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
   for kernel in ("forward", "combine", "backward", "sum_units"):
     assert f"selected_attention_{kernel}" in text
-  assert ("selected_attention_common" in text) == (name in ("g16", "g8_h128_b128"))
+  assert ("selected_attention_common" in text) == (name in ("g16", "g8_h128_b128", "g7"))
 
 
 @pytest.mark.parametrize("G,J,block_size,segments,offset",
-                         [(4, 3, 8, False, 0), (16, 5, 4, True, 7), (64, 1, 16, True, 0)])
+                         [(4, 3, 8, False, 0), (16, 5, 4, True, 7), (64, 1, 16, True, 0), (7, 4, 8, False, 0)])
 def test_entries_invert_the_selection(G, J, block_size, segments, offset):
   rng = np.random.default_rng(G)
   B, T, S, K = 2, 37, 50, 2
@@ -119,10 +122,10 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
       assert row % K == r and entry not in seen
       seen.add(entry)
       assert [k - block * block_size for k in wanted[entry]] == list(range(span >> 16, span & 0xffff))
-      place = tile * plan.tile_tokens + i
+      nth, place = divmod(i, plan.tile_tokens)
       slot = list(blocks[b, t, r]).index(block)
-      assert position[b, t, r, slot] == place
-      owner = (place // plan.tile_tokens, (b, r, t // plan.range_size, block))
+      assert position[b, t, r, slot] == (tile + nth) * entry_lists.TILE_ROWS + place * G
+      owner = (tile + nth, (b, r, t // plan.range_size, block))
       tiles.add(owner)
   assert seen == set(wanted)
   assert len(tiles) == len({tile for tile, _ in tiles}), "two lists share a tile"
@@ -131,7 +134,7 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
 
 CASES = {  # for the interpreter: seconds each
     "g16_b32_segments": dict(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32, segments=True),
-    "g8_slices": dict(B=1, T=24, N=8, K=1, H=64, J=2, block_size=64, S=70),
+    "g3_h96_slices": dict(B=1, T=24, N=3, K=1, H=96, J=2, block_size=64, S=70),
 }
 
 
@@ -177,7 +180,7 @@ def test_common_blocks_get_their_own_pass_where_it_pays_or_is_asked_for():
   assert shared_blocks.pays(plan(256, 16), 128)
 
 
-@pytest.mark.parametrize("G,J", [(16, 5), (4, 4), (1, 3)])
+@pytest.mark.parametrize("G,J", [(16, 5), (4, 4), (3, 3), (1, 3)])
 def test_common_blocks_and_the_rest_are_the_selection(G, J):
   rng = np.random.default_rng(G)
   B, T, K, S = 2, 150, 2, 80
@@ -187,7 +190,7 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
   tiles, rest = jax.jit(lambda blocks: shared_blocks.split(blocks, plan, None, 30))(jnp.asarray(blocks, jnp.int32))
   tokens, count = shared_blocks.tokens_of(plan), np.asarray(tiles.count).reshape(B, K, -1)
   listed = np.asarray(tiles.blocks).reshape(B, K, -1, shared_blocks.SLOTS)
-  words = np.asarray(tiles.words).view(np.uint32).reshape(B, K, -1, G)[..., 0]
+  words = np.asarray(tiles.words).view(np.uint32)[shared_blocks.first_rows(plan)].transpose(0, 2, 1)
   for b, t, r in np.ndindex(B, T, K):
     tile = t // tokens
     blocks_of = {int(x) % shared_blocks.SLOTS: int(x) // shared_blocks.SLOTS for x in listed[b, r, tile, :count[b, r, tile]]}
@@ -237,7 +240,9 @@ def test_supports_says_why_not():
   assert reason() is None
   assert reason(dtype=jnp.float32).startswith("q.dtype")
   assert reason(block_size=16).startswith("block_size")
-  assert reason(q=(1, 64, 6, 64)).startswith("q has 3 heads")
+  assert reason(q=(1, 64, 6, 64)) is None and reason(q=(1, 64, 8, 96), k=(1, 64, 2, 96), block_size=64) is None
+  assert reason(q=(1, 64, 8, 96), k=(1, 64, 2, 96)).startswith("q has head dim 96: with block_size = 32")
+  assert reason(q=(1, 64, 34, 64)).startswith("q has 17 heads")
   assert reason(q=(1, 64, 8, 32), k=(1, 64, 2, 32)).startswith("q has head dim")
   assert reason(v=(1, 64, 2, 128)).startswith("v has head dim")
   with pytest.raises(NotImplementedError, match="block_size = 16"):
@@ -307,6 +312,13 @@ ON_DEVICE = {
     "g8_h64_b128": dict(B=1, T=600, N=16, K=2, H=64, J=3, block_size=128),
     "g8_b32": dict(B=1, T=300, N=8, K=1, H=128, J=5, block_size=32),
     "g1_h64_b64": dict(B=1, T=333, N=2, K=2, H=64, J=4, block_size=64),
+    "g3": dict(B=1, T=600, N=9, K=3, H=64, J=6, block_size=64),
+    "g5_b32_segments": dict(B=2, T=500, N=5, K=1, H=64, J=8, block_size=32, segments=True),
+    "g6_b128": dict(B=1, T=600, N=12, K=2, H=128, J=3, block_size=128),
+    "g7": dict(B=1, T=700, N=28, K=4, H=128, J=5, block_size=64),
+    "g13_h96": dict(B=1, T=400, N=13, K=1, H=96, J=5, block_size=64),
+    "g3_h96": dict(B=1, T=400, N=6, K=2, H=96, J=5, block_size=64),
+    "h96_b128": dict(B=1, T=400, N=8, K=2, H=96, J=3, block_size=128),
     "float16": dict(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, dtype=jnp.float16),
     "segments": dict(B=2, T=777, N=8, K=2, H=64, J=8, block_size=32, segments=True),
     "segments_h128": dict(B=2, T=777, N=8, K=2, H=128, J=8, block_size=64, segments=True),

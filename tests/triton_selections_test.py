@@ -10,11 +10,16 @@ import kernels_oracle as oracle
 import numpy as np
 import pytest
 
+from pallas_kernels import lists
 from pallas_kernels import reference
+from pallas_kernels.mosaic_gpu import selected as selected_on_hopper
+from pallas_kernels.mosaic_gpu import shared_blocks
 
 pytest.importorskip("triton", reason="triton is not installed")
 from pallas_kernels.triton import call  # noqa: E402
+from pallas_kernels.triton import invert  # noqa: E402
 from pallas_kernels.triton import kl  # noqa: E402
+from pallas_kernels.triton import mass  # noqa: E402
 from pallas_kernels.triton import top_k  # noqa: E402
 from pallas_kernels.triton import tuning  # noqa: E402
 from triton_test import COMPRESSED, TINY, interprets, needs_gpu  # noqa: E402
@@ -171,7 +176,132 @@ def test_index_kl_same_bits_over_20_runs():
       np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
 
 
+# --- lists ----------------------------------------------------------------------
+
+
+LISTS = {  # group, J, block size, segments, query offset, range, B, T, S, K
+    "ranges": (4, 3, 8, False, 0, 10, 2, 37, 50, 2),
+    "segments": (16, 5, 4, True, 7, 70, 2, 80, 90, 2),
+    "g7": (7, 4, 8, False, 0, 40, 1, 120, 120, 2),
+}
+LARGE = {
+    "study": (4, 16, 32, True, 0, 4096, 4, 4096, 4096, 2),
+    "many_lists": (16, 16, 64, False, 0, 1024, 1, 16384, 16384, 4),
+    "many_slots": (1, 50, 128, False, 0, 5000, 1, 7000, 7000, 3),
+}
+
+
+def check_lists(group, J, size, segments, offset, range_size, B, T, S, K):
+  """Counted as sorted, wherever lists.Entries says what is there."""
+  rng = np.random.default_rng(J)
+  plan = lists.Plan(B, T, S, K, group, J, size, range_size=range_size, tiles_per_unit=2)
+  blocks = rng.integers(-1, plan.blocks + 2, size=(B, T, K, J))  # some lie past the end
+  blocks[:, :T // 4, 0] = 1  # duplicates, and a hot block
+  blocks, ids = jnp.asarray(blocks, jnp.int32), drawn_segments(rng, B, S) if segments else None
+  want, got = (jax.jit(lambda b: f(b, plan, ids, offset))(blocks) for f in (lists.invert, invert.invert))
+  entries, units = int((np.asarray(want.position) >= 0).sum()), int(want.unit_start[-1])
+  for name, end in (("rows", entries), ("spans", entries), ("units", units), ("position", B), ("unit_start", None)):
+    np.testing.assert_array_equal(getattr(got, name)[:end], getattr(want, name)[:end], err_msg=name)
+  assert not np.asarray(got.units)[units:, 1].any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_lists_on_device(name):
+  check_lists(*LARGE[name])
+
+
+SPLITS = {"g16": (16, 5), "g7": (7, 40)}  # group, J
+
+
+def check_split(group, J, B, T, K):
+  rng = np.random.default_rng(J)
+  plan = lists.Plan(B, T, T + 30, K, group, J, 8, range_size=T, tiles_per_unit=2)
+  blocks = rng.integers(-1, 12, size=(B, T, K, J))
+  blocks[..., 0] = 3
+  blocks, ids = jnp.asarray(blocks, jnp.int32), drawn_segments(rng, B, T + 30)
+  want, want_rest = jax.jit(lambda b: shared_blocks.split(b, plan, ids, 30))(blocks)
+  got, rest = jax.jit(lambda b: selected_on_hopper._split(b, plan, ids, 30))(blocks)
+  np.testing.assert_array_equal(rest, want_rest)
+  for name in ("count", "rows", "words", "first", "end"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+  used = np.arange(shared_blocks.SLOTS) < np.asarray(want.count)[:, None]
+  np.testing.assert_array_equal(got.blocks.reshape(used.shape)[used], want.blocks.reshape(used.shape)[used])
+  assert used.any() and (np.asarray(rest) >= 0).any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_on_device(name):
+  check_split(*SPLITS[name], B=2, T=5000, K=2)
+
+
+# --- block mass -----------------------------------------------------------------
+
+
+MASS = {  # shape of q, K, S, block size, options
+    "g3_packed": ((2, 90, 6, 64), 2, 90, 32, dict(segments=True)),
+    "g16_cache": ((1, 40, 16, 64), 1, 300, 64, dict(query_offset=250)),
+    "beyond_the_keys": ((1, 50, 2, 64), 2, 70, 16, dict(query_offset=40)),
+}
+
+
+def check_block_mass(name, H, tolerance):
+  (B, T, N, _), K, S, size, options = MASS[name]
+  options, rng = dict(options), np.random.default_rng(0)
+  dtype = jnp.float32 if call.INTERPRET else jnp.bfloat16
+  q, k = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, N, H), (B, S, K, H)))
+  if options.pop("segments", False):
+    options["segment_ids"] = drawn_segments(rng, B, S)
+  options = {**dict(segment_ids=None, query_offset=0, scale=0.3), **options}
+  with on_cpu():
+    host = on_host((q, k, options))
+    _, lse = reference.attention(host[0], host[1], host[1], **host[2])
+    lse = lse.at[:, 3].set(-jnp.inf)  # says that nothing is seen
+    want = reference.block_mass(host[0], host[1], lse, block_size=size, **host[2])
+  got = jax.jit(functools.partial(mass.block_mass, block_size=size, **options))(q, k, jnp.asarray(np.asarray(lse)))
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(np.delete(got[0].sum(axis=-1), 3, axis=1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", MASS)
+def test_block_mass_on_device(name):
+  check_block_mass(name, 64, 1e-4)
+
+
 # --- the interpreter ------------------------------------------------------------
+
+
+@interprets
+@pytest.mark.parametrize("name", LISTS)
+def test_interpreted_lists(name):
+  check_lists(*LISTS[name])
+
+
+@interprets
+@pytest.mark.parametrize("name", SPLITS)
+def test_interpreted_split(name):
+  check_split(*SPLITS[name], B=1, T=39, K=2)
+
+
+@interprets
+def test_interpreted_lists_under_vmap():
+  plan = lists.Plan(1, 40, 40, 1, 4, 2, 8, range_size=40, tiles_per_unit=2)
+  blocks = jnp.asarray(np.random.default_rng(0).integers(-1, 5, size=(2, 1, 40, 1, 2)), jnp.int32)
+  want, got = (jax.vmap(lambda b: f(b, plan))(blocks) for f in (lists.invert, invert.invert))
+  np.testing.assert_array_equal(got.position, want.position)
+
+
+@interprets
+@pytest.mark.parametrize("name", MASS)
+def test_interpreted_block_mass(name):
+  with tuning.override("block_mass", TINY._replace(block=32)):  # less than a block, as much, and more
+    check_block_mass(name, 16, 2e-5)
 
 
 @interprets

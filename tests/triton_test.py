@@ -83,6 +83,10 @@ CASES = {  # operation, shape of q, K, S, options
     "selected_g3_packed": ("selected_attention", (2, 300, 6, 64), 2, 300, dict(block_size=32, segments=True)),
     "selected_g1_b128": ("selected_attention", (1, 500, 2, 128), 2, 500, dict(block_size=128)),
     "selected_decode": ("selected_attention", (4, 1, 16, 128), 2, 700, dict(block_size=64, query_offset=650)),
+    "dense_h96": ("attention", (1, 300, 6, 96), 2, 300, {}),
+    "compressed_h80": ("compressed_attention", (1, 700, 4, 80), 2, 42, COMPRESSED),
+    "selected_g3_h96_b32": ("selected_attention", (1, 300, 6, 96), 2, 300, dict(block_size=32)),
+    "selected_h256": ("selected_attention", (1, 300, 8, 256), 2, 300, dict(block_size=64)),
     "huge_logits": ("attention", (1, 256, 4, 128), 1, 256, dict(magnitude=6.0)),
 }
 CUDNN = {
@@ -312,12 +316,13 @@ def test_lowers_for_h100(monkeypatch):
     by_idx = pk.index_top_k(q_idx, k_idx, segment_ids=ids, **choice)
     o, lse = pk.selected_attention(q, k, k, by_cmp, block_size=32, segment_ids=ids, implementation="triton")
     loss = pk.index_kl(q, k, lse, q_idx, k_idx, by_idx, block_size=32, segment_ids=ids, implementation="triton")
-    return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum()
+    mass, _ = pk.block_mass(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
+    return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum() + mass.sum()
 
   text = lowered(jax.grad(everything, (0, 1, 2, 3, 4)), q, k, k_cmp, q_idx, k_idx, ids)
   for kernel in ("range_attention_forward", "range_attention_dq", "range_attention_dkv", "compressed_scores",
                  "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv",
-                 "index_kl_forward", "index_kl_backward", "sum_units"):
+                 "index_kl_forward", "index_kl_backward", "sum_units", "block_mass"):
     assert kernel in names, kernel
   assert len(set(names)) <= text.count("@triton_kernel_call") <= len(names)  # equal calls may be merged
 
@@ -360,6 +365,17 @@ def test_interpreted_kernels_agree(name, monkeypatch):
   want = with_gradients(functools.partial(getattr(reference, operation), **options))(arrays, cotangents)
   assert bool(used) == bool(other)
   for x, y in zip(got, want):
+    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@interprets
+def test_interpreted_head_dim_that_is_no_power_of_two():
+  operation, arrays, cotangents, options, _ = inputs_of(
+      ("selected_attention", (1, 20, 6, 12), 2, 20, dict(block_size=16)), 0, jnp.float32)
+  f = functools.partial(getattr(pk, operation), **options)
+  with backends.target_platform("gpu"):
+    got = with_gradients(functools.partial(f, implementation="triton"))(arrays, cotangents)
+  for x, y in zip(got, with_gradients(functools.partial(f, implementation="reference"))(arrays, cotangents)):
     np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 

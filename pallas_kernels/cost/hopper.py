@@ -103,7 +103,7 @@ def selected_attention(spec, chip, indices, backward, common=None):
     share = 1.0
     if common:
       tokens = shared_blocks.tokens_of(plan)
-      blocks, covered = counts.shared(indices, tokens, plan.blocks, max(2, round(shared_blocks.SHARE * tokens)))
+      blocks, covered = counts.shared(indices, tokens, plan.blocks, shared_blocks.votes_needed(plan))
       share = 1.0 - covered.sum() / choices
       rows = float(len(blocks)) * shared_blocks.ROWS
       kernels.append(Kernel(

@@ -7,12 +7,14 @@ query over its slots; dK and dV of a unit are written in float32 and summed per 
 the order of the units, so that equal inputs give equal bits. A block that every query
 chose is many units that run side by side.
 
-The sums are kept transposed, [H, keys]: then the 64 of a wgmma is H or the tile, and
-blocks of 32 keys waste nothing. The next tile is fetched while this one is worked on; P
+The sums are kept transposed, [H, keys], where 64 divides H: then the 64 of a wgmma is H or the
+tile, and blocks of 32 keys waste nothing; else they are [keys, H]. The next tile is fetched while this one is worked on; P
 and dS take turns in one buffer and dQ leaves through that of dO, or two thread blocks
 would not fit a multiprocessor at H = 128.
 """
 from __future__ import annotations
+
+import math
 
 import jax
 from jax import lax
@@ -28,12 +30,17 @@ from pallas_kernels.mosaic_gpu.tiles import LOG2E
 from pallas_kernels.mosaic_gpu.tiles import tile_transforms
 from pallas_kernels.mosaic_gpu.tiles import visible
 
-REDUCE_ROWS = 32  # rows of dK^T that one thread block of `sum_units` adds up
+REDUCE_ROWS = 32  # rows of a sum that one thread block of `sum_units` adds up
 
 
 def part_keys(plan):
   """Keys that a thread block of the backward pass keeps: 128 would not fit the registers."""
   return min(plan.block_size, 64)
+
+
+def transposed(head_dim):
+  """Whether the sums are dK^T and dV^T; those of dK and dV need keys in 64s."""
+  return head_dim % TILE_ROWS == 0
 
 
 def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmented,
@@ -48,14 +55,15 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
     entries, plan, scale, segmented, interpret: as in `partial_attention`.
 
   Returns:
-    dq [parts, max_tiles * 64, H] of q.dtype and dk^T, dv^T float32[max_units, parts, H, keys],
-    where parts * keys is block_size. dq and dk lack the factor `scale`.
+    dq [parts, max_tiles * 64, H] of q.dtype and dk^T, dv^T float32[max_units, parts, H, keys], or dk, dv with
+    the last axes swapped, see `transposed`; parts * keys is block_size. dq and dk lack the factor `scale`.
   """
   head_dim, dtype = q.shape[1], q.dtype
   keys = part_keys(plan)
   parts = plan.block_size // keys
-  tile, sums, square = (TILE_ROWS, head_dim), (head_dim, keys), (TILE_ROWS, keys)
-  transforms = tile_transforms(min(keys, head_dim), dtype)  # one swizzle, wgmma wants the same on both sides
+  tile, square = (TILE_ROWS, head_dim), (TILE_ROWS, keys)
+  sums = (head_dim, keys) if transposed(head_dim) else (keys, head_dim)
+  transforms = tile_transforms(math.gcd(keys, head_dim), dtype)  # one swizzle, wgmma wants the same on both sides
 
   def body(units, *refs):
     at = lax.axis_index("unit_part")  # CUDA allows 2^31 blocks on one axis alone, 65535 on the others
@@ -118,8 +126,14 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
       p_s[...] = p.astype(dtype)
       plgpu.commit_smem()
 
+      def by_key(acc, weights, rows):
+        if transposed(head_dim):
+          plgpu.wgmma(acc, rows.transpose((1, 0)), weights)
+        else:
+          plgpu.wgmma(acc, weights.transpose((1, 0)), rows)
+
       def products(dk_acc, dv_acc):
-        plgpu.wgmma(dv_acc, do_s.at[slot].transpose((1, 0)), p_s)
+        by_key(dv_acc, p_s, do_s.at[slot])
         ds = (p * (dp - spread(load(delta_s.at[slot], by_row)))).astype(dtype)
         plgpu.wgmma_wait(0)
         gather.barrier_unless(interpret)  # everybody's wgmma has read P
@@ -128,7 +142,7 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
 
         def last(dq_acc):
           plgpu.wgmma(dq_acc, p_s, k_s)
-          plgpu.wgmma(dk_acc, q_s.at[slot].transpose((1, 0)), p_s)
+          by_key(dk_acc, p_s, q_s.at[slot])
           return dq_acc[...].astype(dtype)
 
         do_s[slot] = pl.run_scoped(last, plgpu.ACC(tile, jnp.float32))
@@ -165,19 +179,19 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
 
 
 def sum_units(dk, dv, unit_start, plan):
-  """Adds up what the units of each block have of dK^T and dV^T, in the order of the units.
+  """Adds up what the units of each block have of dK and dV, in the order of the units.
 
   Args:
-    dk, dv: float32[max_units, parts, H, keys].
+    dk, dv: float32[max_units, parts, H, keys] or float32[max_units, parts, keys, H].
     unit_start: Entries.unit_start.
 
   Returns:
-    dk, dv float32[B, K, blocks, parts, H, keys].
+    The sums, float32[B, K, blocks, parts, ...].
   """
-  _, parts, head_dim, keys = dk.shape
-  rows = min(REDUCE_ROWS, head_dim)
-  bands = head_dim // rows
-  layout = plgpu.Layout.WG_STRIDED((rows, keys), vec_size=4)
+  _, parts, length, width = dk.shape
+  rows = min(REDUCE_ROWS, length)
+  bands = length // rows
+  layout = plgpu.Layout.WG_STRIDED((rows, width), vec_size=4)
 
   def body(unit_start, dk, dv, dk_out, dv_out):
     at, place = lax.axis_index("place"), []
@@ -197,13 +211,13 @@ def sum_units(dk, dv, unit_start, plan):
 
       return lax.fori_loop(unit_start[which], unit_start[which + 1], add, sums)
 
-    zeros = plgpu.layout_cast(jnp.zeros((rows, keys), jnp.float32), layout)
+    zeros = plgpu.layout_cast(jnp.zeros((rows, width), jnp.float32), layout)
     dk_sum, dv_sum = lax.fori_loop(0, plan.ranges, add_range, (zeros, zeros))
     dk_out[head, block, part, band] = dk_sum
     dv_out[head, block, part, band] = dv_sum
 
   heads = plan.batch * plan.kv_heads
-  out = jax.ShapeDtypeStruct((heads, plan.blocks, parts, head_dim, keys), jnp.float32)
+  out = jax.ShapeDtypeStruct((heads, plan.blocks, parts, length, width), jnp.float32)
   dk, dv = plgpu.kernel(
       body, out_type=(out, out),
       grid=(bands * parts * plan.blocks * heads,), grid_names=("place",),

@@ -8,6 +8,8 @@ are its slow twins in plain jnp, which the interpreter's tests use.
 """
 from __future__ import annotations
 
+import math
+
 import jax
 from jax import lax
 import jax.experimental.pallas as pl
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
+from pallas_kernels.mosaic_gpu import shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import compiler_params
 from pallas_kernels.mosaic_gpu.tiles import load
 from pallas_kernels.mosaic_gpu.tiles import LOG2E
@@ -138,7 +141,7 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
 
   matrix = lambda rows, transforms=transforms: plgpu.SMEM((rows, head_dim), dtype, transforms=transforms)
   # P V takes its keys in groups as wide as the swizzle.
-  value_transforms = tile_transforms(min(head_dim, plan.block_size), dtype)
+  value_transforms = tile_transforms(math.gcd(head_dim, plan.block_size), dtype)
   rows = plan.max_tiles * TILE_ROWS
   return plgpu.kernel(
       body,
@@ -168,14 +171,12 @@ def merge(o, lse, position, plan, shared=None):
   """
   G = plan.group
   if shared is not None:
-    B, T, K, _ = position.shape
-    begin = o.shape[1] // G
+    begin = o.shape[1]
     o, lse = jnp.concatenate([o, shared[0][None]], axis=1), jnp.concatenate([lse, shared[1]])
-    row = jnp.arange(shared[1].size // G, dtype=jnp.int32).reshape(B, K, -1)[:, :, :T].transpose(0, 2, 1)
-    position = jnp.concatenate([position, begin + row[..., None]], axis=3)
+    position = jnp.concatenate([position, begin + shared_blocks.first_rows(plan)[..., None]], axis=3)
   valid = (position >= 0)[..., None]
-  at = jnp.maximum(position, 0)
-  lse = jnp.where(valid, lse.reshape(-1, G)[at], -jnp.inf)  # [B, T, K, J, G]
+  at = jnp.maximum(position, 0)[..., None] + jnp.arange(G)
+  lse = jnp.where(valid, lse[at], -jnp.inf)  # [B, T, K, J, G]
   m = lse.max(axis=3)
   m = jnp.where(m == -jnp.inf, 0.0, m)
   weight = jnp.exp2(lse - m[:, :, :, None])
@@ -199,15 +200,11 @@ def weighted_rows(rows, weight, position, plan):
   """
   G, H = plan.group, rows.shape[-1]
   B, T, K, J = position.shape
-  parts = [x.reshape(-1, G * H) for x in rows]
-  position = position.reshape(-1, J)
-  total = jnp.zeros((position.shape[0], G * H), jnp.float32)
+  total = jnp.zeros((B, T, K, G, H), jnp.float32)
   for j in range(J):
-    at = position[:, j]
-    scale = weight
-    if not isinstance(weight, float):
-      scale = jnp.repeat(weight[..., j, :].reshape(-1, G), H, axis=1, total_repeat_length=G * H)
-    for part in parts:
-      row = jnp.where((at >= 0)[:, None], part[jnp.maximum(at, 0)], 0).astype(jnp.float32)
+    first = position[..., j, None]
+    scale = weight if isinstance(weight, float) else weight[..., j, :, None]
+    for part in rows:
+      row = jnp.where((first >= 0)[..., None], part[jnp.maximum(first, 0) + jnp.arange(G)], 0).astype(jnp.float32)
       total += row * scale
-  return total.astype(rows.dtype).reshape(B, T, K, G, H)
+  return total.astype(rows.dtype)

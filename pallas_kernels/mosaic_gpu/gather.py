@@ -79,29 +79,32 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
   """Starts the copies of one tile: row i of each tile becomes row rows[i // G] * G + i % G of its matrix.
 
   Args:
-    rows, spans: int32[TILE_ROWS / G] in shared memory.
+    rows, spans: int32[TILE_ROWS // G] in shared memory. Rows that no token fills, where G does not divide TILE_ROWS,
+      become rows of the last token and get an empty span.
     matrices: [R, H] in global memory.
     tiles: [TILE_ROWS, H] in shared memory, with `transforms`.
     vectors: float32[R] in global memory, at most two.
     lanes: float32[TILE_ROWS] in shared memory, one per vector.
     span_rows: int32[TILE_ROWS] in shared memory, gets the span of each row.
-    group: G, a power of 2.
+    group: G.
     transforms: tiling and swizzle of the tiles.
   """
   row_bytes = matrices[0].shape[1] * jnp.dtype(matrices[0].dtype).itemsize
   swizzle = transforms[1].swizzle
-  per_row = row_bytes // 16           # threads that copy one row
-  per_pass = ptx.THREADS // per_row   # rows that all threads copy at a time
-  per_tile = swizzle // 16            # 16-byte pieces in a row of a swizzled tile
+  per_row = row_bytes // 16           # 16-byte pieces of a row
+  per_tile = swizzle // 16            # those in a row of a swizzled tile
+  whole_rows = ptx.THREADS % per_row == 0  # all threads copy whole rows at a time
+  tokens = TILE_ROWS // group
   reference = plgpu.RefType()
   tile_type = plgpu.RefType(tuple(transforms))
   assert len(vectors) <= ptx.THREADS // TILE_ROWS
 
   def token_of(row):
-    return arith.shrui(row, ptx.constant(group.bit_length() - 1))
+    token = ptx.div(row, group)
+    return token if TILE_ROWS % group == 0 else ptx.choose(ptx.less(token, tokens), token, tokens - 1)
 
   def source_row(rows, row):
-    member = arith.extui(ptx.i64(), arith.andi(row, ptx.constant(group - 1)))
+    member = arith.extui(ptx.i64(), ptx.rem(row, group))
     return ptx.add(ptx.mul(ptx.wide(ptx.load(rows, token_of(row))), group), member)
 
   @plgpu.inline_mgpu(arg_types=(
@@ -111,13 +114,17 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
     del ctx
     ptx.warpgroup_barrier()  # whoever still reads the old tile has to be done
     thread = ptx.thread()
-    piece, first_row = ptx.rem(thread, per_row), ptx.div(thread, per_row)
-    tile_column, in_tile = ptx.div(piece, per_tile), ptx.rem(piece, per_tile)
-    within = arith.extui(ptx.i64(), ptx.mul(piece, 16))
-    sources = [ptx.add(ptx.global_address(matrix), within) for matrix in matrices]
+    sources = [ptx.global_address(matrix) for matrix in matrices]
     places = [ptx.shared_address(tile) for tile in tiles]
-    for i in range(TILE_ROWS // per_pass):
-      row = ptx.add(first_row, i * per_pass)
+    for i in range(TILE_ROWS * per_row // ptx.THREADS):
+      if i == 0 or not whole_rows:
+        nth = ptx.add(thread, i * ptx.THREADS)
+        piece, row = ptx.rem(nth, per_row), ptx.div(nth, per_row)
+        tile_column, in_tile = ptx.div(piece, per_tile), ptx.rem(piece, per_tile)
+        within = arith.extui(ptx.i64(), ptx.mul(piece, 16))
+        begins = [ptx.add(source, within) for source in sources]
+      else:
+        row = ptx.add(row, ptx.THREADS // per_row)
       element = source_row(rows, row)
       in_eight = ptx.rem(row, 8)
       # The hardware's swizzle: the number of the 128-byte line, within eight rows, flips bits of the piece.
@@ -125,7 +132,7 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
       tile = ptx.add(ptx.mul(ptx.div(row, 8), row_bytes // swizzle), tile_column)
       offset = ptx.add(ptx.mul(tile, 8 * swizzle), ptx.mul(in_eight, swizzle),
                        ptx.mul(arith.xori(in_tile, line), 16))
-      for source, place in zip(sources, places):
+      for source, place in zip(begins, places):
         ptx.effect("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", ptx.add(place, offset),
                    ptx.byte(source, element, row_bytes))
     # 64 threads per vector; all spread the spans, each twice the same.
@@ -136,7 +143,10 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
         ptx.effect("{ .reg .pred p; setp.eq.s32 p, $2, %d; @p cp.async.ca.shared.global [$0], [$1], 4; }" % i,
                    "r,l,r", ptx.add(ptx.shared_address(lane), ptx.mul(row, 4)),
                    ptx.byte(ptx.global_address(vector), element, 4), half)
-    ptx.store(ptx.load(spans, token_of(row)), span_rows, row)
+    span = ptx.load(spans, token_of(row))
+    if TILE_ROWS % group:
+      span = ptx.choose(ptx.less(row, tokens * group), span, 0)
+    ptx.store(span, span_rows, row)
   do(rows, spans, list(matrices), list(tiles), list(vectors), list(lanes), span_rows)
 
 
@@ -155,9 +165,11 @@ def load_lists_by_copies(sources, destinations, first, tokens, barrier_ref):
 def gather_tile_by_copies(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, valid,
                           barrier_ref):
   """`gather_tile`, a token at a time, awaited. Only the first `valid` tokens get their span, the rest 0."""
-  for i in range(TILE_ROWS // group):
-    source, place = pl.ds(rows[i] * group, group), pl.ds(i * group, group)
+  for i in range(-(-TILE_ROWS // group)):
+    size = min(group, TILE_ROWS - i * group)
+    token = min(i, TILE_ROWS // group - 1)
+    source, place = pl.ds(rows[token] * group, size), pl.ds(i * group, size)
     for matrix, tile in zip(list(matrices) + list(vectors), list(tiles) + list(lanes)):
       plgpu.copy_gmem_to_smem(matrix.at[source], tile.at[place], barrier_ref)
       plgpu.barrier_wait(barrier_ref)
-    span_rows[place] = jnp.full((group,), jnp.where(i < valid, spans[i], 0), jnp.int32)
+    span_rows[place] = jnp.full((size,), jnp.where((i < valid) & (size == group), spans[token], 0), jnp.int32)

@@ -66,22 +66,24 @@ def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
       member = ptx.div(piece, H // VECTOR)
       first = ptx.byte(position, ptx.mul(query, J), 4)
       places = [_load_i32(ptx.add(first, 4 * j)) for j in range(J)]
-      tokens = [ptx.wide(place) for place in places]
+      firsts = [ptx.wide(place) for place in places]
       weights, factor = [None] * J, ptx.constant(float(scale))
       if lse is not None:
         sums, none = [], ptx.constant(-float("inf"))
-        for place, token in zip(places, tokens):
+        for place, begin in zip(places, firsts):
           valid = arith.cmpi(arith.CmpIPredicate.sge, place, ptx.constant(0))
-          at = ptx.add(ptx.mul(ptx.choose(valid, token, 0), G), member)
+          at = ptx.add(ptx.choose(valid, begin, 0), member)
           sums.append(arith.select(valid, _load_f32(ptx.byte(addresses[2], at, 4)), none))
         if shared is not None:
           head, token = ptx.rem(query, K), ptx.div(query, K)
           batch, token = ptx.div(token, T), ptx.rem(token, T)
-          row = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), shared_blocks.tiles_of(plan) * shared_blocks.tokens_of(plan)), token)
-          sums.append(_load_f32(ptx.byte(addresses[4], ptx.add(ptx.mul(row, G), member), 4)))
+          tokens = shared_blocks.tokens_of(plan)
+          tile = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), shared_blocks.tiles_of(plan)), ptx.div(token, tokens))
+          row = ptx.add(ptx.mul(tile, shared_blocks.ROWS), ptx.mul(ptx.rem(token, tokens), G))
+          sums.append(_load_f32(ptx.byte(addresses[4], ptx.add(row, member), 4)))
           empty = arith.cmpf(arith.CmpFPredicate.OEQ, sums[-1], none)
           sources.append(addresses[3])
-          tokens.append(row)
+          firsts.append(row)
           places.append(ptx.choose(empty, ptx.constant(-1), 0))
         weights, total, log_sum = _softmax(sums)
         # Every thread of a row writes the same number.
@@ -91,7 +93,7 @@ def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
       result = [ptx.constant(0.0)] * VECTOR
       for j, source in enumerate(sources):
         for part in range(parts):
-          at = ptx.add(ptx.mul(tokens[j], G * H), ptx.mul(piece, VECTOR), part * padded_rows * H)
+          at = ptx.add(ptx.mul(firsts[j], H), ptx.mul(piece, VECTOR), part * padded_rows * H)
           for n, x in enumerate(_load_vector(ptx.byte(source, at, 2), places[j], dtype)):
             result[n] = arith.addf(result[n], x) if lse is None else _fma(x, weights[j], result[n])
       result = [arith.mulf(x, factor) for x in result]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lists as entry_lists
+from pallas_kernels import spans
 from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward
 from pallas_kernels.mosaic_gpu import forward
@@ -27,9 +28,15 @@ from pallas_kernels.mosaic_gpu import merge
 from pallas_kernels.mosaic_gpu import shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
-HEAD_DIMS = (64, 128)
+try:
+  from pallas_kernels.triton import invert as counting
+  from pallas_kernels.triton import split as splitting
+except ImportError:  # triton is not installed
+  counting = None
+
+HEAD_DIMS = (64, 96, 128)
 BLOCK_SIZES = (32, 64, 128)
-GROUPS = (1, 2, 4, 8, 16)
+MAX_GROUP = 16
 MAX_SLOTS = 64  # that `merge` unrolls
 RANGE_BYTES = 8 * 2 ** 20     # of Q of one KV head: what one range of queries takes of the L2 cache
 PARTIAL_BYTES = 10 * 2 ** 30  # of partial results alive at a time
@@ -54,8 +61,10 @@ def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offs
     return f"v has head dim {v.shape[3]}: the kernels need that of q, {H}"
   if block_size not in BLOCK_SIZES:
     return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
-  if N // K not in GROUPS:
-    return f"q has {N // K} heads per KV head: the kernels take {_listed(GROUPS)}"
+  if H % 64 and block_size % 64:
+    return f"q has head dim {H}: with block_size = {block_size} the kernels take 64 and 128"
+  if N // K > MAX_GROUP:
+    return f"q has {N // K} heads per KV head: the kernels take up to {MAX_GROUP}"
   if J > MAX_SLOTS:
     return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
   if scale is not None and not isinstance(scale, (int, float, np.floating)):
@@ -98,7 +107,7 @@ def make_plan(B, T, S, K, G, J, H, block_size):
   range_size = max(RANGE_BYTES // (G * H * 2), 8 * tile_tokens * blocks // J, 1)
   # A unit's list lies in shared memory, 8 bytes per token: at G = 1 more would leave room for one
   # thread block per multiprocessor instead of two.
-  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16}.get(G, 32))
+  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16, 3: 24}.get(G, 32))
 
 
 def forward_buffers(plan, head_dim):
@@ -148,6 +157,24 @@ def _plan_of(q, k, block_indices, block_size):
   return _slices(B, T, S, K, N // K, block_indices.shape[3], H, block_size)
 
 
+def _invert(block_indices, plan, segment_ids, offset, interpret):
+  """The lists: counted by kernels of triton/ where that is installed, else sorted."""
+  if counting is None or interpret or counting.supports(plan):
+    return entry_lists.invert(block_indices, plan, segment_ids, offset)
+  return counting.invert(block_indices, plan, segment_ids, offset)
+
+
+def _split(block_indices, plan, segment_ids, offset):
+  """`shared_blocks.split`, by a kernel of triton/ where that is installed."""
+  if counting is None or counting.supports(plan):
+    return shared_blocks.split(block_indices, plan, segment_ids, offset)
+  seen = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, offset)
+  *tiles, rest = splitting.split(
+      block_indices, *seen, group=plan.group, rows=shared_blocks.ROWS, slots=shared_blocks.SLOTS,
+      votes=shared_blocks.votes_needed(plan), blocks=plan.blocks)
+  return shared_blocks.Common(*tiles), rest
+
+
 def _cut(x, plan, slices, fill=0):
   """[B, T, ...] to [slices, B, plan.queries, ...]."""
   missing = slices * plan.queries - x.shape[1]
@@ -175,9 +202,9 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
     shared = None
     if not interpret and shared_blocks.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
-      tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
+      tiles, block_indices = _split(block_indices, plan, segment_ids, offset + first)
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
-    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
+    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
     parts, part_lse = forward.partial_attention(
         rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
@@ -206,7 +233,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
   def one(q, do, lse, delta, block_indices, first):
-    entries = entry_lists.invert(block_indices, plan, segment_ids, offset + first)
+    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
     dq, dk, dv = backward.partial_gradients(
         q.reshape(-1, H), keys, values, do.reshape(-1, H), lse.reshape(-1), delta.reshape(-1), entries, plan,
         scale=scale, segmented=segment_ids is not None, interpret=interpret)
@@ -230,7 +257,9 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
     dq = _join(jnp.concatenate([first[None], dq]), q.shape[1])
 
   def tokens_first(x, factor):
-    x = x.transpose(0, 2, 3, 5, 1, 4)  # B, blocks, parts, keys, K, H
+    if backward.transposed(H):
+      x = x.swapaxes(4, 5)
+    x = x.transpose(0, 2, 3, 4, 1, 5)  # B, blocks, parts, keys, K, H
     x = x.reshape(plan.batch, -1, plan.kv_heads, H)
     return (x[:, :plan.keys] * factor).astype(k.dtype)
 

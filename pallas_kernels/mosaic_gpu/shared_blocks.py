@@ -2,7 +2,8 @@
 
 Sending every (query, block) through the lists of lists.py costs a partial result, written and read
 again, however many neighbours chose the same block. Trained selections share much: the sink, the query's
-own blocks, stripes. A *tile* is 128 query rows, 128 / G neighbouring tokens of one KV head; a block that
+own blocks, stripes. A *tile* is 128 query rows, 128 // G neighbouring tokens of one KV head and, where G does not divide 128, a few rows
+that see nothing; a block that
 enough of them chose is *common* to the tile (`split`), and `attend` runs plain flash attention of the tile
 over its common blocks, with each row masked to those that its token did choose. That makes one partial
 result per query for all its common blocks, which merge.py adds to those of the entries.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
 from jax import lax
@@ -68,6 +70,24 @@ def tiles_of(plan):
   return -(-plan.queries // tokens_of(plan))
 
 
+def votes_needed(plan):
+  """Tokens of a tile that have to choose a block."""
+  return max(2, round(SHARE * tokens_of(plan)))
+
+
+def first_rows(plan):
+  """int32[B, T, K]: the first of the G rows of each query, among the rows of all tiles."""
+  tokens, tiles = tokens_of(plan), tiles_of(plan)
+  token = np.arange(plan.queries)
+  heads = np.arange(plan.batch * plan.kv_heads).reshape(plan.batch, 1, plan.kv_heads) * (tiles * ROWS)
+  return jnp.asarray(heads + (token // tokens * ROWS + token % tokens * plan.group)[:, None], jnp.int32)
+
+
+def _whole_tiles(x):
+  """[tiles, rows with tokens] to [tiles * ROWS], padded with zeros."""
+  return jnp.pad(x, ((0, 0), (0, ROWS - x.shape[1]))).reshape(-1)
+
+
 _overrides: list[bool] = []
 
 
@@ -106,7 +126,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   picks = jnp.pad(picks, ((0, 0), (0, tiles * tokens - T), (0, 0), (0, 0)), constant_values=-1)
   picks = picks.transpose(0, 2, 1, 3).reshape(-1, tokens, J)
   samples = -(-SLOTS // J)
-  sampled = ((np.arange(samples) + 0.5) * tokens / samples).astype(int)
+  sampled = (2 * np.arange(samples) + 1) * tokens // (2 * samples)
   candidates = picks[:, sampled].reshape(-1, samples * J)[:, :SLOTS]
   candidates = jnp.pad(candidates, ((0, 0), (0, SLOTS - candidates.shape[1])), constant_values=-1)
   slot = jnp.arange(SLOTS, dtype=jnp.int32)
@@ -115,7 +135,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   which = jnp.where(same, slot, SLOTS).min(axis=-1)
   words = jnp.where(which < SLOTS, 1 << jnp.minimum(which, SLOTS - 1), 0).sum(axis=2, dtype=jnp.int32)  # no carry
   votes = ((words[..., None] >> slot) & 1).sum(axis=1, dtype=jnp.int32)
-  taken = votes >= max(2, round(SHARE * tokens))
+  taken = votes >= votes_needed(plan)
   mask = jnp.where(taken, 1 << slot, 0).sum(axis=-1, dtype=jnp.int32)
   rank = jnp.cumsum(taken, axis=1, dtype=jnp.int32) - 1
   here = taken[:, :, None] & (rank[:, :, None] == slot)
@@ -124,7 +144,7 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   rest = jnp.where(out, -1, picks).reshape(B, K, tiles * tokens, J).transpose(0, 2, 1, 3)[:, :T]
 
   def by_row(x):  # a number per token to one per row
-    return jnp.repeat(x.reshape(-1), plan.group)
+    return _whole_tiles(jnp.repeat(x.reshape(-1, tokens), plan.group, axis=1))
 
   def by_head(x):  # int32[B, T] to all tokens of all tiles
     x = jnp.pad(x, ((0, 0), (0, tiles * tokens - T)))
@@ -133,8 +153,9 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
   first, end = spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset)
   token = np.minimum(np.arange(tiles * tokens), T - 1)
   rows = (np.arange(B)[:, None, None] * T + token) * K + np.arange(K)[:, None]
-  rows = (rows[..., None] * plan.group + np.arange(plan.group)).reshape(-1)
-  return Common(blocks.reshape(-1), taken.sum(axis=1, dtype=jnp.int32), jnp.asarray(rows, jnp.int32),
+  rows = rows[..., None] * plan.group + np.arange(plan.group)
+  rows = _whole_tiles(jnp.asarray(rows.reshape(-1, tokens * plan.group), jnp.int32))
+  return Common(blocks.reshape(-1), taken.sum(axis=1, dtype=jnp.int32), rows,
                 by_row(words & mask[:, None]), by_row(by_head(first)), by_row(by_head(end))), rest
 
 
@@ -160,7 +181,7 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
   stages = 4 if head_dim * size <= 64 * 64 else 3 if head_dim * size <= 128 * 64 else 2
   query_transforms = tile_transforms(head_dim, dtype)
   key_transforms = query_transforms
-  value_transforms = tile_transforms(min(head_dim, size), dtype)
+  value_transforms = tile_transforms(math.gcd(head_dim, size), dtype)
   all_tiles = plan.batch * plan.kv_heads * tiles
 
   def body(blocks, count, rows, words, first, end, q, k, v, o, lse,

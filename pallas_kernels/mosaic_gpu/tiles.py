@@ -12,8 +12,8 @@ LOG2E = math.log2(math.e)
 
 
 def tile_transforms(minor, dtype):
-  """Tiling and swizzle of a shared tile whose narrowest row has `minor` elements."""
-  swizzle = min(128, minor * jnp.dtype(dtype).itemsize)
+  """Tiling and swizzle of a shared tile: the widest that divides rows of `minor` elements."""
+  swizzle = math.gcd(128, minor * jnp.dtype(dtype).itemsize)
   return (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
 
 

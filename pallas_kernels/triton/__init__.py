@@ -5,7 +5,9 @@ Importing registers them; it needs triton, but neither a GPU nor jax-triton, wit
 from __future__ import annotations
 
 from pallas_kernels import backends
+from pallas_kernels.triton import head_dims
 from pallas_kernels.triton import kl
+from pallas_kernels.triton import mass
 from pallas_kernels.triton import paged
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import selected
@@ -20,5 +22,7 @@ for _operation, _function, _supports in (
     ("selected_attention", selected.selected_attention, selected.supports_selected_attention),
     ("paged_attention", paged.paged_attention, paged.supports_paged_attention),
     ("index_kl", kl.index_kl, kl.supports_index_kl),
+    ("block_mass", mass.block_mass, mass.supports_block_mass),
 ):
-  backends.register(_operation, "triton", _function, platforms=("gpu",), supports=_supports)
+  backends.register(_operation, "triton", head_dims.any_head_dim(_function, _operation.endswith("attention")),
+                    platforms=("gpu",), supports=head_dims.supports(_supports))

@@ -140,5 +140,20 @@ def batched(function, laid_out=()):
   return call
 
 
+def one_by_one(function):
+  """`function` of arrays with a batching rule: mapped calls are made one after the other."""
+  @jax.custom_batching.custom_vmap
+  def call(*args):
+    return function(*args)
+
+  @call.def_vmap
+  def rule(axis_size, in_batched, *args):
+    fold = lambda x, mapped: x if mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+    out = jax.lax.map(lambda xs: call(*xs), tuple(map(fold, args, in_batched)))
+    return out, jax.tree.map(lambda _: True, out)
+
+  return call
+
+
 def next_power_of_2(n):
   return 1 << (n - 1).bit_length()

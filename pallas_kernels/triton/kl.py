@@ -16,6 +16,7 @@ import numpy as np
 from pallas_kernels import lists as entry_lists
 from pallas_kernels import spans
 from pallas_kernels.triton import call
+from pallas_kernels.triton import invert
 from pallas_kernels.triton import kl_kernels
 from pallas_kernels.triton import ranged
 from pallas_kernels.triton import tuning
@@ -110,7 +111,7 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
     index_lse = jnp.where(norm > 0, top + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
   else:
     plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
-    entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
+    entries = _invert(block_indices, plan, segment_ids, offset)
     places = plan.max_tiles * entry_lists.TILE_ROWS
     keep = keep and places * how[0] * q.dtype.itemsize <= KEPT_BYTES
     moments, kept = call.kernel_call(
@@ -129,6 +130,11 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   safe = jnp.where(seen, total, 1.0)
   loss = (entropy - cross) / safe - jnp.log(safe) + index_lse
   return jnp.where(seen, loss, 0.0), index_lse, jnp.where(seen, 1.0 / safe, 0.0), dq, targets
+
+
+def _invert(block_indices, plan, segment_ids, offset):
+  use = invert if invert.supports(plan) is None else entry_lists
+  return use.invert(block_indices, plan, segment_ids, offset)
 
 
 def _kept(q, places, block_size):
@@ -154,7 +160,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
         name="index_kl_dense_dk", B=B, T=T, TOKENS=tuned.rows, BLOCK=tuned.block, **constants)
     return (dq * dloss[..., None]).astype(q_idx.dtype), dk.sum(axis=1).astype(k_idx.dtype)
   plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
-  entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
+  entries = _invert(block_indices, plan, segment_ids, offset)
   places = plan.max_tiles * entry_lists.TILE_ROWS
   kept = targets is not None
   targets = targets if kept else jnp.zeros_like(_kept(q, 1, how[0]))

@@ -30,7 +30,7 @@ def _part(begin, end, full_begin, full_end, part, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _columns(GP: tl.constexpr, ROWS: tl.constexpr):
+def columns(GP: tl.constexpr, ROWS: tl.constexpr):
   """Token and head of the rows of a tile, in an order that leaves all heads of a token in one thread.
 
   A thread of a tensor core product holds the columns 8i + 2t and 8i + 2t + 1 for all i, and four neighbouring
@@ -44,8 +44,8 @@ def _columns(GP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _sum_heads(p, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
-  """[KEYS, ROWS] with columns in the order of `_columns` to [KEYS, tokens]."""
+def sum_heads(p, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
+  """[KEYS, ROWS] with columns in the order of `columns` to [KEYS, tokens]."""
   TOKENS: tl.constexpr = ROWS // GP
   if 2 <= GP and GP <= ROWS // 4:
     p = tl.sum(tl.reshape(p, (KEYS, TOKENS // 4, GP // 2, 4, 2)), axis=4)
@@ -85,7 +85,7 @@ def _compressed_step(out, q, norm, k, block, low, high, C, K: tl.constexpr, H: t
   c = block * BLOCK + key
   keys = tl.load(at) if WHOLE else tl.load(at, mask=(c < C)[:, None], other=0.0)
   s = tl.dot(keys, tl.trans(q), input_precision=PRECISION)
-  p = _sum_heads(tl.exp2(s * SCALE - norm[None, :]), GP, BLOCK, ROWS)
+  p = sum_heads(tl.exp2(s * SCALE - norm[None, :]), GP, BLOCK, ROWS)
   p = tl.where((c[:, None] >= low[None, :]) & (c[:, None] < high[None, :]), p, 0.0)
   nth = key % RATIO * STRIDE
   own_weight = (tl.minimum(nth + LEN, SIZE) - nth).to(tl.float32) / STRIDE
@@ -139,7 +139,7 @@ def compressed_scores_kernel(q, k, lse, first, position, scores, B: tl.constexpr
       _clear(out + WIDTH, tl.maximum(see_begin, end * PER + (begin < end)), see_end, TOKENS, WIDTH)
   if SPLITS > 1:
     begin, end, _, _ = _part(begin, end, begin, end, tl.program_id(0) % SPLITS, SPLITS)
-  token, head = _columns(GP, ROWS)
+  token, head = columns(GP, ROWS)
   ok = (tile * TOKENS + token < T) & (head < G)
   row = (at + token) * (K * G) + r * G + head
   queries = tl.load(q + row[:, None] * H + tl.arange(0, H)[None, :], mask=ok[:, None], other=0.0)

@@ -20,6 +20,9 @@ from pallas_kernels.triton import selected_kernels
 from pallas_kernels.triton import tuning
 
 
+MAX_BLOCK = 64 * 256  # numbers of a block of keys: dK and dV of it are sums in registers
+
+
 def supports_selected_attention(a):
   q, k, indices, size = a["q"], a["k"], a["block_indices"], a["block_size"]
   reason = ranged.reasons(q, k, a["v"], a["scale"])
@@ -27,8 +30,8 @@ def supports_selected_attention(a):
     return reason
   if size not in (16, 32, 64, 128):
     return f"block_size = {size}: the kernels take 16, 32, 64, 128"
-  if q.shape[3] > 128:
-    return f"q has head dim {q.shape[3]}: the kernels take up to 128"
+  if size * q.shape[3] > MAX_BLOCK:
+    return f"q has head dim {q.shape[3]}: with block_size = {size} the kernels take up to {MAX_BLOCK // size}"
   plan = _plan(q, k, indices.shape[3], size)
   if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {indices.shape} has more entries than int32 counts"
@@ -121,6 +124,8 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
   constants = _constants(q, k, J, how, "selected_dkv")
   if how[0] * H > 64 * 64:  # two float32 accumulators of this size
     constants["num_warps"] = max(constants["num_warps"], 8)
+  if H > 128:
+    constants["num_stages"] = 1
   dk, dv = call.kernel_call(
       selected_kernels.dkv_kernel, (q, k, v, do, lse, delta, entries.rows, entries.spans, entries.units),
       [parts, parts], grid=(plan.max_units,), name="selected_attention_dkv", FACTOR=how[1],

@@ -39,6 +39,7 @@ DEFAULTS = {
     "selected_forward": Tuned(16, 64, 4, 2),
     "selected_dkv": Tuned(64, 64, 4, 2),
     "index_kl": Tuned(64, 64, 4, 2),
+    "block_mass": Tuned(128, 64, 4, 2),
 }
 
 _overrides: dict[str, Tuned] = {}

@@ -1,0 +1,104 @@
+"""`block_mass` of `pallas_kernels.api`: where dense attention puts its mass, made tile by tile and never kept by token.
+
+A tile is a few neighbouring tokens with the heads of one KV head, as in `compressed_top_k` (score_kernels.py): a thread
+has all heads of a token for a few keys and sums them alone. A line of block masses per (token, KV head) is all that is
+written; what no query of a tile sees is written as zeros.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels import spans
+from pallas_kernels.triton import call
+from pallas_kernels.triton import ranged
+from pallas_kernels.triton import tuning
+from pallas_kernels.triton.score_kernels import columns
+from pallas_kernels.triton.score_kernels import sum_heads
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def supports_block_mass(a):
+  if a["block_size"] not in BLOCK_SIZES and not call.INTERPRET:
+    return f"block_size = {a['block_size']}: the kernel takes {', '.join(map(str, BLOCK_SIZES))}"
+  return ranged.reasons(a["q"], a["k"], None, a["scale"])
+
+
+def block_mass(q, k, lse, *, block_size, scale, segment_ids, query_offset):
+  """See `pallas_kernels.api.block_mass`."""
+  first, end = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, query_offset)
+  f = functools.partial(_block_mass, block_size=block_size, scale=float(scale))
+  return call.batched(f)(q, k, lse.astype(jnp.float32), first, end)
+
+
+def _block_mass(q, k, lse, first, end, *, block_size, scale):
+  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  sizes = ranged.Sizes(T, S, K, N // K, H, scale, "ieee" if q.dtype == jnp.float32 else "tf32")
+  tuned = tuning.get("block_mass", head_dim=H, dtype=q.dtype)
+  rows = sizes.rows(tuned.rows)
+  items = B * K * -(-T // (rows // sizes.GP))
+  blocks = -(-S // block_size)
+  return tuple(call.kernel_call(
+      kernel, (q, k, lse, first, end),
+      [jax.ShapeDtypeStruct((B, T, K, blocks), jnp.float32), jax.ShapeDtypeStruct((B, T, K), jnp.float32)],
+      grid=(items,), name="block_mass", num_warps=tuned.warps, num_stages=tuned.stages, SIZE=block_size, ROWS=rows,
+      BLOCK=tuned.block, BLOCKS=blocks, **sizes.constants(B)))
+
+
+@triton.jit
+def kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+           K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr,
+           SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+           PRECISION: tl.constexpr):
+  """mass float32[B, T, K, BLOCKS] and entropy float32[B, T, K]; of BLOCK and SIZE one divides the other."""
+  STEP: tl.constexpr = max(BLOCK, SIZE)  # keys between two writes
+  PER: tl.constexpr = STEP // SIZE
+  TOKENS: tl.constexpr = ROWS // GP
+  TILES: tl.constexpr = (T + TOKENS - 1) // TOKENS
+  item = TILES * B * K - 1 - tl.program_id(0)  # long tiles first
+  tile, b, r = item // (B * K), item % (B * K) // K, item % K
+  at = tl.cast(b, tl.int64) * T + tile * TOKENS
+  nth = tl.arange(0, TOKENS)
+  there = tile * TOKENS + nth < T
+  low = tl.load(first + at + nth, mask=there, other=0)
+  high = tl.load(end + at + nth, mask=there, other=0)
+  # Runs do not decrease with the token, so those of the first and the last tell what the tile sees.
+  last = at + tl.minimum(TOKENS, T - tile * TOKENS) - 1
+  begin = tl.load(first + at) // STEP
+  stop = tl.maximum((tl.load(end + last) + STEP - 1) // STEP, begin)
+  token, head = columns(GP, ROWS)
+  ok = (tile * TOKENS + token < T) & (head < G)
+  row = (at + token) * (K * G) + r * G + head
+  queries = tl.load(q + row[:, None] * H + tl.arange(0, H)[None, :], mask=ok[:, None], other=0.0)
+  norm = tl.load(lse + row, mask=ok, other=float("-inf")) * 1.4426950408889634
+  norm = tl.where(norm == float("-inf"), float("inf"), norm)  # rows that see nothing give nothing
+  keys = k + (tl.cast(b, tl.int64) * C * K + r) * H
+  line = mass + ((at + nth) * K + r) * BLOCKS
+  for j in range(0, tl.minimum(begin * PER, BLOCKS)):
+    tl.store(line + j, tl.zeros((TOKENS,), tl.float32), mask=there)
+  for j in range(stop * PER, BLOCKS):
+    tl.store(line + j, tl.zeros((TOKENS,), tl.float32), mask=there)
+  spread = tl.zeros((BLOCK, TOKENS), tl.float32)  # of the entropy, by key within a step
+  for j in range(begin, stop):
+    total = tl.zeros((PER, TOKENS), tl.float32)
+    for part in range(STEP // BLOCK):
+      c = j * STEP + part * BLOCK + tl.arange(0, BLOCK)
+      rows = tl.load(keys + tl.cast(c, tl.int64)[:, None] * (K * H) + tl.arange(0, H)[None, :],
+                     mask=(c < C)[:, None], other=0.0)
+      x = tl.dot(rows, tl.trans(queries), input_precision=PRECISION) * SCALE - norm[None, :]
+      x = tl.maximum(x, -1e30)  # 0 * -inf is NaN
+      p = tl.exp2(x)
+      products = sum_heads(p * x, GP, BLOCK, ROWS)
+      seen = (c[:, None] >= low[None, :]) & (c[:, None] < high[None, :])
+      p = tl.where(seen, sum_heads(p, GP, BLOCK, ROWS), 0.0)
+      total += tl.sum(tl.reshape(p, (PER, BLOCK // PER, TOKENS)), axis=1)
+      spread -= tl.where(seen, products, 0.0)
+    block = j * PER + tl.arange(0, PER)
+    tl.store(line[None, :] + block[:, None], total * (1.0 / G), mask=there[None, :] & (block < BLOCKS)[:, None])
+  nats = tl.sum(spread, axis=0) * (0.6931471805599453 / G)
+  tl.store(entropy + (at + nth) * K + r, nats, mask=there)
