@@ -257,7 +257,7 @@ def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):
                         block_size=32, scale=0.125, segment_ids=None, query_offset=0)
   pallas_kernels.available("selected_attention")
   for serves in (True, False):
-    other = backends.Implementation("triton", None, ("gpu",), lambda arguments: None if serves else "q: no")
+    other = backends.Implementation("triton", None, ("gpu",), lambda **_: None if serves else "q: no")
     monkeypatch.setitem(backends._registered["selected_attention"], "triton", other)
     with backends.target_platform("gpu"):
       assert backends.choose("selected_attention", None, call(512)).name == "mosaic_gpu"

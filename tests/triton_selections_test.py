@@ -117,7 +117,7 @@ def test_many_slots_on_device():
 def test_blocks_that_no_tile_holds_are_refused():
   q, k_cmp = jax.ShapeDtypeStruct((1, 480, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 29, 2, 64), jnp.bfloat16)
   reason = lambda **sizes: top_k.supports_compressed_top_k(
-      dict(q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes})) or ""
+      q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes}) or ""
   assert "block_size = 48 to be a power of two times" in reason(block_size=48)
   assert "divisor of block_size = 40" in reason(block_size=40)
   assert "block_size" not in reason(block_size=64)

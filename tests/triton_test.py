@@ -237,12 +237,12 @@ def test_dispatch_on_a_gpu():
 def test_cudnn_is_chosen_only_where_its_sums_have_an_order(monkeypatch):
   a = call_of("attention", T=512)
   monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
-  assert "XLA_FLAGS" in cudnn.avoid(a)
+  assert "XLA_FLAGS" in cudnn.avoid(**a)
   for flag in ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_deterministic_ops --xla_foo=1"):
     monkeypatch.setenv("XLA_FLAGS", flag)
-    assert cudnn.avoid(a) is None
+    assert cudnn.avoid(**a) is None
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
-  assert cudnn.avoid(a) is not None
+  assert cudnn.avoid(**a) is not None
 
 
 def call_of(operation, T, B=1, N=64, H=128):
@@ -273,18 +273,18 @@ def test_cudnn_with_a_large_workspace_is_served_by_name_only(operation, T, B, gi
     backends.available(operation)  # imports what there is, so that nothing replaces the stand-in
     for name in ("cudnn_triton", "triton"):
       monkeypatch.setitem(backends._registered[operation], name,
-                          backends.Implementation(name, None, ("gpu",), lambda a: None))
+                          backends.Implementation(name, None, ("gpu",), lambda **_: None))
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
     assert f"{cudnn.workspace_bytes(a['q'], a.get('k', a.get('k_cmp'))) / 2 ** 30:.1f}" == gib
     assert chosen("cudnn") == "cudnn"
     if refused:
-      assert f"{gib} GiB, more than 4" in cudnn.avoid(a) and chosen(None) == "cudnn_triton"
-      assert caplog.records[-1].message == f"{operation}: cudnn_triton (gpu), not cudnn: {cudnn.avoid(a)}"
+      assert f"{gib} GiB, more than 4" in cudnn.avoid(**a) and chosen(None) == "cudnn_triton"
+      assert caplog.records[-1].message == f"{operation}: cudnn_triton (gpu), not cudnn: {cudnn.avoid(**a)}"
     else:
-      assert cudnn.avoid(a) is None and chosen(None) == "cudnn"
+      assert cudnn.avoid(**a) is None and chosen(None) == "cudnn"
     assert chosen("fastest") == "cudnn"
     monkeypatch.delenv("XLA_FLAGS")
-    assert chosen(None) == "cudnn_triton" and "XLA_FLAGS" in cudnn.avoid(a)
+    assert chosen(None) == "cudnn_triton" and "XLA_FLAGS" in cudnn.avoid(**a)
     assert chosen("fastest") == "cudnn"
 
 

@@ -25,4 +25,4 @@ KERNELS = {  # operation -> its module, which has a function of that name and `s
 
 for _operation, _module in KERNELS.items():
   backends.register(_operation, "mosaic_tpu", getattr(_module, _operation), platforms=("tpu",),
-                    supports=lambda arguments, _module=_module: _module.supports(**arguments))
+                    supports=_module.supports)

@@ -24,9 +24,9 @@ def padded(head_dim):
 def supports(function):
   """`function` of a call's arguments, told of shapes that are padded."""
   @functools.wraps(function)
-  def wrapped(arguments):
+  def wrapped(**arguments):
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], padded(x.shape[-1])), x.dtype)
-    return function({name: shape(x) if name in NAMES and x is not None else x for name, x in arguments.items()})
+    return function(**{name: shape(x) if name in NAMES and x is not None else x for name, x in arguments.items()})
   return wrapped
 
 
