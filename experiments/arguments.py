@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import types
 
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
 
 def parse(text: str | None, **defaults) -> types.SimpleNamespace:
   """"steps=200,method=nsa" -> a namespace with the types of `defaults`.
@@ -17,7 +19,7 @@ def parse(text: str | None, **defaults) -> types.SimpleNamespace:
       raise ValueError(f"experiment argument {part!r}: write name=value with one of {known}")
     kind = type(defaults[key])
     try:
-      values[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-    except ValueError:
+      values[key] = _TRUTH[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
       raise ValueError(f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
   return types.SimpleNamespace(**values)

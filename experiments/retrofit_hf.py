@@ -19,10 +19,9 @@ Arguments: trunk=, method=msa (msa, block_topk or quest), steps=1000, context=81
 num_blocks=16, dense_layers=0, peak=2e-5.
 """
 import dataclasses
-from pathlib import Path
 
 from experiments import arguments
-from nsa import config as config_lib, methods, metrics, schedule
+from nsa import methods, rundir, schedule
 from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig
 
 SHAPE = ModelConfig(vocab_size=151_936, num_layers=28, d_model=1024, num_heads=16, num_kv_heads=8, head_dim=128,
@@ -39,10 +38,7 @@ def get_config(arg=None):
     raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(known)}")
   model, tokenizer, size = SHAPE, "bytes", "0.6B"
   if a.trunk:
-    path = Path(a.trunk) / "config.json"
-    if not path.is_file():
-      raise FileNotFoundError(f"experiment argument trunk = {a.trunk!r}: no run directory; launch.import_hf makes one")
-    trunk = config_lib.from_dict(metrics.read_json(path))
+    trunk = rundir.read_config(a.trunk, field="experiment argument trunk")
     model, tokenizer, size = trunk.model, trunk.data.tokenizer, trunk.size
   if not 0 <= a.dense_layers < model.num_layers:
     raise ValueError(f"experiment argument dense_layers = {a.dense_layers}: 0 to {model.num_layers - 1}")

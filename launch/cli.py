@@ -25,6 +25,8 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from launch import overrides
+
 BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PROCESSES, PREEMPTED = 2, 3, 4, 5, 6, 75
 
 
@@ -35,17 +37,37 @@ def run(main, arguments: bool = False) -> None:
 
 
 def _parse(argv):
+  taken = []
   try:
+    if "config" in flags.FLAGS:
+      argv, taken = overrides.take_entries(argv)
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
       path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-      if not os.path.exists(path):
-        _exit(BAD_INPUT, f"--config={path}: no such experiment file")
+      if not os.path.isfile(path):
+        _exit(BAD_INPUT, f"--config={path}: {'a folder, and no' if os.path.isdir(path) else 'no such'} experiment file")
+      overrides.apply_entries(flags.FLAGS["config"].value, taken)
     return rest
   except (KeyError, AttributeError) as error:  # a dotted override of a field that is not there
     _exit(BAD_INPUT, f"override: {_field_error(error)}")
-  except (flags.Error, ValueError, TypeError, OSError, IndexError) as error:
+  except IndexError as error:
+    _exit(BAD_INPUT, _index_error(argv) or f"override: {error}")
+  except (flags.Error, ValueError, TypeError, OSError) as error:
     _exit(BAD_INPUT, str(error))
+
+
+def _index_error(argv) -> str:
+  """Which override names an item that is not there: the config is loaded again, without any."""
+  dotted = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
+  sys.argv = [argument for argument in sys.argv if argument not in dotted]
+  flags.FLAGS.unparse_flags()
+  try:
+    flags.FLAGS([argument for argument in argv if argument not in dotted])
+    for argument in dotted:
+      overrides.walk(flags.FLAGS["config"].value, argument.lstrip("-").removeprefix("config.").partition("=")[0])
+  except ValueError as error:
+    return str(error)
+  return ""
 
 
 def _field_error(error) -> str:
@@ -86,6 +108,8 @@ def _main(main, rest, arguments) -> int:
   except train.Preempted as error:
     _exit(PREEMPTED, str(error))
   except OSError as error:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST) and error.filename:
+      _exit(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest checkpoint")

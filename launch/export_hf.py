@@ -2,15 +2,16 @@
 
     python -m launch.export_hf --workdir=runs/qwen3-msa --out=/models/Qwen3-0.6B-msa
 
-What is written is the backbone, to be run dense: selectors and branches have no place in that format. Of an imported
-model, or one that was forked from it, config.json and tokenizer are the original's. Needs the extra `hf`.
+What is written is the backbone, to be run dense, and beside it method.json and method.safetensors: what the attention
+method added, which launch.import_hf reads again. Of an imported model, or one that was forked from it, config.json and
+tokenizer are the original's. The folder is written whole or not at all. Needs the extra `hf`.
 """
 from absl import flags
 
 from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write, made if it is not there.")
+_OUT = flags.DEFINE_string("out", None, "Folder to make; one that is there has to be empty.")
 _STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
 _SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 for its first.")
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
@@ -21,10 +22,10 @@ flags.mark_flags_as_required(["workdir", "out"])
 
 def main():
   from nsa import huggingface
-  dropped = huggingface.export_model(_WORKDIR.value, _OUT.value, step=_STEP.value, seed=_SEED.value, dtype=_DTYPE.value,
-                                     shard_bytes=int(_SHARD.value * 10 ** 9))
-  left_out = f"; without what {' and '.join(dropped)} added: it runs dense" if dropped else ""
-  print(f"{_OUT.value} written{left_out}")
+  added = huggingface.export_model(_WORKDIR.value, _OUT.value, step=_STEP.value, seed=_SEED.value, dtype=_DTYPE.value,
+                                   shard_bytes=int(_SHARD.value * 10 ** 9))
+  beside = f"; what {' and '.join(added)} added is in method.safetensors, the rest runs dense without it" if added else ""
+  print(f"{_OUT.value} written{beside}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from nsa import config as config_lib
-from nsa import checkpoint, held_out, methods, metrics, model as model_lib, scores, sharding
+from nsa import checkpoint, held_out, methods, metrics, model as model_lib, rundir, scores, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
@@ -52,9 +52,7 @@ def open_run(workdir, step: int = -1):
   Raises ConfigError if there is no such run or checkpoint.
   """
   workdir = epath.Path(workdir)
-  if not (workdir / "config.json").exists():
-    raise config_lib.ConfigError([("--workdir", str(workdir), "no run directory: config.json is missing")])
-  config = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  config = rundir.read_config(workdir)
   steps = checkpoint.Checkpoints(workdir, read_only=True).steps()
   if not steps or (step >= 0 and step not in steps):
     raise config_lib.ConfigError([("--step", step, f"{workdir} has checkpoints at {steps}")])
@@ -113,7 +111,7 @@ def is_there(config, workdir, step: int, during: bool = False) -> bool:
 def _by_hand(config, workdir, step, settings) -> str:
   """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
   workdir = epath.Path(workdir)
-  run = config_lib.from_dict(metrics.read_json(workdir / "config.json"))
+  run = rundir.read_config(workdir)
   own = held_out.declared(run, during=step < run.schedule.steps)
   path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
   if path.exists():

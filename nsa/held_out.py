@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 
@@ -47,9 +46,9 @@ def declared(config, during: bool = False) -> dict:
   e, short = config.eval, during and bool(config.eval.during)
   items = e.during_examples if short else e.task_examples
   names = (e.tasks or config.data.tasks) if items else ()
-  kind, colon, path = config.data.tokenizer.partition(":")  # a run may be moved: what it makes of the text is in windows_sha256
+  kind = config.data.tokenizer.partition(":")[0]  # a run may be moved: what it makes of the text is in windows_sha256
   return json.loads(json.dumps({
-      "split": e.split, "context": e.context or config.data.context, "tokenizer": kind + colon + pathlib.PurePath(path).name,
+      "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
       "sequences": e.sequences if _texts(config) else 0, "tasks": names, "task_examples": items if names else 0, "near": e.near,
       "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
       "run_modes": e.during if short else e.run_modes, "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,

@@ -101,7 +101,7 @@ def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, sca
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   size = 1.0
   if scaling is not None and scaling.kind:
-    frequency = _scale_frequencies(frequency, scaling, theta)
+    frequency = scale_frequencies(frequency, scaling, theta)
     if scaling.kind == "yarn":
       size = scaling.attention_factor or 0.1 * np.log(max(scaling.factor, 1.0)) + 1.0
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
@@ -111,7 +111,7 @@ def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, sca
   return jnp.cos(angle) * np.float32(size), jnp.sin(angle) * np.float32(size)
 
 
-def _scale_frequencies(frequency, scaling, theta):
+def scale_frequencies(frequency, scaling, theta):
   """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
   `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
   the factor, in between a mean weighted by the turns (Llama 3.1's released configuration). yarn: the same two ends, in

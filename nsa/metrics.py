@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from nsa.progress import Progress  # noqa: F401, part of this module's interface
 
 # JSON has no word for these; as strings they stay readable by every JSON parser.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_SPELT = re.compile(r"\\*(nan|-?inf)")  # strings of these get a backslash, or one more
 
 
 # --- records as lines of JSON -----------------------------------------------------
@@ -35,7 +37,7 @@ class JsonlWriter:
   loses the records since the last one.
 
   Floats are written with the fewest digits that give back the same value in their own type; nan and
-  infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back.
+  infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back; strings that read so get a backslash.
 
   Args:
     path: the file.
@@ -251,9 +253,7 @@ def _encode(value, where):
   if value is None or isinstance(value, (bool, int)):
     return value
   if isinstance(value, str):
-    if value in _NONFINITE:
-      raise ValueError(f"{where} = {value!r}: this string stands for a number; pass a float")
-    return value
+    return "\\" + value if _SPELT.fullmatch(value) else value  # an arm called "nan" stays one
   if isinstance(value, float):  # np.float64 too
     value = float(value)
     return value if math.isfinite(value) else repr(value)
@@ -281,7 +281,7 @@ def _encode(value, where):
 
 def _decode(value):
   if isinstance(value, str):
-    return _NONFINITE.get(value, value)
+    return _NONFINITE.get(value, value[1:] if value.startswith("\\") and _SPELT.fullmatch(value) else value)
   if isinstance(value, dict):
     return {k: _decode(v) for k, v in value.items()}
   if isinstance(value, list):

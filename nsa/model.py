@@ -61,7 +61,8 @@ class Attention(nnx.Module):
     if x.gate is not None:
       o = o * x.gate.astype(o.dtype)[..., None]
     seen = {} if observe is None else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})}
-    return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams
+    handed = call.handed if result.block_indices is None else result.block_indices
+    return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams, handed
 
 
 class Block(nnx.Module):
@@ -84,12 +85,12 @@ class Block(nnx.Module):
     if call.tail is not None:
       reach = cache["tail"].shape[1]
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
-    y, losses, seen, streams = self.attention(h, call, cache, observe)
+    y, losses, seen, streams, handed = self.attention(h, call, cache, observe)
     x = x + y
     x = x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps))
     if tail is not None:
       streams = {**streams, "tail": tail}
-    return x, (losses, seen, streams)
+    return x, handed, (losses, seen, streams)
 
 
 class Transformer(nnx.Module):
@@ -282,20 +283,23 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     stack_def, stack_state = nnx.split(stack)
     watch = None if observe is None else functools.partial(observe, method)
 
-    def body(x, layer, stack_def=stack_def, watch=watch):
-      state, layer_cache, index = layer
+    hands = method.handed_up(model, *tokens.shape)
+
+    def body(carry, layer, stack_def=stack_def, watch=watch, hands=hands):
+      (x, handed), (state, layer_cache, index) = carry, layer
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index))
-      x, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
+      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), layer=index, handed=handed)
+      x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
-      return constrain(x, ("batch", "time", None)), (loss, observed, None if layer_cache is None else streams)
+      return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
+              (loss, observed, None if layer_cache is None else streams))
 
     if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise
       # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
       body = jax.checkpoint(body, prevent_cse=unroll >= count,
                             policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN))
     index = jnp.arange(first, first + count)
-    x, (loss, observed, streams) = jax.lax.scan(body, x, (stack_state, None if cache is None else cache[i], index),
+    (x, _), (loss, observed, streams) = jax.lax.scan(body, (x, hands), (stack_state, None if cache is None else cache[i], index),
                                               unroll=min(unroll, count))
     first += count
     all_losses.append(loss)

@@ -129,7 +129,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   todo = [job for job in todo if job not in others]
   if not todo:
     raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
-  directory.mkdir(parents=True, exist_ok=True)
+  train.make_workdir(directory)
   work = {job.run: _work(job) for job in todo}
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 schedule, sharding)
+                 rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -164,7 +164,9 @@ def _under_way(workdir):
   """Turns errors that elsewhere mean wrong input, with nothing touched, into what they are once training has begun."""
   try:
     yield
-  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+  except (ValueError, OSError, ModuleNotFoundError) as error:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      raise                              # a full disk is told as such
     raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest checkpoint. "
                        f"{type(error).__name__}: {error}") from error
 
@@ -196,7 +198,10 @@ def open_workdir(config, workdir: epath.Path) -> None:
   wanted = config_lib.to_dict(config)
   with processes.together("opening the workdir"):
     if path.exists():
-      found = config_lib.to_dict(config_lib.from_dict(metrics.read_json(path)))  # fields it does not know yet have their defaults
+      found = rundir.read_config(workdir)                 # fields it does not know yet have their defaults
+      if rundir.has_tokenizer_of(config, workdir):        # wherever it was read from
+        found.data.tokenizer = config.data.tokenizer
+      found = config_lib.to_dict(found)
       changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
       if changed:
         raise config_lib.ConfigError(
@@ -204,6 +209,7 @@ def open_workdir(config, workdir: epath.Path) -> None:
               "take another --workdir, or the old value") for key in changed])
   with processes.together("writing config.json"):
     if processes.first():
+      rundir.keep_tokenizer(config, workdir)
       metrics.write_json(path, wanted)
       (workdir / "FAILED").unlink(missing_ok=True)
   with processes.together("opening the workdir"):
@@ -226,7 +232,8 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
   trunk = epath.Path(config.fork.workdir)
   if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
     theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
-    if (theirs.texts, theirs.tokenizer) == (config.data.texts, config.data.tokenizer):
+    alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
+    if alike and theirs.texts == config.data.texts:
       _same_corpora(config, read, _recorded(trunk), trunk, "bring them back, train the trunk again, or give these a data.source of "
                     "their own")
   return read
@@ -280,10 +287,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   unused. Raises ConfigError naming what does not fit.
   """
   where = config.fork.workdir
-  path = epath.Path(where) / "config.json"
-  if not path.exists():
-    raise config_lib.ConfigError([("fork.workdir", where, "no run directory: config.json is missing")])
-  trunk_config = config_lib.from_dict(metrics.read_json(path))
+  trunk_config = rundir.read_config(where, field="fork.workdir")
   missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
   if missing and not config.fork.reset:
     raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])

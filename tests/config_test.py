@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from launch import overrides
 from nsa import config as config_lib, methods
 from nsa.config import ConfigError, Restart, Stage
 
@@ -139,6 +140,12 @@ WRONG = [
     ("checkpoint.every", -1, "checkpoint.every", "0 for the last"),
     ("data.align", -1, "data.align", "multiple of attention.block_size"),
     ("optimizer.b1", 1.0, "optimizer.b1", "below 1"),
+    ("optimizer.eps", -1.0, "optimizer.eps", "above 0"),
+    ("optimizer.eps", 0.0, "optimizer.eps", "above 0"),
+    ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay", "finite"),
+    ("model.rope_theta", float("inf"), "model.rope_theta", "finite"),
+    ("schedule.stages", [Stage(loss_weights={"index_kl": float("nan")})], "schedule.stages[0].loss_weights['index_kl']", "finite"),
+    ("peak_tflops", -1.0, "peak_tflops", "0 to look it up"),
     ("optimizer.clip", -1.0, "optimizer.clip", "negative"),
     ("schedule.learning_rate.final", 5.0, "schedule.learning_rate.final", "0 to 1"),
     ("schedule.stages", [Stage(0.0001, "warmup"), Stage(0.9999, "sparse")], "schedule.stages[0].fraction", "no step"),
@@ -224,3 +231,32 @@ def test_stage_contexts_are_checked_for_method_and_mesh():
                                                                        8))  # 4 sequences over 8 devices
   config.schedule.stages = [dataclasses.replace(s, context=8) for s in config.schedule.stages]
   assert any(name == "attention.block_size" for name, _, _ in problems_of(config))
+
+
+# --- overrides that ml_collections leaves out ---
+
+
+def override(*arguments):
+  config = make_config()
+  config.schedule.stages = [Stage(0.5), Stage(0.5)]
+  rest, taken = overrides.take_entries(["program", *arguments])
+  overrides.apply_entries(config, taken)
+  return config, rest
+
+
+def test_entries_of_dicts_are_overridden():
+  config, rest = override("--config.eval.blocks.block_size=8", "--config.schedule.stages[1].loss_weights.index_kl=2.5",
+                          "--config.data.weights={'a': 3}", "--config.data.corpora.a=files:/x/y.z", "--config.model.d_model=8")
+  assert config.eval.blocks == {"block_size": 8} and config.data.weights == {"a": 3.0} and rest == ["program", "--config.model.d_model=8"]
+  assert [stage.loss_weights for stage in config.schedule.stages] == [{}, {"index_kl": 2.5}]
+  assert config.data.corpora == {"a": "files:/x/y.z"}
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--config.eval.blocks.block_size=x", "config.eval.blocks.block_size = 'x': takes a whole number"),
+    ("--config.eval.blocks=8", "config.eval.blocks = '8': takes a dict"),
+    ("--config.schedule.stages[2].loss_weights.index_kl=1", r"config.schedule.stages\[2\]: there are 2, counted from 0"),
+    ("--config.model.blocks.block_size=8", "ModelConfig has no dict 'blocks'")])
+def test_wrong_overrides_of_entries_are_named(argument, words):
+  with pytest.raises(ValueError, match=words):
+    override(argument)

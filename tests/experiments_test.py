@@ -71,5 +71,8 @@ def test_arguments_are_typed_and_named():
   assert (parsed.steps, parsed.name, parsed.fast, parsed.rate) == (20, "x", True, 0.5)
   with pytest.raises(ValueError, match="'step=2'.*steps=1"):
     arguments.parse("step=2", steps=1)
+  assert arguments.parse("fast=No", fast=True).fast is False
+  with pytest.raises(ValueError, match="fast = 'ture'.*bool"):
+    arguments.parse("fast=ture", fast=False)
   with pytest.raises(ValueError, match="steps = 'two'.*int"):
     arguments.parse("steps=two", steps=1)

@@ -1,4 +1,4 @@
-"""Tests of nsa/huggingface.py: Llama and Qwen3 in and out, against NumPy and, where it is installed, transformers.
+"""Tests of nsa/huggingface: models in and out, against NumPy and, where it is installed, transformers.
 
     /tmp/hf/bin/pip install -e ".[test,test_hf]"     # PyTorch and transformers
     /tmp/hf/bin/python -m pytest tests/huggingface_test.py
@@ -16,15 +16,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, huggingface, methods, metrics, model as model_lib, train
+from nsa import checkpoint, config as config_lib, huggingface, methods, metrics, model as model_lib, rundir, train
 
 safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parent.parent
-V, D, F, L, N, K, H, T = 96, 32, 48, 3, 4, 2, 12, 40
+V, D, F, L, N, K, H, T = 288, 32, 48, 3, 4, 2, 12, 40
 SHAPE = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
-             num_key_value_heads=K, head_dim=H, hidden_act="silu", attention_bias=False, max_position_embeddings=512)
+             num_key_value_heads=K, hidden_act="silu", attention_bias=False, max_position_embeddings=512)
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=24)
 CONFIGS = {
@@ -36,7 +36,7 @@ CONFIGS = {
                   rope_theta=200.0,
                   rope_scaling=dict(type="linear", factor=2.0), sliding_window=None, use_sliding_window=False),
 }
-CONFIGS["qwen3"].pop("head_dim")  # then it is D / N
+CONFIGS["qwen3"]["head_dim"] = H  # the other has D / N
 
 
 def weights(name):
@@ -133,8 +133,8 @@ def our_logits(config, params):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
   source = write(name, tmp_path / "source")
-  (source / "tokenizer_config.json").write_text("{}")
-  config = huggingface.import_model(source, tmp_path / "run")
+  (source / "generation_config.json").write_text("{}")
+  config = huggingface.import_model(source, tmp_path / "run", tokenizer="bytes")
   assert config_lib.from_dict(metrics.read_json(tmp_path / "run/config.json")) == config
   assert config.model.dtype == ("bfloat16" if name == "qwen3" else "float32")
   want = slow_logits(name, TOKENS[0])
@@ -143,7 +143,7 @@ def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
   # 20 kB a file: more than one.
   assert huggingface.export_model(tmp_path / "run", tmp_path / "out", shard_bytes=20_000) == []
   files = json.loads((tmp_path / "out" / huggingface.INDEX).read_text())["weight_map"]
-  assert len(set(files.values())) > 1 and (tmp_path / "out/tokenizer_config.json").exists()
+  assert len(set(files.values())) > 1 and (tmp_path / "out/generation_config.json").exists()
   back = {n: safetensors.load_file(tmp_path / "out" / file)[n] for n, file in files.items()}
   tensors = weights(name)
   assert back.keys() == tensors.keys()
@@ -156,29 +156,39 @@ def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
   assert written["max_position_embeddings"] == base["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+THEIRS = {  # class in transformers, and what differs from SHAPE
+    "llama3": ("Llama", dict(rms_norm_eps=1e-3, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
+    "llama_linear": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
+    "llama_yarn": ("Llama", dict(rope_parameters=dict(YARN, rope_theta=100.0))),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2_yarn": ("Qwen2", dict(rope_parameters=dict(YARN, rope_theta=1e3, beta_fast=4.0, beta_slow=0.5, attention_factor=0.7))),
+    "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
+    "smollm3": ("SmolLM3", dict(num_hidden_layers=5, pad_token_id=0)),
+    "smollm3_list": ("SmolLM3", dict(no_rope_layers=[0, 1, 1], pad_token_id=0)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(THEIRS))
 def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   torch.manual_seed(0)
-  shape = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
-               num_key_value_heads=K, head_dim=H, initializer_range=0.3)
-  if name == "llama":
-    built = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **shape, tie_word_embeddings=False, rms_norm_eps=1e-3, rope_parameters=dict(LLAMA3, rope_theta=500.0)))
-  else:
-    built = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, tie_word_embeddings=True))
+  kind, changes = THEIRS[name]
+  shape = {**SHAPE, **(dict() if "smollm3" in name else dict(head_dim=H)), "initializer_range": 0.3, **changes}
+  built = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
   with torch.no_grad():
     for parameter_name, x in built.named_parameters():
-      if "norm" in parameter_name:
+      if "norm" in parameter_name or parameter_name.endswith("bias"):
         x += 0.3 * torch.randn_like(x)
-  built.save_pretrained(tmp_path / "source", max_shard_size="30KB" if name == "llama" else "5GB")
+  built.save_pretrained(tmp_path / "source", max_shard_size="30KB" if name == "llama3" else "5GB")
 
   def their_logits(folder):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
       return loaded(torch.tensor(TOKENS)).logits.numpy()[0]
 
-  config = huggingface.import_model(tmp_path / "source", tmp_path / "run")
+  config = huggingface.import_model(tmp_path / "source", tmp_path / "run", tokenizer="bytes")
   want = their_logits(tmp_path / "source")
   got = our_logits(config, checkpoint.load_params(tmp_path / "run"))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -187,11 +197,11 @@ def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
 
 
 @pytest.mark.parametrize("name, change, said", [
-    ("llama", dict(model_type="qwen2"), ["model_type = 'qwen2'", "only llama and qwen3"]),
+    ("llama", dict(model_type="gemma2"), ["model_type = 'gemma2'", "known are llama, mistral"]),
     ("llama", dict(attention_bias=True), ["attention_bias = True", "another checkpoint"]),
     ("llama", dict(hidden_act="gelu"), ["hidden_act = 'gelu'", "silu"]),
-    ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0)),
-     ["rope_parameters.rope_type = 'yarn'", "llama3"]),
+    ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)),
+     ["rope_parameters.rope_type = 'dynamic'", "llama3"]),
     ("llama", dict(rope_parameters=dict(rope_type="llama3", factor=2.0)),
      ["rope_parameters.low_freq_factor = None", "needs it"]),
     ("qwen3", dict(rope_scaling=dict(type="linear", factor=2.0, beta=3)), ["rope_scaling.beta = 3", "linear"]),
@@ -201,23 +211,23 @@ def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
     ("llama", dict(logit_scale=0.5), ["logit_scale = 0.5", "not known here"]),
     ("llama", dict(num_hidden_layers=4), ["model.layers.3.", "do not belong"]),
     ("llama", dict(num_hidden_layers=2), ["model.layers.2.", "tensors that the model here does not have"]),
-    ("llama", dict(vocab_size=97), ["model.embed_tokens.weight = (96, 32)", "(97, 32)"]),
+    ("llama", dict(vocab_size=289), ["model.embed_tokens.weight = (288, 32)", "(289, 32)"]),
 ])
 def test_what_cannot_be_computed_is_refused_by_name(name, change, said, tmp_path):
   source = write(name, tmp_path / "source", **change)
   with pytest.raises(config_lib.ConfigError) as error:
-    huggingface.import_model(source, tmp_path / "run")
+    huggingface.import_model(source, tmp_path / "run", tokenizer="bytes")
   assert all(text in str(error.value) for text in said), error.value
   assert not (tmp_path / "run/config.json").exists()
 
 
 def test_what_is_missing_is_named(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="no config.json there"):
-    huggingface.import_model(tmp_path, tmp_path / "run")
+    huggingface.import_model(tmp_path, tmp_path / "run", tokenizer="bytes")
   source = write("llama", tmp_path / "source")
   (source / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(config_lib.ConfigError, match="model-00002-of-00002.safetensors, which are not there"):
-    huggingface.import_model(source, tmp_path / "run")
+    huggingface.import_model(source, tmp_path / "run", tokenizer="bytes")
   with pytest.raises(config_lib.ConfigError, match="model.short_conv = 3"):
     huggingface.write_config(config_lib.ModelConfig(short_conv=3, tie_embeddings=False), "float32")
   with pytest.raises(config_lib.ConfigError, match="model.embedding_multiplier = 0.0: tied"):
@@ -272,7 +282,7 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
                         check=False)
   assert done.returncode == 0 and "parameters, 3 layers" in done.stdout, done.stderr
-  imported = config_lib.from_dict(metrics.read_json(tmp_path / "trunk/config.json"))
+  imported = rundir.read_config(tmp_path / "trunk")
   assert imported.data.tokenizer == f"hf:{tmp_path / 'trunk/hf'}"
   before = checkpoint.load_params(tmp_path / "trunk")
 

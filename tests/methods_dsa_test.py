@@ -60,7 +60,7 @@ def objective(name, mode, params, h, weights, segments):
   rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
   call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
   layer = nnx.merge(attention_of(name)[0], params)
-  out, losses, _, _ = layer(h, call, None, None)
+  out, losses, *_ = layer(h, call, None, None)
   x, streams = layer.project(h, call)
   lists = layer.method.select(layer.method.index(x, streams, call), x, streams, call)
   assert layer.method.unit == (1 if name.startswith("token") else 8)

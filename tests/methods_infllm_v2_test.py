@@ -49,7 +49,7 @@ def objective(name, params, h, weights, segments):
   """<output, weights> of one layer, and (output, chosen blocks)."""
   rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
   call = methods.Call(rope=rotate, segment_ids=segments)
-  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, lambda q, k, indices, call: {
+  out, losses, seen, *_ = nnx.merge(attention_of(name)[0], params)(h, call, None, lambda q, k, indices, call: {
       "indices": indices})
   assert not losses
   return jnp.sum(out * weights), (out, seen["indices"])

@@ -52,7 +52,7 @@ def objective(name, params, h, weights, segments):
   call = methods.Call(rope=rotate, segment_ids=segments)
   seen = lambda q, k, indices, call: {
       "indices": indices, "diagnostics": blocks.diagnostics(q, k, indices, call, VARIANTS[name])}
-  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
+  out, losses, seen, *_ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
   assert not losses
   return jnp.sum(out * weights), (out, seen["indices"], seen["diagnostics"])
 

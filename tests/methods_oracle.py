@@ -38,11 +38,11 @@ def project(xp, p, h):
   return rms_norm(xp, y, p["norm"]) if "norm" in p else y
 
 
-def attend(xp, q, k, v, mask):
-  """Masked softmax attention: o [B, T, N, H] and probabilities [B, T, K, G, S]; 0 where nothing is seen."""
+def attend(xp, q, k, v, mask, bias=0.0):
+  """Masked softmax attention, `bias` [B, T, K, 1, S] added to its logits: o [B, T, N, H] and probabilities [B, T, K, G, S]; 0 where nothing is seen."""
   B, T, N, H = q.shape
   K = k.shape[2]
-  s = xp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, K, N // K, H), k) / np.sqrt(H)
+  s = xp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, K, N // K, H), k) / np.sqrt(H) + bias
   mask = mask[:, :, :, None]
   s = xp.where(mask, s, -1e30)
   e = xp.where(mask, xp.exp(s - s.max(-1, keepdims=True)), 0.0)
@@ -106,7 +106,7 @@ def block_scores(name, p, h, options):
   K, H, size = k.shape[2], k.shape[3], options.block_size
   G, blocks = q.shape[2] // K, -(-T // size)
   out = np.full((B, T, K, blocks), -np.inf)
-  if name == "msa":
+  if name in ("msa", "gated"):
     index = p["method"]["selector"]
     q_idx, k_idx = (rope(np, project(np, index[x], h), np.arange(T)) for x in "qk")
   if name == "oracle":
@@ -122,7 +122,7 @@ def block_scores(name, p, h, options):
   for b, t, r in np.ndindex(B, T, K):
     for j in range(t // size + 1):
       tokens = range(j * size, min((j + 1) * size, t + 1))
-      if name == "msa":
+      if name in ("msa", "gated"):
         out[b, t, r, j] = max(q_idx[b, t, r] @ k_idx[b, s, 0] for s in tokens)
       elif name == "block_topk":
         mean = k[b, j * size:(j + 1) * size, r].mean(0)
@@ -158,12 +158,15 @@ def layer(xp, name, p, h, options, mask, stop=lambda x: x):
   B, T, _ = h.shape
   positions = np.arange(T)
   q, k = (rope(xp, project(xp, p[x], h), positions) for x in "qk")
-  o, prob = attend(xp, q, k, project(xp, p["v"], h), mask)
-  kl = 0.0
-  if name == "msa":
+  kl, bias = 0.0, 0.0
+  if name in ("msa", "gated"):
     index = p["method"]["selector"]
     q_idx, k_idx = (rope(xp, project(xp, index[x], stop(h)), positions) for x in "qk")
     s = xp.einsum("btkh,bsh->btks", q_idx, k_idx[:, :, 0]) / np.sqrt(q_idx.shape[-1])
+  if name == "gated":
+    bias = (s * p["method"]["gain"][None, None, :, None])[:, :, :, None]
+  o, prob = attend(xp, q, k, project(xp, p["v"], h), mask, bias)
+  if name == "msa":
     s = xp.where(mask, s, -1e30)
     top = s.max(-1, keepdims=True)
     log_student = s - top - xp.log(xp.where(mask, xp.exp(s - top), 0.0).sum(-1, keepdims=True))

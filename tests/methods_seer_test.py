@@ -57,7 +57,7 @@ def objective(name, mode, params, h, weights, segments):
   rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
   call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
   seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
-  out, losses, seen, _ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
+  out, losses, seen, *_ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
   return jnp.sum(out * weights) + losses["gate_kl"], (out, losses["gate_kl"], seen.get("indices"))
 
 

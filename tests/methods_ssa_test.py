@@ -51,7 +51,7 @@ def gradient_of(mode):
     rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
     call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
     seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
-    out, losses, seen, _ = nnx.merge(attention()[0], params)(h, call, None, seen)
+    out, losses, seen, *_ = nnx.merge(attention()[0], params)(h, call, None, seen)
     return jnp.sum(out * weights) + alpha * losses["alignment"], (out, losses["alignment"], seen.get("indices"))
 
   return jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))

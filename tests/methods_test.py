@@ -19,6 +19,8 @@ SMALL = dict(block_size=8, num_blocks=3)
 METHODS = {
     "dense": methods.Dense(),
     "msa": methods.MSA(index_dim=4, **SMALL),
+    "gated": methods.Gated(index_dim=4, **SMALL),
+    "msa_shared": methods.SharedMSA(index_dim=4, **SMALL),
     # Blocks of 4 strides, compressed blocks of 2: the weights are 1, 2, 2, 2, 1 as in the paper's geometry.
     "nsa": methods.NSA(block_size=8, num_blocks=4, compress_len=4, compress_stride=2, window=12),
     "dsa": methods.DSA(index_heads=2, index_dim=4, **SMALL),
@@ -40,10 +42,10 @@ METHODS = {
 }
 ALL = sorted(METHODS)
 # Those of tests/methods_oracle.py; the other methods have a test file with a reference of their own.
-REFERENCED = ["block_topk", "dense", "msa", "nsa", "oracle", "quest", "random", "sink_window"]
+REFERENCED = ["block_topk", "dense", "gated", "msa", "nsa", "oracle", "quest", "random", "sink_window"]
 SELECTING = [name for name in REFERENCED if name != "dense"]
 # With J at least the number of blocks these are dense attention.
-PRESERVING = [name for name in SELECTING if name != "nsa"]
+PRESERVING = [name for name in SELECTING if name not in ("nsa", "gated")]
 
 
 def make_config(attention, layers=(), **model):
@@ -112,7 +114,7 @@ def run_layer(name, mode):
   def objective(params, h):
     call = methods.Call(mode=mode, key=KEY, rope=rotate)
     seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
-    out, losses, seen, _ = nnx.merge(graph, params)(h, call, None, seen)
+    out, losses, seen, *_ = nnx.merge(graph, params)(h, call, None, seen)
     return jnp.sum(out * weights) + losses.get("index_kl", 0.0), (out, losses, seen)
 
   grads, (out, losses, seen) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, h)
@@ -153,7 +155,7 @@ def reference_gradients(name):
 @pytest.mark.parametrize("name,mode", LAYERS)
 def test_layer_gradients_equal_those_of_the_masked_reference(name, mode):
   h, weights, (grads, _, _, indices) = run_layer(name, mode)
-  plain = name if name in ("msa", "nsa") else "dense"  # the others differ by their mask alone
+  plain = name if name in ("msa", "nsa", "gated") else "dense"  # the others differ by their mask alone
   want = reference_gradients(plain)(attention_of(name)[1], h, mask_of(name, mode, indices), weights)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3,
                                                        atol=2e-4 * max(1.0, np.abs(b).max())), grads, want)
@@ -302,6 +304,41 @@ def test_kl_trains_the_selector_alone_and_nothing_else_does(name, mode):
   kl_groups, lm_groups = largest_by_group(name, of_kl), largest_by_group(name, of_lm)
   assert kl > 0 and kl_groups["selector"] > 1e-4 and kl_groups["backbone"] == 0
   assert lm_groups["selector"] == 0 and lm_groups["backbone"] > 1e-4
+
+
+def test_the_lm_loss_trains_a_gated_selector_once_its_gain_is_not_zero():
+  params, gradients = params_of("gated"), gradients_of("gated", "sparse")
+  groups = largest_by_group("gated", gradients(params, 1.0, 0.0)[0])
+  assert groups["selector"] > 1e-4 and groups["backbone"] > 1e-4
+  at_zero = jax.tree_util.tree_map_with_path(lambda path, x: x * ("gain" not in str(path[-1])), params)
+  grads = gradients(at_zero, 1.0, 0.0)[0]["stacks"]["stack0"]["attention"]["method"]
+  assert np.abs(grads["gain"]).max() > 1e-5                                       # it leaves 0 by itself,
+  assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads["selector"]))  # the index learns from then on
+  shared = {k: v for k, v in at_zero["stacks"]["stack0"]["attention"]["method"].items() if k != "gain"}
+  msa = {**at_zero, "stacks": {"stack0": {**at_zero["stacks"]["stack0"], "attention": {
+      **at_zero["stacks"]["stack0"]["attention"], "method": shared}}}}
+  np.testing.assert_allclose(logits_of("gated")(at_zero, tokens_of(), WHOLE), logits_of("msa")(msa, tokens_of(), WHOLE),
+                             rtol=1e-5, atol=1e-5)  # a retrofit enters as MSA
+
+
+def test_layers_share_the_choice_of_the_layer_that_has_the_index():
+  params = params_of("msa_shared", num_layers=4)
+  config = make_config(METHODS["msa_shared"], num_layers=4)
+  seen = lambda method, q, k, lists, call: {"lists": lists}
+  out = model_lib.forward(config, params, tokens_of(), mode="sparse", observe=seen)
+  first, second, third, fourth = out.layers[0]["lists"]
+  np.testing.assert_array_equal(first, second)
+  np.testing.assert_array_equal(third, fourth)
+  assert (np.sort(np.asarray(first), -1) != np.sort(np.asarray(third), -1)).any()
+  alone = make_config(dataclasses.replace(METHODS["msa_shared"], period=1), num_layers=4)
+  msa = make_config(METHODS["msa"], num_layers=4)
+  got, want = (model_lib.forward(c, params, tokens_of(), mode="sparse") for c in (alone, msa))
+  np.testing.assert_array_equal(got.logits, want.logits)
+  np.testing.assert_array_equal(got.losses["index_kl"], want.losses["index_kl"])
+  # The loss is the mean over the layers that choose, and their indices alone learn.
+  loss = lambda p: model_lib.forward(config, p, tokens_of(), mode="sparse").losses["index_kl"]
+  grads = jax.jit(jax.grad(loss))(params)["stacks"]["stack0"]["attention"]["method"]["selector"]["q"]["weight"]
+  assert [bool(np.abs(g).max() > 0) for g in grads] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer", "moba", "infllm_v2", "ssa"])

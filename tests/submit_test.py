@@ -60,6 +60,7 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("cluster,fields,words", [
     ("local", dict(nodes=2), "--nodes=2"), ("local", dict(name="Native"), "--name='Native'"),
     ("slurm", dict(command=("train",)), "after --"), ("slurm", dict(max_restarts=-1), "--max_restarts=-1"),
+    ("slurm", dict(options=dict(time="soon")), "--time=soon: take minutes"), ("slurm", dict(options=dict(time="1h")), "--time=1h"),
     ("tpu_vm", dict(options={}), "--accelerator"), ("tpu_vm", dict(command=COMMAND), "--workdir=/shared/runs/a b"),
     ("tpu_vm", dict(options=dict(OPTIONS["tpu_vm"], spot="maybe")), "--spot=maybe"),
     ("gke", dict(options={}), "--image"), ("gke", dict(options=dict(image="i")), "--workdir=.*--volume=CLAIM"),

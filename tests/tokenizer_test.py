@@ -57,6 +57,21 @@ def test_tokens_stand_for_the_bytes_of_the_text(kind, tmp_path):
   assert tokenizer.get(found.name) is found
 
 
+def test_text_that_a_tokenizer_changes_is_told(tmp_path, caplog):
+  """4 bytes that are no UTF-8 become U+FFFD, of 3 bytes each."""
+  name = save(tmp_path / "tokenizer", "byte_level", {"eos_token": "</s>"})
+  (tmp_path / "corpus/train").mkdir(parents=True)
+  (tmp_path / "corpus/train/good").write_bytes("naïve".encode() * 10)
+  data.load(f"files:{tmp_path}/corpus", "train", tokens=name)
+  assert not caplog.records
+  (tmp_path / "corpus/train/latin").write_bytes(b"na\xefve " * 4)
+  data.sources._load.cache_clear()
+  for _ in range(2):
+    data.load(f"files:{tmp_path}/corpus", "train", tokens=name)
+  (record,) = caplog.records                # once
+  assert "makes 32 bytes of 1 of its 2 documents that have 24 (first latin)" in record.getMessage()
+
+
 def test_documents_batches_and_windows_are_in_its_tokens(tmp_path):
   name = save(tmp_path / "hf", "byte_level", {"eos_token": "</s>"})
   found = tokenizer.get(name)

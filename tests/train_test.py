@@ -170,6 +170,13 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
   assert train_lib.train(make_config("dense", schedule.dense(2), log_every=5), tmp_path, progress=False) == 2
 
 
+def test_a_workdir_that_can_be_none_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory"), ("/proc/run", "No such file")):
+    with pytest.raises(config_lib.ConfigError, match=f"--workdir = '{path}': cannot be made or written to .{why}"):
+      train_lib.train(make_config("dense", schedule.dense(2)), path, progress=False)
+
+
 # --- kills --------------------------------------------------------------------------------
 
 # Each line of input "kill_at signal workdir" is one run in a process of its own, which gets the

@@ -5,14 +5,21 @@ and the job puts itself back into the queue.
 """
 from __future__ import annotations
 
+import re
+
 from launch.clusters.job import WATCH, Job, Script
 
 # Seconds between the signal and the end of the time limit: a checkpoint has to fit in.
 GRACE = 120
+# What sbatch takes: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or a word for no limit.
+_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
 
 
 def script(job: Job) -> Script:
   """An sbatch script; options: partition, time, account, logs (a directory on a file system of all nodes)."""
+  time = job.options.get("time")
+  if time and not re.fullmatch(_TIME, time):
+    raise ValueError(f"--time={time}: take minutes, H:MM:SS, or D-HH:MM:SS, e.g. --time=24:00:00")
   logs = job.options.get("logs") or "."
   lines = [f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", "--requeue", "--open-mode=append",
            f"--output={logs}/{job.name}-%j.log", f"--signal=B:TERM@{GRACE}"]

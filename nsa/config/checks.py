@@ -1,5 +1,6 @@
 """What a config has to satisfy before a device is touched."""
 import dataclasses
+import math
 from typing import Any
 
 from nsa import methods, origins, tasks
@@ -192,6 +193,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     where = name if name == "attention" else f"others.{name}"
     need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
          f"must be a multiple of {where}.{field_} = {grid}; set it alike in all arms, or their batches differ")
+  need(o.eps > 0, "optimizer.eps", o.eps, "above 0: a second moment of 0 would divide by it")
+  need(config.peak_tflops >= 0, "peak_tflops", config.peak_tflops, "TFLOP/s of one device, or 0 to look it up")
+  problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
   for name in ("b1", "b2"):
     need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
   for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
@@ -269,6 +273,21 @@ def _check_layers(config: Config) -> list[tuple[str, Any, str]]:
     except ValueError as error:
       problems.append(("layers", name, f'{error}; or "attention", the config\'s own'))
   return problems
+
+
+def _numbers(tree, name=""):
+  """(field, value) of every float of a config, however deep."""
+  if isinstance(tree, float):
+    yield name, tree
+  elif dataclasses.is_dataclass(tree):
+    for field in dataclasses.fields(tree):
+      yield from _numbers(getattr(tree, field.name), f"{name}.{field.name}".lstrip("."))
+  elif isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from _numbers(value, f"{name}[{key!r}]")
+  elif isinstance(tree, (list, tuple)):
+    for i, value in enumerate(tree):
+      yield from _numbers(value, f"{name}[{i}]")
 
 
 def _hashable(value):

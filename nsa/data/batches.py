@@ -188,12 +188,16 @@ class Data:
     lengths = self._task_lengths(context, task)
     return lengths[counter.integers(counter.key("length", self.seed, context), [number], len(lengths))[0]]
 
+  def _begins(self, length, context):
+    """Where the examples of a task's row begin."""
+    return range(0, context - length + 1, -(-length // self.align) * self.align)
+
   def _task_row(self, number, kind, inputs, targets, weights, segment_ids):
-    """As many examples of one length as fit, a segment each."""
+    """As many examples of one length as fit, a segment each; like pieces of text they begin at multiples of `align`."""
     context, config, task = len(inputs), self.config, self.tasks[kind]
     length = self._task_length(number, context, task)
-    for j in range(context // length):
-      at = slice(j * length, (j + 1) * length)
+    for j, begin in enumerate(self._begins(length, context)):
+      at = slice(begin, begin + length)
       # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they are.
       example = self._render(task, config.tokenizer, self.seed, number + (j << 40), length + 1, "train", self.haystack)
       inputs[at], targets[at] = example.tokens[:-1], example.tokens[1:]
@@ -215,7 +219,7 @@ class Data:
   def _describe_row(self, number, kind, context):
     if kind >= 0:
       length = self._task_length(number, context, self.tasks[kind])
-      many = f", {context // length} of {length} tokens" if length < context else ""
+      many = f", {len(self._begins(length, context))} of {length} tokens" if length < context else ""
       return f"row {number}: task {self.config.tasks[kind]}, example {number} of seed {self.seed}{many}"
     one, row = self._text_of(number)
     return f"row {number}: {one.describe(row, context)}"

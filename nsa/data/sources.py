@@ -16,6 +16,7 @@ import sysconfig
 import tarfile
 import zlib
 
+from absl import logging
 import numpy as np
 
 from nsa.data import tokenizer
@@ -77,8 +78,22 @@ def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document
   if not texts:
     raise ValueError(f"data.source = {source!r}: the split {split!r} has no document with text in it; "
                      "add text files or take another split")
-  encode = tokenizer.get(tokens).encode
-  return tuple(_document(name, encode(texts[name])) for name in sorted(texts))
+  kind = tokenizer.get(tokens)
+  documents = tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
+  if tokens != "bytes":
+    _compare_bytes(source, split, tokens, texts, {d.name: int(kind.token_bytes[d.tokens].sum()) for d in documents})
+  return documents
+
+
+def _compare_bytes(source, split, tokens, texts, counted):
+  """Says so where a tokenizer makes other bytes of the text: what is no UTF-8, no NFC, or spells a special token."""
+  other = [name for name, text in texts.items() if counted[name] != len(text)]
+  if other:
+    logging.warning(
+        "data.source = %r, split %s: %s makes %d bytes of %d of its %d documents that have %d (first %s): bits per byte are per byte "
+        "that it makes. Text that is no UTF-8 or not in the form NFC, or that spells a special token, is not what it gives back; "
+        "convert such files to compare with other tokenizers", source, split, tokens, sum(counted[name] for name in other), len(other),
+        len(texts), sum(len(texts[name]) for name in other), other[0])
 
 
 def _document(name, tokens):
@@ -173,34 +188,138 @@ def _hidden(parts):
   return any(part.startswith(".") for part in parts)
 
 
+def _lost(source, split, lost: dict[str, str]):
+  """The error for documents that cannot be read: {name: why}."""
+  name, why = next(iter(lost.items()))
+  return ValueError(f"data.source = {source!r}: {len(lost)} document{'s' * (len(lost) > 1)} of the split {split!r} cannot be read, "
+                    f"first {name}: {why}; mend or remove {'them' if len(lost) > 1 else 'it'}")
+
+
 def _folder(source, path, split):
+  """Reads path/split/**, links included; what lies behind two names is two documents."""
   if not (path / split).is_dir():
     raise _missing_split(source, split, [p.name for p in path.iterdir() if p.is_dir()])
-  root = path / split
-  files = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root).parts)]
-  return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+  root, texts, lost = path / split, {}, {}
+  fail = lambda error: lost.update({os.path.relpath(error.filename, root): error.strerror})
+  for folder, inside, files in os.walk(root, followlinks=True, onerror=fail):
+    here = os.path.realpath(folder)
+    # A link to a folder that it lies in holds nothing new, and has no end.
+    inside[:] = [name for name in inside if not name.startswith(".")
+                 and not f"{here}/".startswith(f"{os.path.realpath(os.path.join(folder, name))}/")]
+    for name in files:
+      file = pathlib.Path(folder, name)
+      if name.startswith("."):
+        continue
+      try:
+        if file.is_file():
+          texts[file.relative_to(root).as_posix()] = file.read_bytes()
+        elif file.is_symlink():
+          lost[file.relative_to(root).as_posix()] = f"a link to {os.readlink(file)}, which is no file"
+      except OSError as error:
+        lost[file.relative_to(root).as_posix()] = error.strerror
+  if lost:
+    raise _lost(source, split, lost)
+  return texts
+
+
+class _Member(tarfile.TarInfo):
+  """A member whose header was lost is an error: tarfile takes it for the end of the archive."""
+
+  @classmethod
+  def fromtarfile(cls, archive):
+    try:
+      return super().fromtarfile(archive)
+    except tarfile.EOFHeaderError:
+      raise
+    except tarfile.HeaderError as error:
+      raise tarfile.ReadError(f"{error} at byte {archive.offset}: it was cut, or bytes of it were changed") from None
 
 
 def _archive(source, path, split):
   """Reads one split of a tar archive: `train/...`, `./train/...` or `<one folder>/train/...`."""
-  texts, found = {}, set()
+  texts, found, links, twice = {}, set(), {}, {}
+  origin = {}                            # document -> the member that it came from
   try:
-    with tarfile.open(path, "r|*") as archive:  # a stream: one pass, nothing is written to disk
-      for member in archive:
-        parts = pathlib.PurePosixPath(member.name).parts
-        if len(parts) > 1 and parts[0] not in SPLITS and parts[1] in SPLITS:
-          parts = parts[1:]
-        if not parts or parts[0] not in SPLITS:
-          continue
-        found.add(parts[0])
-        if parts[0] == split and member.isfile() and not _hidden(parts):
-          texts["/".join(parts[1:])] = archive.extractfile(member).read()
+    for member, read in _members(path):
+      parts = _inside(member.name)
+      if not parts:
+        continue
+      found.add(parts[0])
+      name = "/".join(parts[1:])
+      if parts[0] != split or _hidden(parts) or member.isdir():
+        continue
+      if member.isfile() or member.islnk() or member.issym():
+        where = _plain(member.name)
+        if origin.setdefault(name, where) != where:
+          twice[name] = f"{origin[name]} and {where} would have one name"
+        links.pop(name, None)            # of two members of one path the later counts, as when it is unpacked
+        texts.pop(name, None)
+        if member.isfile():
+          texts[name] = read()
+        else:
+          links[name] = _target(member)
+    lost = {**twice, **_resolve(path, links, texts)}
   except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
     raise ValueError(f"data.source = {source!r}: the archive is damaged ({type(error).__name__}: {error}); "
                      "fetch or pack it again") from error
   if split not in found:
     raise _missing_split(source, split, found)
+  if lost:
+    raise _lost(source, split, lost)
   return texts
+
+
+def _members(path):
+  """(member, a function that reads it) of a whole archive, in order: one pass, nothing is written to disk."""
+  with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+    for member in archive:
+      yield member, lambda: archive.extractfile(member).read()
+    while rest := archive.fileobj.read(1 << 16):
+      if rest.strip(b"\0"):
+        raise tarfile.ReadError("there is more behind its end, as where two archives were joined")
+
+
+def _plain(name):
+  return os.path.normpath(name).lstrip("/")
+
+
+def _target(link):
+  return _plain(link.linkname if link.islnk() else f"{os.path.dirname(_plain(link.name))}/{link.linkname}")
+
+
+def _inside(name) -> tuple[str, ...]:
+  """The parts of a member's path from the split on; () for what is in none."""
+  parts = pathlib.PurePosixPath(name).parts
+  if len(parts) > 1 and parts[0] not in SPLITS and parts[1] in SPLITS:
+    parts = parts[1:]
+  return parts if parts and parts[0] in SPLITS else ()
+
+
+def _resolve(path, links, texts) -> dict[str, str]:
+  """Reads what `links`, {document: path inside the archive}, point to into `texts`; {document: why not} of the others."""
+  if not links:
+    return {}
+  files, chain = set(), {}
+  for member, _ in _members(path):
+    where = _plain(member.name)
+    if member.isfile():
+      files.add(where)
+    elif member.islnk() or member.issym():
+      chain[where] = _target(member)
+  ends, lost = {}, {}
+  for name, target in links.items():
+    seen = set()
+    while target in chain and target not in seen:
+      seen.add(target)
+      target = chain[target]
+    if target in files:
+      ends.setdefault(target, []).append(name)
+    else:
+      lost[name] = f"a link to {target}, which is no file of the archive"
+  for member, read in _members(path):
+    if member.isfile() and _plain(member.name) in ends:
+      texts.update(dict.fromkeys(ends[_plain(member.name)], read()))
+  return lost
 
 
 # --- TFDS ---------------------------------------------------------------------

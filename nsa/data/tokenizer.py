@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 
+from etils import epath
 import numpy as np
 
 BOS = 256  # begins every document
@@ -45,7 +45,8 @@ class Bytes:
 
 
 class HuggingFace:
-  """A tokenizer.json, read by the package `tokenizers` (extra `hf`); `path` is the file or its folder.
+  """A tokenizer.json, read by the package `tokenizers` (extra `hf`); `path` is the file or its folder. `files` holds the
+  bytes of what was read, by name.
 
   BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
   (Qwen), as such models were trained. Text that is no UTF-8 is not lossless; text that spells a special token becomes
@@ -54,22 +55,24 @@ class HuggingFace:
 
   def __init__(self, path: str):
     self.name = f"hf:{path}"
-    folder = pathlib.Path(path).expanduser()
-    file = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not file.is_file():
-      raise FileNotFoundError(f"data.tokenizer = {self.name!r}: there is no {file}; give a tokenizer.json or its "
-                              "folder")
+    file = _file(path)
     try:
       import tokenizers  # an optional extra
     except ModuleNotFoundError as error:
       raise ModuleNotFoundError(f"data.tokenizer = {self.name!r}: {error}; pip install tokenizers") from None
-    self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(file))
-    tree = json.loads(file.read_text())
+    beside = file.parent / "tokenizer_config.json"
+    self.files = {"tokenizer.json": file.read_bytes()}
+    if beside.exists():
+      self.files["tokenizer_config.json"] = beside.read_bytes()
+    tree, names = self._object(file, "tokenizer.json"), self._object(beside, "tokenizer_config.json")
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode("utf-8"))
+    except Exception as error:  # the package has no class of its own
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no tokenizer of the package tokenizers ({error}); fetch "
+                       "it again") from None
     self._special = {token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
     self.token_bytes = self._count_bytes(tree)
     self.vocab_size = len(self.token_bytes)
-    beside = file.parent / "tokenizer_config.json"
-    names = json.loads(beside.read_text()) if beside.is_file() else {}
     self.eos = self._id(names, "eos_token", beside)
     if self.eos is None:
       raise ValueError(f"data.tokenizer = {self.name!r}: {beside} names no eos_token; documents end with it, add it "
@@ -78,12 +81,22 @@ class HuggingFace:
     self.bos = self.eos if self.bos is None else self.bos
     self.pad = self.eos
 
+  def _object(self, file, name) -> dict:
+    """What the JSON file holds, {} without one."""
+    try:
+      tree = json.loads(self.files.get(name, b"{}").decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no JSON ({error}); fetch it again") from None
+    if not isinstance(tree, dict):
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} holds a {type(tree).__name__}, no object; fetch it again")
+    return tree
+
   def _id(self, names, key, file):
     token = names.get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
       return None
-    found = self._tokenizer.token_to_id(token)
+    found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
     if found is None:
       raise ValueError(f"data.tokenizer = {self.name!r}: {file} has {key} = {token!r}, which tokenizer.json does not "
                        "know")
@@ -138,10 +151,28 @@ def get(name: str) -> Bytes | HuggingFace:
     return Bytes()
   kind, _, path = name.partition(":")
   if kind == "hf" and path:
-    return _hugging_face(path)
+    return _hugging_face(path, _state(_file(path)))
   raise ValueError(f'data.tokenizer = {name!r}: unknown; take "bytes" or "hf:PATH", a tokenizer.json or its folder')
 
 
 @functools.lru_cache(maxsize=4)
-def _hugging_face(path):
+def _hugging_face(path, state):
+  del state
   return HuggingFace(path)
+
+
+def _state(file) -> tuple:
+  """What tells a file from another that has taken its place."""
+  if "://" in os.fspath(file):
+    return file.stat().mtime, file.stat().length
+  stat = os.stat(file)
+  return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _file(path) -> epath.Path:
+  """The tokenizer.json at `path`, or in it. Raises FileNotFoundError."""
+  folder = epath.Path(path).expanduser()
+  file = folder / "tokenizer.json" if folder.is_dir() else folder
+  if not file.exists() or file.is_dir():
+    raise FileNotFoundError(f"data.tokenizer = {f'hf:{path}'!r}: there is no {file}; give a tokenizer.json or its folder")
+  return file

@@ -4,6 +4,8 @@
 |---|---|---|---|---|---|
 | dense | nothing | - | - | - | 1706.03762 |
 | msa | index query per KV head, index key | KL to attention of the group | 2 K Hi t | selector | 2606.13392 |
+| gated | the same, a gain per KV head | LM loss by the logits of what was chosen | 2 K Hi t | selector | 2609.13141 |
+| msa_shared | the same as msa in every p-th layer | KL of that layer | 2 K Hi t / p | selector | 2608.01662 |
 | nsa | K, V per branch, compression, gates | LM loss by compressed branch | 6 N H t / d + MLP | branch | 2502.11089 |
 | dsa | ReLU-weighted index heads, index key | KL to attention of all heads | 2 HI (dI + 1) t | selector | 2512.02556 |
 | seer | gate per KV head on q, pooled k | KL to a block's largest attention | 2 K d t / block | selector | 2506.08889 |
@@ -35,10 +37,12 @@ from nsa.methods import blocks, interface, registry
 from nsa.methods.contract import ContractError, build
 from nsa.methods.dense import Dense
 from nsa.methods.dsa import DSA
+from nsa.methods.gated import Gated
 from nsa.methods.infllm_v2 import InfLLMV2
 from nsa.methods.interface import CHOSEN, GROUPS, MODES, Call, Cost, Inputs, Layer, Loss, Method, Result, Stream
 from nsa.methods.moba import MoBA
 from nsa.methods.msa import MSA
+from nsa.methods.msa_shared import SharedMSA
 from nsa.methods.nsa import NSA
 from nsa.methods.prompt.base import PromptMethod
 from nsa.methods.prompt.flexprefill import FlexPrefill
@@ -56,6 +60,6 @@ from nsa.methods.titans.mal import MAL
 from nsa.methods.training_free import BlockTopK, Oracle, Quest, RandomBlocks, SinkWindow, TrainingFree
 from nsa.methods.window import Window
 
-for _method in (Dense, MSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow, RandomBlocks, Oracle, Quest,
+for _method in (Dense, MSA, Gated, SharedMSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow, RandomBlocks, Oracle, Quest,
                 MInferenceBlocks, VerticalSlash, FlexPrefill, XAttention, SnapKV, Window, MAG, MAL, MAC, LMM):
   registry.add(_method)

@@ -63,6 +63,8 @@ class Call:
   prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods of prompt/
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
+  layer: Any = 0                      # number of the layer, from 0: int or traced int32
+  handed: Any = None                  # what the layer below of the same method chose, for methods with `handed_up`
 
   @property
   def ops(self) -> dict:
@@ -150,6 +152,11 @@ class Method:
   def streams(self, model) -> dict[str, Stream]:
     """What attention reads of earlier tokens besides k and v."""
     return {}
+
+  def handed_up(self, model, batch: int, queries: int) -> Int[Array, "B T K J"] | None:
+    """What the lowest of consecutive layers of this method gets as `Call.handed`, where layers hand their chosen blocks to
+    the next; None where they do not."""
+    return None
 
   def costs(self, model, context: int, mode: str) -> dict[str, Cost]:
     """Each part of a layer at `context` tokens; projections are counted with the parameters (nsa/flops.py)."""
