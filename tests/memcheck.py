@@ -31,14 +31,13 @@ import mosaic_gpu_test  # noqa: E402
 import numpy as np  # noqa: E402
 import paged_test  # noqa: E402
 import pallas_kernels as pk  # noqa: E402
-from pallas_kernels import mosaic_gpu  # noqa: E402
 from pallas_kernels.triton import call  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_test  # noqa: E402
 
 TRITON = ("window_g3_packed", "compressed_packed", "selected_g3_packed", "beyond_a_cache")
-MOSAIC = ("g4_h64_b32", "empty_rows")
+MOSAIC = ("g4_h64_b32", "g3")
 PAGED = ("dense_g16", "selected_g16")
 
 
@@ -49,8 +48,8 @@ def attention(name):
 
 
 def selected(name):
-  inputs, options = mosaic_gpu_test.on_device_inputs(name, seed=0)
-  return mosaic_gpu_test.with_gradients(functools.partial(mosaic_gpu.selected_attention, **options)), inputs
+  program, inputs = mosaic_gpu_test.on_device(name)
+  return program, (inputs,)
 
 
 def paged(name):
