@@ -3,7 +3,8 @@
     python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m launch.study --config=experiments/pilot.py --workdir=runs/pilot --only='*-s0,dense-*'    # beside others, one per device
 
-With --only the process runs the named runs alone; the report is written by the call that finds all runs done.
+With --plan it writes PLAN.md and plan.json (into the study's `plan` directory, or the workdir) and trains nothing: commit them
+before the first run that counts; the report lists what deviates. With --only the process runs the named runs alone; the report is written by the call that finds all runs done.
 """
 import time
 
@@ -17,6 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is not there.")
 _ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, e.g. *-s0; other processes take the rest.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
+_PLAN = flags.DEFINE_bool("plan", False, "Write the plan of the study (PLAN.md, plan.json); train nothing.")
 flags.mark_flag_as_required("config")
 cli.define_common()
 
@@ -27,11 +29,16 @@ def main():
   study = _CONFIG.value
   if not isinstance(study, study_lib.Study):
     raise config_lib.ConfigError([("config", type(study).__name__, "launch.study takes a Study; a Config goes to launch.train")])
-  workdir = _WORKDIR.value or ("unnamed" if _DRY_RUN.value else "")
+  workdir = _WORKDIR.value or ("unnamed" if _DRY_RUN.value or (_PLAN.value and study.plan) else "")
   if not workdir:
     raise config_lib.ConfigError([("--workdir", "", "name the study directory, or take --dry_run")])
   if _DRY_RUN.value:
     print(plan.describe_study(study, workdir))
+    return
+  if _PLAN.value:
+    from nsa.report import plan_file
+    study_lib.jobs(study, workdir)  # raises for what cannot run
+    print(plan_file.write(study, study.plan or workdir))
     return
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   began = time.monotonic()

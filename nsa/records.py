@@ -19,7 +19,7 @@ class Field:
   """One name of a record.
 
   role: key (tells records apart, and stays), item (names one window or item: gone once condensed), mean (averaged, weighted
-    by the field `weight`), total (summed).
+    by the field `weight`), total (summed), count (summed; 1 where it is not written: of a single window or item).
   needed: whether every record of the kind has it.
   digits: significant digits that a published archive keeps; 0 = all.
   column: whether the mean over a run's records is a column of results.csv.
@@ -54,6 +54,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "split": _key("train | val | test | ood"),
         "document": _key("name of the document"),
         "start": _item("first byte of the window in its document"),
+        "windows": Field("how many windows", "count"),
         "bits_per_byte": Field("over the window's bytes", weight="bytes"),
         "bytes": _total("bytes scored"),
         "second_half_bits_per_byte": Field("over the bytes of the second half of the context", weight="second_half_bytes"),
@@ -87,7 +88,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "far_exact_match": Field("exact match of the far answers", weight="far_answers"),
         "far_answer_nll": Field("nats per token of the far answers", weight="far_answers"),
         "far_answers": _total("how many answers are far"),
-        "items": _total("1; more where items were condensed"),
+        "items": Field("how many items", "count"),
         "evidence_distance": _item("tokens from the evidence to the question, mean over the answers"),
         "depth": _item("place of the evidence, 0 to 1"),
         "answers": _item("one by one: [first token of the query, last token of the evidence, 1 if right, nats per token]"),
@@ -175,8 +176,8 @@ def condense(records: list[dict]) -> list[dict]:
     for name, field in SCHEMA[kind].items():
       if field.role == "key" and name in first:
         one[name] = first[name]
-      elif field.role == "total" and (name == "items" or any(name in r for r in mine)):
-        one[name] = sum(r.get(name, 1 if name == "items" else 0) for r in mine)
+      elif field.role == "count" or field.role == "total" and any(name in r for r in mine):
+        one[name] = sum(r.get(name, int(field.role == "count")) for r in mine)
       elif field.role == "mean" and any(r.get(name) is not None for r in mine):
         value = first[name] if len(mine) == 1 else mean(mine, name)
         one[name] = _cut(value, field.digits)

@@ -5,6 +5,7 @@ trunk is trained once, keeps the checkpoints that forks need, and goes on to its
 Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest.
 """
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
 import time
@@ -26,14 +27,29 @@ class Study:
   question: str = ""
   arms: list[Config] = field(default_factory=list)
   seeds: tuple[int, ...] = (0, 1, 2)
-  few: dict[str, tuple[int, ...]] = field(default_factory=dict)  # arm -> its seeds, where it has not all of them
+  few: dict[str, tuple[int, ...]] = field(default_factory=dict)  # arm, or arm-size -> its seeds, where it has not all of them
   vmap_seeds: bool = True          # all seeds of an arm as one program: fewer compilations and launches;
                                    # on a CPU no faster per token (17.0k against 18.8k tokens/s in the quickstart)
   dense: str = "dense"             # the arm that is the quality anchor
   reference: str = "native_msa"    # the arm that the others are compared with
   budgets: dict[str, float] = field(default_factory=dict)  # arm -> share of the steps after leaving dense
-  margin: float = 0.01             # equivalence margin of the primary endpoint, bits per byte
-  task_margin: float = 0.02        # of the secondary endpoint, mean exact match over the tasks
+  controls: dict[str, str] = field(default_factory=dict)  # retrofit -> the dense arm with its tokens and rates, where not `dense`
+  branches: dict[str, tuple[str, ...]] = field(default_factory=dict)  # arm -> shorter runs of it with a decay of their own
+  # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
+  primary: tuple[str, ...] = ("second_half_bits_per_byte", "exact_match")
+  secondary: tuple[str, ...] = ()
+  quantities: tuple[str, ...] = ("R", "A", "Delta")  # the declared family of tests (nsa/report/verdict.py)
+  alpha: float = 0.05              # shared by the primary families, text and recall
+  margin: float = 0.005            # equivalence margin of bits per byte and of NLL of text
+  task_margin: float = 0.02        # of exact match
+  nll_margin: float = 0.05         # of answers' NLL, nats per token
+  # The plan (nsa/report/plan_file.py): where its files lie, and what power and cost are reckoned from.
+  plan: str = ""                   # directory of PLAN.md and plan.json; "" = no plan
+  stopping: str = "Every listed seed runs once; a run that diverges or fails is counted, not repeated with another seed."
+  tiers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> arms, or arm-size, in the order in which they run
+  expected_sd: dict[str, float] = field(default_factory=dict)      # "text R", "text A", "recall R", ... -> SD of paired differences
+  flops_per_second: float = 1e14   # of one device, of the FLOPs that an arm needs
+  training_share: float = 1.0      # of the wall time that is training steps
   shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py), on purpose
 
 
@@ -49,7 +65,7 @@ class Job:
 
 def jobs(study: Study, directory) -> list[Job]:
   """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
-  unknown = [f"few[{arm!r}]" for arm in study.few if arm not in {one.arm for one in study.arms}]
+  unknown = [f"few[{arm!r}]" for arm in study.few if arm not in {n for one in study.arms for n in (one.arm, f"{one.arm}-{one.size}")}]
   if unknown or study.vmap_seeds and study.few:
     raise ConfigError([(name, "", f"no arm has that name; there are {sorted({one.arm for one in study.arms})}") for name in unknown]
                       or [("few", study.few, "seeds that train as one program are the same for all arms: set vmap_seeds = False")])
@@ -71,7 +87,7 @@ def check_tasks(study: Study) -> None:
 def _cohort(study, directory, seeds) -> list[Job]:
   configs = {}
   for arm in study.arms:
-    if not set(seeds) <= set(study.few.get(arm.arm, seeds)):
+    if not set(seeds) <= set(seeds_of(study, arm)):
       continue
     config = copy.deepcopy(arm)
     config.seeds = seeds
@@ -95,6 +111,25 @@ def _cohort(study, directory, seeds) -> list[Job]:
     except ConfigError as error:
       raise ConfigError([(f"arms[{job.config.arm}].{name}", value, fix) for name, value, fix in error.problems]) from None
   return out
+
+
+def seeds_of(study: Study, arm: Config) -> tuple[int, ...]:
+  """The seeds that an arm is run with."""
+  return study.few.get(f"{arm.arm}-{arm.size}", study.few.get(arm.arm, study.seeds))
+
+
+def asked(study: Study) -> dict:
+  """What is asked of the runs, JSON-ready: the part of study.json, and of a plan, that reports judge by."""
+  from nsa.report import endpoints  # here: whoever only runs a study does without
+  unknown = [(name, m) for name in ("primary", "secondary") for m in getattr(study, name) if not endpoints.is_metric(m)]
+  if unknown:
+    raise ConfigError([(name, m, f"one of {', '.join(endpoints.METRIC)}, alone or followed by : and a corpus or a task family")
+                       for name, m in unknown])
+  margin = lambda m: study.task_margin if "exact_match" in m else study.nll_margin if "answer_nll" in m else study.margin
+  return {"name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
+          "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary} for m in (*study.primary, *study.secondary)],
+          "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference, "dense_arm": study.dense,
+          "budgets": study.budgets, "controls": study.controls, "branches": {arm: list(b) for arm, b in study.branches.items()}}
 
 
 def _directory(config) -> str:
@@ -213,11 +248,10 @@ def _save(study, todo, directory) -> None:
   for job in todo:
     if job.status == "pending" and (directory / job.run / "DONE").exists():
       job.status = "done"            # by another process
+  plan = epath.Path(study.plan) / "plan.json" if study.plan else directory / "plan.json"
   metrics.write_json(directory / "study.json", {
-      "name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
-      "primary": {"metric": "second_half_bits_per_byte", "margin": study.margin},
-      "secondary": {"metric": "exact_match", "margin": study.task_margin},
-      "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
+      **asked(study), "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
+      **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
       "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
                 "status": job.status, "error": job.error} for job in todo]})
 

@@ -1,7 +1,8 @@
 """Training: one loop that reads from top to bottom.
 
     train(config, workdir) -> the step it reached, with workdir holding
-    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs;
+    planted.json, where data.planted: which passages, and how often the whole run plants each
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh. With several processes each
@@ -10,6 +11,7 @@ calls `train` with the same config and a workdir that all of them see; process 0
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -91,6 +93,9 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
   first = processes.first()
   if first:
     metrics.write_json(workdir / "versions.json", {**versions(), **read})
+    if config.data.planted:
+      metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
+                                                    for seed, source in zip(config.seeds, batches.sources)})
   state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:

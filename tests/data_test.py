@@ -13,7 +13,7 @@ import pytest
 
 from nsa import data
 from nsa.config import DataConfig
-from nsa.data import counter, packing, recurrence, sources, tokenizer
+from nsa.data import counter, packing, planting, recurrence, sources, tokenizer
 
 
 HERE = pathlib.Path(__file__).parent
@@ -326,6 +326,53 @@ def test_tasks_without_text():
   config = DataConfig(source="tasks", task_share=1.0, tasks=("needle", "mqar"), context=400)
   pipeline = data.make(config, seed=0)
   assert pipeline.batch_at(0)["inputs"].shape == (8, 400) and pipeline.epoch_at(5) == 0.0
+
+
+# --- planted passages ---
+
+
+def test_passages_are_planted_as_often_as_is_said(tmp_path):
+  """Found again by their bytes: 0, 1, 4, 16 or 64 times in a whole deck, nowhere else, and the rest of the rows is as it was."""
+  (tmp_path / "train").mkdir()
+  for i in range(3):
+    noise = counter.integers(counter.key("planting", i), np.arange(100_000), 256)
+    (tmp_path / "train" / f"{i}.txt").write_bytes(noise.astype(np.uint8).tobytes())
+  config = config_of(tmp_path, context=4096, global_batch=8, align=64, planted=0.125, task_rows=1, tasks=("mqar:pairs=4",))
+  pipeline = data.make(config, seed=1)
+  steps = planting.SETS * 85 * 4 // 7 + 1  # a row in four
+  batches = [pipeline.batch_at(step) for step in range(steps)]
+  passages = pipeline.planted(steps)
+  assert [p.planted for p in passages[:20]] == [0, 1, 4, 16, 64] * planting.SETS == [p.times for p in passages[:20]]
+  assert len({p.document for p in passages}) == 1 and len({p.start for p in passages[:20]}) == 20
+  aside = passages[0].document
+  assert aside not in {d.name for one in pipeline.texts for d in one.documents} | {d.name for d in pipeline.documents}
+  tokens = next(d.tokens for d in sources.load(config.source, "train") if d.name == aside)
+  rows = np.concatenate([b["inputs"] for b in batches])
+  targets = np.concatenate([b["targets"] for b in batches])
+  segments = np.concatenate([b["segment_ids"] for b in batches])
+  for p in passages[:5]:
+    head = tokens[p.start:p.start + 8]
+    found = np.argwhere((np.lib.stride_tricks.sliding_window_view(rows, 8, axis=1) == head).all(-1))
+    assert len(found) == p.planted
+    for row, at in found:
+      here = slice(at, at + planting.SIZE)
+      assert at % 64 == 0
+      np.testing.assert_array_equal(rows[row, here], tokens[p.start:p.start + planting.SIZE])
+      np.testing.assert_array_equal(targets[row, here], tokens[p.start + 1:p.start + planting.SIZE + 1])
+      own = segments[row, at]
+      assert (segments[row] == own).sum() == planting.SIZE and not set(segments[row, :at]) & (set(segments[row, at + planting.SIZE:]) - {0})
+  share = sum(p.planted for p in passages) * planting.SIZE / (steps * 7 * 4096)
+  assert share == pytest.approx(0.125, abs=0.001)
+  part = data.make(config, seed=1).batch_at(5, rows=slice(2, 6))
+  for name in part:
+    np.testing.assert_array_equal(part[name], batches[5][name][2:6])
+  assert [p.start for p in data.make(config, seed=2).planted(steps)][:20] != [p.start for p in passages][:20]
+  early = pipeline.planted(steps // 2)
+  assert 150 < sum(p.planted for p in early) < 190 and all(p.planted <= p.times for p in early)
+  with pytest.raises(ValueError, match="data.planted = 0.125: passages have 2048 tokens"):
+    pipeline.check_context(1024)
+  with pytest.raises(ValueError, match="data.planted = 0.01: .* gives 0 of 2048 tokens; 20 are needed"):
+    planting.Planting({}, 0.01, 64, 0)
 
 
 # --- what can be known from far back ---

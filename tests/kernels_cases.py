@@ -188,6 +188,7 @@ def _with_static_offset(both):
   def call(inputs):
     static = tuple((n, x) for n, x in inputs.rest.items() if x is None or isinstance(x, int))
     return run(static, inputs._replace(rest={n: x for n, x in inputs.rest.items() if n not in dict(static)}))
+  call.both = both  # not jitted, for jit around it
   return call
 
 

@@ -1,15 +1,15 @@
 """What a report says for the study that comes next, and what of it goes into a repository."""
 import csv
-import json
 import lzma
 import math
 
 import numpy as np
 import pytest
 
+from benchmarks import planted
+from benchmarks.planted import write_study
 from nsa import report
-from nsa.report import endpoints, loading
-from report_planted import write_study
+from nsa.report import archive, endpoints
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def study(tmp_path_factory):
 
 def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
   from nsa.report import planning
-  loaded = loading.load([study])
+  loaded = archive.load([study])
   table = endpoints.rows(loaded)
-  found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.01)}
+  found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.001)}
   a, b = (endpoints.series(table, arm, "tiny", "sparse", loaded.primary) for arm in ("retrofit_msa_5", "native_msa"))
   one = found["retrofit_msa_5"]
   assert one.sd == pytest.approx(np.std(list(a.values()), ddof=1))
@@ -31,41 +31,24 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
   assert [low / middle, high / middle] == pytest.approx([math.sqrt(2 / 7.378), math.sqrt(2 / 0.05064)], rel=1e-3)
   assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
   assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
-  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.01 < one.detectable(one.seeds_for_margin - 1)[0]
+  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.001 < one.detectable(one.seeds_for_margin - 1)[0]
   pooled = found[""]
   variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
   assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
 
 
-def test_the_anchor_splits_delta_and_lies_on_the_way(study):
-  """Delta = (dense - native) + (retrofit - dense), seed by seed, as the report's control says it; every evaluation counts."""
-  from nsa.report import analyses, sections, verdict
-  loaded = loading.load([study])
+def test_held_out_loss_over_training_ends_where_the_endpoints_are(study):
+  loaded = archive.load([study])
   table = endpoints.rows(loaded)
-  dense, native, retrofit = ({seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
-                             for arm in ("dense", "native_msa", loaded.retrofits()[-1]))
-  assert native == pytest.approx(endpoints.series(table, "native_msa", "tiny", "sparse", loaded.primary))
-  assert dense == pytest.approx(endpoints.series(table, "dense", "tiny", "dense", loaded.primary))
-  gained, lost = (np.mean([a[s] - b[s] for s in a]) for a, b in ((dense, native), (retrofit, dense)))
-  (line,) = [note for note in analyses.controls(loaded, table) if note.startswith("The anchor")]
-  assert f"dense ends {gained:+.4f} bits/byte from native_msa" in line and f"ends {lost:+.4f} bits/byte from dense" in line
+  for arm, mode in (("dense", "dense"), ("native_msa", "sparse")):
+    last = {seed: v for (seed, step), v in endpoints.over_training(loaded, arm, "tiny").items() if step == 1000}
+    assert last == pytest.approx(endpoints.series(table, arm, "tiny", mode, planted.TEXT))
   assert {step for _, step in endpoints.over_training(loaded, "retrofit_msa_5", "tiny")} == {975, 1000}
-  split = analyses.by_way_of_dense(loaded, table, "tiny")
-  assert list(split) == loaded.retrofits()
-  behind, ahead = split[loaded.retrofits()[-1]]
-  assert (behind.mean(), ahead.mean()) == pytest.approx((lost, gained))
-  deltas = {c.arm: c.judgement.interval.mean for c in verdict.comparisons(loaded, table) if c.role == "primary"}
-  assert {arm: (a + b).mean() for arm, (a, b) in split.items()} == pytest.approx(deltas)
-  (shown,) = sections.way_of_dense(loaded, table, "tiny")
-  assert [line[0] for line in shown.rows] == loaded.retrofits() and shown.rows[-1][3] == f"{lost:+.4f}"
-  one_seed = [row for row in table if row.seed == 0]
-  assert sections.way_of_dense(loaded, one_seed, "tiny")[0].rows[0][4:7] == ["-", "-", "-"]
-  assert sections.way_of_dense(loaded, [row for row in table if row.arm != "dense"], "tiny") == []
 
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
   from nsa.report import planning
-  loaded = loading.load([study])
+  loaded = archive.load([study])
   own, other, *planned = planning.prices(loaded)[0]
   expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
   for run in loaded.runs:
@@ -90,7 +73,7 @@ def test_where_unions_of_a_tile_stop_to_pay_by_hand():
 def test_a_published_picture_is_one_small_file(study, tmp_path):
   from PIL import Image
   from nsa.report import plots, style
-  loaded = loading.load([study])
+  loaded = archive.load([study])
   look = style.Look(loaded)
   style.save(plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
   (file,) = tmp_path.iterdir()
@@ -105,13 +88,11 @@ def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):
   (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
   paths = report.write([study], tmp_path, publish=True)
   files = [p for p in tmp_path.rglob("*") if p.is_file()]
-  assert {p.suffix for p in files} == {".md", ".csv", ".json", ".png", ".xz"} and paths.html is None
+  assert {p.suffix for p in files} == {".md", ".csv", ".png", ".xz"} and paths.html is None
   read = lambda p: lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes()
   assert not any(str(study).encode() in read(p) for p in files)
   text = paths.markdown.read_text()
-  assert "## Notes\n\n### Surprises\n\n- one **bold** claim\n- two\n\nA paragraph.\n\n| a | b |\n| :-- | --: |\n| c | 1 |\n" in text
-  arms = json.loads((tmp_path / "study.json").read_text())["arms"]
-  assert arms["retrofit_msa_5"]["fork"]["workdir"] == "@dense" and arms["dense"]["data"]["source"] == "files:corpus.tar.xz"
+  assert "## Notes\n\n### Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n" in text
   layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
   assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
   assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query

@@ -122,54 +122,23 @@ def test_hierarchical_bootstrap_sees_seeds_and_documents():
     statistics.hierarchical_bootstrap([[math.nan]])
 
 
-BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.13, 0.25, 0.5)
+def test_sign_flip_by_hand_and_at_its_stated_rate():
+  # 3 of one sign: of 8 flips two are as far from 0 as +++ (+++ and ---).
+  assert statistics.sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+  # |1 + 2 - 3| = 0: every flip is as far. |1 - 2 + 4| = 3: +-+3, ++-1, +++7, -++5 and mirrors: 6 of 8 are at least 3.
+  assert statistics.sign_flip([1.0, 2.0, -3.0]) == 1.0
+  assert statistics.sign_flip([1.0, -2.0, 4.0]) == pytest.approx(6 / 8)
+  assert statistics.sign_flip([0.1] * 5) == pytest.approx(0.0625) and math.isnan(statistics.sign_flip([1.0]))
+  assert statistics.sign_flip(np.ones(20)) == pytest.approx(2.0 ** -16, rel=1e-9)
+  rng = np.random.default_rng(6)
+  rate = np.mean([statistics.sign_flip(x) <= 0.0625 for x in rng.standard_cauchy((2000, 6))])  # no normality needed
+  assert abs(rate - 0.0625) < 3 * math.sqrt(0.0625 * 0.9375 / 2000)
 
 
-def test_budget_curve_is_recovered():
-  truth = 0.02 + 0.003 * np.array(BUDGETS) ** -0.6
-  exact = statistics.fit_budget_curve(BUDGETS, [truth, truth + 1e-6, truth - 1e-6])
-  assert exact.fitted and exact.interval.mean == pytest.approx(0.02, abs=1e-4)
-  assert exact.gamma == pytest.approx(0.6, abs=0.01) and exact.a == pytest.approx(0.003, rel=0.03)
-  np.testing.assert_allclose(exact(BUDGETS), truth, atol=2e-5)
-  rng = np.random.default_rng(4)
-  covered = 0
-  for study in range(60):
-    y = truth + rng.normal(0, 0.004, (5, 1)) + rng.normal(0, 0.001, (5, 7))
-    fit = statistics.fit_budget_curve(BUDGETS, y, draws=200, seed=study)
-    covered += fit.interval.low <= 0.02 <= fit.interval.high
-  assert covered / 60 >= 0.85
-
-
-def test_budget_curve_says_why_it_cannot_be_fitted():
-  fit = statistics.fit_budget_curve
-  assert "at least 3 budgets, and 2 have" in fit([0.01, 0.1], [[1.0, 2.0]]).reason
-  assert "and 1 has" in fit([0.01, 0.1, 0.2], [[1.0, math.nan, math.nan]]).reason
-  assert "and 0 have" in fit([], np.zeros((1, 0))).reason
-  assert "same at every budget" in fit([0.01, 0.1, 0.2], [[0.3, 0.3, 0.3]]).reason
-  straight = -np.log([0.01, 0.1, 0.5])  # a line in log b: no level
-  assert "does not level off" in fit([0.01, 0.1, 0.5], [straight] * 3).reason
-  two = fit(BUDGETS, [0.02 + 0.003 * np.array(BUDGETS) ** -0.6] * 2)
-  assert two.fitted and not two.interval.bounded and "2 seeds cannot be resampled" in two.note
-  with pytest.raises(ValueError, match="above 0"):
-    fit([0.0, 0.1, 0.2], [[1.0, 2.0, 3.0]])
-  with pytest.raises(ValueError, match="must have the 2 budgets"):
-    fit([0.1, 0.2], [[1.0, 2.0, 3.0]])
-
-
-def test_budget_curve_of_noise_does_not_claim_a_limit():
-  rng = np.random.default_rng(5)
-  wrong = 0
-  for study in range(40):
-    fit = statistics.fit_budget_curve(BUDGETS, rng.normal(0, 0.003, (3, 7)), draws=200, seed=study)
-    wrong += fit.fitted and fit.interval.excludes_zero
-  assert wrong <= 8  # 3 seeds: conservative or close to it, not a machine for discoveries
-
-
-def test_closed_fraction_needs_a_gap():
-  free, native = {0: 1.5, 1: 1.6, 2: 1.55}, {0: 1.0, 1: 1.1, 2: 1.05}
-  half = {s: (free[s] + native[s]) / 2 + d for s, d in zip(free, (0.01, -0.01, 0.0))}
-  closed = statistics.closed_fraction(free, half, native)
-  assert not closed.reason and closed.interval.mean == pytest.approx(0.5) and closed.interval.n == 3
-  noisy = statistics.closed_fraction({0: 1.0, 1: 1.2, 2: 0.9}, native, {0: 1.1, 1: 1.0, 2: 1.0})
-  assert "below 3 standard" in noisy.reason and noisy.interval is None
-  assert "1 paired seed" in statistics.closed_fraction({0: 1.5}, {0: 1.2}, {0: 1.0}).reason
+def test_leave_one_out_and_two_groups():
+  p = statistics.leave_one_out([0.010, 0.011, 0.009, -0.02])
+  assert len(p) == 4 and p[3] < 0.05 < min(p[:3]) and statistics.leave_one_out([1.0, 2.0]) == []
+  assert p[3] == pytest.approx(statistics.t_test([0.010, 0.011, 0.009]))
+  assert statistics.two_groups([0.95, 0.3, 0.97, 0.35, 0.99], 0.2) == ([0.3, 0.35], [0.95, 0.97, 0.99])
+  assert statistics.two_groups([0.90, 0.95, 0.99], 0.2) is None and statistics.two_groups([0.1, 0.4, 0.7, 1.0], 0.2) is None
+  assert statistics.two_groups([0.5], 0.2) is None

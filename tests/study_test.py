@@ -49,3 +49,20 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
 def test_wrong_seeds_of_arms_are_named(options, message):
   with pytest.raises(ConfigError, match=message):
     study_lib.jobs(make(**options), "study")
+
+
+def test_what_is_asked_is_written_and_a_wrong_endpoint_is_named():
+  asked = study_lib.asked(make(primary=("second_half_bits_per_byte:code", "far_exact_match"), secondary=("answer_nll",), margin=0.004,
+                               branches={"dense": ("short",)}))
+  assert asked["endpoints"] == [{"metric": "second_half_bits_per_byte:code", "margin": 0.004, "primary": True},
+                                {"metric": "far_exact_match", "margin": 0.02, "primary": True},
+                                {"metric": "answer_nll", "margin": 0.05, "primary": False}]
+  assert asked["reference_arm"] == "native" and asked["branches"] == {"dense": ["short"]} and asked["quantities"] == ["R", "A", "Delta"]
+  with pytest.raises(ConfigError, match="secondary = 'loss': one of second_half_bits_per_byte"):
+    study_lib.asked(make(secondary=("loss",)))
+
+
+def test_seeds_by_arm_and_size():
+  study = make(few={"cold-base": (1,)})
+  assert [study_lib.seeds_of(study, arm) for arm in study.arms] == [(0, 1), (0, 1), (1,), (0, 1)]
+  assert [job.run for job in study_lib.jobs(study, "x") if "cold" in job.run] == ["runs/cold-base-s1"]

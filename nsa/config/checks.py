@@ -79,6 +79,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
        f"0 to data.global_batch - 1 = {d.global_batch - 1}; for tasks alone set data.task_share = 1")
   need(not d.task_rows or d.task_share == 0, "data.task_share", d.task_share,
        f"data.task_rows = {d.task_rows} fixes the number of rows: set the share to 0")
+  need(0 <= d.planted < 1, "data.planted", d.planted, "a share from 0 to below 1")
+  need(not d.planted or d.task_share == 0, "data.task_share", d.task_share,
+       "tasks drawn row by row would take the place of planted passages: use data.task_rows")
   need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
   need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
   need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,

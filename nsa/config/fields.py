@@ -110,6 +110,7 @@ class DataConfig:
   task_loss: float = 0.0          # with task_rows: share of a batch's loss weight on tasks; 0 = as answer_weight makes it
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
   task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from those of these that it fits into; () = context
+  planted: float = 0.0            # share of the text that is passages planted a known number of times (data/planting.py)
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
   filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
 

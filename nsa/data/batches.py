@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nsa.data import counter, mixture, sources, text, tokenizer
+from nsa.data import counter, mixture, planting, sources, text, tokenizer
 
 if TYPE_CHECKING:  # data needs the fields, not the module: loading it pulls in JAX
   from nsa.config import DataConfig
@@ -71,17 +71,23 @@ class Data:
       raise ValueError(f"data.task_rows = {config.task_rows}: data.tasks is empty; name a task or set it to 0")
     loaded = {name: sources.load(source, "train", data_dir=config.data_dir, tokens=config.tokenizer)
               for name, source in config.texts.items()}
-    self.documents = [document for documents in loaded.values() for document in documents]  # of all corpora
-    if config.task_share < 1 and not self.documents:
+    if config.task_share < 1 and not any(loaded.values()):
       raise ValueError(f"data.source = {config.source!r}: no text, so data.task_share must be 1 "
                        f"(it is {config.task_share})")
+    self.planting = None
+    if config.planted:
+      parts = {name: planting.set_aside(documents) for name, documents in loaded.items()}
+      loaded = {name: kept for name, (kept, _) in parts.items()}
+      self.planting = planting.Planting({name: aside for name, (_, aside) in parts.items()}, config.planted, self.align, self.seed)
+    self.documents = [document for documents in loaded.values() for document in documents]  # of all corpora
     self.texts = [text.Text(config.texts[name], documents, self.tokenizer, self.align, self.seed)
                   for name, documents in loaded.items()]
     self.mixture = mixture.Mixture({name: config.weights.get(name, 1.0) for name in loaded})
     self.haystack = self.documents  # of tasks: in bytes
     if config.has_tasks and config.tokenizer != "bytes":
-      self.haystack = [document for source in config.texts.values()
-                       for document in sources.load(source, "train", data_dir=config.data_dir)]
+      names = {name: {d.name for d in documents} for name, documents in loaded.items()}
+      self.haystack = [document for name, source in config.texts.items()
+                       for document in sources.load(source, "train", data_dir=config.data_dir) if document.name in names[name]]
     self.check_context(config.context)
 
   @functools.cached_property
@@ -125,6 +131,8 @@ class Data:
       if kind < 0:
         one, row = self._text_of(number)
         one.row(row, inputs[i], targets[i], weights[i], segment_ids[i])
+        if self.planting:
+          self.planting.plant(number - int(self._tasks_before(number)), inputs[i], targets[i], weights[i], segment_ids[i])
       else:
         self._task_row(number, kind, inputs[i], targets[i], weights[i], segment_ids[i])
     return dict(inputs=inputs, targets=targets, weights=weights, segment_ids=segment_ids, index=numbers)
@@ -133,6 +141,8 @@ class Data:
     """Raises the ValueError that `batch_at` would raise at this context: call it before training begins."""
     batch = self._shape(context, None)[1]
     config = self.config
+    if self.planting and (context < planting.SIZE or config.planted * context > planting.SIZE):
+      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row of data.context = {context}")
     if config.task_rows and config.task_rows * batch % config.global_batch:
       raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} rows are "
                        f"no whole number of a batch of {batch}; take another context or another number of rows")
@@ -222,7 +232,14 @@ class Data:
       many = f", {len(self._begins(length, context))} of {length} tokens" if length < context else ""
       return f"row {number}: task {self.config.tasks[kind]}, example {number} of seed {self.seed}{many}"
     one, row = self._text_of(number)
-    return f"row {number}: {one.describe(row, context)}"
+    words = f"row {number}: {one.describe(row, context)}"
+    held = self.planting and self.planting.of_row(number - int(self._tasks_before(number)), context)
+    return words + (f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + planting.SIZE}" if held else "")
+
+  def planted(self, step: int) -> list[planting.Passage]:
+    """Passages planted before `step`, at data.context, and how often each was; see planting.py."""
+    rows = step * self.config.global_batch
+    return self.planting.passages(rows - int(self._tasks_before(rows)), self.config.context) if self.planting else []
 
   def epoch_at(self, step: int, *, context: int | None = None, batch: int | None = None) -> float:
     """How many times the text was read before `step`: epochs and a fraction, of several corpora the one read most.

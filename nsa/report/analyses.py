@@ -1,112 +1,100 @@
-"""What stands behind the verdict: was sparsity on, how much of a gap is closed, where Delta comes from."""
+"""What stands behind the verdict: A at equal cost, and whether the selector or the backbone is at fault."""
 from __future__ import annotations
+
+import dataclasses
+import math
 
 import numpy as np
 
-from nsa.report import statistics
-from nsa.report import endpoints
-from nsa.report.endpoints import METRIC, Row
+from nsa.report import endpoints, statistics
+from nsa.report.endpoints import Row
 from nsa.report.runs import Study
+from nsa.report.verdict import own
 
-TRAINING_FREE = ("block_topk", "sink_window")  # run modes of the dense arm that a retrofit starts from
-
-
-def controls(study: Study, table: list[Row]) -> list[str]:
-  """Whether sparsity was on and mattered, in lines of text: without that a match says little."""
-  notes, metric = [], METRIC[study.primary]
-  if not study.reference:
-    return notes
-  for size in study.sizes:
-    at = f"Size {size}: " if len(study.sizes) > 1 else ""
-    for arm, mode, instead in ((study.reference, study.headline_mode(study.reference), "their own choice"),
-                               (study.dense, "dense", "dense attention")):
-      _, d = statistics.paired_differences(endpoints.series(table, arm, size, "random", study.primary),
-                                           endpoints.series(table, arm, size, mode, study.primary))
-      if not len(d):
-        continue
-      i = statistics.t_interval(d if metric.lower_is_better else -d)
-      spread = f"95 % t interval {metric.between(i)}" if i.bounded else "1 seed"
-      costs = (i.low if i.bounded else i.mean) > study.margin
-      notes.append(f"{at}Random blocks cost {arm} {metric.text(i.mean, True)} {metric.unit} ({spread}) "
-                   f"against {instead}: " + ("sparsity is on and the choice of blocks matters." if costs else
-                      "**not shown to be more than the margin, so a match between arms says little here.**"))
-    notes += _anchor(study, table, size, at)
-    native = [r for r in table if r.size == size and r.arm == study.reference and r.headline]
-    limited = endpoints.finite(native, "queries_limited")
-    if limited:
-      share = float(np.mean(limited))
-      most = ": **for most queries sparse attention was dense attention.**"
-      notes.append(f"{at}{100 * share:.0f} % of the queries of {study.reference} had more blocks than "
-                   f"they could take{'.' if share >= 0.5 else most}")
-  return notes
+BASES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "device time"}
 
 
-def by_way_of_dense(study: Study, table: list[Row], size: str) -> dict:
-  """{retrofit arm: (retrofit minus dense, dense minus reference)}, float64[seeds] each, over the seeds that all three have.
+@dataclasses.dataclass(frozen=True)
+class EqualCost:
+  """dense minus the reference where both have had as much of `basis`; or `reason` why there is none."""
+  basis: str
+  differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
+  cost: float = math.nan           # at which they are compared, mean over seeds
+  reason: str = ""
 
-  Delta is their sum, and its scatter may be of the second alone, which no retrofit has a part in.
+
+def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[EqualCost]:
+  """A at equal tokens, FLOPs and device time, per seed.
+
+  Both are taken at the cost of the one that ends cheaper; the other is read off the line through its own decay branches
+  (Study.branches: shorter runs with a decay of their own), linear in the logarithm of the cost. An evaluation before the
+  decay is no such point: it would count the decay against one side alone.
   """
-  own = lambda arm: endpoints.series(table, arm, size, study.headline_mode(arm), study.primary)
-  out, dense, native = {}, own(study.dense), own(study.reference) if study.reference else {}
+  out = []
+  for basis, words in BASES.items():
+    curves, seeds = {}, {}
+    for arm in (study.dense, study.reference):
+      for one in [*study.branches.get(arm, ()), arm]:
+        cost = own(study, table, one, size, basis)
+        value = own(study, table, one, size, metric)
+        for seed in set(cost) & set(value):
+          curves.setdefault((arm, seed), []).append((cost[seed], value[seed]))
+      seeds[arm] = {s for a, s in curves if a == arm}
+    differences, costs, reasons = {}, [], []
+    for seed in sorted(set.intersection(*seeds.values())):
+      at = min(max(x for x, _ in curves[arm, seed]) for arm in seeds)
+      values = []
+      for arm in seeds:
+        points = sorted(curves[arm, seed])
+        if at < points[0][0] * (1 - 0.005):
+          reasons.append(f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of its own")
+        values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
+      differences[seed] = values[0] - values[1]
+      costs.append(at)
+    if reasons or not differences:
+      out.append(EqualCost(basis, reason=reasons[0] if reasons else f"no seed with {words} of both"))
+    else:
+      out.append(EqualCost(basis, differences, float(np.mean(costs))))
+  return out
+
+
+def errors(study: Study, table: list[Row], metric: str, size: str) -> dict[str, dict[str, dict[int, float]]]:
+  """{arm: {"selector error": loss(own blocks) - loss(oracle blocks), "backbone error": loss(oracle blocks) - loss(dense)}}.
+
+  By seed, of the reference and the retrofits; above 0 is lost (of exact match: points lost). The dense arm is the trunk.
+  """
+  m = endpoints.metric(metric)
+  sign = 1.0 if m.lower_is_better else -1.0
+  out, trunk = {}, own(study, table, study.dense, size, metric)
+  for arm in [study.reference, *study.retrofits()]:
+    mine, oracle = own(study, table, arm, size, metric), endpoints.series(table, arm, size, "oracle", metric)
+    if arm and study.headline_mode(arm) == "sparse" and (seeds := sorted(set(mine) & set(oracle) & set(trunk))):
+      out[arm] = {"selector error": {s: sign * (mine[s] - oracle[s]) for s in seeds},
+                  "backbone error": {s: sign * (oracle[s] - trunk[s]) for s in seeds}}
+  return out
+
+
+def parts(study: Study, table: list[Row], metric: str, size: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """{retrofit: (R, A) by seed}, float64[seeds] each, over the seeds that have all the runs; Delta is their sum."""
+  get = lambda arm: own(study, table, arm, size, metric)
+  out, dense, native = {}, get(study.dense), get(study.reference) if study.reference else {}
   for arm in study.retrofits():
-    ours = own(arm)
-    seeds = sorted(set(ours) & set(dense) & set(native))
+    ours, control = get(arm), get(study.control(arm))
+    seeds = sorted(set(ours) & set(control) & set(dense) & set(native))
     if seeds:
-      out[arm] = (np.array([ours[s] - dense[s] for s in seeds]), np.array([dense[s] - native[s] for s in seeds]))
+      out[arm] = (np.array([ours[s] - control[s] for s in seeds]), np.array([dense[s] - native[s] for s in seeds]))
   return out
 
 
-def _anchor(study, table, size, at):
-  """Where dense attention ends: Delta mixes what retrofitting costs with what native gains over dense."""
-  metric, words = METRIC[study.primary], []
-  split = by_way_of_dense(study, table, size)
-  if not split:
-    return []
-  longest = list(split)[-1]
-  lost, gained = split[longest]
-  for arm, other, d in ((study.dense, study.reference, gained), (longest, study.dense, lost)):
-    i = statistics.t_interval(d)
-    words.append(f"{arm} ends {metric.text(i.mean, True)} {metric.unit} from {other}"
-                 + (f" (95 % t interval {metric.between(i)})" if i.bounded else " (1 seed)"))
-  return [f"{at}The anchor: {words[0]}, and {words[1]}. Delta is the sum of the two: what native gains over dense attention, and "
-          "what a retrofit loses against the dense model that it came from."]
+def limited(study: Study, table: list[Row], size: str) -> str:
+  """Whether sparse attention was sparse: the share of the reference's queries that had blocks to leave out."""
+  shares = endpoints.finite((r for r in table if r.size == size and r.arm == study.reference and r.headline), "queries_limited")
+  if not shares:
+    return ""
+  share = float(np.mean(shares))
+  return (f"{100 * share:.0f} % of the queries of {study.reference} had more blocks than they could take"
+          + ("." if share >= 0.5 else ": **for most queries sparse attention was dense attention.**"))
 
 
-def closed_gap(study: Study, table: list[Row], size: str) -> tuple[str, list[str]]:
-  """The share of the gap training-free to native that each retrofit closes: a heading, and a line per arm."""
-  if not study.reference:
-    return "", []
-  get = lambda arm, mode: endpoints.series(table, arm, size, mode, study.primary)
-  mode = next((m for m in TRAINING_FREE if get(study.dense, m)), None)
-  if mode is None:
-    return f"Closed share of the gap: not given, there is no training-free run of {study.dense}.", []
-  lines = []
-  for arm in study.retrofits():
-    ours = get(arm, study.headline_mode(arm))
-    if ours:
-      closed = statistics.closed_fraction(get(study.dense, mode), ours,
-                                          get(study.reference, study.headline_mode(study.reference)))
-      i = closed.interval
-      lines.append(f"{arm}: " + (closed.reason or (
-          f"{100 * i.mean:.0f} % (95 % t interval {100 * i.low:.0f} to {100 * i.high:.0f} %, {i.n} seeds)")))
-  head = (f"Share of the gap between `{study.dense} -> {mode}` (training-free) and {study.reference} "
-          "that a retrofit closes; exploratory:")
-  return (head, lines) if lines else ("", [])
-
-
-def decompose(study: Study, table: list[Row], size: str) -> dict:
-  """{arm: {"Delta", "selector error", "backbone mismatch": {seed: value}}} where all four losses exist."""
-  out, native = {}, study.reference
-  get = lambda arm, mode: endpoints.series(table, arm, size, mode, study.primary)
-  if not native or study.headline_mode(native) != "sparse":
-    return out
-  n_own, n_oracle = get(native, "sparse"), get(native, "oracle")
-  for arm in study.retrofits():
-    own, oracle = get(arm, "sparse"), get(arm, "oracle")
-    seeds = sorted(set(own) & set(oracle) & set(n_own) & set(n_oracle))
-    if seeds and study.headline_mode(arm) == "sparse":
-      out[arm] = {
-          "Delta": {s: own[s] - n_own[s] for s in seeds},
-          "selector error": {s: (own[s] - oracle[s]) - (n_own[s] - n_oracle[s]) for s in seeds},
-          "backbone mismatch": {s: oracle[s] - n_oracle[s] for s in seeds}}
-  return out
+def interval(differences: dict[int, float]) -> statistics.Interval:
+  return statistics.t_interval(list(differences.values()))

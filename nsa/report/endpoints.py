@@ -1,32 +1,44 @@
-"""From evaluation records to one number per arm, size, seed and run mode.
+"""From evaluation records to one number per arm, size, seed, run mode and metric.
 
 Bits per byte are bits over bytes of all windows (a long window weighs more); exact match is the
-mean over tasks of the mean over items. A seed that is not finite is left out, and said.
+mean over tasks of the mean over items. A seed that is not finite is left out, and said. A metric may name a part:
+"second_half_bits_per_byte:code" is of the corpus `code`, "far_exact_match:mqar" of the tasks of that family.
 """
 from __future__ import annotations
 
 import collections
 import csv
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Iterable
 
 import numpy as np
 
+from nsa.records import LAYER, SCHEMA, mean, number
 from nsa.report import statistics
 from nsa.report.runs import Run, Study
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How an endpoint is written. `scale` turns the stored number into the written one."""
+  """How an endpoint is written, and what its controls must show before it counts (gates.py).
+
+  scale: turns the stored number into the written one. behind: what random blocks and sink + window must lose against
+  dense attention. near: how far from it the oracle's blocks may be. gated_by: the metric whose controls speak for this one.
+  """
   name: str
+  kind: str                        # text | recall
+  record: str                      # kind of record it is read from
   unit: str
   title: str
   lower_is_better: bool = True
   scale: float = 1.0
   digits: int = 4
+  behind: float = 0.02
+  near: float = 0.005
+  gated_by: str = ""
 
   def text(self, value: float, signed: bool = False) -> str:
     if not math.isfinite(value):
@@ -39,16 +51,38 @@ class Metric:
 
 
 METRIC = {m.name: m for m in (
-    Metric("second_half_bits_per_byte", "bits/byte", "bits per byte, second half of the context"),
-    Metric("bits_per_byte", "bits/byte", "bits per byte"),
-    Metric("exact_match", "points", "exact match (mean over tasks, %)", False, 100.0, 1),
-    Metric("answer_nll", "nats/token", "answer NLL"),
+    Metric("second_half_bits_per_byte", "text", "language", "bits/byte", "bits per byte, second half of the context"),
+    Metric("bits_per_byte", "text", "language", "bits/byte", "bits per byte"),
+    Metric("ar_hit_nll", "text", "ar_hit", "nats/token", "NLL of tokens that complete an n-gram seen before", behind=0.1, near=0.02),
+    Metric("exact_match", "recall", "task", "points", "exact match (mean over tasks, %)", False, 100.0, 1, near=0.02),
+    Metric("far_exact_match", "recall", "task", "points", "exact match where the evidence is far (mean over tasks, %)", False, 100.0, 1,
+           near=0.02),
+    Metric("answer_nll", "recall", "task", "nats/token", "answer NLL", gated_by="exact_match"),
+    Metric("far_answer_nll", "recall", "task", "nats/token", "answer NLL where the evidence is far", gated_by="far_exact_match"),
 )}
+_FIELD = {"ar_hit_nll": "nll"}     # where a record calls it otherwise
+
+
+@functools.lru_cache(maxsize=None)
+def metric(name: str) -> Metric:
+  """The metric of "name" or "name:part"."""
+  base, _, part = name.partition(":")
+  found = METRIC[base]
+  if not part:
+    return found
+  return dataclasses.replace(found, name=name, title=f"{part}: {found.title}", gated_by=found.gated_by and f"{found.gated_by}:{part}")
+
+
+def is_metric(name) -> bool:
+  return isinstance(name, str) and name.partition(":")[0] in METRIC
+
+
+_COLUMNS = tuple(name for name, field in SCHEMA["layer"].items() if field.column)
 
 
 @dataclasses.dataclass
 class Row:
-  """Endpoints of one arm, size, seed and run mode: a line of results.csv. NaN = not measured."""
+  """Endpoints of one arm, size, seed and run mode: a line of results.csv."""
   run: str
   arm: str
   size: str
@@ -58,30 +92,19 @@ class Row:
   status: str                      # of the run: done | failed | unfinished
   split: str
   step: int
-  bits_per_byte: float = math.nan
-  second_half_bits_per_byte: float = math.nan
-  exact_match: float = math.nan    # fraction
-  answer_nll: float = math.nan     # nats per answer token
-  windows: int = 0
-  bytes: int = 0
-  task_items: int = 0
-  captured_mass: float = math.nan  # mean over layers
-  oracle_mass: float = math.nan
-  queries_limited: float = math.nan  # share of the queries with more blocks than they could take
-  overlap: float = math.nan        # share of a query's blocks that the next one chose too, mean over layers
-  tile_union: float = math.nan     # blocks of a tile of 128 query rows over those of one query, mean over layers
-  tile_common: float = math.nan    # share of the choices on blocks that a third of the tile chose, mean over layers
-  tokens: float = math.nan         # training tokens, cumulative
-  flops: float = math.nan          # training FLOPs of this seed, cumulative
-  tokens_per_second: float = math.nan  # of this seed, median over the logged steps of the last stage
-  mfu: float = math.nan            # model FLOP/s utilisation, fraction, median over the same steps
+  values: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics, means over layers, tokens, flops, seconds, speed
+
+  def __getitem__(self, name: str) -> float:
+    """A metric, a mean over layers, or one of: bytes, windows, task_items; tokens and flops (training, cumulative, of this
+    seed), tokens_per_second and mfu (medians of the last stage), seconds (tokens at that speed). NaN = not measured."""
+    return self.values.get(name, math.nan)
 
 
 def rows(study: Study) -> list[Row]:
   """All rows of all runs that have an evaluation; of two runs with the same key the later one counts."""
   found = {}
   for run in study.runs:
-    for row in _run_rows(run) if run.rows is None else run.rows:
+    for row in _run_rows(study, run):
       key = (row.arm, row.size, row.seed, row.run_mode)
       # A finished run is never replaced by one that is not.
       if key in found and found[key].status == "done" and row.status != "done":
@@ -90,7 +113,7 @@ def rows(study: Study) -> list[Row]:
         study.problems.append(f"`{row.run}` and `{found[key].run}` both have {', '.join(map(str, key))}: "
                               "the first named counts")
       found[key] = row
-      if row.windows and not math.isfinite(row.bits_per_byte) and not math.isfinite(row.second_half_bits_per_byte):
+      if row["windows"] and not math.isfinite(row["bits_per_byte"]) and not math.isfinite(row["second_half_bits_per_byte"]):
         study.problems.append(f"`{row.run}`: seed {row.seed}, run {row.run_mode}: bits per byte is not "
                               "finite, left out")
   order = {a: i for i, a in enumerate(study.arms)}
@@ -100,24 +123,22 @@ def rows(study: Study) -> list[Row]:
 
 def series(table: Iterable[Row], arm: str, size: str, run_mode: str, metric: str) -> dict[int, float]:
   """{seed: value} of the finished runs, finite values alone."""
-  values = {r.seed: getattr(r, metric) for r in table
+  values = {r.seed: r[metric] for r in table
             if (r.arm, r.size, r.run_mode, r.status) == (arm, size, run_mode, "done")}
   return {s: v for s, v in values.items() if math.isfinite(v)}
 
 
-OF_DOCUMENTS = ("bits_per_byte", "second_half_bits_per_byte")  # metrics that each document of the held-out text has
-
-
-def documents(study: Study, arm: str, size: str, run_mode: str, metric: str) -> dict:
-  """{(seed, document): (bits, bytes)} of a language metric; {} for any other."""
-  if metric not in OF_DOCUMENTS:
+def documents(study: Study, arm: str, size: str, run_mode: str, name: str) -> dict:
+  """{(seed, document): (bits, bytes)} of a metric that each document of the held-out text has; {} for any other."""
+  base, _, part = name.partition(":")
+  if METRIC[base].record != "language":
     return {}
-  weight = "bytes" if metric == "bits_per_byte" else "second_half_bytes"
+  weight = SCHEMA["language"][base].weight
   out = collections.defaultdict(lambda: [0.0, 0.0])
   for record in select(study, "language", arm, size, run_mode):
-    value, count = number(record.get(metric)), number(record.get(weight))
-    if math.isfinite(value) and count > 0:
-      cell = out[record["seed"], record.get("document", "?")]
+    value, count = number(record.get(base)), number(record.get(weight))
+    if math.isfinite(value) and count > 0 and part in ("", record.get("corpus")):
+      cell = out[record["seed"], (record.get("corpus", ""), record.get("document", "?"))]
       cell[0] += value * count
       cell[1] += count
   return dict(out)
@@ -132,9 +153,7 @@ def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = 
     lost = set(run.diverged)
     records = [r for r in run.records if r["kind"] == kind and r.get("seed", 0) not in lost
                and r.get("arm", run.arm) == arm and run_mode in (None, r.get("run_mode"))]
-    if kind == "language":
-      records = [r for r in records if r.get("split", "val") == _split(run)]
-    out += records
+    out += [r for r in records if r.get("split", "val") == run.split] if kind == "language" else records
   return out
 
 
@@ -151,7 +170,7 @@ def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], fl
 
 def own_text(run: Run, records: list[dict]) -> list[dict]:
   """Those of the run's own run mode and split."""
-  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == _split(run)]
+  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]
 
 
 def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:
@@ -194,76 +213,32 @@ def interval_text(metric: Metric, values: Iterable[float], show_n: bool = True) 
 
 def finite(table: Iterable[Row], name: str) -> list[float]:
   """The finite values of one column."""
-  return [v for v in (getattr(r, name) for r in table) if math.isfinite(v)]
-
-
-def number(value) -> float:
-  """The value, or NaN for what is missing or no number."""
-  return float(value) if isinstance(value, (int, float)) else math.nan
+  return [v for v in (r[name] for r in table) if math.isfinite(v)]
 
 
 def write_csv(table: list[Row], path: Path) -> None:
-  """One line per row; a number that was not measured is an empty cell."""
-  names = [f.name for f in dataclasses.fields(Row)]
+  """results.csv: one line per row, 12 digits; a number that was not measured is an empty cell."""
+  fixed = [f.name for f in dataclasses.fields(Row) if f.name != "values"]
+  names = list(dict.fromkeys(name for row in table for name in row.values))
   with open(path, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow(fixed + names)
     for row in table:
-      cells = [getattr(row, n) for n in names]
-      writer.writerow(["" if isinstance(c, float) and math.isnan(c) else c for c in cells])
-
-
-def read_csv(path: Path) -> list[Row]:
-  """What `write_csv` wrote, to the last digit; a column that an older table lacks has its default. ValueError for any other file."""
-  read = {"str": str, "int": int, "bool": lambda cell: cell == "True", "float": lambda cell: float(cell) if cell else math.nan}
-  fields = dataclasses.fields(Row)
-  needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-  return _lines_of(path, needed, lambda line: Row(**{f.name: read[f.type](line[f.name]) for f in fields if f.name in line}))
-
-
-def _lines_of(path, needed, convert):
-  """convert(line) of every line of a CSV file that has the columns `needed`; ValueError names file, line and fix."""
-  with open(path, newline="") as file:
-    reader = csv.DictReader(file)
-    missing = [name for name in needed if name not in (reader.fieldnames or ())]
-    if missing:
-      raise ValueError(f"{path}: has no column {missing[0]!r}; take it from the repository again")
-    out = []
-    for line in reader:
-      try:
-        out.append(convert(line))
-      except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}, line {reader.line_num}: cannot be read ({error}); take it from the repository again") from None
-  return out
-
-
-LAYER = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common",
-         "queries_limited")        # columns of layers.csv
+      writer.writerow([getattr(row, n) for n in fixed] + ["" if math.isnan(row[n]) else f"{row[n]:.12g}" for n in names])
 
 
 def write_layers(study: Study, path: Path) -> None:
-  """The diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what it would choose)."""
+  """layers.csv: the diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what it
+  would choose)."""
   with open(path, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("arm", "size", "seed", "step", "run_mode", "layer") + LAYER)
+    writer.writerow(("arm", "size", "seed", "step", "run_mode", "corpus", "layer") + LAYER)
     for run in study.runs:
       for step, records in sorted(run.layers.items()):
         for r in records:
           if r.get("run_mode") in (run.headline_mode, "block_topk") and r.get("arm", run.arm) == run.arm:
-            writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("layer")]
+            writer.writerow([run.arm, run.size, r.get("seed"), step, r["run_mode"], r.get("corpus"), r.get("layer")]
                             + ["" if math.isnan(v := number(r.get(n))) else f"{v:.4g}" for n in LAYER])
-
-
-def read_layers(path: Path) -> dict[tuple[str, str], dict[int, list[dict]]]:
-  """What `write_layers` wrote: {(arm, size): {step: records}}, in the order of the file. ValueError for any other file."""
-  def convert(line):
-    record = {"kind": "layer", "seed": int(line["seed"] or 0), "run_mode": line["run_mode"], "layer": int(line["layer"])}
-    return (line["arm"], line["size"]), int(line["step"]), record | {n: float(line[n]) for n in LAYER if line.get(n)}
-
-  out = collections.defaultdict(lambda: collections.defaultdict(list))
-  for key, step, record in _lines_of(path, ("arm", "size", "seed", "step", "run_mode", "layer"), convert):
-    out[key][step].append(record)
-  return out
 
 
 def speed(curve: dict[str, np.ndarray], name: str) -> float:
@@ -280,8 +255,6 @@ def last_stage(curve: dict[str, np.ndarray]) -> np.ndarray:
 
 def speeds(run: Run) -> list[float]:
   """Tokens per second of each seed over the last stage, as far as they are known."""
-  if run.rows is not None:
-    return list({r.seed: r.tokens_per_second for r in run.rows if math.isfinite(r.tokens_per_second)}.values())
   found = [speed(c, "tokens_per_second") for c in run.curves.values() if len(c["step"])]
   return [s for s in found if math.isfinite(s)]
 
@@ -308,7 +281,7 @@ def parsed(config: dict):
     return None
 
 
-def _run_rows(run: Run) -> list[Row]:
+def _run_rows(study: Study, run: Run) -> list[Row]:
   lost = set(run.diverged)
   groups = collections.defaultdict(lambda: collections.defaultdict(list))
   for record in run.records:
@@ -318,41 +291,55 @@ def _run_rows(run: Run) -> list[Row]:
       groups[record.get("arm", run.arm), seed, mode][record["kind"]].append(record)
   out = []
   for (arm, seed, mode), kinds in groups.items():
-    language = [r for r in kinds["language"] if r.get("split", "val") == _split(run)]
-    row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, _split(run),
-              run.eval_step or 0, windows=len(language), task_items=len(kinds["task"]))
-    row.bytes = int(sum(number(r.get("bytes")) for r in language if math.isfinite(number(r.get("bytes")))))
-    row.bits_per_byte = _ratio(language, "bits_per_byte", "bytes")
-    row.second_half_bits_per_byte = _ratio(language, "second_half_bits_per_byte", "second_half_bytes")
-    for name in ("exact_match", "answer_nll"):
-      by_task = group(kinds["task"], ("task",), name)
-      setattr(row, name, float(np.mean(list(by_task.values()))) if by_task else math.nan)
-    for name in ("captured_mass", "oracle_mass", "queries_limited", "overlap", "tile_union", "tile_common"):
-      by_layer = group(kinds["layer"], ("layer",), name)
-      setattr(row, name, float(np.mean(list(by_layer.values()))) if by_layer else math.nan)
+    kinds["language"] = [r for r in kinds["language"] if r.get("split", "val") == run.split]
+    row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, run.split, run.eval_step or 0)
+    row.values = _metrics(study, kinds)
+    row.values |= {"windows": sum(r.get("windows", 1) for r in kinds["language"]),
+                   "task_items": sum(r.get("items", 1) for r in kinds["task"]),
+                   "bytes": sum(n for r in kinds["language"] if math.isfinite(n := number(r.get("bytes"))))}
+    for name in _COLUMNS:
+      row.values[name] = _mean_over(kinds["layer"], "layer", name)
     curve = run.curves.get(seed)
     if curve is not None and len(curve["step"]):
-      row.tokens, row.flops = _last(curve["tokens"]), _last(curve["flops"])
-      row.tokens_per_second, row.mfu = speed(curve, "tokens_per_second"), speed(curve, "mfu")
+      tokens, rate = _last(curve["tokens"]), speed(curve, "tokens_per_second")
+      row.values |= {"tokens": tokens, "flops": _last(curve["flops"]), "seconds": tokens / rate, "tokens_per_second": rate,
+                     "mfu": speed(curve, "mfu")}
     out.append(row)
   return out
 
 
-def _ratio(records, value, weight):
-  """Weighted mean over all windows. One that is not finite makes the whole not finite: it is not hidden.
+def _metrics(study, kinds) -> dict[str, float]:
+  """Every metric that the records have, as a whole and by part where there are several, and those that the study asks for."""
+  names, asked = [], [e.metric for e in study.endpoints]
+  for name, m in METRIC.items():
+    of_kind = [r for r in kinds[m.record] if r.get(_FIELD.get(name, name)) is not None]
+    parts = {_part(r) for r in of_kind}
+    names += [name] if of_kind else []
+    names += [f"{name}:{part}" for part in sorted(parts - {""})] if len(parts) > 1 else []
+  out = {}
+  for name in dict.fromkeys(names + asked + [metric(n).gated_by for n in asked if metric(n).gated_by]):
+    base, _, part = name.partition(":")
+    records = [r for r in kinds[METRIC[base].record] if part in ("", _part(r), r.get("task"))]
+    if not records:
+      continue
+    field = _FIELD.get(base, base)
+    out[name] = _mean_over(records, "task", field) if METRIC[base].record == "task" else mean(records, field)
+  return out
 
-  fsum, as sum() has other last digits from Python 3.12 on: a published table can be written again to the byte.
-  """
-  pairs = [(number(r.get(value)), number(r.get(weight))) for r in records if r.get(value) is not None]
-  pairs = [(v, w) for v, w in pairs if not w <= 0]
-  total = math.fsum(w for _, w in pairs)
-  return math.fsum(v * w for v, w in pairs) / total if total else math.nan
+
+def _part(record) -> str:
+  """The corpus of a record of text, the family of a task's."""
+  return record["task"].partition(":")[0] if "task" in record else record.get("corpus") or ""
 
 
-def _split(run):
-  """The split whose windows count: val where there is one."""
-  splits = {r.get("split", "val") for r in run.records if r["kind"] == "language"}
-  return "val" if not splits or "val" in splits else sorted(splits)[0]
+def _mean_over(records, key, name) -> float:
+  """The mean over the values of `key` of the means of their records; of what has a value."""
+  by = collections.defaultdict(list)
+  for record in records:
+    if math.isfinite(number(record.get(name))):
+      by[record.get(key)].append(record)
+  values = [v for mine in by.values() if math.isfinite(v := mean(mine, name))]
+  return math.fsum(values) / len(values) if values else math.nan
 
 
 def _last(x):

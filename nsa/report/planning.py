@@ -119,7 +119,7 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that trained
   longest: ten steps between evaluations say little of speed.
   """
-  from nsa import chips, config as config_lib, flops, model as model_lib
+  from nsa import chips, flops, model as model_lib
   runs = {arm: of_arm for arm in study.arms if (of_arm := [r for r in study.finished if (r.arm, r.size) == (arm, study.sizes[0])])}
   known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
   own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
@@ -144,11 +144,7 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
     shaped = dataclasses.replace(own, model=dataclasses.replace(own.model, **shape))
     parameters = flops.parameters(shaped)["non_embedding"]
     for arm, config in configs.items():
-      bare = config_lib.Config(  # what costs something, and nothing else: equal for arms that cost the same
-          model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers,
-          others=config.others, schedule=config.schedule, optimizer=config.optimizer,
-          data=config_lib.DataConfig(context=config.data.context, global_batch=config.data.global_batch))
-      work, seconds = _own_work(model_lib.Static(bare), runs[arm][0].first, chip.kind)
+      work, seconds = own_work(model_lib.Static(bare(config, **shape)), runs[arm][0].first, chip.kind)
       whole = 3600 * _tokens(config, config.schedule.steps)
       measured += work / rates[arm] / whole
       forecast_ += seconds / whole
@@ -158,8 +154,17 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   return out, rates, chip.kind
 
 
+def bare(config, **shape):
+  """What costs something in a config, at another shape of the model, and nothing else: equal for arms that cost the same."""
+  from nsa import config as config_lib
+  return config_lib.Config(
+      model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers,
+      others=config.others, schedule=config.schedule, optimizer=config.optimizer,
+      data=config_lib.DataConfig(context=config.data.context, global_batch=config.data.global_batch))
+
+
 @functools.lru_cache(maxsize=256)
-def _own_work(static, first: int, kind: str) -> tuple[float, float]:
+def own_work(static, first: int, kind: str) -> tuple[float, float]:
   """(FLOPs, forecast seconds on one device) of the steps from `first` on."""
   from nsa import chips, config as config_lib, flops, schedule
   from nsa.planning import forecast

@@ -12,54 +12,46 @@ import numpy as np
 
 from nsa.report import statistics
 from nsa.report import endpoints
-from nsa.report.endpoints import METRIC
+from nsa.records import number
 from nsa.report.runs import Study
 from nsa.report.style import Look, figure, key
 
 
-def budget_curve(study: Study, points: list, fit: statistics.BudgetFit) -> Figure | None:
-  """Delta(b): every seed, mean and t interval per budget, the fit, and its limit at the right edge."""
-  if not points:
+def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
+  """R(b) and Delta(b) of one endpoint: every seed, mean and t interval per budget, A as a line."""
+  groups = {q: [c for c in verdict.of(q, name, size) if c.budget and c.judgement] for q in ("R", "Delta")}
+  if not any(groups.values()):
     return None
-  metric = METRIC[study.primary]
+  m = endpoints.metric(name)
   fig, (ax,) = figure(7.8, 4.4)
   ax.set_xscale("log")
-  b = np.array([100 * c.budget for c in points])
-  span = max(math.log(b.max() / b.min()), 1.5)
-  at = lambda share: math.exp(share * span)       # a distance along the axis
-  margin = study.margin * metric.scale
-  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0,
-             label=f"equivalence margin, ±{metric.text(study.margin)}")
-  ax.axhline(0, color="#0072b2", lw=1.4, label=f"{study.reference} (0 by definition)")
-  marks, ticks = [0.0, margin, -margin], [f"{v:.3g} %" for v in b]
-  for k, (x, c) in enumerate(zip(b, points)):
-    y, i = np.array(list(c.differences.values())) * metric.scale, c.judgement.interval
-    place = [x * at(0.025 + 0.012 * n) for n in range(len(y))]
-    ax.plot(place, y, "o", mfc="white", mec="#555555", mew=1.1, ms=5, zorder=3,
-            label=None if k else "one seed")
-    _with_interval(ax, x, i, metric.scale, "s", "#c4511f", None if k else
-                   "mean and 95 % t interval" if i.bounded else "mean (1 seed: no interval)")
-    marks += [*y, *_ends(i, metric.scale)]
-  if fit.fitted:
-    x, i = np.geomspace(b.min(), b.max(), 200), fit.interval
-    ax.plot(x, fit(x / 100) * metric.scale, color="#93330f", lw=1.6, label="fit " + (
-        rf"$\Delta_\infty + A\,b^{{-\gamma}}$, $\gamma$ = {fit.gamma:.2f}"))
-    limit = b.max() * at(0.18)
-    _with_interval(ax, limit, i, metric.scale, "D", "#5e1c05", r"limit $\Delta_\infty$" + (
-        " and 95 % bootstrap interval" if i.bounded else ""))
-    ax.axvline(b.max() * at(0.11), color="#bbbbbb", lw=1, ls=(0, (2, 2)))
-    # An interval far wider than the data is cut at the frame rather than flattening everything else.
-    reach = 1.5 * (max(marks) - min(marks))
-    marks += [min(max(v, min(marks) - reach), max(marks) + reach) for v in _ends(i, metric.scale)]
-    b, ticks = np.append(b, limit), ticks + ["limit"]
-  ax.set_xlim(b.min() / at(0.08), b.max() * at(0.08))
-  pad = 0.08 * (max(marks) - min(marks))
-  ax.set_ylim(min(marks) - pad, max(marks) + pad)
-  ax.set_xticks(b, ticks)
+  budgets = sorted({c.budget for mine in groups.values() for c in mine})
+  span = max(math.log(budgets[-1] / budgets[0]), 1.5)
+  margin = next(iter(groups["R"] or groups["Delta"])).endpoint.margin * m.scale
+  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0, label=f"equivalence margin, ±{m.text(margin / m.scale)}")
+  ax.axhline(0, color="#888888", lw=1)
+  for c in verdict.of("A", name, size):
+    if c.judgement:
+      i = c.judgement.interval
+      ax.axhline(i.mean * m.scale, color="#0072b2", lw=1.6, label=f"A: {c.arm} minus {c.against}")
+      if i.bounded:
+        ax.axhspan(i.low * m.scale, i.high * m.scale, facecolor="none", edgecolor="#0072b2", hatch="....", alpha=0.25, lw=0,
+                   label="95 % t interval of A")
+  styles = {"R": ("s", "#c4511f", -0.012, "R(b): minus its dense control"), "Delta": ("D", "#333333", 0.012, "Delta(b) = R(b) + A")}
+  for quantity, mine in groups.items():
+    marker, color, shift, label = styles[quantity]
+    places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * (study.control(c.arm) != study.dense)) * span) for c in mine}
+    for k, c in enumerate(mine):
+      y = np.array(list(c.differences.values())) * m.scale
+      x = places[c.arm] * np.exp(span * math.copysign(1, shift) * (0.02 + 0.02 * np.arange(len(y)) / len(y)))  # beside the mean
+      ax.plot(x, y, marker, mfc="none", mec=color, mew=0.8, ms=3.5, alpha=0.6, zorder=3)
+      _with_interval(ax, places[c.arm], c.judgement.interval, m.scale, marker, color, None if k else label)
+  ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g} %" for b in budgets])
   ax.xaxis.set_minor_locator(ticker.NullLocator())
-  ax.set_xlabel("retrofit budget b (share of all training tokens after leaving dense)")
-  ax.set_ylabel(f"Delta(b), retrofit minus {study.reference}\n({metric.unit}, "
-                f"{'below' if metric.lower_is_better else 'above'} 0 is better)")
+  ax.set_xlim(100 * budgets[0] * math.exp(-0.1 * span), 100 * budgets[-1] * math.exp(0.12 * span))
+  ax.set_xlabel("retrofit budget b (share of the training tokens)")
+  ax.set_ylabel(f"difference ({m.unit})\n{'above' if m.lower_is_better else 'below'} 0 is behind")
+  ax.set_title(m.title)
   key(fig, ax)
   return fig
 
@@ -283,7 +275,7 @@ def _over_training(study, look, size, names, unit):
     for step, records in sorted(run.layers.items()):
       for record in records:
         for name in names:
-          value = endpoints.number(record.get(name))
+          value = number(record.get(name))
           if record.get("run_mode") == mode and math.isfinite(value) and record.get("seed") not in run.diverged:
             labels[run.arm] = study.label(run.arm, mode)
             line = points.setdefault((run.arm, name, record["layer"]), {}).setdefault(record.get("seed"), [])
@@ -336,7 +328,7 @@ def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
     rows = record["heat"]
     heat = np.full((len(rows), max(map(len, rows))), np.nan)
     for i, row in enumerate(rows):
-      heat[i, :len(row)] = [endpoints.number(v) for v in row]
+      heat[i, :len(row)] = [number(v) for v in row]
     upper = np.arange(heat.shape[1])[None] > np.arange(heat.shape[0])[:, None]
     image = ax.imshow(np.ma.masked_where(upper | np.isnan(heat), 100 * heat), cmap="cividis",
                       vmin=0, vmax=100, interpolation="nearest", aspect="auto", extent=(0, 100, 100, 0))
@@ -353,31 +345,60 @@ def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
   return fig
 
 
-def decomposition(study: Study, parts: dict) -> Figure | None:
-  """Selector error and backbone mismatch of every retrofit: parts[arm][part] = {seed: value}."""
+def decomposition(study: Study, name: str, parts: dict) -> Figure | None:
+  """Selector and backbone error of the reference and every retrofit: parts[arm][part] = {seed: value}."""
   if not parts:
     return None
-  metric = METRIC[study.primary]
+  metric = endpoints.metric(name)
   names = list(next(iter(parts.values())))
-  colors = dict(zip(names, ("#222222", "#e69f00", "#009e73")))
-  fig, (ax,) = figure(7.6, max(2.6, 1.2 + 0.75 * len(parts)))
+  colors = dict(zip(names, ("#e69f00", "#009e73")))
+  fig, (ax,) = figure(7.6, max(2.6, 1.2 + 0.6 * len(parts)))
   for row, (arm, by_part) in enumerate(parts.items()):
-    for k, name in enumerate(names):
-      y = row + 0.24 * (k - 1)
-      values = np.array(list(by_part[name].values())) * metric.scale
+    for k, part in enumerate(names):
+      y = row + 0.26 * (k - 0.5)
+      values = np.array(list(by_part[part].values())) * metric.scale
       i = statistics.t_interval(values)
       if i.bounded:
-        ax.plot([i.low, i.high], [y, y], color=colors[name], lw=2, solid_capstyle="butt")
-      ax.plot(i.mean, y, "|", color=colors[name], ms=13, mew=2.4)
-      ax.plot(values, [y] * len(values), "osD"[k], mfc="white", mec=colors[name], ms=5, mew=1.2, ls="none",
-              zorder=3, label=None if row else name)
+        ax.plot([i.low, i.high], [y, y], color=colors[part], lw=2, solid_capstyle="butt")
+      ax.plot(i.mean, y, "|", color=colors[part], ms=13, mew=2.4)
+      ax.plot(values, [y] * len(values), "os"[k], mfc="white", mec=colors[part], ms=5, mew=1.2, ls="none",
+              zorder=3, label=None if row else part)
   ax.axvline(0, color="#666666", lw=1)
   ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
   ax.set_yticks(range(len(parts)), list(parts))
   ax.set_ylim(len(parts) - 0.5, -0.5)
   ax.grid(axis="y", visible=False)
-  ax.set_xlabel(f"minus {study.reference} ({metric.unit})")
+  ax.set_xlabel(f"lost ({metric.unit})")
+  ax.set_title(metric.title)
   key(fig, ax)
+  return fig
+
+
+def far_context(study: Study, look: Look, size: str) -> Figure | None:
+  """NLL of repeated n-grams by distance, and loss of the same bytes by the context before them."""
+  panels = []
+  for kind, keys, value, weight in (("ar_hit", ("start",), "nll", "hits"), ("context_gain", ("context",), "bits_per_byte", "bytes")):
+    found = {}
+    for arm in study.arms:
+      records = endpoints.select(study, kind, arm, size, study.headline_mode(arm))
+      if by := endpoints.group(records, ("seed", *keys), value, weight):
+        found[arm] = by
+    panels += [(kind, found)] if found else []
+  if not panels:
+    return None
+  fig, axes = figure(10.4 if len(panels) == 2 else 7.6, 4.2, columns=len(panels))
+  words = {"ar_hit": ("least distance to the earlier occurrence (tokens)", "NLL (nats/token)", "repeated n-grams"),
+           "context_gain": ("context before the scored bytes (bytes)", "bits per byte", "gain by context")}
+  for ax, (kind, found) in zip(axes, panels):
+    xs = sorted({x for by in found.values() for _, x in by})
+    for arm, by in found.items():
+      _seeds_and_mean(ax, by, xs, xs, look(arm), label=arm)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(xs, [_short(x) for x in xs])
+    ax.set_xlabel(words[kind][0])
+    ax.set_ylabel(words[kind][1])
+    ax.set_title(words[kind][2])
+  key(fig, axes[0], look)
   return fig
 
 
@@ -400,10 +421,6 @@ def _with_interval(ax, x, interval, scale, marker, color, label):
               label=label)
 
 
-def _ends(interval, scale):
-  return [v * scale for v in (interval.low, interval.mean, interval.high) if math.isfinite(v)]
-
-
 def _binned(x, y, edges):
   place = np.clip(np.digitize(x, edges), 1, len(edges) - 1)
   filled = np.unique(place)
@@ -412,7 +429,7 @@ def _binned(x, y, edges):
 
 def _by_distance(records):
   kept = [dict(r, bucket=2.0 ** round(math.log2(d))) for r in records
-          if (d := endpoints.number(r.get("evidence_distance"))) > 0]
+          if (d := number(r.get("evidence_distance"))) > 0]
   return endpoints.group(kept, ("seed", "bucket"), "exact_match")
 
 

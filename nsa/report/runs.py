@@ -1,13 +1,14 @@
 """Reading run and study directories as they lie on disk: finished, cut short, failed or never begun.
 
 A run directory has config.json, metrics.jsonl, eval/<step>.json and DONE or FAILED; a study
-directory has study.json and runs/; a directory that a report was published into is read by published.py. What is
+directory has study.json and runs/; archive.py unpacks what was published into a study directory. What is
 missing or broken becomes a line in `problems`, never an exception, except for a path that is none of these, and a
 study.json that does not say what it must.
 """
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("second_half_bits_per_byte", "bits_per_byte", "exact_match", "answer_nll")
+LINES = 500                        # of metrics.jsonl per seed that are read at least; fewer than twice as many, and a few
 _CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "mfu", "seconds")
 
 
@@ -38,7 +39,6 @@ class Run:
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # what the last evaluation asked (nsa/held_out.py)
-  rows: list | None = None         # endpoints.Row, ready-made: of a run that is known by its published numbers alone
 
   @property
   def name(self) -> str:
@@ -52,6 +52,12 @@ class Run:
   def headline_mode(self) -> str:
     """How the arm's own number is taken: dense where it ends dense, else sparse."""
     return "dense" if self.stages and self.stages[-1].get("mode") == "dense" else "sparse"
+
+  @functools.cached_property
+  def split(self) -> str:
+    """The split whose windows count: val where there is one."""
+    splits = {r.get("split", "val") for r in self.records if r["kind"] == "language"}
+    return "val" if not splits or "val" in splits else sorted(splits)[0]
 
   @property
   def first(self) -> int:
@@ -68,10 +74,16 @@ class Run:
   @property
   def diverged(self) -> list[int]:
     """Seeds whose loss was finite once and was not at the last logged step: they have no line in results.csv."""
-    if self.rows:
-      return sorted({*self.seeds} - {row.seed for row in self.rows})
     losses = {s: np.isfinite(c["loss"]) for s, c in self.curves.items()}
     return [s for s, finite in losses.items() if finite.any() and not finite[-1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+  """What arms are judged by: a metric of endpoints.py, its equivalence margin in the metric's unit, and its role."""
+  metric: str
+  margin: float
+  primary: bool = True
 
 
 @dataclasses.dataclass
@@ -83,41 +95,50 @@ class Study:
   question: str = ""
   arms: list[str] = dataclasses.field(default_factory=list)   # in their order
   sizes: list[str] = dataclasses.field(default_factory=list)
-  primary: str = METRICS[0]
-  margin: float = 0.01
-  secondary: str = "exact_match"
-  secondary_margin: float = 0.02
+  endpoints: list[Endpoint] = dataclasses.field(default_factory=lambda: [Endpoint("second_half_bits_per_byte", 0.005),
+                                                                         Endpoint("exact_match", 0.02)])
+  quantities: tuple[str, ...] = ("R", "A", "Delta")           # the declared family of tests, of each endpoint
+  alpha: float = 0.05                                         # shared by the families of the primary endpoints
   reference: str = ""
   dense: str = "dense"
   budgets: dict[str, float] = dataclasses.field(default_factory=dict)
+  controls: dict[str, str] = dataclasses.field(default_factory=dict)          # arm -> the dense arm with its tokens and rates
+  branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)    # arm -> its decay branches, shorter runs of the same
+  plan: dict | None = None         # what was planned before the data (plan_file.py)
+  audit: list[dict] = dataclasses.field(default_factory=list)  # rows of the shortcut audit (nsa.tasks), as study.json has them
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
-  versions: list[dict] = dataclasses.field(default_factory=list)  # published ones: of which run each was may be unknown
+
+  @property
+  def primary(self) -> str:
+    """The metric that figures show: the first primary endpoint."""
+    return next((e.metric for e in self.endpoints if e.primary), self.endpoints[0].metric)
 
   @property
   def finished(self) -> list[Run]:
     return [r for r in self.runs if r.status == "done"]
-
-  def by_numbers(self, size: str | None = None) -> list[Run]:
-    """The finished runs that are known by their published numbers alone: no curves, no documents, no task items."""
-    return [r for r in self.finished if r.rows is not None and size in (None, r.size)]
 
   def arm_runs(self, arm: str, size: str | None = None) -> list[Run]:
     return [r for r in self.runs if r.arm == arm and size in (None, r.size)]
 
   def headline_mode(self, arm: str) -> str:
     runs = [r for r in self.arm_runs(arm) if r.config]
-    return runs[0].headline_mode if runs else "dense" if arm == self.dense else "sparse"
+    return runs[0].headline_mode if runs else "dense" if arm in (self.dense, *self.controls.values()) else "sparse"
 
   def label(self, arm: str, run_mode: str) -> str:
     """The name in tables: the arm, or "arm -> run mode" where that is not its own."""
     return arm if run_mode == self.headline_mode(arm) else f"{arm} -> {run_mode}"
 
   def retrofits(self) -> list[str]:
-    """The arms that are compared with the reference: those with a budget, smallest budget first."""
+    """The arms that are compared with their dense control: those with a budget, smallest budget first."""
     budgeted = sorted((a for a in self.arms if a in self.budgets), key=self.budgets.get)
     named = [a for a in self.arms if a.startswith("retrofit") and a not in budgeted]
-    return budgeted + named or [a for a in self.arms if a not in (self.reference, self.dense)]
+    others = [a for a in self.arms if a not in (self.reference, self.dense, *self.controls.values())]
+    return budgeted + named or others
+
+  def control(self, arm: str) -> str:
+    """The dense arm that a retrofit has to reach: the trunk, or a dense continuation with the retrofit's tokens."""
+    return self.controls.get(arm, self.dense)
 
 
 def load_run(path: Path, job: dict | None = None) -> Run:
@@ -141,6 +162,7 @@ def load_run(path: Path, job: dict | None = None) -> Run:
     problems.append(f"its evaluation holds records of other arms: {', '.join(map(str, strangers))}")
   if status == "done" and not records:
     problems.append("finished, but there is no evaluation that can be read")
+  problems += [p for p in job.get("problems", []) if p not in problems]  # of what was read when it was published
   return run
 
 
@@ -155,48 +177,56 @@ def read_plan(path: Path) -> dict:
   return plan
 
 
-def study_of(path: Path, plan: dict, runs: list[Run], arms: list[str], declared: bool = True) -> Study:
-  """What study.json asks, checked, with its runs."""
+def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
+  """What study.json asks, checked, with its runs. ValueError names the field, its value and the fix."""
+  from nsa.report import endpoints as endpoint_lib  # which reads runs
   def need(ok, name, value, fix):
     if not ok:
       raise ValueError(f"{path / 'study.json'}: {name} = {value!r}: {fix}")
-  for name in ("primary", "secondary", "budgets"):
-    need(isinstance(plan.get(name) or {}, dict), name, plan.get(name), "an object")
-  primary, secondary = plan.get("primary") or {}, plan.get("secondary") or {}
-  budgets = plan.get("budgets") or {}
-  for name, endpoint in (("primary", primary), ("secondary", secondary)):
-    metric, margin = endpoint.get("metric", METRICS[0]), endpoint.get("margin", 0.01)
-    need(metric in METRICS, f"{name}.metric", metric, f"one of {', '.join(METRICS)}")
-    need(isinstance(margin, (int, float)) and margin > 0, f"{name}.margin", margin, "a number above 0")
-  for arm, b in budgets.items():
+  for name, kind, words in (("endpoints", list, "a list of objects with metric and margin"), ("budgets", dict, "an object"),
+                            ("controls", dict, "an object"), ("branches", dict, "an object"), ("jobs", list, "a list of objects"),
+                            ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
+    need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
+  endpoints = []
+  for i, one in enumerate(plan.get("endpoints") or ()):
+    need(isinstance(one, dict), f"endpoints[{i}]", one, "an object with metric and margin")
+    metric, margin = one.get("metric"), one.get("margin")
+    need(endpoint_lib.is_metric(metric), f"endpoints[{i}].metric", metric,
+         f"one of {', '.join(endpoint_lib.METRIC)}, alone or followed by : and a corpus or task")
+    need(isinstance(margin, (int, float)) and margin > 0, f"endpoints[{i}].margin", margin, "a number above 0")
+    endpoints.append(Endpoint(metric, float(margin), one.get("primary", True)))
+  for arm, b in (plan.get("budgets") or {}).items():
     need(isinstance(b, (int, float)) and 0 < b <= 1, f"budgets.{arm}", b,
          "a share of the tokens, above 0, at most 1")
-  return Study(name=plan.get("name") or path.name, runs=runs, declared=declared,
-               question=plan.get("question") or "", arms=arms,
-               primary=primary.get("metric", METRICS[0]),
-               margin=primary.get("margin", 0.01), secondary=secondary.get("metric", "exact_match"),
-               secondary_margin=secondary.get("margin", 0.02), reference=plan.get("reference_arm") or "",
-               dense=plan.get("dense_arm") or "dense", budgets={k: float(v) for k, v in budgets.items()})
+  for i, job in enumerate(plan.get("jobs") or ()):
+    at = f"jobs[{i}]."
+    need(isinstance(job, dict), at[:-1], job, "an object with run, arm, size and seeds")
+    run = job.get("run")
+    need(isinstance(run, str) and run.strip("./") and not run.startswith("/") and ".." not in run.split("/"), at + "run", run,
+         "a directory inside the study's")
+    need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
+         job.get("seeds"), "a list of integers")
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches") if plan.get(name)}
+  return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True), arms=list(plan.get("arms") or []),
+               reference=plan.get("reference_arm") or "", dense=plan.get("dense_arm") or "dense",
+               budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},
+               quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")), **({"endpoints": endpoints} if endpoints else {}), **given)
 
 
 def load_study(path: Path, plan: dict) -> Study:
-  study = study_of(path, plan, [], list(plan.get("arms") or []))
+  study = study_of(path, plan, [])
   jobs = plan.get("jobs") or []
   for job in jobs:
     where = path / job.get("run", "?")
     if where.is_dir():
       study.runs.append(load_run(where, job))
     else:
-      study.runs.append(never_begun(where, job, "failed" if job.get("status") == "failed" else "pending"))
-  if not jobs:
+      status = job.get("status") if job.get("status") in ("failed", "unfinished") else "pending"
+      study.runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [], None,
+                            status, job.get("error") or "", list(job.get("problems", []))))
+  if not jobs and study.declared:
     study.problems.append("study.json lists no jobs")
   return study
-
-
-def never_begun(path: Path, job: dict, status: str) -> Run:
-  """A run of which there is nothing but its line in study.json."""
-  return Run(path, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [],
-             None, status, job.get("error") or "")
 
 
 def _status(path, job):
@@ -253,14 +283,24 @@ def _read_metrics(path, problems):
                     "killed while it writes leaves one)")
   curves = {}
   for seed in sorted({s for s, _ in lines}):
-    mine = [lines[key] for key in sorted(k for k in lines if k[0] == seed)]
+    mine = _thinned([lines[key] for key in sorted(k for k in lines if k[0] == seed)])
     curves[seed] = {n: np.array([_number(r.get(n)) for r in mine], np.float64) for n in _CURVES}
   return curves
 
 
+def _thinned(lines):
+  """Lines at even distances, the last one, and those around a change of stage: figures need no more, nor does an archive."""
+  apart = len(lines) // LINES
+  if apart < 2:
+    return lines
+  stage = [line.get("stage") for line in lines]
+  keep = {*range(0, len(lines), apart), len(lines) - 1}
+  keep |= {j for i in range(1, len(lines)) if stage[i] != stage[i - 1] for j in (i - 1, i)}
+  return [lines[i] for i in sorted(keep)]
+
+
 def _read_eval(folder, problems):
-  """The records and the step of the newest evaluation that can be read, those of layers and of text of all, by step, and
-  what the newest asked."""
+  """Of the newest evaluation that can be read the records, step and settings; records of layers and of text of all, by step."""
   newest, of_kind, settings = ([], None), {"layer": {}, "language": {}}, {}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):

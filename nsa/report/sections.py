@@ -9,12 +9,11 @@ import math
 
 import numpy as np
 
-from nsa.report import statistics
-from nsa.report import analyses, document, endpoints, planning, verdict as verdict_lib
-from nsa.report.document import Bullets, Heading, Picture, Table, Text
-from nsa.report.endpoints import METRIC, Row
+from nsa.report import answer, endpoints, planning, statistics
+from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
+from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import Comparison, Verdict
+from nsa.report.verdict import Verdict
 
 PICTURES = {  # file name: (function in plots.py, caption, alternative text, what is said where it is missing)
     "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
@@ -31,6 +30,9 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
                  "no records of loss by position"),
     "recall": ("recall", "Exact match of each arm in its own run mode. Marks: seeds",
                "Exact match per task and arm", "no task was evaluated"),
+    "context": ("far_context", "Left: NLL of tokens that complete an n-gram seen before in the document, by the distance to it. Right: bits "
+                "per byte of the same last bytes with less and less context before them. Marks: seeds; lines: means",
+                "Loss by distance of an earlier occurrence, and by context", "no records of far context"),
     "layers": ("layers", "Share of the attention mass that the chosen blocks hold, against the best choice "
                "of as many blocks (dashed: one line per seed); share of blocks that neighbouring queries "
                "have in common. Marks: seeds; lines: means",
@@ -50,7 +52,6 @@ PICTURES = {  # file name: (function in plots.py, caption, alternative text, wha
                "illustration, not a measurement", "Heat map of selected blocks",
                "no record of selected blocks"),
 }
-OF_RECORDS = ("loss", "held_out", "position", "recall", "blocks")  # pictures of what results.csv and layers.csv do not hold
 
 
 class Gallery:
@@ -66,15 +67,7 @@ class Gallery:
     """The picture `name` of PICTURES for one model size, and what it leaves out."""
     function, caption, alt, missing = PICTURES[name]
     figure = getattr(self.plots, function)(self.study, self.look, size)
-    without = self.study.by_numbers(size) if name in OF_RECORDS else []
-    finished = [run for run in self.study.finished if run.size == size]
-    if without and len(without) == len(finished):
-      missing = "it needs records, and of these runs numbers alone were published"
-    blocks = [self.block(name, figure, caption, alt, "Not drawn: " + missing, size)]
-    if 0 < len(without) < len(finished):
-      blocks.append(Text(f"Left out: {len(without)} of {len(finished)} finished runs, of which numbers alone were published.",
-                         "note"))
-    return blocks
+    return [self.block(name, figure, caption, alt, "Not drawn: " + missing, size)]
 
   def block(self, name, figure, caption, alt, missing, size=""):
     """A Picture, or the one line that says what is missing. `figure` is None where nothing can be drawn."""
@@ -91,42 +84,25 @@ class Gallery:
 def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gallery) -> list:
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
-  blocks += answer(study, table, verdict)
+  blocks += answer.verdict(study, table, verdict) + answer.gates(study, table, verdict)
   blocks += arms(study, table)
-  blocks += budget(study, table, verdict.comparisons, gallery)
-  for title, part in (("Loss curves", "loss"), ("Held-out loss over training", "held_out"), ("Loss by position", "position"), ("Recall by task", "recall"),
+  blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
+  blocks += answer.exploratory(study, verdict)
+  for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"), ("Held-out loss over training", "held_out"),
+                      ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),
                       ("Captured and oracle mass over training", "learning"),
                       ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"),
-                      ("Selector or backbone?", parts),
-                      ("Spread over seeds, and what a main study could see", spread)):
+                      ("Spread over seeds, and what another study could see", spread)):
+    if part == "context" and not any(r["kind"] in ("ar_hit", "context_gain") for run in study.runs for r in run.records):
+      continue  # not asked for
     blocks.append(Heading(title))
     for size in study.sizes:
       blocks += part(study, table, size, gallery) if callable(part) else gallery.picture(part, size)
   blocks += costs(study)
   if study.notes.strip():
-    blocks += [Heading("Notes"), *document.parse(study.notes, level=3)]
+    blocks += [Heading("Notes"), Written(study.notes)]
   return blocks + limits(study, table, verdict)
-
-
-def answer(study: Study, table: list[Row], verdict: Verdict) -> list:
-  """(1) The verdict, the comparisons behind it, and whether sparsity was on at all."""
-  blocks = [Heading("Verdict"), Text(verdict.paragraph, "verdict")]
-  primary = [c for c in verdict.comparisons if c.role == "primary" and c.judgement]
-  if primary:
-    blocks.append(_comparison_table(study, primary, f"Primary: {METRIC[study.primary].title}, "
-                                    f"minus {study.reference}"))
-  secondary = [c for c in verdict.comparisons if c.role == "secondary" and c.judgement]
-  if secondary:
-    blocks.append(_comparison_table(study, secondary, f"Secondary: {METRIC[study.secondary].title}, minus "
-                                    f"{study.reference}; p after Holm over {len(secondary)} comparisons"))
-  unjudged = [c for c in verdict.comparisons if c.role == "secondary" and not c.judgement]
-  for reason in dict.fromkeys(c.reason for c in unjudged):
-    names = ", ".join(dict.fromkeys(c.arm for c in unjudged if c.reason == reason))
-    blocks.append(Text(f"Secondary ({METRIC[study.secondary].title}) **cannot be judged** for {names}: "
-                       f"{reason}.", "note"))
-  notes = analyses.controls(study, table)
-  return blocks + ([Heading("Controls", 3), Bullets(notes)] if notes else [])
 
 
 def arms(study: Study, table: list[Row]) -> list:
@@ -136,20 +112,10 @@ def arms(study: Study, table: list[Row]) -> list:
   counts = ", ".join(f"{runs[s]} {s}" for s in ("done", "failed", "unfinished", "pending") if runs[s])
   blocks.append(Text(f"{len(study.runs)} run{'s' * (len(study.runs) != 1)}: {counts}. Numbers are mean ± "
                      "half-width of the 95 % t interval over seeds; without ± there is one seed."))
-  if numbers := study.by_numbers():
-    by_arm = collections.defaultdict(list)
-    for run in numbers:
-      by_arm[run.arm if len(study.sizes) == 1 else f"{run.arm} {run.size}"] += run.seeds
-    share = "all" if len(numbers) == len(study.finished) else f"{len(numbers)} of the {len(study.finished)}"
-    blocks.append(Text(
-        f"**Numbers alone were published of {share} finished runs**: their lines of results.csv and layers.csv. They count "
-        "fully in the verdict's t intervals, in the tables of endpoints, and per layer. They are left out of what needs "
-        "records: loss curves, held-out loss over training, loss by position, recall by task, the bootstrap over (seed, "
-        "document), selected blocks, and the time that runs took. By arm (seeds): "
-        + ", ".join(f"{arm} ({', '.join(map(str, sorted(seeds)))})" for arm, seeds in by_arm.items()) + "."))
   shown = [r for r in table if r.status == "done"] or table
   if shown and shown[0].status != "done":
     blocks.append(Text("No run has finished: these are the numbers of the latest evaluations.", "note"))
+  shown_metrics = list(dict.fromkeys(e.metric for e in study.endpoints if any(math.isfinite(r[e.metric]) for r in table)))
   for size in study.sizes:
     lines = []
     for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in shown if r.size == size):
@@ -159,15 +125,13 @@ def arms(study: Study, table: list[Row]) -> list:
       shares = [share for r in study.arm_runs(arm, size)
                 if mine[0].headline and math.isfinite(share := endpoints.visible_share(r))]
       lines.append([study.label(arm, mode), str(len({r.seed for r in mine}))]
-                   + [endpoints.interval_text(METRIC[m], endpoints.finite(mine, m), False)
-                      for m in ("bits_per_byte", "second_half_bits_per_byte", "exact_match")]
+                   + [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in shown_metrics]
                    + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
                       f"{100 * shares[0]:.1f}" if shares else "-",
                       *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
                          _percent(mine, "mfu", ".2g")] if mine[0].headline else ["-"] * 3)])
     if lines:
-      blocks.append(Table(["arm", "seeds", "bits per byte", "second half (bits per byte)", "exact match (%)",
-                           "training tokens", "training FLOPs per seed", "visible share (%)",
+      blocks.append(Table(["arm", "seeds", *(endpoints.metric(m).title for m in shown_metrics), "training tokens", "training FLOPs per seed", "visible share (%)",
                            "queries with more blocks than they take (%)", "tokens/s", "MFU (%)"], lines,
                           f"Size {size}. Visible share: what the last query of a full context attends to. Tokens/s per "
                           "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last stage. "
@@ -182,55 +146,13 @@ def arms(study: Study, table: list[Row]) -> list:
   return blocks + ([Heading("Failed, unfinished, unreadable", 3), Bullets(lost)] if lost else [])
 
 
-def budget(study, table, found: list[Comparison], gallery: Gallery) -> list:
-  """(3) Delta(b)."""
-  blocks = [Heading("Delta(b): retrofit minus native over the retrofit budget")]
-  for size in study.sizes:
-    points, fit = verdict_lib.curve(study, found, size)
-    at = f"Size {size}: " if len(study.sizes) > 1 else ""
-    why = ("no budgets are declared" if not study.budgets else
-           "no retrofit shares a finished seed with the reference")
-    figure = gallery.plots.budget_curve(study, points, fit)
-    blocks.append(gallery.block(
-        "delta_budget", figure,
-        "Delta(b), paired by seed. Circles: seeds. Squares: mean with 95 % t interval. "
-        "Blue band: equivalence margin", "Difference from the reference arm over the retrofit budget",
-        f"Not drawn: {why}", size))
-    if points:
-      blocks.append(Text(at + (f"The limit Delta_inf {fit.reason}." if not fit.fitted else
-                               "Delta(b) = Delta_inf + A · b^-gamma: "
-                               f"{verdict_lib.fit_text(study, fit)}, gamma = {fit.gamma:.2f}.")))
-    blocks += way_of_dense(study, table, size)
-    head, lines = analyses.closed_gap(study, table, size)
-    blocks += ([Text(head)] if head else []) + ([Bullets(lines)] if lines else [])
-  return blocks
-
-
-def way_of_dense(study, table, size) -> list:
-  """Delta split at the dense model: does a retrofit reach what it came from, and how far is that from native?"""
-  metric, lines = METRIC[study.primary], []
-  for arm, (lost, gained) in analyses.by_way_of_dense(study, table, size).items():
-    judged = statistics.judge(lost, study.margin)
-    spread = lambda x: metric.text(float(np.std(x, ddof=1))) if len(x) > 1 else "-"
-    lines.append([arm, str(len(lost)), metric.text(float(np.mean(lost + gained)), True), metric.text(float(np.mean(lost)), True),
-                  metric.between(judged.interval), spread(lost), verdict_lib.p_text(judged.p_tost),
-                  metric.text(float(np.mean(gained)), True), spread(gained)])
-  if not lines:
-    return []
-  at = f"size {size}, " if len(study.sizes) > 1 else ""
-  return [Table(["retrofit arm", "seeds", "Delta", f"minus {study.dense}", "95 % t interval", "SD over seeds",
-                 f"p, two one-sided tests, ±{metric.text(study.margin)}", f"{study.dense} minus {study.reference}", "SD over seeds"],
-                lines, f"{metric.title[0].upper()}{metric.title[1:]}; {at}paired by seed, over those that have all three. Delta by way of the dense model: what a "
-                f"retrofit loses against {study.dense} of its seed, and what {study.reference} gains over it. Exploratory.")]
-
-
 def modes(study, table, size, gallery) -> list:
   """(7) Rows are what was trained, columns how it is run."""
   shown = [r for r in table if r.size == size and (r.status == "done" or not study.finished)]
   first = ("dense", "sparse", "oracle", "random")
   columns = sorted({r.run_mode for r in shown}, key=lambda m: (first.index(m) if m in first else len(first), m))
   blocks = []
-  for metric in (METRIC[study.primary], METRIC[study.secondary]):
+  for metric in map(endpoints.metric, dict.fromkeys(e.metric for e in study.endpoints)):
     lines = []
     for arm in study.arms:
       cells = [endpoints.finite((r for r in shown if (r.arm, r.run_mode) == (arm, m)), metric.name)
@@ -244,28 +166,6 @@ def modes(study, table, size, gallery) -> list:
                           f"{metric.title[0].upper()}{metric.title[1:]}; {at}mean ± half-width (seeds), "
                           "bold = the arm's own mode. Exploratory but for that column."))
   return blocks or [Text("No evaluation yet.", "note")]
-
-
-def parts(study, table, size, gallery) -> list:
-  """(10) Delta = selector error + backbone mismatch, by the oracle run mode."""
-  at = f" (size {size})" if len(study.sizes) > 1 else ""
-  found = analyses.decompose(study, table, size)
-  if not found:
-    why = ("no reference arm is declared" if not study.reference else
-           f"it needs the run mode \"oracle\" of {study.reference} and of a retrofit arm, on common seeds")
-    return [Text(f"Not split{at}: {why}.", "note")]
-  metric = METRIC[study.primary]
-  lines = [[arm] + [endpoints.interval_text(metric, values.values()) for values in by_part.values()]
-           for arm, by_part in found.items()]
-  table_block = Table(
-      ["retrofit arm"] + list(next(iter(found.values()))), lines,
-      f"{metric.title[0].upper()}{metric.title[1:]}, mean ± half-width (seeds). Selector error: loss(own "
-      f"blocks) - loss(oracle blocks) of the retrofit, minus the same of {study.reference}. Backbone "
-      "mismatch: loss(oracle) of the retrofit minus that of "
-      f"{study.reference}. The two add up to Delta. Exploratory.")
-  return [table_block, gallery.block("decomposition", gallery.plots.decomposition(study, found),
-                                     "Delta and its two parts. Marks: seeds; bars: means; lines: t intervals",
-                                     "Selector error and backbone mismatch", "Not drawn", size)]
 
 
 def locality(study, table, size, gallery) -> list:
@@ -298,7 +198,7 @@ def locality(study, table, size, gallery) -> list:
 def spread(study, table, size, gallery) -> list:
   """The SD over seeds of each endpoint, and the smallest effect that a main study could see."""
   blocks = []
-  for metric, margin in ((METRIC[study.primary], study.margin), (METRIC[study.secondary], study.secondary_margin)):
+  for metric, margin in ((endpoints.metric(e.metric), e.margin) for e in study.endpoints):
     lines = []
     for s in planning.spreads(study, table, size, metric.name, margin):
       paired = s.df > 0 and s.sd_difference > 0
@@ -322,8 +222,8 @@ def spread(study, table, size, gallery) -> list:
 
 
 def costs(study: Study) -> list:
-  """What a main study with these arms would cost, and where the time of this one went."""
-  blocks = [Heading("What a main study would cost")]
+  """What another study with these arms would cost, and where the time of this one went."""
+  blocks = [Heading("What another study would cost")]
   prices, rates, device = planning.prices(study)
   if not prices:
     return blocks + [Text("Not given: no finished run has logged tokens per second.", "note")]
@@ -344,8 +244,7 @@ def costs(study: Study) -> list:
   paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
   if paused:
     trained = sum(planning.training_seconds(run) for run in study.finished)
-    which = "runs that have records" if study.by_numbers() else "runs"
-    blocks[-1].items.append(f"The finished {which} took: " + ", ".join(
+    blocks[-1].items.append("The finished runs took: " + ", ".join(
         f"{label} {s / 60:.1f} min" for label, s in (("training", trained), *sorted(paused.items()))) + ".")
   return blocks
 
@@ -367,12 +266,11 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
                + (f", at most {_quantity(max(tokens))} training tokens per run" if tokens else "")
                + ". Nothing here speaks of larger models, longer contexts or other data.")
   if study.declared:
-    p, s = METRIC[study.primary], METRIC[study.secondary]
-    items.append(f"**Endpoints.** Primary: {p.title}, margin {p.text(study.margin)} {p.unit}. Secondary: "
-                 f"{s.title}, margin {s.text(study.secondary_margin)} {s.unit}, under Holm. Primary "
-                 "comparisons are not adjusted for each other; their number stands in the table. Everything "
-                 "else is exploratory.")
-    items.append("**\"Matches\"** means equivalent within that margin, at these budgets, with this selector. "
+    listed = lambda primary: "; ".join(f"{m.title}, margin {m.text(e.margin)} {m.unit}" for e in study.endpoints
+                                       if e.primary == primary and (m := endpoints.metric(e.metric)))
+    items.append(f"**Endpoints.** Primary: {listed(True)}" + (f". Secondary: {listed(False)}" if listed(False) else "")
+                 + f". The families of the primary endpoints share alpha {study.alpha:g}, under Holm within. Everything else is exploratory.")
+    items.append("**A match** means equivalent within that margin, at these budgets, with this selector. "
                  "Whether the margin is small enough to matter is a judgement that statistics does not make.")
   bootstrapped = [c for c in verdict.comparisons if c.documents is not None and c.documents.bounded]
   if bootstrapped:
@@ -381,38 +279,11 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
   splits = sorted({r.split for r in table})
   if splits and splits != ["val"]:
     items.append(f"**Split.** Evaluated on {', '.join(splits)}.")
-  versions = sorted({f"{k} {v}" for one in [r.versions for r in study.runs] + study.versions for k, v in one.items()
+  versions = sorted({f"{k} {v}" for r in study.runs for k, v in r.versions.items()
                      if isinstance(v, (str, int, float))})
   if versions:
     items.append("**Ran with** " + ", ".join(versions[:16]) + ".")
   return [Heading("What this cannot say" if study.declared else "Limits"), Bullets(items)]
-
-
-def _comparison_table(study, found, caption):
-  metric = METRIC[found[0].metric]
-  secondary = found[0].role == "secondary"
-  many = len(study.sizes) > 1
-  lines, fewer = [], False
-  for c in found:
-    i = c.judgement.interval
-    covered = c.documents.n if c.documents else 0
-    of = f" ({covered} of {i.n} seeds)" if covered < i.n and not secondary and c.metric in endpoints.OF_DOCUMENTS else ""
-    fewer = fewer or bool(of)
-    lines.append([c.arm] + ([c.size] if many else []) + [
-        c.word, verdict_lib.percent(c.budget) if c.budget else "-", str(i.n), metric.text(i.mean, True),
-        metric.between(i)] + ([] if secondary else [metric.between(c.documents) + of])
-        + [verdict_lib.p_text(c.p_tost_holm if secondary else c.judgement.p_tost),
-           verdict_lib.p_text(c.p_difference_holm if secondary else c.judgement.p_difference),
-           metric.text(c.judgement.detectable)])
-  header = ["arm"] + ["size"] * many + [
-      "outcome", "budget", "seeds", f"difference ({metric.unit})", "95 % t interval"] + (
-      [] if secondary else ["95 % bootstrap (seed, document)"]) + [
-      f"p, two one-sided tests, ±{metric.text(found[0].margin)}", "p, difference from 0",
-      "smallest detectable"]
-  if fewer:
-    caption += (". **The bootstrap covers fewer seeds than the t interval where it says so**: of the others no documents are "
-                "known" + (", as numbers alone were published of them" if study.by_numbers() else ""))
-  return Table(header, lines, caption, left=2 + many)
 
 
 def _mean(table, name):

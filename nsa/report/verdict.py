@@ -1,255 +1,340 @@
 """The judgement: which arms are compared, what the seeds say, and the words for it.
 
-The primary comparison is every retrofit arm against the reference arm on the primary metric,
-per model size, paired by seed. The same on the secondary metric is the secondary family, under
-Holm. Everything else is exploratory and gets an interval, never a word.
+Three quantities of every endpoint and size, paired by seed:
+
+  R(b)      a retrofit of budget b minus its dense control: the trunk, or a dense continuation with the same tokens and rates
+  A         dense minus the reference (native), at equal tokens
+  Delta(b)  R(b) + A: a retrofit against native
+
+The primary endpoints share alpha by kind (text, recall); within a kind all quantities, budgets, endpoints and sizes are one
+family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints are one family of their own.
+An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a word.
 """
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Callable, Iterable
 
 import numpy as np
 
-from nsa.report import comparable, endpoints, statistics
-from nsa.report.endpoints import METRIC, Row
-from nsa.report.runs import Study
+from nsa.report import comparable, endpoints, gates, statistics
+from nsa.report.endpoints import Row
+from nsa.report.runs import Endpoint, Study
 
-ALPHA = 0.05
+APART = 0.2        # exact match: seeds whose outcomes fall into two groups so far apart are counted, not averaged alone
 
 
 @dataclasses.dataclass
 class Comparison:
-  """arm minus reference on one metric at one size. `judgement` is None where `reason` says why."""
+  """arm minus against on one metric at one size. `judgement` is None where `reason` says why."""
+  quantity: str                            # R | A | Delta | "" (exploratory)
   arm: str
   run_mode: str
+  against: str
   size: str
-  metric: str
-  margin: float
-  role: str                                # primary | secondary | exploratory
+  endpoint: Endpoint
+  family: str = ""                         # of its tests; "" for exploratory ones
+  alpha: float = 0.05                      # of the family
+  admitted: bool = True
+  budget: float | None = None
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   judgement: statistics.Judgement | None = None
-  documents: statistics.Interval | None = None  # bootstrap over (seed, document); its n: the seeds whose documents are known
-  budget: float | None = None
+  bootstrap: Callable[[], statistics.Interval | None] = lambda: None
   reason: str = ""
-  p_tost_holm: float = math.nan            # secondary only
-  p_difference_holm: float = math.nan
+  p_tost: float = math.nan                 # after Holm
+  p_difference: float = math.nan           # after Holm
+
+  @property
+  def metric(self) -> endpoints.Metric:
+    return endpoints.metric(self.endpoint.metric)
+
+  @functools.cached_property
+  def documents(self) -> statistics.Interval | None:
+    """Bootstrap over (seed, document) of a primary metric of text; its n: the seeds whose documents are known."""
+    return self.bootstrap()
 
   @property
   def word(self) -> str:
-    """matches | better | worse | undecided | cannot be judged; in the secondary family after Holm."""
-    j = self.judgement
-    if j is None or j.word == "no interval":
+    """matches | better | worse | undecided, after Holm; cannot be judged; not admitted; "" of an exploratory comparison."""
+    if not self.family:
+      return ""
+    if not self.admitted:
+      return "not admitted"
+    if self.judgement is None or self.judgement.word == "no interval":
       return "cannot be judged"
-    if self.role == "secondary":
-      word = ("matches" if self.p_tost_holm <= ALPHA else
-              "differs" if self.p_difference_holm <= ALPHA else "undecided")
-    else:
-      word = j.word
-    if word != "differs":
-      return word
-    return "worse" if (j.interval.mean > 0) == METRIC[self.metric].lower_is_better else "better"
+    if self.p_tost <= self.alpha:
+      return "matches"
+    if not self.p_difference <= self.alpha:
+      return "undecided"
+    return "worse" if (self.judgement.interval.mean > 0) == self.metric.lower_is_better else "better"
 
   @property
   def name(self) -> str:
-    b = "" if self.budget is None else f" ({percent(self.budget)} of the tokens)"
-    return self.arm + b
+    return self.quantity + (f"({percent(self.budget)})" if self.budget is not None else "")
+
+  @property
+  def sign_flip(self) -> float:
+    return statistics.sign_flip(list(self.differences.values())) if self.differences else math.nan
+
+  @property
+  def without_one(self) -> list[float]:
+    """p of the t test without each seed in turn, before Holm."""
+    return statistics.leave_one_out(list(self.differences.values())) if self.differences else []
 
 
 @dataclasses.dataclass
 class Verdict:
-  """What the report says first. `headline` is one sentence; the paragraph repeats it and goes on."""
+  """What the report says first: one sentence, then lines of one statement each."""
   headline: str
-  paragraph: str
+  lines: list[str]
   comparisons: list[Comparison]
+  admissions: dict[tuple[str, str], gates.Admission]
+
+  def of(self, quantity: str, metric: str, size: str) -> list[Comparison]:
+    return [c for c in self.comparisons if (c.quantity, c.endpoint.metric, c.size) == (quantity, metric, size)]
 
 
-def compare(study: Study, table: list[Row], arm: str, run_mode: str, size: str, metric: str, margin: float,
-            role: str) -> Comparison:
-  """One paired comparison with the reference arm."""
-  out = Comparison(arm, run_mode, size, metric, margin, role, budget=study.budgets.get(arm))
-  reference_mode = study.headline_mode(study.reference)
-  ours = endpoints.series(table, arm, size, run_mode, metric)
-  theirs = endpoints.series(table, study.reference, size, reference_mode, metric)
+def own(study: Study, table: list[Row], arm: str, size: str, metric: str) -> dict[int, float]:
+  """{seed: value} of an arm in its own run mode."""
+  return endpoints.series(table, arm, size, study.headline_mode(arm), metric)
+
+
+def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, endpoint: Endpoint) -> Comparison:
+  """One paired comparison; Delta of an arm with a control of its own is R + A over the seeds that have all four runs."""
+  get = lambda a: own(study, table, a, size, endpoint.metric)
+  against = {"R": study.control(arm), "A": study.reference, "Delta": study.reference}[quantity]
+  out = Comparison(quantity, arm, study.headline_mode(arm), against, size, endpoint,
+                   budget=study.budgets.get(arm) if quantity != "A" else None)
+  ours, theirs = get(arm), get(against)
+  if quantity == "Delta" and (control := study.control(arm)) != study.dense:
+    extra = get(control), get(study.dense)
+    ours = {s: ours[s] - extra[0][s] + extra[1][s] for s in ours if all(s in e for e in extra)}
   seeds, d = statistics.paired_differences(ours, theirs)
   if not seeds:
-    out.reason = (f"no finished result of {study.reference}" if not theirs else "no finished result"
-                  if not ours else f"no seed in common with {study.reference}")
+    out.reason = (f"no finished result of {against}" if not theirs else f"no finished result of {arm}"
+                  if not ours else f"no seed of {arm} in common with {against}")
     return out
-  out.reason = comparable.reason(study, arm, study.reference, size)
+  four = (arm, against, study.control(arm), study.dense) if quantity == "Delta" else (arm, against)
+  out.reason = next((found for other in four[1:] if (found := comparable.reason(study, arm, other, size))), "")
   if out.reason:
     return out
   out.differences = dict(zip(seeds, map(float, d)))
-  # Equality that says nothing: TOST would call it a match with p = 0.
-  values = [s[seed] for s in (ours, theirs) for seed in seeds]
-  if metric == "exact_match" and max(values) <= margin:
-    out.reason = (f"at the floor: no seed of either arm gets more than {100 * max(values):.1f} % of the "
-                  "answers right")
+  if not d.any():  # equality that says nothing: TOST would call it a match with p = 0
+    out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint cannot tell "
+                  "them apart")
     return out
-  if not d.any():
-    out.reason = (f"identical to {study.reference} in every seed: both ran the same computation, or the "
-                  "endpoint cannot tell them apart")
-    return out
-  out.judgement = statistics.judge(d, margin, ALPHA)
-  if role == "primary":
-    out.documents = _bootstrap(
-        endpoints.documents(study, arm, size, run_mode, metric),
-        endpoints.documents(study, study.reference, size, reference_mode, metric), seeds)
+  out.judgement = statistics.judge(d, endpoint.margin)
+  if endpoint.primary and (quantity != "Delta" or study.control(arm) == study.dense):
+    out.bootstrap = lambda: _bootstrap(*(endpoints.documents(study, a, size, study.headline_mode(a), endpoint.metric)
+                                         for a in (arm, against)), seeds)
   return out
 
 
-def comparisons(study: Study, table: list[Row]) -> list[Comparison]:
-  """Primary, secondary (with Holm) and exploratory comparisons; [] without a reference arm."""
-  if not study.reference:
-    return []
+def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparison]:
+  """Every comparison of the declared family, and the exploratory ones: other arms, and other ways to run the dense arm."""
   out, retrofits = [], study.retrofits()
-  for size in study.sizes:
-    here = {(r.arm, r.run_mode) for r in table if r.size == size}
-    for role, metric, margin in (("primary", study.primary, study.margin),
-                                 ("secondary", study.secondary, study.secondary_margin)):
-      if role == "secondary" and not any(math.isfinite(getattr(r, metric)) for r in table):
+  if not study.reference:
+    return out
+  kinds = dict.fromkeys(endpoints.metric(e.metric).kind for e in study.endpoints if e.primary)
+  for e in study.endpoints:
+    family = endpoints.metric(e.metric).kind if e.primary else "secondary"
+    for size in study.sizes:
+      if not e.primary and not any(r.size == size and math.isfinite(r[e.metric]) for r in table):
         continue
-      out += [compare(study, table, arm, study.headline_mode(arm), size, metric, margin, role)
-              for arm in retrofits if role == "primary" or (arm, study.headline_mode(arm)) in here]
-    others = [(a, m) for a in study.arms for m in sorted({m for arm, m in here if arm == a})
-              if (m == study.headline_mode(a) and a not in retrofits and a != study.reference)
-              or (a == study.dense and m != study.headline_mode(a))]
-    out += [compare(study, table, arm, mode, size, study.primary, study.margin, "exploratory")
-            for arm, mode in others]
-  family = [c for c in out if c.role == "secondary" and c.judgement]
-  for name in ("p_tost", "p_difference"):
-    for c, p in zip(family, statistics.holm([getattr(c.judgement, name) for c in family])):
-      setattr(c, name + "_holm", float(p))
+      for quantity in study.quantities:
+        for arm in [study.dense] if quantity == "A" else retrofits:
+          c = compare(study, table, quantity, arm, size, e)
+          c.family, c.alpha = family, study.alpha / len(kinds) if e.primary else study.alpha
+          c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
+          out.append(c)
+  for family in dict.fromkeys(c.family for c in out):  # what is not admitted counts in the family, and gets no word
+    mine = [c for c in out if c.family == family and c.judgement]
+    for c, p, q in zip(mine, statistics.holm([c.judgement.p_tost for c in mine]),
+                       statistics.holm([c.judgement.p_difference for c in mine])):
+      c.p_tost, c.p_difference = float(p), float(q)
+  first = study.endpoints[0]
+  for size in study.sizes:
+    for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in table if r.size == size):
+      plain = mode == study.headline_mode(arm)
+      if (plain and arm not in (*retrofits, study.reference, study.dense)) or (not plain and arm == study.dense):
+        c = Comparison("", arm, mode, study.reference, size, first)
+        seeds, d = statistics.paired_differences(endpoints.series(table, arm, size, mode, first.metric),
+                                                 own(study, table, study.reference, size, first.metric))
+        if seeds:
+          c.differences, c.judgement = dict(zip(seeds, map(float, d))), statistics.judge(d, first.margin)
+          out.append(c)
   return out
 
 
-def curve(study: Study, found: list[Comparison], size: str) -> tuple[list[Comparison], statistics.BudgetFit]:
-  """The primary comparisons of one size with a budget, smallest first, and the fit of Delta(b) to them."""
-  points = sorted((c for c in found if c.role == "primary" and c.size == size and c.budget and c.judgement),
-                  key=lambda c: c.budget)
-  seeds = sorted({s for c in points for s in c.differences})
-  values = np.array([[c.differences.get(s, math.nan) for c in points] for s in seeds], np.float64)
-  values = values.reshape(len(seeds), len(points))
-  return points, statistics.fit_budget_curve([c.budget for c in points], values)
+def levels_off(study: Study, found: Iterable[Comparison]) -> tuple[bool, str]:
+  """Whether R(b) of one endpoint and size is shown to level off: its two largest budgets are equivalent within the margin.
+
+  A limit of large budgets is claimed only then, as the level of the largest budget that was run: Delta(b) goes to 0 as b
+  goes to 1 by construction, so that nothing is extrapolated.
+  """
+  points = sorted((c for c in found if c.quantity == "R" and c.budget and len(c.differences) > 1), key=lambda c: c.budget)
+  if len({c.budget for c in points}) < 3:
+    return False, "R(b) has fewer than 3 budgets with 2 seeds: no limit can be read from it"
+  low, high = points[-2:]
+  _, d = statistics.paired_differences(high.differences, low.differences)
+  p = statistics.tost(d, high.endpoint.margin) if len(d) > 1 else math.nan
+  m, between = high.metric, f"between {percent(low.budget)} and {percent(high.budget)}"
+  if not p <= 0.05:
+    return False, f"R(b) is not shown to level off {between} (both one-sided tests of the change: p = {p_text(p)}): no limit is claimed"
+  i = statistics.t_interval(list(high.differences.values()))
+  return True, (f"R(b) levels off {between} (its change lies within ±{m.text(high.endpoint.margin)}, p = {p_text(p)}), at "
+                f"{m.text(i.mean, True)} {m.unit} (95 % t interval {m.between(i)})")
+
+
+def counted(study: Study, table: list[Row], metric: str, size: str) -> list[str]:
+  """Arms whose seeds fall into two groups on a recall endpoint: learnt or not, as counts."""
+  m = gates.gated(metric)
+  if m.kind != "recall":
+    return []
+  out = []
+  for arm in study.arms:
+    values = own(study, table, arm, size, m.name)
+    groups = statistics.two_groups(list(values.values()), APART) if values else None
+    if groups:
+      low, high = groups
+      span = lambda x: " to ".join(dict.fromkeys((m.text(x[0]), m.text(x[-1]))))
+      out.append(f"{arm}: {len(high)} of {len(values)} seeds at {span(high)} %, {len(low)} at {span(low)} %")
+  return out
 
 
 def sentence(study: Study, c: Comparison) -> str:
-  """One comparison that has a judgement in plain words, with its interval and its tests."""
-  m, j, size = METRIC[c.metric], c.judgement, f" at size {c.size}" if len(study.sizes) > 1 else ""
-  i, margin = j.interval, f"±{m.text(c.margin)}"
+  """One comparison in plain words, with its interval and its tests."""
+  m, j, size = c.metric, c.judgement, f" at size {c.size}" if len(study.sizes) > 1 else ""
+  if j is None:
+    return f"{c.name}{size}: **cannot be judged**: {c.reason}."
+  i = j.interval
   where = f"{m.text(i.mean, True)} {m.unit}"
   if not i.bounded:
-    text = (f"**{c.name}**{size} against {study.reference} **cannot be judged**: 1 seed gives a difference "
-            f"of {where} and no interval over seeds, so neither a match nor a difference can be claimed")
-    if c.documents is not None and c.documents.bounded:
-      text += (f" (documents alone put the difference of these two checkpoints between "
-               f"{m.text(c.documents.low, True)} and {m.text(c.documents.high, True)}; "
-               "that says nothing about another seed)")
-    return text + "."
-  verb = {"matches": f"**matches** {study.reference}", "worse": f"**is worse** than {study.reference}",
-          "better": f"**is better** than {study.reference}",
-          "undecided": f"against {study.reference} is **undecided**"}[c.word]
-  p = j.p_tost if c.role != "secondary" else c.p_tost_holm
-  tests = ("both one-sided tests against {} pass (p = {})" if p <= ALPHA else
-           "the two one-sided tests against {} do not both pass (p = {})").format(margin, p_text(p))
-  text = (f"**{c.name}**{size} {verb}: {where} (95 % t interval {m.between(i)}, {i.n} paired seeds); {tests}")
+    return (f"{c.name}{size}: **{c.arm} against {c.against} cannot be judged**: 1 seed gives a difference of {where} and no interval "
+            "over seeds.")
+  if c.word == "not admitted":
+    return f"{c.name}{size}: {c.arm} minus {c.against} is {where} (95 % t interval {m.between(i)}); no verdict."
+  verb = {"matches": "matches {}", "worse": "is worse than {}", "better": "is better than {}",
+          "undecided": "against {} is undecided"}[c.word].format(c.against)
+  p = (f"equivalence within ±{m.text(c.endpoint.margin)}, p = {p_text(c.p_tost)}" if c.word == "matches" else
+       f"difference, p = {p_text(c.p_difference)}" if c.word in ("worse", "better") else
+       f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a difference")
+  text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} seeds; after Holm {p})"
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
-  if c.word == "undecided":
-    text += "; the interval includes 0, which is not a match"
+  if c.word in ("worse", "better"):
+    weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
+        f"without one of the seeds p = {p_text(max(c.without_one))}"] * (max(c.without_one, default=0.0) > 0.05)
+    text += f"; but {' and '.join(weak)}" if weak else ""
   return text + "."
 
 
-def detectable(study: Study, found: list[Comparison]) -> str:
-  """The smallest effect that the comparisons could have seen with their seeds and their scatter."""
+def detectable(found: list[Comparison]) -> str:
+  """The smallest effect that the comparisons of one metric could have seen with their seeds and their scatter."""
   known = [c.judgement for c in found if c.judgement is not None and math.isfinite(c.judgement.detectable)]
   if not known:
     return ""
-  m, effects = METRIC[found[0].metric], sorted(j.detectable for j in known)
+  m, effects = found[0].metric, sorted(j.detectable for j in known)
   seeds = sorted({j.interval.n for j in known})
-  span = " to ".join(dict.fromkeys((m.text(effects[0]), m.text(effects[-1]))))
-  pairs = " to ".join(dict.fromkeys((str(seeds[0]), str(seeds[-1]))))
-  return (f"With {pairs} paired seeds and the scatter found, the smallest effect the study could have seen "
-          f"is {span} {m.unit} (80 % power, 5 % two-sided)" + (
+  span, pairs = (" to ".join(dict.fromkeys(x)) for x in ((m.text(effects[0]), m.text(effects[-1])), (str(seeds[0]), str(seeds[-1]))))
+  return (f"With {pairs} paired seeds and the scatter found, the smallest effect a single comparison could have seen is {span} {m.unit} "
+          "(80 % power, 5 % two-sided, before Holm)" + (
               ": more than the margin, so a difference as large as the margin could have been missed."
-              if effects[-1] > found[0].margin else "."))
+              if effects[-1] > found[0].endpoint.margin else "."))
 
 
 def verdict(study: Study, table: list[Row]) -> Verdict:
-  """The first paragraph of the report."""
-  found = comparisons(study, table)
-  failed = [r for r in study.runs if r.status == "failed"]
-  waiting = [r for r in study.runs if r.status in ("pending", "unfinished")]
-  counts = (f" {len(failed)} of {len(study.runs)} runs failed." if failed else "") + (
-      f" {len(waiting)} of {len(study.runs)} runs have not finished and are left out." if waiting else "")
-  if not study.reference:
-    head = ("No verdict: study.json names no reference arm." if study.declared else
-            "No verdict: no study.json says which arms were to be compared.")
-    return Verdict(head, f"**{head}** What follows describes the runs.{counts}", found)
-  primary = [c for c in found if c.role == "primary"]
-  if not primary:
-    head = f"No verdict: there is no arm to compare with {study.reference}."
-    return Verdict(head, f"**{head}**{counts}", found)
-  head = _headline(study, primary)
-  shown = primary
-  if len(primary) > 4:  # the largest budget of each size; the table has them all
-    shown = [max((c for c in primary if c.size == s), key=lambda c: (c.judgement is not None, c.budget or 0))
-             for s in study.sizes if any(c.size == s for c in primary)]
-  sign = "worse" if METRIC[study.primary].lower_is_better else "better"
-  parts = [f"**{head}**", f"Primary endpoint: {METRIC[study.primary].title}, "
-           f"retrofit minus {study.reference} (above 0: {sign})."]
-  parts += [sentence(study, c) for c in shown if c.judgement]
-  for reason in dict.fromkeys(c.reason for c in shown if not c.judgement):
-    names = ", ".join(c.name + (f" at size {c.size}" if len(study.sizes) > 1 else "")
-                      for c in shown if c.reason == reason)
-    parts.append(f"{names}: **cannot be judged**, {reason}.")
-  if len(shown) < len(primary):
-    parts.append(f"The other {len(primary) - len(shown)} primary comparisons stand in the table below.")
-  parts.append(detectable(study, primary))
-  parts += [_limit(study, found, size) for size in study.sizes]
-  return Verdict(head, " ".join(p for p in parts if p) + counts, found)
+  """The first words of the report."""
+  admitted = gates.admissions(study, table)
+  found = comparisons(study, table, admitted)
+  failed = sum(r.status == "failed" for r in study.runs)
+  waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
+  counts = [f"{failed} of {len(study.runs)} runs failed."] * bool(failed) + [
+      f"{waiting} of {len(study.runs)} runs have not finished and are left out."] * bool(waiting)
+  primary = [c for c in found if c.family and c.endpoint.primary]
+  if not study.reference or not primary:
+    head = ("No verdict: no study.json says which arms were to be compared." if not study.declared else
+            "No verdict: study.json names no reference arm." if not study.reference else
+            f"No verdict: there is no arm to compare with {study.reference}.")
+    return Verdict(head, counts, found, admitted)
+  result = Verdict("", [], found, admitted)
+  for e in study.endpoints:
+    for size in study.sizes:
+      result.lines += _of_endpoint(study, table, result, e, size)
+  result.headline = _headline(study, primary, admitted)
+  result.lines += counts
+  return result
 
 
-def _headline(study, primary):
-  words = [c.word for c in primary]
-  judged = [w for w in words if w != "cannot be judged"]
-  margin = f"{METRIC[study.primary].text(study.margin)} {METRIC[study.primary].unit}"
+def _of_endpoint(study, table, result, e, size) -> list[str]:
+  m, at = endpoints.metric(e.metric), f" at size {size}" if len(study.sizes) > 1 else ""
+  gate = result.admissions.get((e.metric, size))
+  title = f"{'' if e.primary else 'Secondary: '}{m.title}{at}"
+  if gate is None:
+    return [f"**{title}**: no result."]
+  if not gate.admitted:
+    return [f"**{title} does not test selection here** ({gate.failures()}). Its numbers are shown; they support no verdict, in "
+            "neither direction."]
+  lines = []
+  mine = [c for q in study.quantities for c in result.of(q, e.metric, size)]
+  for quantity in study.quantities:
+    group = [c for c in mine if c.quantity == quantity]
+    if group:  # the largest budget; the table has them all
+      c = max(group, key=lambda c: (c.judgement is not None, c.budget or 0))
+      lines.append(f"**{title}.** " * (not lines) + sentence(study, c))
+      lines[-1] += f" All {quantity}(b): {_tally(group)}." if len(group) > 1 else ""
+  deltas = [c for c in mine if c.quantity == "Delta" and c.judgement]
+  if len(deltas) > 1:
+    words = {c.word for c in mine if c.quantity == "R"}
+    lines.append(f"The {len(deltas)} Delta(b) share the runs of {study.reference} and the one comparison A ({study.dense} minus "
+                 f"{study.reference}): they are one finding about {study.reference}, not {len(deltas)}"
+                 + (f", and with every R(b) a match they are A again, {len(deltas)} times." if words == {"matches"} else "."))
+  if "R" in study.quantities and e.primary and study.budgets:
+    lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
+  groups = counted(study, table, e.metric, size)
+  if groups:
+    lines.append("Seeds fall into two groups, which a mean does not describe: " + "; ".join(groups) + ".")
+  return lines + ([d] if e.primary and (d := detectable(mine)) else [])
+
+
+_WORDS = ("matches", "worse", "better", "undecided", "cannot be judged", "not admitted")
+
+
+def _tally(group) -> str:
+  """"worse at 1 %, 5 %; matches at 25 %"."""
+  at = lambda c: c.arm if c.budget is None else percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1)
+  return "; ".join(f"{word} at {', '.join(at(c) for c in group if c.word == word)}" for word in _WORDS if any(c.word == word for c in group))
+
+
+def _headline(study, primary, admitted):
+  quantity = next((q for q in ("Delta", "R", "A") if q in study.quantities), "")
+  group = [c for c in primary if c.quantity == quantity] or primary
+  against = study.reference if quantity != "R" else "its dense control"
+  who = study.dense if quantity == "A" else "Retrofit"
+  out = [c for c in group if not c.admitted]
+  if len(out) == len(group):
+    return "No verdict: no primary endpoint is admitted by its controls."
+  left_out = sorted({c.metric.title for c in out})
+  note = f" ({'; '.join(left_out)}: not admitted)" if left_out else ""
+  kept = [c for c in group if c.admitted]
+  judged = [c for c in kept if c.word != "cannot be judged"]
   if not judged:
-    why = dict.fromkeys(c.reason or "there is only 1 seed per arm" for c in primary)
-    return f"No verdict: {'; '.join(why)}."
-  unjudged = f" ({len(words) - len(judged)} more cannot be judged)" if len(judged) < len(words) else ""
-  many = f"in all {len(judged)} comparisons" if len(judged) > 1 else ""
-  if set(judged) == {"matches"}:
-    return f"Retrofit matches {study.reference} within {margin}{' ' * bool(many)}{many}{unjudged}."
-  if len(set(judged)) == 1 and judged[0] in ("worse", "better"):
-    return f"Retrofit is {judged[0]} than {study.reference}{' ' * bool(many)}{many}{unjudged}."
-  if set(judged) == {"undecided"}:
-    return (f"Undecided{' ' * bool(many)}{many}{unjudged}: the seeds show neither a difference from "
-            f"{study.reference} nor a match within {margin}.")
-  kinds = {"matches": "matching", "worse": "worse", "better": "better", "undecided": "undecided"}
-  tally = ", ".join(f"{judged.count(w)} {text}" for w, text in kinds.items() if w in judged)
-  return f"Retrofit against {study.reference}, {len(judged)} comparisons: {tally}{unjudged}."
-
-
-def _limit(study, found, size):
-  points, fit = curve(study, found, size)
-  at = f" at size {size}" if len(study.sizes) > 1 else ""
-  if not study.budgets:
-    return "The study declares no budgets, so there is no curve Delta(b)." if size == study.sizes[0] else ""
-  if not fit.fitted:
-    return f"The limit Delta_inf of large budgets{at} {fit.reason}."
-  return f"The fitted limit of large budgets{at} is {fit_text(study, fit)}."
-
-
-def fit_text(study: Study, fit: statistics.BudgetFit) -> str:
-  """Delta_inf with its interval and what it means."""
-  m, i = METRIC[study.primary], fit.interval
-  if not i.bounded and math.isnan(i.low):
-    return f"Delta_inf = {m.text(i.mean, True)} {m.unit}, without an interval ({fit.note})"
-  meaning = ("the interval excludes 0" if i.excludes_zero else "the interval includes 0")
-  return (f"Delta_inf = {m.text(i.mean, True)} {m.unit} (95 % bootstrap interval over {i.n} seeds "
-          f"{m.text(i.low, True)} to {m.text(i.high, True)}: {meaning}"
-          + (f"; {fit.note}" if fit.note else "") + ")")
+    return "No verdict: " + "; ".join(dict.fromkeys(c.reason or "there is only 1 seed per arm" for c in kept)) + "."
+  words, count = {c.word for c in judged}, len(judged)
+  many = f" in all {count} comparisons" if count > 1 else ""
+  unjudged = f" ({len(kept) - count} more cannot be judged)" if count < len(kept) else ""
+  if words == {"undecided"}:
+    return f"Undecided{many}{unjudged}{note}: the seeds show neither a difference from {against} nor a match within the margin."
+  if words == {"matches"}:
+    margins = " and ".join(dict.fromkeys(f"{c.metric.text(c.endpoint.margin)} {c.metric.unit}" for c in judged))
+    return f"{who} matches {against} within {margins}{many}{unjudged}{note}."
+  if len(words) == 1:
+    return f"{who} is {words.pop()} than {against}{many}{unjudged}{note}."
+  words = [c.word for c in judged]
+  tally = ", ".join(f"{words.count(w)} {w}" for w in _WORDS if w in words)
+  return f"{who} against {against}, {count} comparisons: {tally}{unjudged}{note}."
 
 
 def percent(b: float) -> str:

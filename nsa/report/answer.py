@@ -1,0 +1,171 @@
+"""The first part of the report: the verdict, the gates that admit endpoints, deviations from the plan, and the quantities."""
+from __future__ import annotations
+
+import numpy as np
+
+from nsa.report import analyses, endpoints, gates as gate_lib, plan_file
+from nsa.report.document import Bullets, Heading, Table, Text
+from nsa.report.endpoints import Row
+from nsa.report.runs import Study
+from nsa.report.verdict import Verdict, p_text, percent
+
+
+def verdict(study: Study, table: list[Row], found: Verdict) -> list:
+  """The judgement, in a sentence and in lines."""
+  blocks = [Heading("Verdict"), Text(f"**{found.headline}**", "verdict")]
+  blocks += [Bullets(found.lines)] if found.lines else []
+  deviations = plan_file.deviations(study)
+  if deviations is not None:
+    blocks += [Heading("Deviations from the plan", 3),
+               Bullets(deviations) if deviations else Text("None: what ran is what was planned before the data.")]
+  return blocks
+
+
+def gates(study: Study, table: list[Row], found: Verdict) -> list:
+  """What each endpoint's controls show, and what a failed gate forbids."""
+  if not found.admissions:
+    return []
+  many, lines = len(study.sizes) > 1, []
+  for (metric, size), one in found.admissions.items():
+    m = gate_lib.gated(metric)
+    title = endpoints.metric(metric).title + (f", by {m.title}" if m.name != metric else "")
+    for gate in one.gates:
+      lines.append([title] + [size] * many + [gate.control, gate.needs, m.text(gate.found, m.kind == "text"),
+                                              "passed" if gate.passed else "**not run**" if gate.found != gate.found else "**failed**"])
+      title = ""
+  blocks = [Heading("Which endpoints count", 3), Table(
+      ["endpoint"] + ["size"] * many + ["control", "has to be", "found", "gate"], lines,
+      "Means over seeds. Of text: what the control loses to dense attention (dense: to the best arm). An endpoint with a failed gate, or "
+      "with a control that was not run, does not test selection here and supports no verdict", left=3 + many)]
+  if study.audit:
+    names = list(dict.fromkeys(name for row in study.audit for name in row))
+    blocks.append(Table(names, [[_cell(row.get(name)) for name in names] for row in study.audit],
+                        "Shortcut audit, by counting and without a model: the share of answers whose evidence lies in blocks that every "
+                        "query has anyway", left=1))
+  return blocks + [Text(note) for size in study.sizes if (note := analyses.limited(study, table, size))]
+
+
+def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
+  """R, A and Delta with their parts; A at equal cost; selector and backbone error."""
+  if not any(c.family for c in found.comparisons):
+    return []
+  blocks = [Heading("R(b), A and Delta(b)"), Text(
+      f"R(b): a retrofit minus its dense control. A: {study.dense} minus {study.reference}. Delta(b) = R(b) + A. Of bits per byte and NLL "
+      "above 0 is behind, of exact match below 0.")]
+  for e in study.endpoints:
+    for size in study.sizes:
+      mine = [c for q in study.quantities for c in found.of(q, e.metric, size) if c.judgement]
+      if not mine:
+        continue
+      blocks.append(_comparison_table(study, found, mine, size))
+      blocks += _parts(study, table, e.metric, size)
+      if not e.primary:
+        continue
+      figure = gallery.plots.budget_curve(study, found, e.metric, size)
+      blocks.append(gallery.block(
+          "budget_" + e.metric.replace(":", "_"), figure, "R(b) and Delta(b), paired by seed. Small marks: seeds. Large: mean with 95 % t "
+          "interval. Line: A. Blue band: equivalence margin around 0. " + ("" if _admitted(found, e.metric, size) else
+          "This endpoint is not admitted by its controls"),
+          "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
+  return blocks
+
+
+def costs_of_anchor(study, table, found) -> list:
+  """A at equal tokens, FLOPs and device time."""
+  blocks = []
+  for e in study.endpoints:
+    m = endpoints.metric(e.metric)
+    for size in study.sizes if e.primary and study.reference else ():
+      rows = analyses.equal_cost(study, table, e.metric, size)
+      if all(not one.differences for one in rows):
+        continue
+      lines = []
+      for one in rows:
+        words = analyses.BASES[one.basis]
+        if one.reason:
+          lines.append([words, "-", "-", "-", "-", one.reason])
+        else:
+          i = analyses.interval(one.differences)
+          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), ""])
+      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
+                          f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and time: at the end of the "
+                          "cheaper of the two, the other read off its decay branches. Exploratory but for equal tokens", left=1))
+  return blocks
+
+
+def errors(study: Study, table: list[Row], size: str, gallery) -> list:
+  """Selector or backbone: by the oracle run mode."""
+  blocks = []
+  for e in (e for e in study.endpoints if e.primary):
+    m, parts = endpoints.metric(e.metric), analyses.errors(study, table, e.metric, size)
+    if not parts:
+      continue
+    lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()] for arm, by_part in parts.items()]
+    blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
+                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}, mean ± half-width (seeds). Selector error: loss(own blocks) - "
+                        f"loss(oracle blocks). Backbone error: loss(oracle blocks) - loss({study.dense}). Above 0 is lost"
+                        + (" (points)" if not m.lower_is_better else "") + ". Exploratory"))
+    blocks.append(gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(study, e.metric, parts),
+                                "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
+                                "Selector error and backbone error", "Not drawn", size))
+  return blocks or [Text(f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and {study.dense} on common "
+                         "seeds.", "note")]
+
+
+def exploratory(study: Study, found: Verdict) -> list:
+  """Arms and run modes beside the question: an interval and no word."""
+  mine = [c for c in found.comparisons if not c.family and c.judgement]
+  if not mine:
+    return []
+  m, many = mine[0].metric, len(study.sizes) > 1
+  return [Table(["arm"] + ["size"] * many + ["seeds", f"minus {study.reference} ({m.unit})", "95 % t interval"],
+                [[study.label(c.arm, c.run_mode)] + [c.size] * many + [str(c.judgement.interval.n), m.text(c.judgement.interval.mean, True),
+                                                                       m.between(c.judgement.interval)] for c in mine],
+                f"Other arms and run modes: {m.title}. Exploratory: outside the family of tests", left=1 + many)]
+
+
+def _comparison_table(study, found, mine, size):
+  c0 = mine[0]
+  m, words = c0.metric, not all(c.word == "not admitted" for c in mine)
+  some = any(c.documents is not None for c in mine)
+  lines = []
+  for c in mine:
+    i, without = c.judgement.interval, c.without_one
+    lines.append([c.name, f"{c.arm} - {c.against}" if c.quantity != "Delta" else c.arm, c.word, str(i.n), m.text(i.mean, True), m.between(i)]
+                 + ([m.between(c.documents)] if some else [])
+                 + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
+                    f"{p_text(min(without))} to {p_text(max(without))}" if without else "-", m.text(c.judgement.detectable)])
+  tests = sum(c.family == c0.family and c.judgement is not None for c in found.comparisons)
+  return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] + ["95 % bootstrap (seed, document)"] * some
+               + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips", "p, without one seed",
+                  "smallest detectable"], lines,
+               f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}"
+               + (f". Family \"{c0.family}\": {tests} tests, alpha {c0.alpha:g}; the first two p after Holm, the others as they are" if words
+                  else ". **Not admitted by its controls: numbers without a verdict**"), left=3)
+
+
+def _parts(study, table, metric, size) -> list:
+  m, lines = endpoints.metric(metric), []
+  tokens = lambda arm: endpoints.finite((r for r in table if (r.arm, r.size) == (arm, size) and r.headline), "tokens")
+  mean = lambda values: f"{np.mean(values):.3g}" if values else "-"
+  sd = lambda x: m.text(float(np.std(x, ddof=1))) if len(x) > 1 else "-"
+  for arm, (r, a) in analyses.parts(study, table, metric, size).items():
+    lines.append([arm, percent(study.budgets[arm]) if arm in study.budgets else "-", str(len(r)), m.text(float(np.mean(r + a)), True),
+                  m.text(float(np.mean(r)), True), sd(r), m.text(float(np.mean(a)), True), sd(a),
+                  f"{mean(tokens(arm))} - {mean(tokens(study.control(arm)))}", f"{mean(tokens(study.dense))} - {mean(tokens(study.reference))}"])
+  return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD over seeds", "+ A", "SD over seeds", "tokens of R's sides",
+                 "tokens of A's sides"], lines, f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
+          ] if lines else []
+
+
+def _admitted(found, metric, size):
+  one = found.admissions.get((metric, size))
+  return one is None or one.admitted
+
+
+def _at(study, size):
+  return f" (size {size})" if len(study.sizes) > 1 else ""
+
+
+def _cell(value):
+  return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

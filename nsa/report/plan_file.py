@@ -1,0 +1,197 @@
+"""The plan of a study, written before the first run that counts: PLAN.md to read, plan.json to compare with.
+
+    write(study, directory)      # of a nsa.study.Study: launch.study --plan
+    deviations(report_study)     # what ran and was not planned, what was planned and did not run
+
+study.run puts plan.json into study.json. The hash in both files is of everything the report judges by: the question, arms with
+their configs, endpoints, margins, gates, the family of tests, seeds and the rule to stop.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from nsa.report import archive, endpoints, gates, statistics
+from nsa.report.runs import Study
+
+GATES = {"dense exact match at least": gates.SOLVED, "or within, of the best arm": gates.BEST,
+         "random blocks and sink + window, exact match at most": gates.HALF,
+         **{f"{name}: random blocks and sink + window behind dense at least": m.behind for name, m in endpoints.METRIC.items() if m.kind == "text"},
+         **{f"{name}: oracle blocks behind dense at most": m.near for name, m in endpoints.METRIC.items() if not m.gated_by}}
+
+
+def make(study) -> dict:
+  """The plan of a nsa.study.Study, JSON-ready, with its hash."""
+  from nsa import config as config_lib, study as study_lib
+  arms = {}
+  for arm in study.arms:
+    config = json.loads(json.dumps(config_lib.to_dict(arm)))
+    arms[f"{arm.arm}-{arm.size}"] = archive.comparable(config, {}, False)
+  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping, "tiers": {k: list(v) for k, v in study.tiers.items()},
+          "seeds": {f"{arm.arm}-{arm.size}": list(study_lib.seeds_of(study, arm)) for arm in study.arms}, "configs": arms}
+  return {**plan, "hash": digest(plan)}
+
+
+def digest(plan: dict) -> str:
+  """SHA-256 of a plan without its hash."""
+  rest = {name: value for name, value in plan.items() if name != "hash"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write(study, directory: Path) -> Path:
+  """PLAN.md and plan.json; returns the former. ValueError where another plan lies there: a plan is changed by hand, in git, with
+  its reason."""
+  directory, plan = Path(directory), make(study)
+  old = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").is_file() else plan
+  if old != plan:
+    field = archive.difference({k: v for k, v in old.items() if k != "hash"}, {k: v for k, v in plan.items() if k != "hash"}, "")
+    raise ValueError(f"{directory / 'plan.json'}: {field[0]} = {field[1]!r} was planned, and {field[2]!r} is asked for: delete both files "
+                     "to plan anew, and say so where the study is reported")
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+  (directory / "PLAN.md").write_text(text(study, plan))
+  return directory / "PLAN.md"
+
+
+def text(study, plan: dict) -> str:
+  """PLAN.md: the question, arms, endpoints, gates, margins, seeds, family of tests, power, and the cost of each tier."""
+  from nsa.report import document
+  Heading, Text, Bullets, Table = document.Heading, document.Text, document.Bullets, document.Table
+  metrics = {e["metric"]: (endpoints.metric(e["metric"]), e) for e in plan["endpoints"]}
+  kinds = list(dict.fromkeys(m.kind for m, e in metrics.values() if e["primary"]))
+  blocks = [Text(plan["question"], "note"), Text(f"Plan hash: `{plan['hash']}`"), Heading("Arms"), Table(
+      ["arm", "size", "attention", "stages", "steps", "forks from", "tokens", "seeds"], [_arm(study, arm, plan) for arm in study.arms],
+      "Configs in full: plan.json. Tokens: of the whole run, its trunk's included", left=4)]
+  blocks += [Heading("Endpoints"), Table(["endpoint", "role", "margin"], [
+      [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"] for m, e in metrics.values()],
+      "Text is measured on all of val, recall on 256 items per task and length, the same for all arms and seeds", left=2)]
+  blocks += [Heading("Gates"), Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
+             Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
+  retrofits = len(plan["budgets"])
+  per = sum(1 if q == "A" else retrofits for q in plan["quantities"])
+  sizes = len({arm.size for arm in study.arms})
+  tests = {kind: per * sizes * sum(m.kind == kind and e["primary"] for m, e in metrics.values()) for kind in kinds}
+  blocks += [Heading("Family of tests"), Text(
+      f"Of every primary endpoint and size: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: {plan['dense_arm']} minus "
+      f"{plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests against the margin (a match) and a two-sided t test "
+      f"against 0, each under Holm within its family: " + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g}" for kind, n in tests.items())
+      + ". Beside them, without a verdict: exact sign flips, leave-one-out, a bootstrap over (seed, document), counts where seeds fall into two "
+      "groups. A limit of large budgets is claimed only where the two largest budgets are equivalent within the margin. All else is exploratory."),
+      Heading("Seeds, and when it stops"), Text(plan["stopping"])]
+  blocks += [Heading("Power"), *_power(study, plan, kinds, tests)]
+  blocks += [Heading("Cost"), *_cost(study)]
+  return document.markdown(f"Plan: {plan['name']}", blocks)
+
+
+def _arm(study, arm, plan):
+  from nsa import config as config_lib
+  stages = ", ".join(f"{s.mode} {last - first}" for s, (first, last) in zip(arm.schedule.stages, config_lib.steps_of(arm.schedule)))
+  seeds = plan["seeds"][f"{arm.arm}-{arm.size}"]
+  fork = f"{arm.fork.workdir} at {arm.fork.step}" if arm.fork.workdir else "-"
+  return [arm.arm, arm.size, type(arm.attention).__name__, stages, str(arm.schedule.steps), fork,
+          f"{arm.schedule.steps * arm.data.global_batch * arm.data.context:.3g}", str(len(seeds))]
+
+
+def _power(study, plan, kinds, tests):
+  from nsa.report import document
+  lines = []
+  for e in plan["endpoints"]:
+    m = endpoints.metric(e["metric"])
+    for size in dict.fromkeys(arm.size for arm in study.arms):
+      for q in plan["quantities"]:
+        sd = study.expected_sd.get(f"{m.kind} {q} {size}", study.expected_sd.get(f"{m.kind} {q}"))
+        if sd is None or not e["primary"] or "nll" in e["metric"]:
+          continue
+        of = {plan["dense_arm"], plan["reference_arm"]} if q == "A" else set(plan["budgets"])
+        n = min((len(plan["seeds"][k]) for k in plan["seeds"] if k.rpartition("-")[2] == size and k.rpartition("-")[0] in of), default=0)
+        if n < 2:
+          continue
+        alpha = plan["alpha"] / len(kinds)
+        first = alpha / max(tests[m.kind], 1)
+        seen = [m.text(statistics.smallest_detectable_effect(sd, n, alpha=a)) for a in (alpha, first)]
+        equal = [f"{100 * statistics.tost_power(sd, n, e['margin'], a):.0f} %" for a in (alpha, first)]
+        lines.append([m.title, size, q, f"{sd * m.scale:g}", str(n), " / ".join(seen), " / ".join(equal)])
+  if not lines:
+    return [document.Text("Not given: the study states no expected scatter (`expected_sd`).")]
+  return [document.Table(["endpoint", "size", "quantity", "SD expected", "fewest seeds", "difference seen in 80 %: last / first test of Holm",
+                          "a true match is found: last / first"], lines, "From the pilots' scatter over seeds of paired differences", left=3)]
+
+
+def _cost(study):
+  from nsa import chips, study as study_lib
+  from nsa.report import document, planning
+  from nsa import model as model_lib
+  chip, lines, total = chips.find(planning.DEVICE), [], np.zeros(4)
+  named = {name: set(arms) for name, arms in study.tiers.items()} or {"all": {arm.arm for arm in study.arms}}
+  left = list(study.arms)
+  for name, wanted in [*named.items(), ("in no tier", {arm.arm for arm in study.arms})]:
+    mine = [arm for arm in left if {arm.arm, f"{arm.arm}-{arm.size}"} & wanted]
+    left = [arm for arm in left if arm not in mine]
+    cost = np.zeros(4)
+    for arm in mine:
+      first = max(arm.fork.step, 0) if arm.fork.workdir and not arm.fork.reset else 0
+      work, seconds = planning.own_work(model_lib.Static(planning.bare(arm)), first, chip.kind)
+      seeds = len(study_lib.seeds_of(study, arm))
+      cost += [seeds, seeds * work, seeds * work / study.flops_per_second / study.training_share / 3600, seeds * seconds / 3600]
+    total += cost
+    if mine:
+      lines.append([name, ", ".join(f"{arm.arm}-{arm.size}" for arm in mine), *_cost_cells(cost)])
+  lines.append(["all", "", *_cost_cells(total)])
+  return [document.Table(["tier", "arms", "runs", "training FLOPs", "device hours, expected", "hours, floor"], lines,
+                         f"One {chip.kind}. Expected: at {study.flops_per_second:.3g} FLOP/s of those that an arm needs, training being "
+                         f"{100 * study.training_share:.0f} % of the wall time. Floor: steps alone, by nsa/planning/forecast.py", left=2)]
+
+
+def _cost_cells(cost):
+  runs, work, hours, floor = cost
+  return [f"{runs:.0f}", f"{work:.3g}", f"{hours:.1f}", f"{floor:.1f}"]
+
+
+# --- afterwards ---------------------------------------------------------------------
+
+
+def deviations(study: Study) -> list[str] | None:
+  """Every difference between the plan and what ran, in lines; [] where there is none, None of a study without a plan."""
+  plan = study.plan
+  if not plan:
+    return None
+  out = []
+  if plan.get("hash") != digest(plan):
+    out.append(f"plan.json was changed after it was written: it gives the hash {str(plan.get('hash'))[:12]}, its content has {digest(plan)[:12]}.")
+  asked = {name: value for name, value in archive.description(study).items() if name in plan and name not in ("arms", "plan", "name")}
+  asked = {**asked, "gates": GATES}
+  for name, value in asked.items():
+    found = archive.difference(plan[name], json.loads(json.dumps(value)), name)
+    if found:
+      out.append(f"{found[0]}: planned {found[1]!r}, judged by {found[2]!r}.")
+  directories, seen, seeds = {run.name: run.arm for run in study.runs}, set(), {}
+  for run in study.runs:
+    key = f"{run.arm}-{run.size}"
+    seeds.setdefault(key, {}).update({s: run.status for s in run.seeds if run.status == "done" or s not in seeds.get(key, {})})
+    if key not in plan.get("configs", {}):
+      out += [f"{key}: was not planned."] if key not in seen else []
+    elif run.config:
+      mine = json.loads(json.dumps(archive.comparable(run.config, directories, False)))
+      found = archive.difference(plan["configs"][key], mine, key)
+      if found and found[0] not in seen:
+        out.append(f"{found[0]}: planned {_short(found[1])}, ran {_short(found[2])}.")
+        seen.add(found[0])
+    seen.add(key)
+  absent = [key for key in plan.get("seeds", {}) if key not in seeds]
+  if absent:
+    out.append(f"Not run, or not yet: {', '.join(absent)}.")
+  for key, planned in plan.get("seeds", {}).items():
+    got = seeds.get(key, {})
+    if more := sorted(set(got) - set(planned)):
+      out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")
+    if got and (less := sorted(s for s in planned if got.get(s) != "done")):
+      out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished ({', '.join(sorted({got.get(s, 'not begun') for s in less}))}).")
+  return out
+
+
+def _short(value):
+  words = repr(value)
+  return words if len(words) < 120 else words[:117] + "..."
