@@ -3,7 +3,6 @@ import dataclasses
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
@@ -58,7 +57,7 @@ def test_lowers_for_h100(name):
   program = cases.with_gradients(pallas_kernels.selected_attention, block_size=LOWERED[name].block_size,
                                  implementation="mosaic_gpu")
   with backends.target_platform("gpu"), jax.sharding.use_abstract_mesh(h100()):
-    text = jax.jit(program).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(program.both).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
   for kernel in ("forward", "combine", "backward", "sum_units"):
     assert f"selected_attention_{kernel}" in text
   assert ("selected_attention_common" in text) == (name in ("g16", "g8_h128_b128", "g7"))
@@ -172,8 +171,8 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
   B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
   situation = cases.Situation(documents=(lambda S: 4) if segments else None, offset=(1,))
-  inputs = cases.draw("selected_attention", SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S), situation,
-                      always=False)
+  shape = SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S)
+  inputs = cases.draw("selected_attention", shape, situation, 7, always=False)  # some blocks are shared, some are not
   (q, k, v), blocks, ids = inputs.arrays, inputs.rest["block_indices"], inputs.rest["segment_ids"]
   plan, _ = selected._plan_of(q, k, blocks, size)
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
