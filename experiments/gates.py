@@ -7,11 +7,11 @@ with a sink are not, and the best blocks are (the oracle's).
     python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_8 --workdir=runs/gates
     python -m experiments.gates runs/gates          # the table, and exact match over the steps
 
-One dense model of about 10M non-embedding parameters on 4,096 bytes, novels and code half each, and in every batch of 8 rows
-exactly one of tasks: recall with bindings and queries scattered over the whole row (packed with shorter examples in some rows,
-without which it is learnt late), a stated share of the loss. It is evaluated as trained and, without training, with the blocks of quest, block_topk,
-sink_window, random and oracle: blocks of 32, 16 and 8 a query (1/8 and 1/16 of the context). Text by corpus, recall by answer;
-`far` answers have their evidence behind the first 128 tokens and 512 or more before the query.
+One dense model of about 10M non-embedding parameters on 4,096 bytes, novels and code half each, and in every batch of 8
+rows exactly one of tasks, a stated share of the loss: recall with bindings and queries scattered over the whole row, in some
+rows packed with shorter examples, without which it is learnt late. It is evaluated as trained and, without training, with the
+blocks of quest, block_topk, sink_window, random and oracle: blocks of 32, 16 and 8 a query (1/8 and 1/16 of the context). Text
+by corpus, recall by answer; `far` answers have their evidence behind the first 128 tokens and 512 or more before the query.
 
 arms (joined by +): dense, native (MSA, 16 blocks), native_8 (8 blocks), native_cold (no warm-up of the selector),
 native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm up, not 2), native_noconv and dense_noconv
@@ -19,8 +19,9 @@ native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm 
 
 Arguments: novels= and code= (archives or folders; none: the standard library's source), arms=dense, steps=3000, rate=1.5e-3,
 batch=8, words=false (true: recall in words, variable tracking of 1 and 2 hops and the most common word are trained on, too;
-evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320 (of 4,096 bytes, each corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the
-way), context=4096, layers=6, width=384, lengths=64+256+1024+4096 (of the packed examples).
+evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320 (of 4,096 bytes, each
+corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the way), context=4096, layers=6, width=384,
+lengths=64+256+1024+4096 (of the packed examples).
 """
 import sys
 
@@ -37,8 +38,8 @@ RETROFIT = 0.25
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False, task_loss=0.15, windows=320, examples=256,
-                      looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096")
+  a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False,
+                      task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096")
   make = Arms(a)
   known = {"dense": make.dense, "dense_noconv": lambda name: make.dense(name, short_conv=0), "native": make.native,
            "native_8": lambda name: make.native(name, blocks=make.count // 2),
@@ -51,8 +52,8 @@ def get_config(arg=None):
     if name not in known:
       raise ValueError(f"experiment argument arms = {a.arms!r}: {name} is none of {', '.join(known)}")
   names = list(dict.fromkeys(["dense", *names]))  # the anchor, and the trunk
-  return Study(name="gates", question=__doc__.splitlines()[0], arms=[known[name](name) for name in names], seeds=(0,), vmap_seeds=False,
-               dense="dense", reference="native" if "native" in names else "dense",
+  return Study(name="gates", question=__doc__.splitlines()[0], arms=[known[name](name) for name in names],
+               seeds=(0,), vmap_seeds=False, dense="dense", reference="native" if "native" in names else "dense",
                budgets={"retrofit": RETROFIT} if "retrofit" in names else {})
 
 
@@ -70,15 +71,18 @@ class Arms:
     dense = isinstance(attention, methods.Dense)
     return Config(
         arm=name, size="10M", attention=attention, schedule=stages,
-        model=ModelConfig(num_layers=a.layers, d_model=a.width, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=64 * round(a.width / 24),
-                          short_conv=short_conv, tie_embeddings=False, dtype="bfloat16"),
-        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1, task_loss=a.task_loss, tasks=TASKS + WORDS * a.words,
-                        task_lengths=tuple(n for n in map(int, a.lengths.split("+")) if n <= a.context), filler_weight=0.0),
+        model=ModelConfig(num_layers=a.layers, d_model=a.width, num_heads=8, num_kv_heads=2, head_dim=64,
+                          mlp_dim=64 * round(a.width / 24), short_conv=short_conv, tie_embeddings=False, dtype="bfloat16"),
+        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1, task_loss=a.task_loss,
+                        tasks=TASKS + WORDS * a.words, filler_weight=0.0,
+                        task_lengths=tuple(n for n in map(int, a.lengths.split("+")) if n <= a.context)),
         optimizer=OptimizerConfig(selector_learning_rate=5.0 * rate),
-        eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes, tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,
+        eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes,
+                        tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,
                         blocks=dict(block_size=self.block, num_blocks=self.count) if dense else {},
                         near=(a.context // 32, a.context // 8), ar_hits=True,
-                        context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024), diagnostics=not dense, diagnosed=32,
+                        context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024),
+                        diagnostics=not dense, diagnosed=32,
                         every=max(1, round(a.steps * share / a.looks)), during=during, during_examples=min(64, a.examples)),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 
@@ -110,7 +114,8 @@ def table(workdir) -> str:
 
   def mean(rows, value, weight=None):
     rows = [r for r in rows if value in r]
-    return float(np.average([r[value] for r in rows], weights=[r[weight] if weight else 1 for r in rows])) if rows else float("nan")
+    weights = [r[weight] if weight else 1 for r in rows]
+    return float(np.average([r[value] for r in rows], weights=weights)) if rows else float("nan")
 
   lines = []
   for run in sorted((epath.Path(workdir) / "runs").iterdir()):
@@ -120,8 +125,15 @@ def table(workdir) -> str:
       for mode in dict.fromkeys(r["run_mode"] for r in records):
         rows = [r for r in records if r["run_mode"] == mode]
         text = [r for r in rows if r["kind"] == "language"]
-        cells = [f"{corpus or 'text'} {mean([r for r in text if r.get('corpus', '') == corpus], 'second_half_bits_per_byte', 'second_half_bytes'):.4f}"
-                 for corpus in dict.fromkeys(r.get("corpus", "") for r in text)]
+        cells = []
+        for corpus in dict.fromkeys(r.get("corpus", "") for r in text):
+          of = [r for r in text if r.get("corpus", "") == corpus]
+          cells.append(f"{corpus or 'text'} {mean(of, 'second_half_bits_per_byte', 'second_half_bytes'):.4f}")
+          hits = [r for r in rows if r["kind"] == "ar_hit" and r.get("corpus", "") == corpus]
+          if hits:
+            cells.append(f"hits {mean(hits, 'nll', 'hits'):.3f}")
+          cells += [f"gain {r['context']} {r['bits_per_byte']:.4f}" for r in rows
+                    if r["kind"] == "context_gain" and r.get("corpus", "") == corpus]
         for task in dict.fromkeys(r["task"] for r in rows if r["kind"] == "task"):
           of = [r for r in rows if r["kind"] == "task" and r["task"] == task]
           cells.append(f"{task} {100 * mean(of, 'exact_match'):.1f} far {100 * mean(of, 'far_exact_match', 'far_answers'):.1f} "

@@ -22,7 +22,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, evaluate, processes
+  from nsa import capacity, config as config_lib, evaluate, processes
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   config.modules = (*config.modules, *_MODULES.value)
   e = config.eval
@@ -32,7 +32,8 @@ def main():
   config_lib.validate(config)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   mesh, params = evaluate.place_here(config, params)
-  rows, path = evaluate.write(config, params, _WORKDIR.value, step, mesh)
+  with capacity.told(config, "evaluating", evaluation=True):
+    rows, path = evaluate.write(config, params, _WORKDIR.value, step, mesh)
   if not processes.first():
     return
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):

@@ -38,9 +38,10 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
 
 from nsa import config as config_lib
-from nsa import checkpoint, held_out, methods, metrics, model as model_lib, rundir, scores, sharding
+from nsa import checkpoint, held_out, methods, metrics, model as model_lib, programs, rundir, scores, sharding
 from nsa import step as step_lib
 from nsa.data import tokenizer
 from nsa.methods import blocks
@@ -209,12 +210,44 @@ def _observed(config, mode: str):
   return blocks.BlockMethod(**config.eval.blocks) if mode == "dense" and config.eval.blocks else None
 
 
-@functools.lru_cache(maxsize=64)
+def compilations(config, mesh=None):
+  """What the evaluations of a run compile: calls that take no arguments, for `programs.ahead`. On a mesh there are none."""
+  if mesh is not None and mesh.size > 1:
+    return
+  for run_mode in dict.fromkeys((*(config.eval.during if config.eval.every else ()), *config.eval.run_modes)):
+    if (found := how(config, run_mode)) is not None:
+      yield functools.partial(_compiled, _program(*found), config.eval.batch, config.eval.context or config.data.context)
+
+
 def _runner(static, mesh):
   """(params, batch, watch) -> per token nll and correctness, and diagnostics per layer; whole on every process.
 
   watch: bool; without it the diagnostics, which take longer than the model, are zeros. One program serves both.
   """
+  if mesh is None:
+    return lambda params, batch, watch: _compiled(static, *batch["inputs"].shape)(params, batch, np.bool_(watch))
+  compiled = _on_mesh(static, mesh)
+  return lambda params, batch, watch: compiled(params, sharding.place_rows(mesh, batch), watch)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_mesh(static, mesh):
+  return jax.jit(_evaluation(static, mesh), out_shardings=NamedSharding(mesh, P()))
+
+
+def _compiled(static, batch: int, context: int):
+  """The program of a run mode on one device, for batches of [batch, context]."""
+  def build():
+    tokens = {name: jax.ShapeDtypeStruct((batch, context), jnp.int32) for name in ("inputs", "targets", "segment_ids")}
+    rows = {"prompt": jax.ShapeDtypeStruct((batch,), jnp.int32), "rows": jax.ShapeDtypeStruct((batch,), jnp.float32)}
+    params = model_lib.abstract_params(static.value[0])
+    return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows}, jax.ShapeDtypeStruct((), bool)).compile()
+
+  return programs.get(("evaluation", static, batch, context), build)
+
+
+def _evaluation(static, mesh):
+  """What `_runner` compiles."""
   config, mode, selector, own = static.value
   constrain = (lambda x, axes: x) if mesh is None else sharding.constrain(mesh)
   operations = contextlib.nullcontext if mesh is None else functools.partial(sharding.operations, mesh)
@@ -241,7 +274,4 @@ def _runner(static, mesh):
       seen = [{name: jnp.einsum("bk,b->k", x, weight) for name, x in layer.items()} for layer in seen]
     return nll, correct, seen
 
-  if mesh is None:
-    return jax.jit(run)
-  compiled = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
-  return lambda params, batch, watch: compiled(params, sharding.place_rows(mesh, batch), watch)
+  return run

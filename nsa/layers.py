@@ -165,14 +165,14 @@ def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
 
 
 class HeadProjection(nnx.Module):
-  """Hidden state -> heads, with the optional bias, short convolution and per-head RMSNorm, in this order."""
+  """Hidden state -> heads, with the optional short convolution, bias and per-head RMSNorm, in this order."""
 
   def __init__(self, init: Init, d_model: int, heads: int, head_dim: int, *, axis: str, taps: int = 0,
                bias: bool = False, norm: bool = False, eps: float = 1e-6):
     self.eps = eps  # of the norm
     self.weight = init.normal("weight", (d_model, heads, head_dim), ("embed", axis, None), fan_in=d_model)
     if bias:
-      self.bias = nnx.Param(jnp.zeros((heads, head_dim), jnp.float32), axes=(axis, None), decay=False)
+      self.bias = init.constant((heads, head_dim), (axis, None), 0.0)
     if taps:
       # Starts as the identity: tap 0 is one, the past is nought.
       self.taps = init.param(jnp.zeros((taps, heads, head_dim)).at[0].set(1.0), (None, axis, None))
@@ -186,11 +186,11 @@ class HeadProjection(nnx.Module):
     if conv and tail is not None:
       h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
     y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
-    if hasattr(self, "bias"):
-      y = y + self.bias[...].astype(h.dtype)
     if conv:
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]
+    if hasattr(self, "bias"):  # after the convolution, which else would see biases where there is no token yet
+      y = y + self.bias[...].astype(h.dtype)
     if hasattr(self, "norm"):
       y = rms_norm(y, self.norm[...], self.eps)
     return y

@@ -1,6 +1,8 @@
 """From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a batch."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -106,7 +108,8 @@ def _context_gain(run, params, arrays, batch_size, bits, real, gain):
       some = {name: x[rows] for name, x in arrays.items()}
       some["segment_ids"] = np.where(np.arange(T) < cut, 1, 2).astype(np.int32) * np.ones((len(rows), 1), np.int32)
       mine = _nll(run, params, some, batch_size)[0] / step_lib.LN2 * (real[rows] > 0)
-    out.append(record_lib.make("context_gain", context=before, bytes=int(scored.sum()), **_per_byte("bits_per_byte", mine[:, last:], scored)))
+    out.append(record_lib.make("context_gain", context=before, bytes=int(scored.sum()),
+                               **_per_byte("bits_per_byte", mine[:, last:], scored)))
   return out
 
 
@@ -152,6 +155,18 @@ def _shrink(heat):
   return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
 
 
+class _Answer(NamedTuple):
+  query: int       # its first token
+  evidence: int    # the last token of it
+  far: bool
+  right: int       # 1 if all its tokens are
+  nll: float       # nats per token
+
+
+def _mean(answers, name):
+  return float(np.mean([getattr(a, name) for a in answers]))
+
+
 def task(run, params, name, examples, e, listed: bool):
   """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
   count, length = examples["inputs"].shape
@@ -169,15 +184,21 @@ def task(run, params, name, examples, e, listed: bool):
     query, evidence = examples["query"][i], examples["evidence"][i, :, :, 1]
     missing = evidence < 0  # an answer with fewer pieces than others
     far = (missing | (evidence >= first) & (query[:, None] - evidence > last)).all(axis=1)
-    mine = [(int(query[g]), int(evidence[g].max()), bool(far[g]), int(correct[i, group == g].all()), float(nll[i, group == g].mean()))
-            for g in range(group.max() + 1)]
+    at = np.flatnonzero(group >= 0)
+    size = np.bincount(group[at])
+    right = np.bincount(group[at], correct[i, at]) == size
+    loss = np.bincount(group[at], nll[i, at]) / size
+    mine = [_Answer(*one) for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
+                                         loss.tolist())]
     answers += mine
-    right, loss, far = (np.array([a[at] for a in mine]) for at in (3, 4, 2))
-    of_far = dict(far_exact_match=float(right[far].mean()), far_answer_nll=float(loss[far].mean())) if far.any() else {}
-    one_by_one = dict(answers=[[query, evidence, right, round(loss, 4)] for query, evidence, _, right, loss in mine]) if listed else {}
-    out.append(record_lib.make("task", task=name, index=i, exact_match=float(right.mean()), answer_nll=float(nll[i, group >= 0].mean()),
-                               far_answers=int(far.sum()), **of_far, depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i]), **one_by_one))
+    more = {}
+    if of_far := [a for a in mine if a.far]:
+      more = dict(far_exact_match=_mean(of_far, "right"), far_answer_nll=_mean(of_far, "nll"))
+    if listed:
+      more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
+    out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
+                               answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
+                               depth=float(examples["depth"][i]), evidence_distance=int(examples["evidence_distance"][i]), **more))
   return out + _answer_records(name, answers, length)
 
 
@@ -187,9 +208,9 @@ def _answer_records(name, answers, length):
   start = 0
   while start < length:
     for far in (True, False):
-      mine = [a for a in answers if start <= a[0] - a[1] < end and a[2] == far]
+      mine = [a for a in answers if start <= a.query - a.evidence < end and a.far == far]
       if mine:
         out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
-                                   exact_match=float(np.mean([a[3] for a in mine])), answer_nll=float(np.mean([a[4] for a in mine]))))
+                                   exact_match=_mean(mine, "right"), answer_nll=_mean(mine, "nll")))
     start, end = end, 2 * end
   return out

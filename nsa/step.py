@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from nsa import data, model as model_lib, optim, schedule, sharding
+from nsa import data, model as model_lib, optim, programs, schedule, sharding
 from pallas_kernels import backends
 
 LN2 = float(np.log(2.0))
@@ -156,20 +156,18 @@ def make_step(config, step: schedule.Step, mesh):
   return train_step
 
 
-_compiled: dict[Any, Any] = {}  # programs of this process; runs that differ in seeds, data or schedule share them
-
-
 def _key(config, mesh):
+  """Of programs that runs share which differ in seeds, data or schedule alone."""
   return (repr((model_lib.architecture(config), config.optimizer, config.unroll)), len(config.seeds), mesh)
 
 
 def compile_init(config, mesh):
   """The compiled seeds -> state at step 0."""
-  key = _key(config, mesh)
-  if key not in _compiled:
+  def build():
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    _compiled[key] = jax.jit(lambda seeds: init_state(config, seeds), out_shardings=shardings)
-  return _compiled[key]
+    return jax.jit(lambda seeds: init_state(config, seeds), out_shardings=shardings).lower(seeds_of(config)).compile()
+
+  return programs.get(("init", *_key(config, mesh)), build)
 
 
 def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
@@ -187,11 +185,16 @@ def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
 
 def compile_step(config, step: schedule.Step, mesh):
   """The compiled train step, the state donated."""
-  key = (*_key(config, mesh), step.program)
-  if key not in _compiled:
+  def build():
     function, arguments, options = program(config, step, mesh)
-    _compiled[key] = jax.jit(function, **options).lower(*arguments).compile()
-  return _compiled[key]
+    return jax.jit(function, **options).lower(*arguments).compile()
+
+  return programs.get(step_key(config, step, mesh), build)
+
+
+def step_key(config, step: schedule.Step, mesh):
+  """What `programs` calls the step that `compile_step` makes."""
+  return ("step", *_key(config, mesh), step.program)
 
 
 class Batches:

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from nsa import config as config_lib
-from nsa import flops, lock, metrics, processes, train
+from nsa import flops, lock, metrics, processes, programs, sharding, train
 from nsa.config import Config, ConfigError
 from nsa.tasks import audit
 
@@ -168,33 +168,41 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   work = {job.run: _work(job) for job in todo}
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0
-  while position < len(todo):
-    job = todo[position]
-    position += 1
-    _save(study, todo + others, directory)
-    if (directory / job.run / "DONE").exists():
-      job.status = "done"
-      on_job(f"[{position}/{len(todo)}] {job.run}: done before")
-      continue
-    left = sum(work[other.run] for other in todo[position - 1:] if other.status == "pending")
-    eta = f", about {_minutes(left * clock / trained)} of training left" if trained else ""
-    on_job(f"[{position}/{len(todo)}] {job.run}{eta}")
-    before = time.monotonic()
-    _run_one(job, todo, directory)
-    if job.status == "done":
-      clock, trained = clock + time.monotonic() - before, trained + work[job.run]
-    elif job.status == "pending":
-      on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
-    else:
-      on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
-      if len(job.config.seeds) > 1 and "not finite" in job.error:
-        alone = _one_by_one(job)
-        on_job(f"[{position}/{len(todo)}] its seeds run one by one, so that one does not take the others along")
-        todo[position:position] = alone
-        work.update({other.run: _work(other) for other in alone})
+  with programs.ahead(_compilations(todo, directory)):
+    while position < len(todo):
+      job = todo[position]
+      position += 1
+      _save(study, todo + others, directory)
+      if (directory / job.run / "DONE").exists():
+        job.status = "done"
+        on_job(f"[{position}/{len(todo)}] {job.run}: done before")
+        continue
+      left = sum(work[other.run] for other in todo[position - 1:] if other.status == "pending")
+      eta = f", about {_minutes(left * clock / trained)} of training left" if trained else ""
+      on_job(f"[{position}/{len(todo)}] {job.run}{eta}")
+      before = time.monotonic()
+      _run_one(job, todo, directory)
+      if job.status == "done":
+        clock, trained = clock + time.monotonic() - before, trained + work[job.run]
+      elif job.status == "pending":
+        on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
+      else:
+        on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
+        if len(job.config.seeds) > 1 and "not finite" in job.error:
+          alone = _one_by_one(job)
+          on_job(f"[{position}/{len(todo)}] its seeds run one by one, so that one does not take the others along")
+          todo[position:position] = alone
+          work.update({other.run: _work(other) for other in alone})
   _save(study, todo + others, directory)
   on_job(f"{sum(job.status == 'done' for job in todo)} of {len(todo)} runs done in {_minutes(time.monotonic() - began)}")
   return todo
+
+
+def _compilations(todo: list[Job], directory):
+  """What the runs that are not done will compile, in the order of the runs."""
+  for job in todo:
+    if not (directory / job.run / "DONE").exists():
+      yield from train.compilations(job.config, sharding.make_mesh(job.config), train.first_step(job.config, directory / job.run))
 
 
 def unfinished(study: Study, directory) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,8 +26,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import (checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim, processes,
-                 rundir, schedule, sharding)
+from nsa import (capacity, checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim,
+                 processes, programs, rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -86,6 +87,13 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     logging.info("%s is done", workdir)
     return total
 
+  with programs.ahead(compilations(config, mesh, first_step(config, workdir))):
+    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds)
+
+
+def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: bool, hang_seconds: float) -> int:
+  """The run itself, while a thread compiles what it will need."""
+  total = config.schedule.steps
   with processes.together("reading the data"):
     batches = step_lib.Batches(config, mesh)
     read = corpora(config, workdir, batches, resumed=checkpoints.latest() is not None)
@@ -96,20 +104,33 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     if config.data.planted:
       metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                                                     for seed, source in zip(config.seeds, batches.sources)})
-  state, start = initial_state(config, mesh, checkpoints)
+  capacity.check_state(config, step_lib.abstract_state(config, mesh))
+  with capacity.told(config, "parameters and optimizer state"):
+    state, start = initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
     writer.truncate_after(start)
+    for remark in config_lib.remarks(config):
+      logging.warning("%s", remark)
   name = f"{config.arm} s{','.join(map(str, config.seeds))}"
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
-  with bar.pause("compile"):
-    programs = {step.program: step_lib.compile_step(config, step, mesh) for step in schedule.programs(config, start)}
+  compiled, needed = {}, schedule.programs(config, start)
+  keys = [step_lib.step_key(config, step, mesh) for step in needed]
+
+  def make_ready(step):
+    with bar.pause("compile"), capacity.told(config, "a training step"):
+      compiled[step.program] = step_lib.compile_step(config, step, mesh)
+      capacity.check_step(config, compiled[step.program])
+
+  # Several processes compile everything now, in one order, while none waits for another's step.
+  for step in needed if jax.process_count() > 1 else needed[:1]:
+    make_ready(step)
 
   seeds = step_lib.seeds_of(config)
   with (_under_way(workdir), processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog,
-        writer or contextlib.nullcontext(), checkpoints):
+        writer or contextlib.nullcontext(), checkpoints, capacity.told(config, "training or evaluating")):
     cut = (bool(start) and _evaluates(config, start) and start in checkpoints.steps()
            and not evaluate.is_there(config, workdir, start, during=start < total))
     processes.agree(evaluation=str(cut))
@@ -121,11 +142,14 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     for index in range(start, total):
       watchdog.expect(f"step {index}")
       step = schedule.at(config, index)
+      programs.check(keys)             # of later stages too: a run that cannot end shall not go on for hours
+      if step.program not in compiled:
+        make_ready(step)
       if step.enter:
         state = state._replace(params=model_lib.enter(config, state.params, step.enter))  # the optimizer's state stays
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
-      state, device_metrics = programs[step.program](state, batch, step.rates, seeds)
+      state, device_metrics = compiled[step.program](state, batch, step.rates, seeds)
       # While the devices work: the next batch, and the metrics of the step before.
       batch = batches.at(index + 1) if index + 1 < total else None
       if pending is not None:
@@ -266,6 +290,23 @@ def versions() -> dict:
   device = jax.devices()[0]
   return {"python": platform.python_version(), **packages, "platform": device.platform,
           "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+# --- what a run compiles ----------------------------------------------------------
+
+
+def compilations(config, mesh, start: int = 0):
+  """What a run compiles from step `start` on, in the order in which it needs it: for `programs.ahead`."""
+  yield functools.partial(step_lib.compile_init, config, mesh)
+  for step in schedule.programs(config, start):
+    yield functools.partial(step_lib.compile_step, config, step, mesh)
+  yield from evaluate.compilations(config, mesh)
+
+
+def first_step(config, workdir) -> int:
+  """Where the run in `workdir` will begin, as far as that is known without reading a checkpoint."""
+  fork = 0 if not config.fork.workdir or config.fork.reset else max(config.fork.step, 0)
+  return max(checkpoint.Checkpoints(workdir, read_only=True).latest() or 0, fork)
 
 
 # --- where a run begins -----------------------------------------------------------

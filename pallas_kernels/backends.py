@@ -94,9 +94,10 @@ def target_platform(platform: str):
 
 def current_platform() -> str:
   """`target_platform` if set, else the platform of jax's default device or backend."""
-  if _platform.get() is not None:
-    return _platform.get()
-  device = jax.config.jax_default_device
+  target = _platform.get()
+  if target is not None:
+    return target
+  device = getattr(jax.config, "jax_default_device")
   if device is not None:
     return _known_platform(device if isinstance(device, str) else device.platform)
   return _known_platform(jax.default_backend())
@@ -185,7 +186,7 @@ def _import(module):
     _import_errors[module] = f"{module} does not import ({type(error).__name__}: {error})"
 
 
-def _known_platform(platform):
+def _known_platform(platform: str) -> str:
   platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
   if platform not in BACKENDS:
     logger.debug("platform %s has no backends", platform)

@@ -40,7 +40,7 @@ def visible_tokens(position: Int[Array, "B T"], segments: Int[Array, "B T"] | No
   mask = tokens <= position if causal else jnp.broadcast_to(position >= 0, position.shape[:2] + tokens.shape)
   if window is not None:
     mask &= tokens > position - window
-  if segments is not None:
+  if segments is not None and segment_ids is not None:
     mask &= segments[:, :, None] == segment_ids[:, None, keys]
   return mask
 

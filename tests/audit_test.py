@@ -69,4 +69,4 @@ def test_geometries_are_those_of_the_run_modes():
       audit.Geometry(16, 4), audit.Geometry(16, 8)]
   assert audit.geometries(run(methods.Dense(), ("dense",))) == []
   lines = audit.text(audit.of_config(run(msa, ("sparse",)))).split("\n")
-  assert len(lines) == 2 and lines[1].startswith("mqar:pairs=4") and "4 x 8" in lines[1]
+  assert len(lines) == 3 and lines[2].startswith("mqar:pairs=4") and "4 x 8" in lines[2]

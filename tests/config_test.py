@@ -233,6 +233,16 @@ def test_stage_contexts_are_checked_for_method_and_mesh():
   assert any(name == "attention.block_size" for name, _, _ in problems_of(config))
 
 
+def test_more_blocks_than_there_are_are_told():
+  config = make_config()  # 4 blocks of 16 tokens
+  config.schedule.stages = [Stage(0.5), Stage(0.5, "sparse", context=80)]
+  assert config_lib.remarks(config) == []
+  config.schedule.stages[1].context = 64
+  assert config_lib.remarks(config) == [
+      "attention.num_blocks = 4: the longest context, 64 tokens, has 4 blocks of attention.block_size = 16: nothing is left out, "
+      "which is dense attention"]
+
+
 # --- overrides that ml_collections leaves out ---
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, tasks
+from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, scores, tasks
 from nsa.data import recurrence
 from nsa.methods import blocks
 import pallas_kernels as pk
@@ -74,6 +74,35 @@ def test_language_records_are_bits_per_byte_by_hand():
     part = (slice(None), slice(row["start"], row["end"]))
     np.testing.assert_allclose(row["bits_per_byte"], bits[part][real[part]].mean(), rtol=1e-5)
   assert {(r["seed"], r["arm"], r["step"], r["run_mode"]) for r in rows} == {(3, "arm", 7, "dense")}
+
+
+def test_what_is_compiled_ahead_is_what_an_evaluation_runs(monkeypatch):
+  """Of all kinds of run modes; the programs' keys alone, nothing is compiled."""
+  asked = []
+
+  class Asked(Exception):
+    pass
+
+  def get(key, build):
+    asked.append(key)
+    raise Asked
+
+  monkeypatch.setattr(evaluate.programs, "get", get)
+  for attention in (methods.Dense(), methods.MSA(index_dim=4, **BLOCKS)):
+    modes = ("dense", "sparse:num_blocks=2", "oracle", "snapkv")
+    config = make_config(attention, run_modes=modes, during=("block_topk",), every=10,
+                         blocks=BLOCKS if isinstance(attention, methods.Dense) else {})
+    asked.clear()
+    for compilation in evaluate.compilations(config):
+      with pytest.raises(Asked):
+        compilation()
+    ahead = list(asked)
+    asked.clear()
+    for mode, during in [("block_topk", True)] + [(mode, False) for mode in modes]:
+      if evaluate.how(config, mode) is not None:
+        with pytest.raises(Asked):
+          records(config, run_modes=(mode,), during=(mode,))
+    assert ahead == asked and len(set(ahead)) == len(ahead) == (4 if attention.name == "dense" else 5)
 
 
 def test_what_far_context_is_worth_by_hand(tmp_path):
@@ -169,6 +198,32 @@ def test_task_records_score_whole_answers():
     mine = [loss for distance, far, loss in everything if row["start"] <= distance < row["end"] and far != row["forced"]]
     assert row["answers"] == len(mine) and row["end"] in (32, 64)
     np.testing.assert_allclose(row["answer_nll"], np.mean(mine), atol=6e-5)
+
+
+def test_exact_match_is_what_greedy_decoding_gives():
+  """Every answer token the argmax behind the right ones before it: the same as decoding the answer, token by token."""
+  config = make_config(methods.Dense(), tasks=("copy:length=6",), sequences=0)
+  rows, params = records(config)
+  examples = tasks.batch("copy:length=6", held_out.TASK_SEED, 3, T, "val", data.load("stdlib", "val"))
+  group = examples["answer_group"]
+  begins = np.argmax(group >= 0, axis=1)  # the same in all: the answer ends the example
+  assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))  # of random weights
+  prompt = examples["inputs"][:, :begins[0] + 1]
+  decoded = np.asarray(model_lib.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
+  run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
+
+  def scored(answers):
+    targets, inputs = examples["targets"].copy(), examples["inputs"].copy()
+    targets[group >= 0] = answers.ravel()
+    inputs[:, 1:] = targets[:, :-1]
+    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval, True)
+    return [row["exact_match"] for row in of_kind(found, "task")]
+
+  assert scored(decoded) == [1, 1, 1]
+  for place in (0, 3, 5):
+    wrong = decoded.copy()
+    wrong[1, place] = (wrong[1, place] + 1) % 256
+    assert scored(wrong) == [1, 0, 1]
 
 
 def test_corpora_have_records_of_their_own(tmp_path):

@@ -153,7 +153,7 @@ def test_a_directory_with_content_is_not_imported_into(tmp_path):
 
 def test_a_model_may_be_called_nan(tmp_path):
   config = huggingface.import_model(shared.write("qwen3", tmp_path / "nan"), tmp_path / "run", tokenizer="bytes")
-  assert config.size == "nan-model" and rundir.read_config(tmp_path / "run") == config
+  assert config.size == "nan" and rundir.read_config(tmp_path / "run") == config
 
 
 # --- runs that move ---------------------------------------------------------------------

@@ -35,6 +35,10 @@ CONFIGS = {
     "qwen3": dict(SHAPE, model_type="qwen3", rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="bfloat16",
                   rope_theta=200.0,
                   rope_scaling=dict(type="linear", factor=2.0), sliding_window=None, use_sliding_window=False),
+    "qwen2": dict(SHAPE, model_type="qwen2", rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="float32",
+                  rope_theta=200.0, sliding_window=4096, use_sliding_window=False),
+    "smollm3": dict(SHAPE, model_type="smollm3", rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="float32",
+                    rope_theta=200.0, no_rope_layers=[1, 0, 1, 1]),
 }
 CONFIGS["qwen3"]["head_dim"] = H  # the other has D / N
 
@@ -54,6 +58,8 @@ def weights(name):
                 at + "self_attn.v_proj.weight": draw(K * h, D), at + "self_attn.o_proj.weight": draw(D, N * h),
                 at + "mlp.gate_proj.weight": draw(F, D), at + "mlp.up_proj.weight": draw(F, D),
                 at + "mlp.down_proj.weight": draw(D, F)})
+    if name == "qwen2":
+      out.update({f"{at}self_attn.{part}_proj.bias": draw(heads * h) for part, heads in (("q", N), ("k", K), ("v", K))})
     if name == "qwen3":
       out.update({at + "self_attn.q_norm.weight": gain(h), at + "self_attn.k_norm.weight": gain(h)})
   if name == "llama":
@@ -87,7 +93,7 @@ def slow_logits(name, tokens):
   frequency = np.array([theta ** (-2 * i / h) for i in range(h // 2)])
   if name == "qwen3":
     frequency = frequency / 2
-  else:
+  elif name == "llama":
     s = LLAMA3
     for i, f in enumerate(frequency):
       wave, original = 2 * np.pi / f, s["original_max_position_embeddings"]
@@ -97,12 +103,13 @@ def slow_logits(name, tokens):
         smooth = (original / wave - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         frequency[i] = (1 - smooth) * f / s["factor"] + smooth * f
   angle = np.arange(len(tokens))[:, None] * np.concatenate([frequency, frequency])
-  turn = lambda x: x * np.cos(angle) + np.concatenate([-x[:, h // 2:], x[:, :h // 2]], -1) * np.sin(angle)
+  rotated = lambda x: x * np.cos(angle) + np.concatenate([-x[:, h // 2:], x[:, :h // 2]], -1) * np.sin(angle)
   x = w["model.embed_tokens.weight"][tokens]
   for i in range(L):
     of = lambda part: w[f"model.layers.{i}.{part}.weight"]
     y = norm(x, of("input_layernorm"))
-    q, k, v = (y @ of(f"self_attn.{p}_proj").T for p in "qkv")
+    q, k, v = (y @ of(f"self_attn.{p}_proj").T + w.get(f"model.layers.{i}.self_attn.{p}_proj.bias", 0) for p in "qkv")
+    turn = rotated if c.get("no_rope_layers", [1] * L)[i] else lambda x: x
     heads = []
     for n in range(N):
       r = n // (N // K)

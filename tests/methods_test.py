@@ -465,6 +465,33 @@ def test_generate_is_greedy():
     assert (best[:, 2 + i, -1] - chosen < 1e-4).all()
 
 
+def test_biases_and_layers_without_rotary_embedding_decode_as_in_one_pass():
+  config = make_config(METHODS["nsa"], qkv_bias=True, no_rope_layers=(1,))
+  params, tokens = random_params(model_lib.abstract_params(config)), tokens_of()[:, :17]
+  branch = params["stacks"]["stack0"]["attention"]["method"]["branch"]
+  assert branch["k_win"]["bias"].shape == (2, 2, 4)  # so that copy_kv copies it
+  want = model_lib.forward(config, params, tokens, losses=False).logits
+  step = jax.jit(lambda tokens, cache, offset: model_lib.forward(
+      config, params, tokens, losses=False, cache=cache, offset=offset))
+  out = step(tokens[:, :16], model_lib.init_cache(config, params, B, 17), jnp.int32(0))
+  last = step(tokens[:, 16:], out.cache, jnp.int32(16))
+  np.testing.assert_allclose(np.concatenate([out.logits, last.logits], 1), want, rtol=1e-4, atol=1e-4)
+  # The second layer knows no order: with the first one's attention shut, past tokens change places and nothing is moved.
+  shut = jax.tree.map(np.copy, params)
+  shut["stacks"]["stack0"]["attention"]["out"][0] = 0
+  run = lambda config, tokens: np.asarray(model_lib.forward(config, shut, tokens, mode="dense", losses=False).logits[:, -1])
+  plain = make_config(METHODS["nsa"], qkv_bias=True, no_rope_layers=(1,), short_conv=0)
+  shut = {**shut, "stacks": {"stack0": {**shut["stacks"]["stack0"], "attention": {
+      name: {k: v for k, v in x.items() if k != "taps"} if isinstance(x, dict) and name in "qkv" else x
+      for name, x in shut["stacks"]["stack0"]["attention"].items()}}}}
+  shut["stacks"]["stack0"]["attention"]["method"] = {"branch": {
+      name: {k: v for k, v in x.items() if k != "taps"} if isinstance(x, dict) else x for name, x in branch.items()}}
+  swapped = np.concatenate([tokens[:, 3:8], tokens[:, :3], tokens[:, 8:]], 1)
+  np.testing.assert_allclose(run(plain, swapped), run(plain, tokens), rtol=1e-4, atol=1e-5)
+  rotated = make_config(METHODS["nsa"], qkv_bias=True, short_conv=0)
+  assert np.abs(run(rotated, swapped) - run(rotated, tokens)).max() > 1e-3
+
+
 def test_nsa_takes_a_prompt_shorter_than_a_compressed_block():
   config, params, tokens = make_config(METHODS["nsa"]), params_of("nsa"), tokens_of()[:, :3]
   out = model_lib.forward(config, params, tokens, cache=model_lib.init_cache(config, params, B, 3),

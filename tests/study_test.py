@@ -25,6 +25,7 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
     (workdir / "DONE").touch()
 
   monkeypatch.setattr(train, "train", fake)
+  monkeypatch.setattr(train, "compilations", lambda *_: [])
   study = make(few={"cold": (0,)})
   quiet = dict(on_job=lambda line: None)
   study_lib.run(study, tmp_path, only=("*-s0",), **quiet)

@@ -104,7 +104,7 @@ def test_unrolled_layers_compute_the_same_step():
 
   def after(config):
     function, *_ = step_lib.program(config, schedule.at(config, 0), mesh)
-    arguments = state, batch, jnp.float32(1e-3), step_lib.seeds_of(config)
+    arguments = state, batch, jnp.full((2,), 1e-3, jnp.float32), step_lib.seeds_of(config)
     lowered = jax.jit(function).lower(*arguments)
     return lowered.as_text().count("stablehlo.while"), lowered.compile()(*arguments)
 
@@ -175,6 +175,25 @@ def test_a_workdir_that_can_be_none_is_named(tmp_path):
   for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory"), ("/proc/run", "No such file")):
     with pytest.raises(config_lib.ConfigError, match=f"--workdir = '{path}': cannot be made or written to .{why}"):
       train_lib.train(make_config("dense", schedule.dense(2)), path, progress=False)
+
+
+def test_what_does_not_fit_says_what_to_change_before_the_first_step(tmp_path, monkeypatch):
+  config = make_config("msa", schedule.native(4, 0))
+  state = 4 * (4 + 3 * sum(x.size for x in jax.tree.leaves(train_lib.model_lib.abstract_params(config))))  # Adam's moments, and steps
+  for room, what in ((state // 2, "parameters and optimizer state"), (2 * state, "a training step")):
+    monkeypatch.setattr(train_lib.capacity, "available", lambda room=room: room)
+    with pytest.raises(config_lib.ConfigError, match=rf'{what} = .* GB per device.*cpu has {room / 1e9:.2f} GB: take model.remat = '
+                       r'"layer", or data.global_batch = 2 with twice the schedule.steps, or mesh.fsdp = 2 on more devices'):
+      train_lib.train(config, tmp_path, progress=False)
+  assert not (tmp_path / "checkpoints").exists()
+
+  def full(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+  monkeypatch.undo()
+  monkeypatch.setattr(train_lib, "initial_state", full)
+  with pytest.raises(config_lib.ConfigError, match="more memory than is free"):
+    train_lib.train(config, tmp_path, progress=False)
 
 
 # --- kills --------------------------------------------------------------------------------

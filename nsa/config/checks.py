@@ -261,6 +261,19 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   return config
 
 
+def remarks(config: Config) -> list[str]:
+  """What runs, and may not be meant: a selection of more blocks than the longest context of a sparse stage has."""
+  contexts = [stage.context or config.data.context for stage in config.schedule.stages if stage.mode != "dense"]
+  out = []
+  for name in dict.fromkeys(config.layers or ("attention",)):
+    method, where = config.method_of(name), name if name == "attention" else f"others.{name}"
+    size, number = getattr(method, "block_size", 0), getattr(method, "num_blocks", 0)
+    if contexts and size and number >= -(-max(contexts) // size):
+      out.append(f"{where}.num_blocks = {number}: the longest context, {max(contexts)} tokens, has {-(-max(contexts) // size)} blocks "
+                 f"of {where}.block_size = {size}: nothing is left out, which is dense attention")
+  return out
+
+
 def _check_layers(config: Config) -> list[tuple[str, Any, str]]:
   """Problems of `layers` and `others`."""
   problems, count = [], config.model.num_layers

@@ -45,7 +45,7 @@ class ModelConfig:
   norm_eps: float = 1e-6          # added to the mean square in the RMSNorms of blocks, of q and k, and at the end
   embedding_multiplier: float = 0.0  # on the embeddings; 0 = sqrt(d_model)
   no_rope_layers: tuple[int, ...] = ()  # numbers of the layers without rotary embedding (NoPE), from 0
-  qkv_bias: bool = False          # a bias on queries, keys and values, before norm and convolution
+  qkv_bias: bool = False          # a bias on queries, keys and values, behind the convolution, before the norm
   qk_norm: bool = True            # RMSNorm on every query and key head before RoPE
   short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
   output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)

@@ -78,7 +78,8 @@ class Data:
     if config.planted:
       parts = {name: planting.set_aside(documents) for name, documents in loaded.items()}
       loaded = {name: kept for name, (kept, _) in parts.items()}
-      self.planting = planting.Planting({name: aside for name, (_, aside) in parts.items()}, config.planted, self.align, self.seed)
+      aside = {name: documents for name, (_, documents) in parts.items()}
+      self.planting = planting.Planting(aside, config.planted, self.align, self.seed)
     self.documents = [document for documents in loaded.values() for document in documents]  # of all corpora
     self.texts = [text.Text(config.texts[name], documents, self.tokenizer, self.align, self.seed)
                   for name, documents in loaded.items()]
@@ -142,10 +143,11 @@ class Data:
     batch = self._shape(context, None)[1]
     config = self.config
     if self.planting and (context < planting.SIZE or config.planted * context > planting.SIZE):
-      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row of data.context = {context}")
+      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row of "
+                       f"data.context = {context}")
     if config.task_rows and config.task_rows * batch % config.global_batch:
-      raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} rows are "
-                       f"no whole number of a batch of {batch}; take another context or another number of rows")
+      raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} "
+                       f"rows are no whole number of a batch of {batch}; take another context or another number of rows")
     if config.has_tasks and config.tokenizer == "bytes":
       for task in self.tasks:
         task.check_length(self._task_lengths(context, task)[-1] + 1)
@@ -234,7 +236,9 @@ class Data:
     one, row = self._text_of(number)
     words = f"row {number}: {one.describe(row, context)}"
     held = self.planting and self.planting.of_row(number - int(self._tasks_before(number)), context)
-    return words + (f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + planting.SIZE}" if held else "")
+    if held:
+      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + planting.SIZE}"
+    return words
 
   def planted(self, step: int) -> list[planting.Passage]:
     """Passages planted before `step`, at data.context, and how often each was; see planting.py."""

@@ -24,7 +24,7 @@ _DECK = SETS * sum(TIMES)     # plantings of a deck
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-  """A passage: its document's corpus and name, its first token there, how often a whole deck plants it, and how often it was so far."""
+  """A passage: its document's corpus and name, its first token there, how often a deck plants it, how often it was so far."""
   corpus: str
   document: str
   start: int
@@ -33,7 +33,7 @@ class Passage:
 
 
 def set_aside(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-  """(documents to train on, documents for passages): by the CRC-32 of the name, the one with the smallest hash where none falls into it."""
+  """(documents to train on, documents for passages): by the CRC-32 of the name, that of the smallest where none qualifies."""
   aside = [d for d in documents if zlib.crc32(d.name.encode()) % ASIDE == 0 and len(d.tokens) > SIZE]
   if not aside:
     long = [d for d in documents if len(d.tokens) > SIZE]
@@ -57,10 +57,11 @@ class Planting:
   def __init__(self, aside: dict[str, list[Document]], share: float, align: int, seed: int):
     self.share, self.align, self.seed = share, align, seed
     # A token behind each is the last one's target.
-    pool = [(corpus, d, start) for corpus, documents in aside.items() for d in documents for start in range(0, len(d.tokens) - SIZE, SIZE)]
+    pool = [(corpus, document, start) for corpus, documents in aside.items() for document in documents
+            for start in range(0, len(document.tokens) - SIZE, SIZE)]
     if len(pool) < SETS * len(TIMES):
-      raise ValueError(f"data.planted = {share}: one document in {ASIDE} is set aside for passages, which gives {len(pool)} of {SIZE} tokens; "
-                       f"{SETS * len(TIMES)} are needed: take a larger corpus, or 0 for none")
+      raise ValueError(f"data.planted = {share}: one document in {ASIDE} is set aside for passages, which gives {len(pool)} of "
+                       f"{SIZE} tokens; {SETS * len(TIMES)} are needed: take a larger corpus, or 0 for none")
     self._pool = [pool[i] for i in counter.permutation(counter.key("passages", seed), len(pool))]
     self._entries = np.repeat(np.arange(SETS * len(TIMES)), np.tile(TIMES, SETS))  # of a deck, before it is shuffled
 
@@ -77,7 +78,8 @@ class Planting:
   def _numbers(self, deck):
     number = deck * SETS * len(TIMES) + np.arange(SETS * len(TIMES))
     if number[-1] >= len(self._pool):
-      raise ValueError(f"data.planted = {self.share}: {len(self._pool)} passages are set aside, and the run needs more; take a smaller share")
+      raise ValueError(f"data.planted = {self.share}: {len(self._pool)} passages are set aside, and the run needs more; take a "
+                       "smaller share")
     return number
 
   def of_row(self, row: int, context: int) -> tuple[str, Document, int, int] | None:

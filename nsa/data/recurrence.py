@@ -24,7 +24,8 @@ def ngram_of(tokens: str) -> int:
   return 12 if tokens == "bytes" else 4
 
 
-def distances(targets: np.ndarray, inputs: np.ndarray, train: list[Document], *, ngram: int, rare: int = RARE, least: int = 1) -> np.ndarray:
+def distances(targets: np.ndarray, inputs: np.ndarray, train: list[Document], *, ngram: int, rare: int = RARE,
+              least: int = 1) -> np.ndarray:
   """How far back the n-gram that a target completes was completed last.
 
   Args:
@@ -97,4 +98,5 @@ def of_windows(source: str, split: str, count: int, context: int, tokens: str, d
   config = DataConfig(source=source, tokenizer=tokens, data_dir=data_dir)
   found = windows.eval_windows(config, split, count, context)
   train = sources.load(source, "train", data_dir=data_dir, tokens=tokens)
-  return distances(np.stack([w.targets for w in found]), np.stack([w.inputs for w in found]), train, ngram=ngram_of(tokens), least=least)
+  inputs, targets = (np.stack([getattr(w, name) for w in found]) for name in ("inputs", "targets"))
+  return distances(targets, inputs, train, ngram=ngram_of(tokens), least=least)

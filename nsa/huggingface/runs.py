@@ -35,11 +35,12 @@ _FORMAT = 1  # of METHOD
 # --- in ---------------------------------------------------------------------------
 
 
-def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "") -> Config:
+def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", data_source: str = "stdlib") -> Config:
   """Makes a run directory of a model's folder or GGUF file; returns its config.
 
   Args:
     context: tokens of the windows that launch.evaluate takes by default.
+    data_source: the text they are cut from, as in `data.source`.
     tokenizer: "bytes" or "hf:PATH"; "" for the model's own.
 
   Raises:
@@ -51,10 +52,8 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "") -
     raise ConfigError([("--source", str(source), "not there: give a model's folder, or a GGUF file")])
   _refuse_content(workdir, "--workdir")
   opened = _open_gguf(source) if source.is_file() else _open_folder(source)
-  size = opened.name or "imported"
-  size = f"{size}-model" if size in ("nan", "inf", "-inf") else size  # which stand for numbers in a run's files
-  config = Config(arm="dense", size=size, model=opened.model, attention=methods.Dense(),
-                  data=DataConfig(tokenizer="bytes", context=context), eval=EvalConfig(run_modes=("dense",)))
+  config = Config(arm="dense", size=opened.name or "imported", model=opened.model, attention=methods.Dense(),
+                  data=DataConfig(data_source, tokenizer="bytes", context=context), eval=EvalConfig(run_modes=("dense",)))
   if opened.method:
     config.attention, config.layers, config.others = opened.method
     config.arm, config.eval.run_modes = config.attention.name, ("dense", "sparse")

@@ -129,6 +129,7 @@ class Method:
   losses: ClassVar[dict[str, Loss]] = {}     # auxiliary losses that its layers return
   enters: ClassVar[tuple[str, ...]] = ()     # weight surgery that a stage may ask for on entry: see `enter`
   grid: ClassVar[str] = ""                   # its option that packed documents have to begin at multiples of
+  has_geometry: ClassVar[bool] = False       # as a run mode: its defaults are a paper's, a dense model has to give none
   has_sparse: ClassVar[bool] = True          # whether mode "sparse" is another computation than mode "dense"
 
   @property

@@ -31,7 +31,6 @@ from nsa.methods.interface import Cost
 class TrainingFree(blocks.BlockMethod):
   """Base of the selections that are scores of blocks and nothing else: a subclass says which (`scores`)."""
   least_initial: ClassVar[int] = 0         # first blocks forced whatever `num_initial` says
-  has_geometry: ClassVar[bool] = False     # its defaults are a paper's: no geometry has to be given for a dense model
 
   def scores(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], call: interface.Call) -> Float[Array, "B T K blocks"]:
     """float32 scores of the blocks of `block_size` keys, of which each query takes the best; after RoPE, no gradient."""

@@ -7,7 +7,7 @@ import time
 import jax
 
 from nsa import config as config_lib
-from nsa import data, flops, held_out, schedule, sharding, step as step_lib, study as study_lib
+from nsa import capacity, data, flops, held_out, schedule, sharding, step as step_lib, study as study_lib
 from nsa.planning import forecast, topology as topology_lib
 from nsa.tasks import audit
 
@@ -20,11 +20,13 @@ def describe(config) -> str:
   """
   config_lib.validate(config, jax.device_count())
   mesh = sharding.make_mesh(config)
+  capacity.check_state(config, step_lib.abstract_state(config, mesh))
   corpora = _check_data(config)
   lines = [json.dumps(config_lib.to_dict(config), indent=2), ""]
   counts = flops.parameters(config)
   lines.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
   lines.append("corpus: " + ", ".join(f"{split} {sha[:12]}" for split, sha in corpora.items()))
+  lines += [f"note: {remark}" for remark in config_lib.remarks(config)]
   lines.append(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
   for step in schedule.programs(config):
     first, end = config_lib.steps_of(config.schedule)[step.stage]
@@ -34,7 +36,10 @@ def describe(config) -> str:
                  f"{', '.join(step.groups)} learn")
     lines.append(f"  training FLOPs per token: {total:,.0f} = "
                  + " + ".join(f"{name} {100 * cost / total:.1f} %" for name, cost in parts.items()))
-    memory = step_lib.compile_step(config, step, mesh).memory_analysis()
+    with capacity.told(config, "a training step"):
+      program = step_lib.compile_step(config, step, mesh)
+    capacity.check_step(config, program)
+    memory = program.memory_analysis()
     if memory is not None:
       lines.append(f"  memory per device: state and batch {_mib(memory.argument_size_in_bytes)}, "
                    f"temporaries {_mib(memory.temp_size_in_bytes)}")

@@ -24,7 +24,8 @@ from nsa.tasks.tracking import Tracking
 
 __all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "register"]
 
-TASKS: dict[str, type[Task]] = {cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
+TASKS: dict[str, type[Task]] = {
+    cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
 
 
 def register(cls: type[Task]) -> type[Task]:
@@ -88,7 +89,8 @@ def check_trainable(names: tuple[str, ...]) -> None:
   """Raises ValueError for a task that is held out of training."""
   for name in names:
     if not get(name).trainable:
-      raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in eval.tasks alone")
+      raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in "
+                       "eval.tasks alone")
 
 
 def batch(task_name: str, seed: int, count: int, length: int, split: str, haystack=None, *,

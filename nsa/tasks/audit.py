@@ -100,15 +100,18 @@ def problems(study) -> list[tuple[str, object, str]]:
   """(field, value, fix) of every task that a window of equal size answers more than half of, unless `study.shortcuts`."""
   if study.shortcuts:
     return []
-  return [("eval.tasks", one.task, f"{100 * one.window:.0f} % of its answers at {one.length} tokens lie in the first block or a window of "
-           f"{one.geometry} tokens: it does not test selection. Scatter the evidence, take a longer context or fewer blocks, or set "
-           "the study's shortcuts = True on purpose") for one in of_study(study) if one.window > LIMIT]
+  return [("eval.tasks", one.task,
+           f"{100 * one.window:.0f} % of its answers at {one.length} tokens lie in the first block or a window of {one.geometry} "
+           "tokens: it does not test selection. Scatter the evidence, take a longer context or fewer blocks, or set the study's "
+           "shortcuts = True on purpose") for one in of_study(study) if one.window > LIMIT]
 
 
 def text(rows: list[Row]) -> str:
   """The rows as a table: one line per task, length and geometry, % of the answers."""
-  lines = [f"{'task':28s} {'length':>7s} {'blocks':>9s} {'first':>6s} {'local':>6s} {'forced':>7s} {'window':>7s}  % of answers that need no selection"]
+  wide = max([28, *(len(one.task) for one in rows)])
+  lines = ["% of answers that need no selection: their evidence lies in the forced first or latest blocks, in both, in a window",
+           f"{'task':{wide}s} {'length':>7s} {'blocks':>9s} {'first':>6s} {'local':>6s} {'forced':>7s} {'window':>7s}"]
   for one in rows:
-    lines.append(f"{one.task:28s} {one.length:7d} {one.geometry!s:>9s} {100 * one.first:6.1f} {100 * one.local:6.1f} "
-                 f"{100 * one.forced:7.1f} {100 * one.window:7.1f}" + ("  no test of selection" if one.window > LIMIT else ""))
+    lines.append(f"{one.task:{wide}s} {one.length:7d} {one.geometry!s:>9s} {100 * one.first:6.1f} {100 * one.local:6.1f} "
+                 f"{100 * one.forced:7.1f} {100 * one.window:7.1f}" + "  no test of selection" * (one.window > LIMIT))
   return "\n".join(lines)

@@ -41,13 +41,15 @@ class Common(frame.Task):
 
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
-    answer, decoy, *others = frame.draw_strings(draws, lambda n: NOUNS[n], len(NOUNS), self.words, split, f"task common: words = {self.words}")
+    answer, decoy, *others = frame.draw_strings(draws, lambda n: NOUNS[n], len(NOUNS), self.words, split,
+                                                 f"task common: words = {self.words}")
     late = (3 * self.seldom + 3) // 4  # of the misleading word lie in the last part: most, and more than of the answer
     places = {answer: self._places(draws, self.often, min(late // 2, self.often // TAIL)),
               decoy: self._places(draws, self.seldom, late), **{word: draws.uniform(self.seldom) for word in others}}
     words = [word for _, word in sorted((place, word) for word, mine in places.items() for place in mine)]
     entries = [Entry(0, f"[{word}] ".encode(), (1, 1 + len(word))) for word in words]
-    entries.append(Entry(0, *scattered.fill(QUESTION, value=answer), reads=tuple(i for i, word in enumerate(words) if word == answer)))
+    reads = tuple(i for i, word in enumerate(words) if word == answer)
+    entries.append(Entry(0, *scattered.fill(QUESTION, value=answer), reads=reads))
     return scattered.lay_out(draws, entries, length, haystack, order=range(len(entries)))
 
   def _places(self, draws, count, late):

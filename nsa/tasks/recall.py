@@ -52,7 +52,8 @@ class Recall(frame.Task):
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
     statement, question = scattered.pick(draws, TEMPLATES, self.template)
-    keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), self.pairs, split, f"task recall: pairs = {self.pairs}")
+    keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), self.pairs, split,
+                              f"task recall: pairs = {self.pairs}")
     used, entries = set(keys), []
     number = lambda: _number(draws, self.digits, split)
     for owner, key in enumerate(keys):
@@ -107,7 +108,8 @@ def _relative(draws, key, turn, used, split):
   """A new thing of the split with the same adjective (even turns) or noun (odd ones) as `key`."""
   adjective, noun = key.split()
   while True:
-    other = f"{ADJECTIVES[draws.integer(len(ADJECTIVES))]} {noun}" if turn % 2 else f"{adjective} {NOUNS[draws.integer(len(NOUNS))]}"
+    words = (ADJECTIVES[draws.integer(len(ADJECTIVES))], noun) if turn % 2 else (adjective, NOUNS[draws.integer(len(NOUNS))])
+    other = " ".join(words)
     if other not in used and frame.in_bucket(other, split):
       return other
 

@@ -43,7 +43,8 @@ def interleave(draws: counter.Draws, owner: np.ndarray, slots: int) -> np.ndarra
   return placed
 
 
-def lay_out(draws: counter.Draws, entries: list[Entry], length: int, haystack: list[Document] | None, order=None) -> frame.Example:
+def lay_out(draws: counter.Draws, entries: list[Entry], length: int, haystack: list[Document] | None,
+            order=None) -> frame.Example:
   """BOS, a text of `length` - 2 bytes with the entries at random places of it, EOS.
 
   order: the entries' numbers as they come; None = drawn, with each owner's in order.

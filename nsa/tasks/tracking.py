@@ -48,9 +48,11 @@ class Tracking(frame.Task):
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
     statement, question = scattered.pick(draws, TEMPLATES, self.template)
-    names = frame.draw_strings(draws, _name, 26 ** LETTERS, self.chains * self.hops, split, f"task tracking: chains = {self.chains}")
+    names = frame.draw_strings(draws, _name, 26 ** LETTERS, self.chains * self.hops, split,
+                               f"task tracking: chains = {self.chains}")
     low = 10 ** (self.digits - 1)
-    numbers = frame.draw_strings(draws, lambda n: str(low + n), 9 * low, self.chains, split, f"task tracking: digits = {self.digits}")
+    numbers = frame.draw_strings(draws, lambda n: str(low + n), 9 * low, self.chains, split,
+                                 f"task tracking: digits = {self.digits}")
     entries = []
     for chain, number in enumerate(numbers):
       value, first = number, len(entries)

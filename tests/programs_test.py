@@ -1,0 +1,64 @@
+"""Tests of nsa/programs.py: nothing is compiled here, programs are what `build` returns."""
+import threading
+
+import pytest
+
+from nsa import programs
+
+
+@pytest.fixture(autouse=True)
+def none_yet(monkeypatch):
+  monkeypatch.setattr(programs, "_programs", {})
+
+
+def test_a_program_is_built_once_and_others_wait_for_it():
+  built, begun, go = [], threading.Event(), threading.Event()
+
+  def build():
+    built.append(threading.current_thread().name)
+    begun.set()
+    assert go.wait(10)
+    return "program"
+
+  with programs.ahead([lambda: programs.get("a", build), lambda: programs.get("b", build)]):
+    assert begun.wait(10)  # the thread is building
+    threading.Timer(0.05, go.set).start()
+    assert programs.get("a", build) == "program"
+  assert built[0] == "compile ahead" and len(built) == len(set(programs._programs)) <= 2
+
+
+def test_a_failure_ahead_is_told_and_fails_again_for_who_needs_it():
+  def build():
+    raise ValueError("no such kernel")
+
+  done = threading.Event()
+  with programs.ahead([lambda: programs.get("bad", build), done.set]):
+    assert done.wait(10)
+    programs.check(["good", "unknown"])
+    with pytest.raises(ValueError, match="no such kernel"):
+      programs.check(["good", "bad"])
+  with pytest.raises(ValueError, match="no such kernel"):
+    programs.get("bad", build)
+  assert programs.get("bad", lambda: "mended") == "mended"
+  programs.check(["bad"])
+
+
+def test_an_inner_block_leaves_it_to_the_outer_one_and_its_end_stops_the_thread():
+  called, first = [], threading.Event()
+
+  def one():
+    called.append("outer")
+    first.set()
+
+  def coming():
+    yield one
+    while True:
+      yield lambda: called.append("more")
+
+  with programs.ahead(coming()):
+    assert first.wait(10)
+    with programs.ahead([lambda: called.append("inner")]):
+      pass
+  count = len(called)
+  assert "inner" not in called
+  assert not programs._working and len(called) == count
