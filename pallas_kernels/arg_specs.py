@@ -105,13 +105,26 @@ LENGTHS = (
 MSA = tuple(_headline(f"msa_{T // 1024}k", N=64, K=4, T=T, block_size=128, num_initial=0, num_local=1)
             for T in (8192, 16384, 32768, 65536))
 
+# Heads of checkpoints that people retrofit: groups that are no power of two, and other head dims.
+CHECKPOINTS = (
+    _headline("smollm2_8k", B=4, T=8192, N=9, K=3, H=64, index_dim=64),  # SmolLM2-135M; 360M has 15/5
+    _headline("llama32_8k", T=8192, N=24, K=8),    # Llama-3.2-3B
+    _headline("llama32_32k", N=24, K=8),
+    _headline("qwen25_8k", T=8192, N=28, K=4),     # Qwen2.5-7B
+    _headline("qwen25_32k", N=28, K=4),
+    _headline("qwen25_14b_32k", N=40, K=8),        # a group of 5
+    _headline("qwen25_1b_32k", N=12, K=2),         # a group of 6
+    _headline("h96_32k", N=32, K=8, H=96),
+    _headline("h256_16k", T=16384, N=16, K=4, H=256),
+)
+
 # Long caches to decode from; nothing else is run at these lengths.
 CACHES = (
     _headline("cache_256k", N=64, K=4, T=262144),
     _headline("cache_1m", N=64, K=4, T=1048576),
 )
 
-ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS + MSA + CACHES}
+ALL = {spec.name: spec for spec in TINY + STUDY + HEADLINE + LENGTHS + MSA + CHECKPOINTS + CACHES}
 
 
 def get(name: str) -> AttentionSpec:

@@ -14,6 +14,7 @@ from pallas_kernels import backends
 from pallas_kernels import lists as entry_lists
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import reference
+from pallas_kernels import spans
 from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import selected
 from pallas_kernels.mosaic_gpu import shared_blocks
@@ -191,6 +192,27 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   merged, merged_lse = forward.merge(jnp.zeros((1, N, 64), o.dtype), jnp.full((N,), -jnp.inf), none, plan, (o, lse))
   np.testing.assert_allclose(merged_lse.reshape(want_lse.shape), want_lse, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(np.asarray(merged, np.float32).reshape(want.shape), want, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
+def test_interpreted_index_scores_agree_and_do_not_race():
+  index_top_k = pytest.importorskip("pallas_kernels.mosaic_gpu.index_top_k", reason="triton is not installed")
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  rng = np.random.default_rng(0)
+  B, T, K, H, size = 1, 256, 2, 64, 64
+  q, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((B, T, K, H), (B, T, H)))
+  ids = jnp.asarray(np.sort(rng.integers(0, 3, size=(B, T)), axis=1), jnp.int32)
+  first, end = spans.visible_keys(B, T, T, ids, 0)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    got = jax.block_until_ready(index_top_k.scores(q, k, first, end, block_size=size, scale=0.5, splits=1,
+                                                   width=T // size, interpret=True))
+  assert not interpret_pallas_call.get_races().races_found
+  s = jnp.einsum("btkh,bsh->btks", q.astype(jnp.float32), k.astype(jnp.float32)) * 0.5
+  seen = (jnp.arange(T) >= first[..., None]) & (jnp.arange(T) < end[..., None])
+  want = np.asarray(jnp.where(seen[:, :, None], s, -jnp.inf).reshape(T, K, T // size, size).max(axis=-1))
+  visible = np.isfinite(want)
+  np.testing.assert_allclose(np.asarray(got).reshape(want.shape)[visible], want[visible], rtol=1e-5)
 
 
 def test_supports_says_why_not():

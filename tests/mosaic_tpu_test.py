@@ -17,6 +17,8 @@ from benchmarks import tpu_programs
 import pallas_kernels
 from pallas_kernels import arg_specs
 from pallas_kernels import backends
+from pallas_kernels import head_dims
+from pallas_kernels import reference
 from pallas_kernels.mosaic_tpu import aot
 from pallas_kernels.mosaic_tpu import kl
 from pallas_kernels.mosaic_tpu import selected
@@ -40,6 +42,7 @@ SHAPES = {
     "g16": cases.shape(B=1, T=20, S=400, N=16, K=1, H=128, J=3, block_size=128, dtype="bfloat16", index_dim=64),
     # Groups of 3 leave rows of a tile empty; two KV heads, blocks of 32.
     "g3": cases.shape(B=1, T=50, S=300, N=6, K=2, H=64, J=4, block_size=32, dtype="bfloat16", index_dim=64),
+    "g5_h256": cases.shape(B=1, T=20, S=140, N=5, K=1, H=256, J=3, block_size=64, dtype="bfloat16"),
 }
 KERNELS = {"selected_attention": selected.selected_attention, "index_kl": cases.of_index(kl.index_kl)}
 PACKED_HALF_EMPTY = cases.Situation(documents=lambda S: 4, offset=(1,), blocks=cases.half_empty)
@@ -97,6 +100,25 @@ def test_selected_attention_does_not_race(name, situation, monkeypatch):
   if name == "g16":
     for x, y in zip(first, check("selected_attention", name, inputs, careful=True)):
       np.testing.assert_array_equal(x, y)
+
+
+def test_selected_attention_of_a_wide_head():
+  check("selected_attention", "g5_h256", "random")
+
+
+def test_head_dims_that_the_kernels_lack_are_padded():
+  seen = []
+
+  def kernel(**arguments):
+    seen.append(arguments["q"].shape[-1])
+    return reference.selected_attention(**arguments)
+
+  padded = head_dims.pad(kernel, selected.padded_head_dim, gives_rows=True, names=("q", "k", "v"))
+  how = dict(block_size=32, scale=0.1)
+  inputs = cases.draw("selected_attention", cases.shape(B=1, T=9, S=70, N=2, K=1, H=80, J=2, block_size=32))
+  program = cases.with_gradients(lambda q, k, v, **rest: padded(q=q, k=k, v=v, **rest), **how)
+  cases.check("selected_attention", program, inputs, options=how)
+  assert seen == [128] and [selected.padded_head_dim(H) for H in (48, 64, 96, 256, 300)] == [64, 64, 128, 256, 300]
 
 
 # --- the loss of an index -----------------------------------------------------

@@ -18,5 +18,12 @@ def _few(*, q, **_):
   return f"q has {T} tokens: too few to sort by block" if T <= FEW_QUERIES else None
 
 
+try:
+  from pallas_kernels.mosaic_gpu import index_top_k
+except Exception:  # triton, whose kernel chooses, is not installed, or broken
+  pass
+else:
+  backends.register("index_top_k", "mosaic_gpu", index_top_k.index_top_k, platforms=("gpu",),
+                    supports=index_top_k.supports, avoid=lambda **_: "q_idx: not measured yet")
 backends.register("selected_attention", "mosaic_gpu", selected_attention, platforms=("gpu",),
                   supports=supports, avoid=_few)

@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu import backward
 from pallas_kernels.mosaic_gpu import forward
 from pallas_kernels.mosaic_gpu import merge
 from pallas_kernels.mosaic_gpu import shared_blocks
+from pallas_kernels.mosaic_gpu.tiles import of_another_gpu
 from pallas_kernels.mosaic_gpu.tiles import LOG2E
 
 try:
@@ -73,21 +74,11 @@ def supports(q, k, v, block_indices, *, block_size, scale=None, **_):
   plan, _ = _slices(B, T, S, K, N // K, J, H, block_size)
   if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {block_indices.shape} has more entries per slice of queries than int32 counts"
-  if _other_gpu():
-    return f"q is on {_other_gpu()}: the kernels need compute capability 9.0 (H100, H200)"
-  return None
+  return of_another_gpu("q")
 
 
 def _listed(numbers):
   return ", ".join(map(str, numbers))
-
-
-def _other_gpu():
-  """The name of the default device if it is a GPU that has no wgmma; None elsewhere (lowering for one)."""
-  device = jax.devices()[0]
-  if device.platform != "gpu" or str(getattr(device, "compute_capability", "9.0")) == "9.0":
-    return None
-  return device.device_kind
 
 
 def _slices(B, T, S, K, G, J, H, block_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import jax
 from jax import lax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -15,6 +16,14 @@ def tile_transforms(minor, dtype):
   """Tiling and swizzle of a shared tile: the widest that divides rows of `minor` elements."""
   swizzle = math.gcd(128, minor * jnp.dtype(dtype).itemsize)
   return (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def of_another_gpu(name):
+  """None, or why not if the default device is a GPU that has no wgmma; without a GPU None, for lowering."""
+  device = jax.devices()[0]
+  if device.platform != "gpu" or str(getattr(device, "compute_capability", "9.0")) == "9.0":
+    return None
+  return f"{name} is on {device.device_kind}: the kernels need compute capability 9.0 (H100, H200)"
 
 
 def compiler_params(interpret=False):

@@ -7,6 +7,7 @@ checked in the interpreter on a CPU, and libtpu compiles every kernel for each c
 from __future__ import annotations
 
 from pallas_kernels import backends
+from pallas_kernels import head_dims
 from pallas_kernels.mosaic_tpu import attention
 from pallas_kernels.mosaic_tpu import compressed_attention
 from pallas_kernels.mosaic_tpu import compressed_top_k
@@ -24,5 +25,9 @@ KERNELS = {  # operation -> its module, which has a function of that name and `s
 }
 
 for _operation, _module in KERNELS.items():
-  backends.register(_operation, "mosaic_tpu", getattr(_module, _operation), platforms=("tpu",),
-                    supports=_module.supports)
+  _function, _supports = getattr(_module, _operation), _module.supports
+  if _module in (selected, kl):  # the walks over selected blocks
+    _how = dict(padded=selected.padded_head_dim, names=("q", "k", "v"))
+    _function = head_dims.pad(_function, gives_rows=_module is selected, **_how)
+    _supports = head_dims.supports(_supports, **_how)
+  backends.register(_operation, "mosaic_tpu", _function, platforms=("tpu",), supports=_supports)

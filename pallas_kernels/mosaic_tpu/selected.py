@@ -23,11 +23,16 @@ from pallas_kernels.mosaic_tpu import union
 from pallas_kernels.mosaic_tpu import walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
 MAX_SLOTS = 64
 MAX_RANGES = 128  # of keys, whose bounds end each list
+
+
+def padded_head_dim(H):
+  """The least head dim that the kernels have for this one; H itself beyond."""
+  return next((size for size in HEAD_DIMS if H <= size), H)
 
 
 def supports(q, k, v, block_indices, *, block_size, scale=None, **_):

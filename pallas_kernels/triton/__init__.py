@@ -5,7 +5,8 @@ Importing registers them; it needs triton, but neither a GPU nor jax-triton, wit
 from __future__ import annotations
 
 from pallas_kernels import backends
-from pallas_kernels.triton import head_dims
+from pallas_kernels import head_dims
+from pallas_kernels.triton import call
 from pallas_kernels.triton import kl
 from pallas_kernels.triton import mass
 from pallas_kernels.triton import paged
@@ -24,5 +25,6 @@ for _operation, _function, _supports in (
     ("index_kl", kl.index_kl, kl.supports_index_kl),
     ("block_mass", mass.block_mass, mass.supports_block_mass),
 ):
-  backends.register(_operation, "triton", head_dims.any_head_dim(_function, _operation.endswith("attention")),
-                    platforms=("gpu",), supports=head_dims.supports(_supports))
+  backends.register(
+      _operation, "triton", head_dims.pad(_function, call.padded_head_dim, gives_rows=_operation.endswith("attention")),
+      platforms=("gpu",), supports=head_dims.supports(_supports, call.padded_head_dim))

@@ -155,5 +155,10 @@ def one_by_one(function):
   return call
 
 
+def padded_head_dim(H):
+  """What kernels get for a head dim: `tl.arange` counts to powers of two alone, a product needs 16."""
+  return max(next_power_of_2(H), 16) if H <= 256 else H
+
+
 def next_power_of_2(n):
   return 1 << (n - 1).bit_length()

@@ -19,7 +19,7 @@ CHUNK = 128     # blocks that the choice looks at together
 SCRATCH_BYTES = 2 ** 28  # of scores alive at a time; more queries go through in chunks
 
 
-def _selection_reason(block_size, num_blocks):
+def selection_reason(block_size, num_blocks):
   if num_blocks > MAX_SLOTS:
     return f"num_blocks = {num_blocks}: the kernels take up to {MAX_SLOTS}"
   if block_size < 1:
@@ -34,13 +34,13 @@ def supports_compressed_top_k(*, q, k_cmp, block_len, block_stride, block_size, 
     return f"block_stride = {block_stride}: the kernels need block_size = {block_size} to be a power of two times it"
   if block_size - block_stride + block_len > 2 * block_size:
     return f"block_len = {block_len}: the kernels take compressed blocks that touch two blocks of {block_size}, no more"
-  return ranged.reasons(q, k_cmp, None, scale, "k_cmp") or _selection_reason(block_size, num_blocks)
+  return ranged.reasons(q, k_cmp, None, scale, "k_cmp") or selection_reason(block_size, num_blocks)
 
 
 def supports_index_top_k(*, q_idx, k_idx, block_size, num_blocks, scale, **_):
   if block_size not in (16, 32, 64, 128, 256) and not call.INTERPRET:
     return f"block_size = {block_size}: the kernels take 16, 32, 64, 128, 256"
-  return ranged.reasons(q_idx, _OneHead(k_idx), None, scale, "k_idx") or _selection_reason(block_size, num_blocks)
+  return ranged.reasons(q_idx, _OneHead(k_idx), None, scale, "k_idx") or selection_reason(block_size, num_blocks)
 
 
 class _OneHead:
@@ -61,11 +61,11 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   f = functools.partial(
       _compressed_top_k, LEN=block_len, STRIDE=block_stride, SIZE=block_size, BLOCKS=max(1, -(-S // block_size)),
       choice=(num_blocks, num_initial, num_local), scale=float(scale))
-  line = 8 * _width(-(-k_cmp.shape[1] * block_stride // block_size))
-  return call.batched(functools.partial(_in_chunks, f, B * K * line))(q, lse.astype(jnp.float32), first, position, k_cmp)
+  line = 8 * line_width(-(-k_cmp.shape[1] * block_stride // block_size))
+  return call.batched(functools.partial(in_chunks, f, B * K * line))(q, lse.astype(jnp.float32), first, position, k_cmp)
 
 
-def _in_chunks(f, bytes_per_token, *arguments):
+def in_chunks(f, bytes_per_token, *arguments):
   """f(*arguments) by chunks of queries, axis 1 of all but the last argument, the keys."""
   *queries, keys = arguments
   T = queries[0].shape[1]
@@ -94,7 +94,7 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
   tuned = tuning.get("compressed_scores", head_dim=H, dtype=q.dtype)
   rows, block = sizes.rows(tuned.rows), max(tuned.block, call.next_power_of_2(ratio))
   tokens = rows // sizes.GP
-  width = _width(max(-(-C // block) * (block // ratio) + 1, BLOCKS))  # what begins in a block may reach into one more
+  width = line_width(max(-(-C // block) * (block // ratio) + 1, BLOCKS))  # what begins in a block may reach into one more
   items = B * K * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, C // (2 * block)))
   scores = call.kernel_call(
@@ -102,16 +102,16 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
       jax.ShapeDtypeStruct((items, tokens, 2, width), jnp.float32), grid=(items * splits,), name="compressed_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, LEN=LEN, STRIDE=STRIDE, SIZE=SIZE, ROWS=rows, BLOCK=block,
       WIDTH=width, SPLITS=splits, **sizes.constants(B))
-  return _choose(scores, first, position, choice, K=K, KP=1, TOKENS=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE,
+  return choose(scores, first, position, choice, K=K, KP=1, TOKENS=tokens, WIDTH=width, LEN=LEN, STRIDE=STRIDE,
                  SIZE=SIZE, BLOCKS=BLOCKS)
 
 
-def _width(blocks):
+def line_width(blocks):
   """Numbers of a line of scores: whole chunks of the choice."""
   return -(-blocks // CHUNK) * CHUNK
 
 
-def _choose(scores, first, position, choice, *, K, padded=True, **constants):
+def choose(scores, first, position, choice, *, K, padded=True, **constants):
   (B, T), (num_blocks, num_initial, num_local) = first.shape, choice
   lines = scores.shape[0] * scores.shape[1]
   slots = call.next_power_of_2(num_blocks)
@@ -133,8 +133,8 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local,
   first, _ = spans.of_segments(segment_ids, position)
   f = functools.partial(_index_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local),
                         scale=float(scale))
-  line = 4 * _width(-(-k_idx.shape[1] // block_size))
-  return call.batched(functools.partial(_in_chunks, f, B * call.next_power_of_2(K) * line))(q_idx, first, position, k_idx)
+  line = 4 * line_width(-(-k_idx.shape[1] // block_size))
+  return call.batched(functools.partial(in_chunks, f, B * call.next_power_of_2(K) * line))(q_idx, first, position, k_idx)
 
 
 def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
@@ -143,7 +143,7 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
   tuned = tuning.get("index_scores", head_dim=H, dtype=q.dtype)
   rows = max(min(tuned.rows, call.next_power_of_2(T) * KP), KP, ranged.MIN_ROWS)
   block, tokens = max(tuned.block, SIZE), rows // KP
-  width = _width(-(-S // block) * (block // SIZE))
+  width = line_width(-(-S // block) * (block // SIZE))
   items = B * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, S // (2 * block)))
   scores = call.kernel_call(
@@ -151,7 +151,7 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
       jax.ShapeDtypeStruct((items, rows, width), jnp.float32), grid=(items * splits,), name="index_scores",
       num_warps=tuned.warps, num_stages=tuned.stages, B=B, T=T, S=S, K=K, KP=KP, H=H, SIZE=SIZE, SCALE=scale, ROWS=rows,
       BLOCK=block, WIDTH=width, SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
-  return _choose(scores, first, position, choice, K=K, KP=KP, TOKENS=tokens, WIDTH=width, LEN=0, STRIDE=0,
+  return choose(scores, first, position, choice, K=K, KP=KP, TOKENS=tokens, WIDTH=width, LEN=0, STRIDE=0,
                  SIZE=SIZE, BLOCKS=-(-S // SIZE))
 
 
@@ -162,7 +162,7 @@ def supports_block_top_k(*, scores, block_size, num_blocks, **_):
     return f"scores {scores.shape} is empty"
   if scores.shape[0] * scores.shape[1] * scores.shape[2] >= 2 ** 31:
     return f"scores {scores.shape} has more rows than int32 counts"
-  return _selection_reason(block_size, num_blocks)
+  return selection_reason(block_size, num_blocks)
 
 
 def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys, segment_ids, query_offset):
@@ -177,5 +177,5 @@ def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys,
 def _block_top_k(scores, first, position, *, SIZE, choice):
   B, T, K, blocks = scores.shape
   # One tile of T tokens with K heads each per batch entry: the order that the scores have.
-  return _choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, KP=K, TOKENS=T, WIDTH=blocks,
+  return choose(scores.reshape(B, T * K, blocks), first, position, choice, K=K, KP=K, TOKENS=T, WIDTH=blocks,
                  LEN=0, STRIDE=0, SIZE=SIZE, BLOCKS=blocks, padded=False)
