@@ -127,13 +127,19 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
                  second_half_bits_per_byte=x, second_half_bytes=1024)
     for task in TASKS if truth.rich else TASKS[:1]:
       p = min(1.0, max(0.0, EASE + exact + match + own_match))
-      right = int(rng.binomial(truth.items, p))
-      for index in range(40 if truth.rich else 1):  # of many items: single ones, or what they come to
-        share = float(index < round(40 * right / truth.items)) if truth.rich else right / truth.items
+      items = 40 if truth.rich else truth.items
+      right = int(rng.binomial(items, p))
+      for index in range(items if truth.rich else 1):  # single items, or what they come to
+        share = float(index < right) if truth.rich else right / items
         yield make("task", task=task, index=index, exact_match=share, answer_nll=0.2 + 4 * (1 - p), depth=index / 40,
-                   evidence_distance=int(2 ** rng.uniform(5, 11)), items=1 if truth.rich else truth.items)
+                   evidence_distance=int(2 ** rng.uniform(5, 11)), items=1 if truth.rich else items)
     if not truth.rich:
       continue
+    for end in (64, 256, 1024, 2048):
+      share_right = max(0.0, p - 0.02 * math.log2(end / 64))
+      yield make("answer", task=TASKS[0], start=end // 4, end=end, forced=end == 64, answers=160, exact_match=share_right, answer_nll=1 - share_right)
+      yield make("ar_hit", start=end // 4, end=end, nll=2.5 + 10 * delta * math.log2(end / 32) + rng.normal(0, 0.02), hits=300)
+      yield make("context_gain", context=end, bits_per_byte=value + 0.5 * (end / 64) ** -0.6, bytes=4000)
     for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
       yield make("position", start=start, end=end, bytes=(end - start) * 6,
                  bits_per_byte=value + 0.9 * (end / 64) ** -0.7 + delta * math.log2(end / 128) / 4 + rng.normal(0, 0.004))

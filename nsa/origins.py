@@ -6,6 +6,7 @@ directory where it lies below it.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.machinery
 import os
@@ -41,6 +42,12 @@ def _importable(name: str, path: str) -> bool:
 def modules_of(classes) -> list[str]:
   """What a new process has to import for these classes; nothing for those of this package."""
   return sorted({_ORIGINS[cls][0] for cls in classes if cls in _ORIGINS} - {""})
+
+
+def digests(modules) -> dict[str, str]:
+  """SHA-256 of each module's file, for versions.json."""
+  files = {name: file for name, file in _ORIGINS.values()}
+  return {module: hashlib.sha256(open(files[module], "rb").read()).hexdigest() for module in modules if files.get(module)}
 
 
 def load(module: str) -> None:

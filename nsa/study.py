@@ -14,8 +14,7 @@ import traceback
 from absl import logging
 from etils import epath
 
-from nsa import config as config_lib
-from nsa import flops, lock, metrics, processes, programs, sharding, train
+from nsa import config as config_lib, flops, lock, metrics, processes, programs, sharding, train
 from nsa.config import Config, ConfigError
 from nsa.tasks import audit
 

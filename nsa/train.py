@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from nsa import (capacity, checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim,
-                 processes, programs, rundir, schedule, sharding)
+                 origins, processes, programs, rundir, schedule, sharding)
 from nsa import step as step_lib
 from nsa.progress import Progress
 
@@ -100,7 +100,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   processes.agree(corpus=json.dumps(read))
   first = processes.first()
   if first:
-    metrics.write_json(workdir / "versions.json", {**versions(), **read})
+    own = origins.digests(config_lib.to_dict(config)["modules"])
+    metrics.write_json(workdir / "versions.json", {**versions(), **read, **({"modules": own} if own else {})})
     if config.data.planted:
       metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                                                     for seed, source in zip(config.seeds, batches.sources)})

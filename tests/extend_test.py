@@ -1,4 +1,5 @@
 """docs/extend.md, done: its files written, its commands run each in a new process, nothing edited in the package."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,8 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
   config = json.loads((run_dir / "config.json").read_text())
   assert config["modules"] == ["strided.py"] and config["attention"] == {
       "method": "strided", "block_size": 8, "num_blocks": 4, "num_initial": 0, "num_local": 1, "stride": 3}
+  versions = json.loads((run_dir / "versions.json").read_text())
+  assert versions["modules"] == {"strided.py": hashlib.sha256((tmp_path / "strided.py").read_bytes()).hexdigest()}
   for command in rest:
     run(command)
 
@@ -61,7 +64,7 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
     for row in lists[:, :, t].reshape(-1, 4).tolist():
       assert want <= set(row) and len(set(row) - {-1}) == min(4, own + 1), (t, want, row)
   assert (run_dir / "report/report.html").exists()
-  rows = json.loads((run_dir / "eval/100.json").read_text())["records"]
+  rows = [row for path in run_dir.glob("eval/100*.json") for row in json.loads(path.read_text())["records"]]
   visible = {row["run_mode"]: row["tokens_visible"] for row in rows if row["kind"] == "layer" and "tokens_visible" in row}
   assert visible["farthest"] == visible["sparse"] > visible["sparse:num_blocks=2"]
   tasks = json.loads((tmp_path / "runs/shelves/eval/20.json").read_text())["records"]

@@ -100,6 +100,20 @@ def test_streams_are_those_of_the_cache_and_plans_count_them():
     assert arrays == [2, 0, 2 + (extra - copies) / (K * H), copies / (K * H)], name
 
 
+def test_lists_that_a_remat_saves_are_as_long_as_declared():
+  """By the residuals of a layer whose scores are recomputed and whose choice is not."""
+  geometry = dict(block_size=4, num_blocks=3)
+  for method in (methods.MSA(index_dim=4, **geometry), methods.DSA(index_heads=2, index_dim=4, **geometry),
+                 methods.DSA(index_heads=2, index_dim=4, per_group=True, level="block", **geometry), methods.MoBA(**geometry)):
+    config = config_lib.Config(model=MODEL, attention=method)
+    params, T = model_lib.abstract_params(config), 24
+    policy = jax.checkpoint_policies.save_only_these_names(methods.CHOSEN)
+    run = lambda p: model_lib.forward(config, p, jnp.zeros((1, T), jnp.int32)).logits.sum()
+    _, back = jax.eval_shape(lambda p: jax.vjp(jax.checkpoint(run, policy=policy), p), params)
+    lists = [x for x in jax.tree.leaves(back) if x.dtype == jnp.int32 and x.size >= MODEL.num_layers * T]
+    assert sum(x.size for x in lists) == MODEL.num_layers * T * method.chosen(MODEL), (method, [x.shape for x in lists])
+
+
 def test_a_warm_up_is_dense_whatever_the_layers():
   """Layers without a selector's loss, in a hybrid that warms one up, give dense output at dense cost."""
   config = config_lib.Config(model=MODEL, attention=methods.MSA(block_size=4, num_blocks=2, index_dim=4),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, flops, layers, methods, model as model_lib
-from nsa.methods import distillation
+from pallas_kernels import masked
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -140,7 +140,7 @@ def test_selected_sets_are_those_of_the_slow_scores(name, packed):
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
   h, weights, (_, (_, indices)) = run_layer("paper", True)
-  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * N * 29)  # 7 queries, the last chunk padded
+  monkeypatch.setattr(masked, "MAX_SCORES", 7 * B * N * 29)  # 7 queries, the last chunk padded
   run = jax.jit(lambda *xs: objective("paper", *xs)[1][1])
   arguments = attention_of("paper")[1], h, weights, segments_of(True)
   assert "scan" in str(run.trace(*arguments).jaxpr)

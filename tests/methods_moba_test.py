@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim
-from nsa.methods import blocks, distillation
+from nsa.methods import blocks
+from pallas_kernels import masked
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -147,7 +148,7 @@ def test_diagnostics_are_per_query_head():
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
   h, weights, (_, (_, indices, _)) = run_layer("plain", True)
-  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * N * 6)  # 7 queries, the last chunk padded
+  monkeypatch.setattr(masked, "MAX_SCORES", 7 * B * N * 6)  # 7 queries, the last chunk padded
   run = jax.jit(lambda *xs: objective("plain", *xs)[1][1])
   arguments = attention_of("plain")[1], h, weights, segments_of(True)
   assert "scan" in str(run.trace(*arguments).jaxpr)

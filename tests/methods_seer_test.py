@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
-from nsa.methods import distillation
+from pallas_kernels import masked
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -200,7 +200,7 @@ def test_selected_sets_are_those_of_the_slow_gate(name, packed):
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
   h, weights, (grads, (out, kl, _)) = run_layer("seer", "sparse", True)
-  monkeypatch.setattr(distillation, "MAX_SCORES", 7 * B * T * N)  # 7 queries, the last chunk padded
+  monkeypatch.setattr(masked, "MAX_SCORES", 7 * B * T * N)  # 7 queries, the last chunk padded
   run = jax.jit(jax.grad(functools.partial(objective, "seer", "sparse"), argnums=(0, 1), has_aux=True))
   arguments = attention_of("seer")[1], h, weights, segments_of(True)
   assert "scan" in str(run.trace(*arguments).jaxpr)

@@ -205,7 +205,7 @@ def test_interpreted_index_scores_agree_and_do_not_race():
   ids = jnp.asarray(np.sort(rng.integers(0, 3, size=(B, T)), axis=1), jnp.int32)
   first, end = spans.visible_keys(B, T, T, ids, 0)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    got = jax.block_until_ready(index_top_k.scores(q, k, first, end, block_size=size, scale=0.5, splits=1,
+    got = jax.block_until_ready(index_top_k.scores(q, k, first, end, block_size=size, scale=0.5, splits=2,
                                                    width=T // size, interpret=True))
   assert not interpret_pallas_call.get_races().races_found
   s = jnp.einsum("btkh,bsh->btks", q.astype(jnp.float32), k.astype(jnp.float32)) * 0.5
@@ -236,6 +236,20 @@ def test_supports_says_why_not():
   with pytest.raises(NotImplementedError, match="block_size = 16"):
     x = jnp.zeros((1, 64, 8, 64), jnp.bfloat16)
     mosaic_gpu.selected_attention(x, x, x, jnp.zeros((1, 64, 8, 1), jnp.int32), block_size=16)
+
+
+def test_index_scores_are_made_here_where_that_is_faster():
+  index_top_k = pytest.importorskip("pallas_kernels.mosaic_gpu.index_top_k", reason="triton is not installed")
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  def call(K=4, H=128, size=64, T=8192):
+    return dict(q_idx=of(1, T, K, H), k_idx=of(1, T, H), block_size=size, num_blocks=16, scale=1.0)
+
+  assert index_top_k.supports(call(K=3)).startswith("q_idx has 3 heads")
+  assert index_top_k.supports(call(T=32)).startswith("q_idx (1, 32, 4, 128) fills no tile")
+  assert index_top_k.supports(call(size=256)).startswith("block_size = 256")
+  assert index_top_k.avoid(call()) is None
+  assert "triton is faster" in index_top_k.avoid(call(H=64)) and "triton is faster" in index_top_k.avoid(call(size=32))
 
 
 def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):

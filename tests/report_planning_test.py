@@ -72,10 +72,11 @@ def test_where_unions_of_a_tile_stop_to_pay_by_hand():
 
 def test_a_published_picture_is_one_small_file(study, tmp_path):
   from PIL import Image
-  from nsa.report import plots, style
+
+  from nsa.report import layer_plots, style
   loaded = archive.load([study])
   look = style.Look(loaded)
-  style.save(plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
+  style.save(layer_plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))
   (file,) = tmp_path.iterdir()
   assert file.suffix == ".png" and 3_000 < file.stat().st_size < 100_000
   colors = np.array([c for _, c in Image.open(file).convert("RGB").getcolors(2 ** 24)])

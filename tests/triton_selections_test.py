@@ -14,8 +14,6 @@ import pytest
 
 from pallas_kernels import lists
 from pallas_kernels import reference
-from pallas_kernels.mosaic_gpu import selected as selected_on_hopper
-from pallas_kernels.mosaic_gpu import shared_blocks
 
 pytest.importorskip("triton", reason="triton is not installed")
 from pallas_kernels.triton import call  # noqa: E402
@@ -208,32 +206,6 @@ def test_lists_on_device(name):
   check_lists(*LARGE[name])
 
 
-SPLITS = {"g16": (16, 5), "g7": (7, 40)}  # group, J
-
-
-def check_split(group, J, B, T, K):
-  rng = np.random.default_rng(J)
-  plan = lists.Plan(B, T, T + 30, K, group, J, 8, range_size=T, tiles_per_unit=2)
-  blocks = rng.integers(-1, 12, size=(B, T, K, J))
-  blocks[..., 0] = 3
-  blocks, ids = jnp.asarray(blocks, jnp.int32), drawn_segments(rng, B, T + 30)
-  want, want_rest = jax.jit(lambda b: shared_blocks.split(b, plan, ids, 30))(blocks)
-  got, rest = jax.jit(lambda b: selected_on_hopper._split(b, plan, ids, 30))(blocks)
-  np.testing.assert_array_equal(rest, want_rest)
-  for name in ("count", "rows", "words", "first", "end"):
-    np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-  used = np.arange(shared_blocks.SLOTS) < np.asarray(want.count)[:, None]
-  np.testing.assert_array_equal(got.blocks.reshape(used.shape)[used], want.blocks.reshape(used.shape)[used])
-  assert used.any() and (np.asarray(rest) >= 0).any()
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("name", SPLITS)
-def test_split_on_device(name):
-  check_split(*SPLITS[name], B=2, T=5000, K=2)
-
-
 # --- block mass -----------------------------------------------------------------
 
 
@@ -277,12 +249,6 @@ def test_block_mass_on_device(name):
 @pytest.mark.parametrize("name", LISTS)
 def test_interpreted_lists(name):
   check_lists(*LISTS[name])
-
-
-@interprets
-@pytest.mark.parametrize("name", SPLITS)
-def test_interpreted_split(name):
-  check_split(*SPLITS[name], B=1, T=39, K=2)
 
 
 @interprets

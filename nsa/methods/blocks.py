@@ -50,6 +50,9 @@ class BlockMethod(interface.Method):
                        f"{self.num_initial + self.num_local}"))
     return problems
 
+  def chosen(self, model):
+    return model.num_kv_heads * self.num_blocks
+
   def costs(self, model, context, mode):
     if mode != "sparse":
       return super().costs(model, context, mode)

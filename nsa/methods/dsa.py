@@ -40,6 +40,7 @@ import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, distillation
 from nsa.methods.interface import Cost, Loss, Stream
+from pallas_kernels import masked
 
 LEVELS = ("token", "block")
 
@@ -82,6 +83,9 @@ class DSA(blocks.BlockMethod):
 
   def streams(self, model):
     return {"k_idx": Stream(1, self.index_dim)}
+
+  def chosen(self, model):
+    return self.sets(model) * self.num_blocks * (self.block_size if self.level == "token" else 1)
 
   def selection_costs(self, model, context):
     return {"index": Cost(self._index_flops(model, (context + 1) / 2), gradient=False, causal=True)}
@@ -160,7 +164,6 @@ class DSALayer(blocks.BlockLayer):
     o = self.options
     q_idx, w, k_idx = map(jax.lax.stop_gradient, index)
     S = k_idx.shape[1]
-    count = -(-S // o.block_size)
     geometry = o.geometry
     if o.level == "token":
       geometry = dict(block_size=1, num_blocks=min(o.num_blocks * o.block_size, S), num_initial=0, num_local=0)
@@ -168,10 +171,8 @@ class DSALayer(blocks.BlockLayer):
     def choose(position, segments, q_idx, w):
       scores = index_scores(q_idx, w, k_idx)
       if o.level == "block":
-        seen = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
-        scores = jnp.pad(jnp.where(seen, scores, -jnp.inf), [(0, 0)] * 3 + [(0, count * o.block_size - S)],
-                         constant_values=-jnp.inf)
-        scores = scores.reshape(scores.shape[:3] + (count, o.block_size)).max(-1)
+        seen = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, :, None]
+        scores = masked.by_block(jnp.where(seen, scores, -jnp.inf), o.block_size, -jnp.inf).max(-1)
       return pk.block_top_k(scores, **geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],
                             implementation=call.implementation)
 
@@ -184,15 +185,15 @@ class DSALayer(blocks.BlockLayer):
     S, size = k.shape[1], self.unit if call.selector == "own" else self.options.block_size
 
     def one(position, segments, q, lse, q_idx, w, lists):
-      mask = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
+      mask = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, None]
       if lists is not None:
-        mask = mask & distillation.selected_tokens(lists, size, S)
-      p = distillation.probabilities(q, k, lse, mask)
+        mask = mask & masked.selected_tokens(lists, size, S)
+      p = distillation.teacher(q, k, lse, mask)
       if self.options.per_group:
-        target = p.sum(3)
+        target = p.sum(2)
       else:  # over all heads; a control in the selector's place may have given each KV head a set of its own
-        target, mask = p.sum((2, 3))[:, :, None], mask.any(2, keepdims=True)
-      return distillation.kl(target, index_scores(q_idx, w, k_idx), mask)
+        target, mask = p.sum((1, 2))[:, None], mask.any(1, keepdims=True)
+      return masked.kl(target, index_scores(q_idx, w, k_idx).swapaxes(1, 2), mask).swapaxes(1, 2)
 
     kl = distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w, lists)
     return {"index_kl": jnp.mean(kl)}

@@ -125,7 +125,7 @@ class InfLLMV2Layer(blocks.BlockLayer):
 
     def choose(position, segments, q, lse):
       seen = visible_pooled(position, segments, call.segment_ids, C, o.pool_len, o.pool_stride)
-      p = distillation.probabilities(q, k_cmp, lse, seen[:, :, None]).sum(3)  # over the heads of the group
+      p = distillation.teacher(q, k_cmp, lse, seen[:, None]).sum(2).swapaxes(1, 2)  # over the heads of the group
       scores = jax.lax.reduce_window(p, 0.0, jax.lax.max, (1, 1, 1, kernel), (1, 1, 1, step),
                                      ((0, 0), (0, 0), (0, 0), padding))
       return pk.block_top_k(scores, **o.geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],

@@ -154,6 +154,10 @@ class Method:
     """What attention reads of earlier tokens besides k and v."""
     return {}
 
+  def chosen(self, model) -> int:
+    """Entries of the lists that a selection makes of one token, all heads: int32, and a remat saves them."""
+    return 0
+
   def handed_up(self, model, batch: int, queries: int) -> Int[Array, "B T K J"] | None:
     """What the lowest of consecutive layers of this method gets as `Call.handed`, where layers hand their chosen blocks to
     the next; None where they do not."""

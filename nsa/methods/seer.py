@@ -36,6 +36,7 @@ import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, distillation
 from nsa.methods.interface import Cost, Loss, Stream
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -175,14 +176,14 @@ class SeerLayer(blocks.BlockLayer):
     count = scores.shape[-1]
 
     def one(position, segments, q, lse, scores, lists):
-      mask = complete_blocks(position, segments, call.segment_ids, S, size)[:, :, None]  # [B, t, 1 or K, blocks]
+      mask = complete_blocks(position, segments, call.segment_ids, S, size)[:, None]  # [B, 1 or K, t, blocks]
       if lists is not None:
-        mask = mask & distillation.selected_tokens(lists, 1, count)
-      tokens = distillation.visible_tokens(position, segments, call.segment_ids, S)[:, :, None]
+        mask = mask & masked.selected_tokens(lists, 1, count)
+      tokens = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, None]
       tokens &= jnp.repeat(mask, size, axis=-1)[..., :S]
-      p = distillation.probabilities(q, k, lse, tokens).max(3)
-      p = jnp.pad(p, [(0, 0)] * 3 + [(0, count * size - S)]).reshape(p.shape[:3] + (count, size)).max(-1)
-      return distillation.kl(p, scores, mask), jnp.any(p > 0, -1)
+      p = masked.by_block(distillation.teacher(q, k, lse, tokens).max(2), size, 0.0).max(-1)
+      kl = masked.kl(p, scores.swapaxes(1, 2), mask)
+      return kl.swapaxes(1, 2), jnp.any(p > 0, -1).swapaxes(1, 2)
 
     B, _, N, _ = q.shape
     loss, counts = distillation.over_queries(one, call, B * S * N, q, lse, scores, lists)

@@ -65,13 +65,9 @@ class BlockTopK(TrainingFree):
   name: ClassVar[str] = "block_topk"
 
   def scores(self, q, k, call):
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    count, size = self.blocks_of(k), self.block_size
-    padded = jnp.pad(k.astype(jnp.float32), ((0, 0), (0, count * size - S), (0, 0), (0, 0)))
-    mean = padded.reshape(B, count, size, K, H).mean(axis=2)
+    (B, T, N, H), K = q.shape, k.shape[2]
     group = q.astype(jnp.float32).reshape(B, T, K, N // K, H).sum(axis=3)
-    return jnp.einsum("btkh,bckh->btkc", group, mean, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("btkh,bckh->btkc", group, blocks.mean_keys(k, self.block_size), precision=jax.lax.Precision.HIGHEST)
 
   def selection_costs(self, model, context):
     return {"scores": mean_key_cost(model, context, self.block_size)}

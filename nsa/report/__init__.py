@@ -57,6 +57,7 @@ def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
 
 def _write(study, out, endings) -> ReportPaths:
   import matplotlib  # here: whoever wants the verdict alone does not wait for it
+
   from nsa.report import sections, style
   folder = out / "plots"
   folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from nsa.report import analyses, endpoints, gates as gate_lib, plan_file
 from nsa.report.document import Bullets, Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import Verdict, p_text, percent
+from nsa.report.verdict import QUANTITIES, Verdict, p_text, percent
 
 
 def verdict(study: Study, table: list[Row], found: Verdict) -> list:
@@ -54,7 +54,7 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
       "above 0 is behind, of exact match below 0.")]
   for e in study.endpoints:
     for size in study.sizes:
-      mine = [c for q in study.quantities for c in found.of(q, e.metric, size) if c.judgement]
+      mine = [c for q in QUANTITIES for c in found.of(q, e.metric, size) if c.judgement]
       if not mine:
         continue
       blocks.append(_comparison_table(study, found, mine, size))
@@ -135,12 +135,13 @@ def _comparison_table(study, found, mine, size):
                  + ([m.between(c.documents)] if some else [])
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-", m.text(c.judgement.detectable)])
-  tests = sum(c.family == c0.family and c.judgement is not None for c in found.comparisons)
+  families = {c.family: (sum(o.family == c.family and o.judgement is not None for o in found.comparisons), c.alpha) for c in mine}
+  tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
   return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] + ["95 % bootstrap (seed, document)"] * some
                + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips", "p, without one seed",
                   "smallest detectable"], lines,
                f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}"
-               + (f". Family \"{c0.family}\": {tests} tests, alpha {c0.alpha:g}; the first two p after Holm, the others as they are" if words
+               + (f". Family {tests}; the first two p after Holm, the others as they are" if words
                   else ". **Not admitted by its controls: numbers without a verdict**"), left=3)
 
 

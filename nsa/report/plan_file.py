@@ -72,12 +72,12 @@ def text(study, plan: dict) -> str:
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
   retrofits = len(plan["budgets"])
   per = sum(1 if q == "A" else retrofits for q in plan["quantities"])
-  sizes = len({arm.size for arm in study.arms})
-  tests = {kind: per * sizes * sum(m.kind == kind and e["primary"] for m, e in metrics.values()) for kind in kinds}
+  tests = {kind: per * sum(m.kind == kind and e["primary"] for m, e in metrics.values()) for kind in kinds}
   blocks += [Heading("Family of tests"), Text(
-      f"Of every primary endpoint and size: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: {plan['dense_arm']} minus "
+      f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: {plan['dense_arm']} minus "
       f"{plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests against the margin (a match) and a two-sided t test "
-      f"against 0, each under Holm within its family: " + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g}" for kind, n in tests.items())
+      f"against 0, each under Holm within its family: " + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g} at every size" for kind, n in tests.items())
+      + ". Sizes are families of their own; so are, together, secondary endpoints and the quantities not named"
       + ". Beside them, without a verdict: exact sign flips, leave-one-out, a bootstrap over (seed, document), counts where seeds fall into two "
       "groups. A limit of large budgets is claimed only where the two largest budgets are equivalent within the margin. All else is exploratory."),
       Heading("Seeds, and when it stops"), Text(plan["stopping"])]
@@ -121,9 +121,8 @@ def _power(study, plan, kinds, tests):
 
 
 def _cost(study):
-  from nsa import chips, study as study_lib
+  from nsa import chips, model as model_lib, study as study_lib
   from nsa.report import document, planning
-  from nsa import model as model_lib
   chip, lines, total = chips.find(planning.DEVICE), [], np.zeros(4)
   named = {name: set(arms) for name, arms in study.tiers.items()} or {"all": {arm.arm for arm in study.arms}}
   left = list(study.arms)

@@ -7,8 +7,7 @@ import math
 
 import numpy as np
 
-from nsa.report import statistics
-from nsa.report import endpoints
+from nsa.report import endpoints, statistics
 from nsa.report.endpoints import Row
 from nsa.report.runs import Run, Study
 

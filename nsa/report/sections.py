@@ -9,13 +9,13 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, planning, statistics
+from nsa.report import answer, endpoints, planning
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 from nsa.report.verdict import Verdict
 
-PICTURES = {  # file name: (function in plots.py, caption, alternative text, what is said where it is missing)
+PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
     "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
              "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
              "a dense and of a sparse stage come from different forward passes",
@@ -58,15 +58,16 @@ class Gallery:
   """Draws figures as the sections ask for them, and saves them under plots/."""
 
   def __init__(self, study: Study, folder, endings=("svg", "png")):
-    from nsa.report import plots, style  # here: the verdict alone needs no matplotlib
-    self.plots, self.style, self.study, self.folder, self.endings = plots, style, study, folder, endings
+    from nsa.report import layer_plots, plots, style  # here: the verdict alone needs no matplotlib
+    self.plots, self.layer_plots, self.style, self.study, self.folder, self.endings = plots, layer_plots, style, study, folder, endings
     self.look = style.Look(study)
     self.names = []
 
   def picture(self, name, size):
     """The picture `name` of PICTURES for one model size, and what it leaves out."""
     function, caption, alt, missing = PICTURES[name]
-    figure = getattr(self.plots, function)(self.study, self.look, size)
+    figure = getattr(self.plots, function, None) or getattr(self.layer_plots, function)
+    figure = figure(self.study, self.look, size)
     return [self.block(name, figure, caption, alt, "Not drawn: " + missing, size)]
 
   def block(self, name, figure, caption, alt, missing, size=""):

@@ -34,7 +34,7 @@ class Look:
     retrofits = [a for a in study.retrofits() if a in study.budgets or a.startswith("retrofit")]
     self.of = {}
     others = 0
-    for i, arm in enumerate(study.arms):
+    for arm in study.arms:
       if arm == study.reference:
         self.of[arm] = ("#0072b2", "o")
       elif arm == study.dense:

@@ -6,8 +6,9 @@ Three quantities of every endpoint and size, paired by seed:
   A         dense minus the reference (native), at equal tokens
   Delta(b)  R(b) + A: a retrofit against native
 
-The primary endpoints share alpha by kind (text, recall); within a kind all quantities, budgets, endpoints and sizes are one
-family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints are one family of their own.
+The primary endpoints share alpha by kind (text, recall); within a kind and a size all declared quantities, budgets and endpoints
+are one family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints, and quantities that
+were not declared, are one family of their own.
 An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a word.
 """
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nsa.report import comparable, endpoints, gates, statistics
 from nsa.report.endpoints import Row
 from nsa.report.runs import Endpoint, Study
 
+QUANTITIES = ("R", "A", "Delta")
 APART = 0.2        # exact match: seeds whose outcomes fall into two groups so far apart are counted, not averaged alone
 
 
@@ -139,14 +141,16 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
     return out
   kinds = dict.fromkeys(endpoints.metric(e.metric).kind for e in study.endpoints if e.primary)
   for e in study.endpoints:
-    family = endpoints.metric(e.metric).kind if e.primary else "secondary"
+    family = endpoints.metric(e.metric).kind
     for size in study.sizes:
       if not e.primary and not any(r.size == size and math.isfinite(r[e.metric]) for r in table):
         continue
-      for quantity in study.quantities:
+      for quantity in QUANTITIES:
+        main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
           c = compare(study, table, quantity, arm, size, e)
-          c.family, c.alpha = family, study.alpha / len(kinds) if e.primary else study.alpha
+          c.family = "secondary" if not main else family if len(study.sizes) == 1 else f"{family}, size {size}"
+          c.alpha = study.alpha / len(kinds) if main else study.alpha
           c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
           out.append(c)
   for family in dict.fromkeys(c.family for c in out):  # what is not admitted counts in the family, and gets no word
@@ -253,7 +257,7 @@ def verdict(study: Study, table: list[Row]) -> Verdict:
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
   counts = [f"{failed} of {len(study.runs)} runs failed."] * bool(failed) + [
       f"{waiting} of {len(study.runs)} runs have not finished and are left out."] * bool(waiting)
-  primary = [c for c in found if c.family and c.endpoint.primary]
+  primary = [c for c in found if c.family not in ("", "secondary")]
   if not study.reference or not primary:
     head = ("No verdict: no study.json says which arms were to be compared." if not study.declared else
             "No verdict: study.json names no reference arm." if not study.reference else
@@ -278,8 +282,8 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
     return [f"**{title} does not test selection here** ({gate.failures()}). Its numbers are shown; they support no verdict, in "
             "neither direction."]
   lines = []
-  mine = [c for q in study.quantities for c in result.of(q, e.metric, size)]
-  for quantity in study.quantities:
+  mine = [c for q in QUANTITIES for c in result.of(q, e.metric, size)]
+  for quantity in QUANTITIES:
     group = [c for c in mine if c.quantity == quantity]
     if group:  # the largest budget; the table has them all
       c = max(group, key=lambda c: (c.judgement is not None, c.budget or 0))
@@ -291,7 +295,7 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
     lines.append(f"The {len(deltas)} Delta(b) share the runs of {study.reference} and the one comparison A ({study.dense} minus "
                  f"{study.reference}): they are one finding about {study.reference}, not {len(deltas)}"
                  + (f", and with every R(b) a match they are A again, {len(deltas)} times." if words == {"matches"} else "."))
-  if "R" in study.quantities and e.primary and study.budgets:
+  if e.primary and study.budgets:
     lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
   groups = counted(study, table, e.metric, size)
   if groups:

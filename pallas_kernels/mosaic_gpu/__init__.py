@@ -24,6 +24,6 @@ except Exception:  # triton, whose kernel chooses, is not installed, or broken
   pass
 else:
   backends.register("index_top_k", "mosaic_gpu", index_top_k.index_top_k, platforms=("gpu",),
-                    supports=index_top_k.supports, avoid=lambda **_: "q_idx: not measured yet")
+                    supports=index_top_k.supports, avoid=index_top_k.avoid)
 backends.register("selected_attention", "mosaic_gpu", selected_attention, platforms=("gpu",),
                   supports=supports, avoid=_few)

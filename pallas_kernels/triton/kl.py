@@ -34,8 +34,8 @@ def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, i
     return "q.dtype = float16: gradients of the index scores would underflow; the kernels take bfloat16"
   if q_idx.dtype != q.dtype or k_idx.dtype != q.dtype:
     return f"q_idx.dtype, k_idx.dtype = {q_idx.dtype}, {k_idx.dtype}: the kernels need that of q, {q.dtype}"
-  if max(q.shape[3], q_idx.shape[3]) > 256:
-    return f"q, q_idx have head dims {q.shape[3]}, {q_idx.shape[3]}: the kernels take up to 256"
+  if max(q.shape[3], q_idx.shape[3]) > 128:
+    return f"q, q_idx have head dims {q.shape[3]}, {q_idx.shape[3]}: the kernels take up to 128"
   if block_indices is None:
     return None
   if block_size not in BLOCK_SIZES:

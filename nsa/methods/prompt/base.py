@@ -27,7 +27,6 @@ for what a kernel would compute, never timed. Sets may differ in size from query
 many tokens were really visible.
 """
 import dataclasses
-import functools
 from typing import Callable, ClassVar
 
 import jax
@@ -35,11 +34,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels as pk
-from nsa.methods import blocks, interface
+from nsa.methods import blocks, distillation, interface
 from nsa.methods.interface import Cost
-
-_MAX_SCORES = 2 ** 25  # float32 scores at a time, 128 MiB
-einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+from pallas_kernels import masked
 
 # Positions int32[t] -> bool[B, K, t, S]: the tokens that these queries attend to, causality aside.
 Visible = Callable[[Int[Array, "t"]], Bool[Array, "B K t S"]]
@@ -152,44 +149,15 @@ def attend(q, k, v, visible: Visible, call: interface.Call):
   Returns o [B, T, N, H] in q.dtype, lse float32[B, T, N], and count float32[B, T, K], the tokens attended to.
   """
   B, T, N, H = q.shape
-  S, K = k.shape[1], k.shape[2]
-  scale, tokens = H ** -0.5, jnp.arange(S)
-  segments = call.query_segments(T)
+  S = k.shape[1]
 
-  def part(x):
-    t, q, segment = x
-    mask = visible(t) & (tokens <= t[:, None])
-    if segment is not None:
-      mask &= (segment[:, :, None] == call.segment_ids[:, None, :])[:, None]
-    s = einsum("btkgh,bskh->bkgts", q.reshape(B, -1, K, N // K, H).astype(jnp.float32) * scale, k.astype(jnp.float32))
-    s = jnp.where(mask[:, :, None], s, -jnp.inf)
-    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
-    top = jnp.where(top > -jnp.inf, top, 0.0)
-    p = jnp.exp(s - top)
-    norm = jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    o = einsum("bkgts,bskh->btkgh", p / norm, v.astype(jnp.float32)).reshape(B, -1, N, H)
-    lse = (top + jnp.log(norm))[..., 0].transpose(0, 3, 1, 2).reshape(B, -1, N)
-    return o.astype(q.dtype), lse, mask.sum(-1).transpose(0, 2, 1).astype(jnp.float32)
+  def part(position, segments, q):
+    mask = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, None]
+    mask = mask & visible(jnp.maximum(position[0], 0))
+    o, lse = masked.attend(q, k, v, mask, H ** -0.5)
+    return o, lse, mask.sum(-1).swapaxes(1, 2).astype(jnp.float32)
 
-  return _by_queries(part, max(1, _MAX_SCORES // (B * N * S)), call.offset + jnp.arange(T), q, segments)
-
-
-def _by_queries(part, chunk, positions, q, segments):
-  """part((positions [t], q [B, t, N, H], segments [B, t] or None)) over at most `chunk` queries at a time."""
-  T = q.shape[1]
-  n = -(-T // chunk)
-  if n == 1:
-    return part((positions, q, segments))
-  chunk = -(-T // n)
-
-  def cut(x, axis):
-    pad = [(0, n * chunk - T if a == axis else 0) for a in range(x.ndim)]
-    x = jnp.pad(x, pad).reshape(x.shape[:axis] + (n, chunk) + x.shape[axis + 1:])
-    return jnp.moveaxis(x, axis, 0)
-
-  parts = jax.lax.map(jax.checkpoint(part),
-                      (cut(positions, 0), cut(q, 1), None if segments is None else cut(segments, 1)))
-  return tuple(jnp.moveaxis(y, 0, 1).reshape(y.shape[1:2] + (n * chunk,) + y.shape[3:])[:, :T] for y in parts)
+  return distillation.over_queries(part, call, B * N * S, q)
 
 
 def _measure(q, k, lse, count, mine, call):
@@ -221,21 +189,11 @@ def last_attention(q, k, prompt: Int[Array, "B"], count: int):
   Returns (probabilities float32[B, K, count, T], the mean over the group's heads, and positions int32[B, count]);
   rows that a shorter prompt does not have are 0, at negative positions.
   """
-  B, T, N, H = q.shape
-  K = k.shape[2]
+  T = q.shape[1]
   at = prompt[:, None] - count + jnp.arange(count)
-  rows = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, :, None, None], axis=1).reshape(B, count, K, N // K, H)
-  s = einsum("btkgh,bskh->bkgts", rows.astype(jnp.float32) * H ** -0.5, k.astype(jnp.float32))
+  rows = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, :, None, None], axis=1)
   mask = (jnp.arange(T) <= at[:, :, None])[:, None, None]  # a prompt's own queries: nothing behind it is seen
-  return masked_softmax(s, mask).mean(2), at
-
-
-def masked_softmax(s, mask):
-  """Softmax over the last axis within the mask; 0 outside and in rows that see nothing."""
-  s = jnp.where(mask, s, -jnp.inf)
-  top = s.max(-1, keepdims=True)
-  p = jnp.exp(s - jnp.where(top > -jnp.inf, top, 0.0))
-  return p / jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  return masked.softmax(masked.scores(rows, k, q.shape[-1] ** -0.5), mask).mean(2), at
 
 
 def by_distance(p: Float[Array, "B K W T"], at: Int[Array, "B W"]) -> Float[Array, "B K T"]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from nsa.methods.interface import Cost
 from nsa.methods.prompt import base, minference
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -70,13 +71,13 @@ class FlexPrefill(base.PromptMethod):
     last = (index < prompt_length[:, None]) & (index >= prompt_length[:, None] - self.window)
     mean = jnp.where(last[:, :, None, None], q.astype(jnp.float32), 0.0).sum(1)
     mean = mean.reshape(B, K, N // K, H) / count[..., None]
-    estimate = base.masked_softmax(base.einsum("bkgh,bckh->bkgc", mean * H ** -0.5, keys), real[:, :, None]).mean(2)
+    estimate = masked.softmax(masked.einsum("bkgh,bckh->bkgc", mean * H ** -0.5, keys), real[:, :, None]).mean(2)
     true = jnp.pad(p.sum(2), ((0, 0), (0, 0), (0, rows * size - T))).reshape(B, K, rows, size).sum(-1) / count
     aware = _root_divergence(estimate, true) < self.tau
 
     queries = base.block_means(q, prompt_length, size).reshape(B, rows, K, N // K, H)
-    s = base.einsum("brkgh,bckh->bkgrc", queries * H ** -0.5, keys)
-    pooled = base.masked_softmax(s, base.causal_blocks(prompt_length, rows, size)[:, :, None]).mean(2)
+    s = masked.einsum("brkgh,bckh->bkgrc", queries * H ** -0.5, keys)
+    pooled = masked.softmax(s, base.causal_blocks(prompt_length, rows, size)[:, :, None]).mean(2)
     flat = pooled.reshape(B, K, rows * rows)
     return aware, base.best(flat, base.cover(flat, self.alpha)).reshape(pooled.shape)
 

@@ -20,6 +20,7 @@ import pallas_kernels as pk
 from nsa.methods import blocks
 from nsa.methods.interface import Cost
 from nsa.methods.prompt import base
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class MInferenceBlocks(base.PromptMethod):
     rows = -(-T // self.block_size)
     queries = base.block_means(q, prompt_length, self.block_size).reshape(B, rows, K, N // K, H).sum(3)
     keys = base.block_means(k, prompt_length, self.block_size)
-    scores = base.einsum("brkh,bckh->brkc", queries, keys)
+    scores = masked.einsum("brkh,bckh->brkc", queries, keys)
     # A block of queries is a query of this operation, a block of keys one token.
     indices = pk.block_top_k(scores, block_size=1, num_blocks=self.num_blocks, num_initial=self.num_initial,
                              num_local=self.num_local, implementation=call.implementation)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nsa.methods import interface
 from nsa.methods.prompt import base
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -51,7 +52,7 @@ class XAttention(base.PromptMethod):
 
     def head(x):  # one KV head at a time: (T / stride) ** 2 scores of each of its queries
       queries, keys = x
-      p = base.masked_softmax(base.einsum("bipgh,bjph->bgij", queries, keys), mask).mean(1)
+      p = masked.softmax(masked.einsum("bipgh,bjph->bgij", queries, keys), mask).mean(1)
       return p.reshape(B, rows, each, rows, each).sum((2, 4))
 
     mass = jax.lax.map(head, (jnp.moveaxis(queries, 3, 0), jnp.moveaxis(grouped(k), 3, 0)))

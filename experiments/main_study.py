@@ -1,0 +1,194 @@
+"""Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, and what is missing?
+
+    python -m launch.study --config=experiments/main_study.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz,tier=all --plan
+    python -m launch.study --config=experiments/main_study.py:novels=...,code=...,tier=1 --workdir=runs/main --only='*-s0'
+
+The first writes results/main/PLAN.md and plan.json, to be committed before the first run that counts; the study puts the plan
+into its study.json, and the report lists what deviates. Decisions and their reasons: the design of the pilots' errata
+(results/pilot_98M/report.md): recall scattered over the context, novels and code apart, controls that can veto an endpoint, budgets
+that do not fork inside a decay, a dense continuation for every budget on top.
+
+R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the trunk in its stable phase, with the tokens and the decay
+of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a decay of its own; its
+control is the dense model that goes on alike. The selector warms up for a stated number of steps at a rate that does not decay.
+4,096 bytes of context in blocks of 32; 8 of them are visible, 1/16. Every batch of 8 rows has exactly one of tasks.
+
+The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an endpoint and
+size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the margin is stated in it (2 points); their NLL stands beside it as
+a secondary endpoint. Sizes: S 3M (100 MB), M 10M (200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes.
+Decay branches of dense and native at a quarter and half of the bytes (M) are the byte axis, and what equal FLOPs are read off.
+
+Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits and continuations at M and S;
+2: curricula, other selectors, mixed, memory at M; 3: L, and M8K.
+
+Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (1, 2, 3 or all), blocks=8, rate=1.5e-3
+(peak of every size until tuned: rate_s=, rate_l= override S and L), scale=1 (of all steps), selector_steps=60 (of warm-up),
+seeds=0 (at most so many of each arm; 0: all), plan= (directory of the plan; empty: experiments/results/main).
+"""
+import pathlib
+
+from experiments import arguments
+from nsa import flops, methods, schedule
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig, OptimizerConfig
+from nsa.study import Study
+
+BATCH, CONTEXT, BLOCK = 8, 4096, 32
+WITHIN, AFTER = (0.25, 0.5, 0.75), (0.01, 0.05, 0.13, 0.25)
+SIZES = {  # shape, bytes of training, seeds of dense and native, seeds of the rest
+    "S": (dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=704), 100e6, 12, 6),
+    "M": (dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, mlp_dim=1024), 200e6, 8, 6),
+    "L": (dict(num_layers=10, d_model=512, num_heads=8, num_kv_heads=2, mlp_dim=1408), 400e6, 4, 4),
+    "M8K": (dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, mlp_dim=1024), 200e6, 3, 3),
+}
+BRANCHES = (0.25, 0.5)      # of the bytes: shorter runs of dense and native with a decay of their own
+CURRICULUM, OTHERS = 4, 3   # seeds of tier 2
+TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
+FREE = ("oracle", "random", "sink_window", "block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
+PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
+# SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits of 13 and 25 %.
+EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03, "recall Delta": 0.03}
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, novels="", code="", tier="1", blocks=8, rate=1.5e-3, rate_s=0.0, rate_l=0.0, scale=1.0, selector_steps=60, seeds=0,
+                      plan="")
+  if a.tier not in ("1", "2", "3", "all"):
+    raise ValueError(f"experiment argument tier = {a.tier!r}: 1, 2, 3 or all")
+  wanted = ("1", "2", "3") if a.tier == "all" else (a.tier,)
+  arms, few, tiers, names = [], {}, {}, {}
+  for tier in ("1", "2", "3"):
+    mine = [one for size in {"1": "MS", "2": "M", "3": ("L", "M8K")}[tier] for one in _of_tier(a, tier, size)]
+    tiers[tier] = tuple(f"{config.arm}-{config.size}" for config, _ in mine)
+    for config, seeds in mine:
+      few[f"{config.arm}-{config.size}"] = tuple(range(min(seeds, a.seeds or seeds)))
+      names[f"{config.arm}-{config.size}"] = config
+  for tier in wanted:
+    for key in tiers[tier]:
+      arms += [names[key]]
+  trunks = [f"{c.fork.workdir[1:]}-{c.size}" for c in arms if c.fork.workdir]
+  have = {f"{c.arm}-{c.size}" for c in arms}
+  arms = [names[key] for key in dict.fromkeys(["dense-M", "native-M"] * (a.tier == "2") + trunks) if key not in have] + arms
+  present = {c.arm for c in arms}
+  two = bool(a.novels and a.code)
+  of_retrofits = {**{f"within_{100 * b:g}": b for b in WITHIN}, **{f"after_{100 * b:g}": b for b in AFTER}}
+  return Study(
+      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(max(len(few[f"{c.arm}-{c.size}"]) for c in arms))),
+      few={key: seeds for key, seeds in few.items() if key in {f"{c.arm}-{c.size}" for c in arms}}, vmap_seeds=False, dense="dense",
+      reference="native", budgets={name: b for name, b in of_retrofits.items() if name in present},
+      controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER if f"after_{100 * b:g}" in present},
+      branches={arm: tuple(n for b in BRANCHES if (n := f"{arm}_{100 * b:g}") in present) for arm in ("dense", "native")},
+      primary=PRIMARY if two else ("second_half_bits_per_byte", "far_exact_match"),
+      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), plan=a.plan or str(pathlib.Path(__file__).parent / "results" / "main"),
+      tiers={tier: tiers[tier] for tier in wanted}, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
+
+
+def _of_tier(a, tier, size):
+  """(config, seeds) of the arms that a tier adds at one size."""
+  make = Arms(a, size)
+  main, rest = make.seeds
+  if tier == "2":
+    return make.tier_two()
+  if size == "M8K":
+    return [(make.dense(), main), (make.native(), main), (make.within(0.25), main), (make.after(0.05), main), (make.continued(0.05), main)]
+  out = [(make.dense(), main), (make.native(), main), (make.cold(), main)]
+  out += [(make.within(b), rest) for b in WITHIN] + [(one(b), rest) for b in AFTER for one in (make.after, make.continued)]
+  return out + [(one(b), rest) for b in BRANCHES for one in (make.dense_branch, make.native_branch)] * (size == "M")
+
+
+class Arms:
+  """Makes the arms of one size."""
+
+  def __init__(self, a, size):
+    shape, self.bytes, main, rest = SIZES[size]
+    self.a, self.size, self.shape, self.seeds = a, size, shape, (main, rest)
+    self.context = 2 * CONTEXT if size == "M8K" else CONTEXT
+    self.batch = BATCH * CONTEXT // self.context
+    self.steps = max(100, round(a.scale * self.bytes / (BATCH * CONTEXT)))
+    rate = {"S": a.rate_s, "L": a.rate_l}.get(size) or a.rate
+    self.plan = dict(peak=rate, warmup=0.02, decay=0.2)
+    self.geometry = dict(block_size=BLOCK, num_blocks=a.blocks)
+    self.msa = methods.MSA(index_dim=64, **self.geometry)
+    self.warmup = max(1, round(0.02 * self.steps)) / self.steps
+    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+
+  def arm(self, name, attention, stages, fork=None, share=1.0, modes=None, short=0):
+    dense = isinstance(attention, methods.Dense)
+    wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest") for n in (2 * self.a.blocks, 4 * self.a.blocks)]
+    modes = modes or (("dense", *FREE, *wide) if dense else ("sparse", "dense", "oracle", "random", f"sparse:num_blocks={2 * self.a.blocks}"))
+    return Config(
+        arm=name, size=self.size, attention=attention, schedule=stages,
+        model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
+        data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
+                        task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
+        optimizer=OptimizerConfig(selector_learning_rate=5.0),
+        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, tasks=TASKS[1:], blocks=self.geometry if dense else {},
+                        near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
+                        every=max(1, round(stages.steps * share / 8)), during=("dense",) if dense else ("sparse", "dense", "oracle"), during_examples=64),
+        checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=20)
+
+  def dense(self):
+    return self.arm("dense", methods.Dense(), schedule.dense(self.steps, **self.plan))
+
+  def native(self):
+    return self.arm("native", self.msa, schedule.native(self.steps, selector_warmup=self.warmup, **self.plan))
+
+  def cold(self):
+    return self.arm("native_cold", self.msa, schedule.native(self.steps, selector_warmup=0, **self.plan))
+
+  def within(self, b):
+    stages = schedule.retrofit_within(self.steps, b, warmup_steps=self.selector_steps(b), **self.plan)
+    return self.arm(f"within_{100 * b:g}", self.msa, stages, ForkConfig("@dense", step=round((1 - b) * self.steps)), b)
+
+  def after(self, b, attention=None, name="after", **options):
+    attention = attention or self.msa
+    warmup = self.selector_steps(b) if attention.selector_losses else 0  # where the selector learns from a loss of its own
+    stages = schedule.retrofit_after(self.steps, b, warmup_steps=warmup, **options, **self.plan)
+    return self.arm(f"{name}_{100 * b:g}", attention, stages, ForkConfig("@dense", step=self.steps), b)
+
+  def continued(self, b):
+    return self.arm(f"dense_after_{100 * b:g}", methods.Dense(), schedule.dense_continuation(self.steps, b, **self.plan),
+                    ForkConfig("@dense", step=self.steps), b, ("dense",))
+
+  def selector_steps(self, b):
+    """The stated number of steps, and no more than half of a small budget."""
+    return max(1, min(self.a.selector_steps, round(b * self.steps / 2)))
+
+  def dense_branch(self, b):
+    return self.branch("dense", b, methods.Dense(), schedule.dense)
+
+  def native_branch(self, b):
+    warm = lambda steps, **kw: schedule.native(steps, selector_warmup=round(self.warmup * self.steps) / steps, **kw)
+    return self.branch("native", b, self.msa, warm)
+
+  def branch(self, trunk, b, attention, make):
+    """`b` of the steps, forked from the trunk where their own decay begins."""
+    steps = round(b * self.steps)
+    stages = make(steps, **{**self.plan, "warmup": self.plan["warmup"] / b})
+    return self.arm(f"{trunk}_{100 * b:g}", attention, stages, ForkConfig(f"@{trunk}", step=steps - round(self.plan["decay"] * steps)),
+                    self.plan["decay"], ("dense",) if trunk == "dense" else ("sparse", "oracle"))
+
+  def tier_two(self):
+    window = methods.Window(window=BLOCK * self.a.blocks)
+    double = schedule.dense(2 * self.steps, **{**self.plan, "warmup": self.plan["warmup"] / 2})
+    mag = methods.MAG(window=window.window)
+    beside = self.arm("native_mag", mag, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense"))
+    equal = methods.Window(flops.equal_window(beside, self.context))
+    out = [(self.arm("native_to_dense", self.msa, schedule.sparse_to_dense(self.steps, 0.25, **self.plan), modes=("dense",)), CURRICULUM),
+           *((self.arm(f"window_to_dense_{100 * b:g}", window, schedule.sparse_to_dense(self.steps, b, **self.plan), modes=("dense",)), CURRICULUM)
+             for b in (0.25, 0.75)),
+           (self.arm("context_512", methods.Dense(), schedule.context_curriculum(self.steps, 512, 0.5, **self.plan), modes=("dense",)), CURRICULUM),
+           (self.arm("dense_double", methods.Dense(), double, modes=("dense",)), CURRICULUM),
+           (self.arm("native_window", window, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense")), CURRICULUM),
+           *((self.after(b, name="selector_only", train="selector"), CURRICULUM) for b in (0.05, 0.25)),
+           (self.arm("mixed", methods.SSA(**self.geometry), schedule.mixed(self.steps, **self.plan)), CURRICULUM),
+           (self.arm("mixed_within_25", methods.SSA(**self.geometry), schedule.mixed_retrofit(self.steps, 0.25, **self.plan),
+                     ForkConfig("@dense", step=round(0.75 * self.steps)), 0.25), CURRICULUM),
+           (beside, OTHERS), (self.arm("window_equal_mag", equal, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense")), OTHERS)]
+    others = {"nsa": methods.NSA(compress_len=64, compress_stride=32, window=BLOCK * 2, num_initial=0, num_local=1, **self.geometry), "dsa": methods.DSA(**self.geometry),
+              "moba": methods.MoBA(**self.geometry), "infllm_v2": methods.InfLLMV2(num_initial=0, num_local=1, pool_len=16, pool_stride=8, **self.geometry), "seer": methods.Seer(**self.geometry),
+              "quest": methods.Quest(**self.geometry), "gated": methods.Gated(**self.geometry), "shared": methods.SharedMSA(index_dim=64, **self.geometry)}
+    for name, attention in others.items():
+      warm = self.warmup if attention.selector_losses else 0
+      out.append((self.arm(f"native_{name}", attention, schedule.native(self.steps, selector_warmup=warm, **self.plan)), OTHERS))
+      out += [(self.after(b, attention, f"{name}_after"), OTHERS) for b in (0.05, 0.25)]
+    return out
