@@ -6,6 +6,7 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -468,3 +469,14 @@ def test_launcher_writes_the_same_report(study, written, tmp_path):
   assert "outcome" in done.stdout and "Retrofit against native_msa, 6 comparisons" in done.stdout
   for path in (written.markdown, written.html, written.csv):
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_recall_is_followed_over_training_in_the_arms_own_mode():
+  from nsa.report import sections
+  task = lambda mode, task, seed, value: dict(kind="task", run_mode=mode, task=task, seed=seed, exact_match=value)
+  records = lambda a, b: [task("sparse", "x", 0, a), task("sparse", "y", 0, b), task("dense", "x", 0, 1.0), task("sparse", "x", 1, 0.0)]
+  run = SimpleNamespace(arm="a", size="s", headline_mode="sparse", diverged={}, tasks={10: records(0.0, 0.2), 20: [], 30: records(0.9, 0.5)})
+  study = SimpleNamespace(arms=["a"], finished=[run])
+  assert endpoints.recall_over_training(study, "a", "s") == {(0, 10): 0.1, (1, 10): 0.0, (0, 30): 0.7, (1, 30): 0.0}
+  (table,) = sections.learnt(study, "s")
+  assert table.rows == [["a", "30, never", "never, never"]]

@@ -75,7 +75,7 @@ def costs_of_anchor(study, table, found) -> list:
   blocks = []
   for e in study.endpoints:
     m = endpoints.metric(e.metric)
-    for size in study.sizes if e.primary and study.reference else ():
+    for size in study.sizes if e.primary and study.reference not in ("", study.dense) else ():
       rows = analyses.equal_cost(study, table, e.metric, size)
       if all(not one.differences for one in rows):
         continue

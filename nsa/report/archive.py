@@ -79,7 +79,7 @@ def _files(study, run: Run, text, drawn) -> dict[str, str]:
         name: float(x[i]) for name, x in curve.items() if name != "step" and x[i] == x[i]}})
         for seed, curve in run.curves.items() for i in range(len(curve["step"])))
   for step in run.text:
-    records = run.records if step == run.eval_step else run.text[step] + run.layers.get(step, [])
+    records = run.records if step == run.eval_step else run.text[step] + run.tasks.get(step, []) + run.layers.get(step, [])
     settings = {"settings": run.settings} if step == run.eval_step and run.settings else {}
     files[f"eval/{step}.json"] = text({"step": step, "arm": run.arm, "size": run.size, **settings,
                                        "records": record_lib.condense([r for r in records if r["kind"] != "heat" or id(r) in drawn])})

@@ -41,7 +41,8 @@ def _difference(a: Run, b: Run) -> str:
 
 
 def _first(a: dict, b: dict, names, one: Run, other: Run) -> str:
-  name = next((n for n in names if n in a and n in b and a[n] != b[n]), None)
+  # A dense arm states the geometry of its run modes, a sparse one has its method's: {} says nothing.
+  name = next((n for n in names if n in a and n in b and a[n] != b[n] and not (n == "blocks" and {} in (a[n], b[n]))), None)
   if name is None:
     return ""
   values = [_short(x[name], y[name]) for x, y in ((a, b), (b, a))]

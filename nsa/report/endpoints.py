@@ -168,6 +168,19 @@ def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], fl
   return out
 
 
+def recall_over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
+  """{(seed, step): exact match, a mean over tasks} of the arm's own run mode, at every evaluation that asked tasks."""
+  out = {}
+  for run in study.finished:
+    if (run.arm, run.size) == (arm, size):
+      for step, records in run.tasks.items():
+        own = [r for r in records if r.get("run_mode") == run.headline_mode]
+        by_task = group(own, ("seed", "task"), "exact_match")
+        for seed in {seed for seed, _ in by_task} - set(run.diverged):
+          out[seed, step] = float(np.mean([value for (s, _), value in by_task.items() if s == seed]))
+  return out
+
+
 def own_text(run: Run, records: list[dict]) -> list[dict]:
   """Those of the run's own run mode and split."""
   return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]

@@ -168,6 +168,31 @@ def positions(study: Study, look: Look, size: str) -> Figure | None:
   return fig
 
 
+def recall_over_training(study: Study, look: Look, size: str) -> Figure | None:
+  """Exact match over the model's training tokens, its trunk's included."""
+  values = {arm: found for arm in study.arms if (found := endpoints.recall_over_training(study, arm, size))}
+  if all(len({step for _, step in found}) < 2 for found in values.values()):
+    return None
+  data = next(r.config.get("data", {}) for r in study.finished if r.size == size and r.tasks)
+  tokens = data.get("global_batch", 1) * data.get("context", 1)
+  fig, (ax,) = figure(7.6, 4.2, columns=1)
+  for arm, found in values.items():
+    color, marker = look(arm)
+    steps = sorted({step for _, step in found})
+    for seed in sorted({seed for seed, _ in found}):
+      line = [step for step in steps if (seed, step) in found]
+      ax.plot([step * tokens for step in line], [100 * found[seed, step] for step in line], color=color, lw=0.6, alpha=0.6,
+              marker=marker, mfc="none", ms=3.5)
+    means = [100 * np.mean([v for (_, at), v in found.items() if at == step]) for step in steps]
+    ax.plot([step * tokens for step in steps], means, color=color, lw=1.7, label=arm)
+  ax.set_ylim(-3, 103)
+  ax.set_xlabel("training tokens")
+  ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
+  ax.set_ylabel("exact match (%), mean over tasks")
+  key(fig, ax, look)
+  return fig
+
+
 def recall(study: Study, look: Look, size: str) -> Figure | None:
   """Exact match per task and arm, every seed; and over the distance to the evidence."""
   values, near = {}, {}

@@ -37,6 +37,7 @@ class Run:
   problems: list[str] = dataclasses.field(default_factory=list)
   layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
+  tasks: dict[int, list[dict]] = dataclasses.field(default_factory=dict)   # records of tasks, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # what the last evaluation asked (nsa/held_out.py)
 
@@ -153,7 +154,7 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
-            seeds, config, versions, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"],
+            seeds, config, versions, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"], of_kind["task"],
             _paused(path), settings)
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
@@ -300,8 +301,8 @@ def _thinned(lines):
 
 
 def _read_eval(folder, problems):
-  """Of the newest evaluation that can be read the records, step and settings; records of layers and of text of all, by step."""
-  newest, of_kind, settings = ([], None), {"layer": {}, "language": {}}, {}
+  """Of the newest evaluation that can be read the records, step and settings; records of layers, text and tasks of all, by step."""
+  newest, of_kind, settings = ([], None), {"layer": {}, "language": {}, "task": {}}, {}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):
     tree = _read_json(file, problems)

@@ -25,6 +25,9 @@ PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alt
                  "shrinks is one of speed, not of what can be reached",
                  "Held-out bits per byte over training, and the difference from the reference",
                  "no evaluations on the way (eval.every was 0)"),
+    "learnt": ("recall_over_training", "Exact match over training, each arm in its own run mode; a retrofit begins where it leaves its "
+               "trunk. Thin: seeds; thick: means", "Exact match over training tokens per arm",
+               "no evaluations of tasks on the way (eval.during_examples was 0)"),
     "position": ("positions", "Held-out bits per byte by position in the context (exploratory). Marks: "
                  "seeds; lines: means", "Bits per byte by position in the context",
                  "no records of loss by position"),
@@ -86,6 +89,10 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
   blocks += answer.verdict(study, table, verdict) + answer.gates(study, table, verdict)
+  if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
+    blocks.append(Heading("When recall is learnt"))
+    for size in study.sizes:
+      blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
   blocks += answer.exploratory(study, verdict)
@@ -104,6 +111,20 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   if study.notes.strip():
     blocks += [Heading("Notes"), Written(study.notes)]
   return blocks + limits(study, table, verdict)
+
+
+def learnt(study: Study, size: str) -> list:
+  """The first evaluation at which an arm answers half, and nine tenths, of its questions, by seed."""
+  rows = []
+  for arm in study.arms:
+    found = endpoints.recall_over_training(study, arm, size)
+    if len({step for _, step in found}) < 2:
+      continue
+    seeds = sorted({seed for seed, _ in found})
+    first = lambda level: ", ".join(str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
+                                    for seed in seeds)
+    rows.append([arm, first(0.5), first(0.9)])
+  return [Table(["arm", "50 % at step", "90 % at step"], rows, "The first evaluation that found so many answers right, by seed. Exploratory")]
 
 
 def arms(study: Study, table: list[Row]) -> list:
