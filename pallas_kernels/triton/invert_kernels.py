@@ -1,8 +1,8 @@
 """Triton kernels that sort a block selection by block without sorting; invert.py calls them.
 
-A token chooses a block at most once. So for 32 neighbouring tokens, a *chunk*, one word per block says who chose it; the
-place of an entry in its list is the sum of the bits of earlier chunks and of the earlier bits of its own word. Words are
-set by atomic or, whose result does not depend on the order.
+A token chooses a block at most once. So for 32 neighbouring tokens, a *chunk*, one word per block says who chose it;
+the place of an entry in its list is the sum of the bits of earlier chunks and of the earlier bits of its own word.
+Words are set by atomic or, whose result does not depend on the order.
 
 Chunks lie inside ranges of queries; arrays by chunk are [B * K * ranges, CHUNKS, BLOCKS].
 """
@@ -63,7 +63,7 @@ def _bits(x):
 @triton.jit
 def count_kernel(words, before, counts, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
                  STEP: tl.constexpr):
-  """before int32[..., CHUNKS, BLOCKS]: entries of earlier chunks of the list; counts int32[..., BLOCKS]: of the list."""
+  """before int32[..., CHUNKS, BLOCKS]: entries of earlier chunks of the list; counts int32[..., BLOCKS]: of all."""
   PER: tl.constexpr = (BLOCKS + WIDE - 1) // WIDE
   own = tl.program_id(0) // PER
   j = tl.program_id(0) % PER * WIDE + tl.arange(0, WIDE)
