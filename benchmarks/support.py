@@ -107,7 +107,7 @@ def rows() -> list[str]:
         if name == "reference":
           continue
         found = backends._registered[operation][name]
-        serves = lambda **how: found.supports(arguments(operation, **how)) is None
+        serves = lambda **how: found.supports(**arguments(operation, **how)) is None
         cells = {cell for cell in itertools.product(DTYPES, GROUPS, HEAD_DIMS)
                  if serves(dtype=cell[0], group=cell[1], head_dim=cell[2])}
         sizes = [size for size in BLOCK_SIZES if serves(block_size=size)]

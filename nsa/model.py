@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from nsa import layers, methods
@@ -232,6 +232,7 @@ def init_params(config, seed: int | Array) -> dict:
 
 def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
+            counted: Bool[Array, "B T"] | None = None,
             cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0, prompt: Int[Array, "B"] | int | None = None,
             observe: Callable | None = None, constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
   """Logits for the next token at every position.
@@ -243,6 +244,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     selector: "own", or the name of a control in its place (methods.TrainingFree).
     key: random key; only the "random" selector needs one.
     losses: whether to compute the auxiliary losses.
+    counted: the tokens that these losses are means over, those that are no padding; None = all.
     cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
       (methods/prompt/base.py); given with the first tokens, offset 0.
@@ -274,6 +276,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     return lambda x, **where: jnp.where(rotates, rotate(x, **where), x)
 
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
+                      counted=counted,
                       implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
   table = constrain(net.embed[...].astype(dtype), ("vocab", None))

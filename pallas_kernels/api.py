@@ -345,7 +345,7 @@ def _run(operation: str, implementation: str | None, **arguments: Any) -> Any:
 
 for _operation in backends.OPERATIONS:
   register(_operation, "reference", getattr(reference, _operation), platforms=None,
-           supports=lambda arguments: None)
+           supports=lambda **_: None)
 
 
 def _scale(scale: Scale | None, q: Array) -> Scale:

@@ -39,8 +39,8 @@ class Implementation:
   name: str
   function: Callable[..., Any]
   platforms: tuple[str, ...] | None
-  supports: Callable[[Mapping[str, Any]], str | None]
-  avoid: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
+  supports: Callable[..., str | None]
+  avoid: Callable[..., str | None] = lambda **_: None
 
 
 _registered: dict[str, dict[str, Implementation]] = {operation: {} for operation in OPERATIONS}
@@ -50,8 +50,8 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def register(operation: str, name: str, function: Callable[..., Any], *,
-             platforms: tuple[str, ...] | None, supports: Callable[[Mapping[str, Any]], str | None],
-             avoid: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None):
+             platforms: tuple[str, ...] | None, supports: Callable[..., str | None],
+             avoid: Callable[..., str | None] = lambda **_: None):
   """Makes `implementation=name` serve `operation`; a second call with the same names replaces the first.
 
   Args:
@@ -60,8 +60,8 @@ def register(operation: str, name: str, function: Callable[..., Any], *,
     function: takes the operation's arguments by keyword (all but `implementation`, defaults filled in:
       `scale` and `index_scale` are floats), already validated; differentiable where the operation is.
     platforms: of "cpu", "gpu", "tpu"; None for all.
-    supports: gets the same arguments as a dict of arrays or tracers (read shape and dtype only) and plain
-      values; returns None, or the reason why not, beginning with the argument's name.
+    supports: takes the same keywords, arrays or tracers of which it reads shape and dtype only, and plain values
+      (name those that matter, `**_` the rest); returns None, or the reason why not, beginning with the argument's name.
     avoid: like `supports`, but a reason only says that others are better here: a call that names this
       implementation gets it, one that names none gets it before the reference alone.
   """
@@ -122,18 +122,18 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
              for name, module in BACKENDS[platform]
              if _import_errors[module] or name not in _registered[operation]]
   order = _in_order(operation)
-  avoided = {i.name: None if implementation == FASTEST else i.avoid(arguments) for i in order}
+  avoided = {i.name: None if implementation == FASTEST else i.avoid(**arguments) for i in order}
   candidates = sorted(order, key=lambda i: 2 if i.name == "reference" else avoided[i.name] is not None)
   for candidate in candidates:
     if candidate.platforms is not None and platform not in candidate.platforms:
       continue
-    reason = candidate.supports(arguments)
+    reason = candidate.supports(**arguments)
     if reason is None:
       if candidate.name == "reference" and reasons:
         _log(logging.WARNING, operation, f"reference ({platform}), because " + "; ".join(reasons))
       else:
         left = [f"{i.name}: {avoided[i.name]}" for i in order[:order.index(candidate)]
-                if avoided[i.name] and (not i.platforms or platform in i.platforms) and i.supports(arguments) is None]
+                if avoided[i.name] and (not i.platforms or platform in i.platforms) and i.supports(**arguments) is None]
         _log(logging.INFO, operation, f"{candidate.name} ({platform})" + (f", not {'; '.join(left)}" if left else ""))
       return candidate
     reasons.append(f"{candidate.name}: {reason}")
@@ -158,7 +158,7 @@ def _named(operation, implementation, platform, arguments):
     raise NotImplementedError(f"implementation = {implementation!r} of {operation} runs on "
                               f"{', '.join(chosen.platforms)}, not on {platform}; take None for the best "
                               "one here")
-  reason = chosen.supports(arguments)
+  reason = chosen.supports(**arguments)
   if reason is not None:
     raise NotImplementedError(f"implementation = {implementation!r} of {operation} cannot serve these "
                               f"arguments: {reason}; take None for the best one that can")

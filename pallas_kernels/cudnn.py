@@ -62,12 +62,12 @@ def workspace_bytes(q, k):
   return q.size * q.dtype.itemsize * -(-k.shape[1] // 128)
 
 
-def avoid(a):
+def avoid(*, q, k=None, k_cmp=None, **_):
   """Why not to choose cuDNN without being asked, or None: see the module. Nobody knows yet if a gradient is taken."""
   if not deterministic():
     return ("XLA_FLAGS lacks --xla_gpu_exclude_nondeterministic_ops=true: cuDNN's gradients would differ in their last "
             "bits from run to run")
-  q, k = a["q"], a["k_cmp"] if "k_cmp" in a else a["k"]
+  k = k if k_cmp is None else k_cmp
   needed = workspace_bytes(q, k)
   if needed > WORKSPACE_LIMIT:
     return (f"q {q.shape} and {k.shape[1]} keys: cuDNN's deterministic gradient would allocate {needed / 2 ** 30:.1f} "
@@ -93,22 +93,20 @@ def _reason(q, k, v, scale, segment_ids, query_offset, k_name):
   return None
 
 
-def supports_attention(a):
-  q, k = a["q"], a["k"]
-  reason = _reason(q, k, a["v"], a["scale"], a["segment_ids"], a["query_offset"], "k")
+def supports_attention(*, q, k, v, scale, segment_ids, query_offset, causal, **_):
+  reason = _reason(q, k, v, scale, segment_ids, query_offset, "k")
   if reason is None and q.shape[1] != k.shape[1]:
     return f"k has {k.shape[1]} tokens: cuDNN's causal mask needs the {q.shape[1]} of q"
-  if reason is None and not a["causal"] and q.shape[1] % 2:
+  if reason is None and not causal and q.shape[1] % 2:
     return f"q has {q.shape[1]} tokens: without a causal mask cuDNN needs an even number"
   if reason is None and q.shape[1] < 128:
     return f"q has {q.shape[1]} tokens: other kernels are faster below 128"
   return reason
 
 
-def supports_compressed_attention(a):
-  q, k_cmp = a["q"], a["k_cmp"]
-  reason = _reason(q, k_cmp, a["v_cmp"], a["scale"], a["segment_ids"], a["query_offset"], "k_cmp")
-  C = (q.shape[1] - a["block_len"]) // a["block_stride"] + 1
+def supports_compressed_attention(*, q, k_cmp, v_cmp, scale, segment_ids, query_offset, block_len, block_stride, **_):
+  reason = _reason(q, k_cmp, v_cmp, scale, segment_ids, query_offset, "k_cmp")
+  C = (q.shape[1] - block_len) // block_stride + 1
   if reason is None and k_cmp.shape[1] != C:
     return f"k_cmp has {k_cmp.shape[1]} blocks: {q.shape[1]} tokens make {C}, and a causal mask needs those"
   if reason is None and C < 128:

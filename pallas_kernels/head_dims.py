@@ -17,14 +17,14 @@ def supports(function, padded, names=NAMES):
   """`function` of a call's arguments, told of shapes that are padded.
 
   Args:
-    function: of a dict of arguments.
+    function: of keywords.
     padded: head dim to what the kernels get for it.
     names: of the arguments to pad.
   """
   @functools.wraps(function)
-  def wrapped(arguments):
+  def wrapped(**arguments):
     shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], padded(x.shape[-1])), x.dtype)
-    return function({name: shape(x) if name in names and x is not None else x for name, x in arguments.items()})
+    return function(**{name: shape(x) if name in names and x is not None else x for name, x in arguments.items()})
   return wrapped
 
 

@@ -387,8 +387,7 @@ def install_backend(monkeypatch, **register):
 
   module = types.ModuleType("fast_backend")
   monkeypatch.setitem(sys.modules, "fast_backend", module)
-  head_dim = lambda a: a["q"].shape[-1]
-  small = lambda a: None if head_dim(a) <= 8 else f"q has the head dim {head_dim(a)}, at most 8 is built"
+  small = lambda *, q, **_: None if q.shape[-1] <= 8 else f"q has the head dim {q.shape[-1]}, at most 8 is built"
   api.register("attention", "fast", marked, **dict(dict(platforms=("gpu",), supports=small), **register))
 
 

@@ -31,26 +31,25 @@ import mosaic_gpu_test  # noqa: E402
 import numpy as np  # noqa: E402
 import paged_test  # noqa: E402
 import pallas_kernels as pk  # noqa: E402
-from pallas_kernels import mosaic_gpu  # noqa: E402
 from pallas_kernels.triton import call  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+import triton_selections_test  # noqa: E402
 import triton_test  # noqa: E402
 
 TRITON = ("window_g3_packed", "compressed_packed", "selected_g3_packed", "beyond_a_cache")
-MOSAIC = ("g4_h64_b32", "empty_rows")
+MOSAIC = ("g4_h64_b32", "g3")
 PAGED = ("dense_g16", "selected_g16")
 
 
 def attention(name):
-  operation, arrays, cotangents, options, _ = triton_test.inputs_of(triton_test.CASES[name], 0)
-  f = functools.partial(getattr(pk, operation), implementation="triton", **options)
-  return triton_test.with_gradients(f), (arrays, cotangents)
+  program, inputs = triton_test.on_device(triton_test.CASES[name], implementation="triton")
+  return program, (inputs,)
 
 
 def selected(name):
-  inputs, options = mosaic_gpu_test.on_device_inputs(name, seed=0)
-  return mosaic_gpu_test.with_gradients(functools.partial(mosaic_gpu.selected_attention, **options)), inputs
+  program, inputs = mosaic_gpu_test.on_device(name)
+  return program, (inputs,)
 
 
 def paged(name):
@@ -61,7 +60,7 @@ def paged(name):
 def selections():
   rng, (B, T, K, H, size) = np.random.default_rng(0), (2, 333, 2, 64, 32)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-  how = dict(segment_ids=triton_test.drawn_segments(rng, B, T), implementation="triton")
+  how = dict(segment_ids=triton_selections_test.drawn_segments(rng, B, T), implementation="triton")
   choice = dict(block_size=size, num_blocks=5, **how)
   strides = dict(block_len=16, block_stride=8)
 

@@ -3,10 +3,10 @@ import dataclasses
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
+import kernels_cases as cases
 import numpy as np
 import pytest
 
@@ -33,59 +33,32 @@ def h100():
   return AbstractMesh((), (), abstract_device=device)
 
 
-def with_gradients(attend):
-  """attend to (q, k, v, blocks, segments, do, dlse) -> o, lse, dq, dk, dv."""
-  def both(q, k, v, blocks, segments, do, dlse):
-    (o, lse), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, blocks, segment_ids=segments), q, k, v)
-    return (o, lse, *vjp((do.astype(o.dtype), jnp.where(jnp.isfinite(lse), dlse, 0.0))))
-  return jax.jit(both)
-
-
-def make_inputs(rng, B, T, N, K, H, J, block_size, S=None, dtype=jnp.bfloat16, segments=False, blocks=None,
-                magnitude=1.0):
-  S = T if S is None else S
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  if blocks is None:
-    blocks = rng.integers(-1, -(-S // block_size), size=(B, T, K, J))
-  ids = jnp.asarray(np.sort(rng.integers(0, 4, size=(B, S)), axis=1), jnp.int32) if segments else None
-  return (draw(B, T, N, H) * magnitude, draw(B, S, K, H) * magnitude, draw(B, S, K, H),
-          jnp.asarray(blocks, jnp.int32), ids, draw(B, T, N, H),
-          jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32))
-
-
-def raised(inputs):
-  return tuple(x.astype(jnp.float32) for x in inputs[:3]) + inputs[3:]
+SHAPE = functools.partial(cases.shape, dtype="bfloat16")
 
 
 # --- anywhere ------------------------------------------------------------------
 
 
 LOWERED = {
-    "g16": dict(B=1, T=4096, N=64, K=4, H=128, J=16, block_size=64),
-    "g1": dict(B=1, T=4096, N=16, K=16, H=128, J=16, block_size=64),
-    "g4_h64_b32_segments": dict(B=2, T=4001, N=8, K=2, H=64, J=8, block_size=32, dtype=jnp.float16,
-                                segments=True),
-    "g2_b128": dict(B=2, T=300, N=8, K=4, H=64, J=2, block_size=128),
-    "g8_h128_b128": dict(B=1, T=300, N=8, K=1, H=128, J=2, block_size=128),
-    "g3_b32": dict(B=1, T=500, N=9, K=3, H=64, J=4, block_size=32),
-    "g7": dict(B=1, T=500, N=28, K=4, H=128, J=16, block_size=64),
-    "g5_h96": dict(B=1, T=500, N=10, K=2, H=96, J=4, block_size=64),
+    "g16": SHAPE(B=1, T=4096, N=64, K=4, H=128, J=16, block_size=64),
+    "g1": SHAPE(B=1, T=4096, N=16, K=16, H=128, J=16, block_size=64),
+    "g4_h64_b32_segments": SHAPE(T=4001, N=8, H=64, J=8, block_size=32, dtype="float16"),
+    "g2_b128": SHAPE(T=300, N=8, K=4, H=64, J=2, block_size=128),
+    "g8_h128_b128": SHAPE(B=1, T=300, N=8, K=1, H=128, J=2, block_size=128),
+    "g3_b32": SHAPE(B=1, T=500, N=9, K=3, H=64, J=4, block_size=32),
+    "g7": SHAPE(B=1, T=500, N=28, K=4, H=128, J=16, block_size=64),
+    "g5_h96": SHAPE(B=1, T=500, N=10, K=2, H=96, J=4, block_size=64),
 }
 
 
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_h100(name):
-  s = dict(LOWERED[name])
-  dtype, segments, block_size = s.pop("dtype", jnp.bfloat16), s.pop("segments", False), s.pop("block_size")
-  B, T, N, K, H, J = s.values()
-  sds = jax.ShapeDtypeStruct
-  q, k = sds((B, T, N, H), dtype), sds((B, T, K, H), dtype)
-  args = (q, k, k, sds((B, T, K, J), jnp.int32), sds((B, T), jnp.int32) if segments else None, q,
-          sds((B, T, N), jnp.float32))
-  attend = functools.partial(pallas_kernels.selected_attention, block_size=block_size,
-                             implementation="mosaic_gpu")
+  situation = "segments" if "segments" in name else "from_the_start"
+  inputs = jax.eval_shape(lambda: cases.draw("selected_attention", LOWERED[name], situation, always=False))
+  program = cases.with_gradients(pallas_kernels.selected_attention, block_size=LOWERED[name].block_size,
+                                 implementation="mosaic_gpu")
   with backends.target_platform("gpu"), jax.sharding.use_abstract_mesh(h100()):
-    text = with_gradients(attend).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(program.both).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
   for kernel in ("forward", "combine", "backward", "sum_units"):
     assert f"selected_attention_{kernel}" in text
   assert ("selected_attention_common" in text) == (name in ("g16", "g8_h128_b128", "g7"))
@@ -134,9 +107,15 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
 
 
 CASES = {  # for the interpreter: seconds each
-    "g16_b32_segments": dict(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32, segments=True),
-    "g3_h96_slices": dict(B=1, T=24, N=3, K=1, H=96, J=2, block_size=64, S=70),
+    "g16_b32_segments": (SHAPE(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32), dict(documents=lambda S: 4)),
+    "g3_h96_slices": (SHAPE(B=1, T=24, N=3, K=1, H=96, J=2, block_size=64, S=70), dict(offset=(0.43,))),
 }
+
+
+def with_an_empty_row(rng, shape, count):
+  blocks = rng.integers(-1, count, size=shape)
+  blocks[:, 3], blocks[:, 5:9] = -1, 0  # and duplicates
+  return blocks
 
 
 @pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
@@ -144,30 +123,15 @@ CASES = {  # for the interpreter: seconds each
 def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
   import jax.experimental.pallas.mosaic_gpu as plgpu
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-  s = CASES[name]
+  s, situation = CASES[name]
   if "slices" in name:
-    monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s["J"] * s["N"] * s["H"] * 2)  # 16 queries at a time
-  rng = np.random.default_rng(0)
-  inputs = make_inputs(rng, **s)
-  blocks = np.array(inputs[3])
-  blocks[:, 3] = -1   # an empty row
-  blocks[:, 5:9] = 0  # duplicates
-  inputs = inputs[:3] + (jnp.asarray(blocks),) + inputs[4:]
-  offset = 20 if "S" in s else 0
-  call = dict(block_size=s["block_size"], query_offset=offset)
-  want = with_gradients(functools.partial(reference.selected_attention, **call))(*raised(inputs))
+    monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s.J * s.N * s.H * 2)  # 16 queries at a time
+  inputs = cases.draw("selected_attention", s, cases.Situation(**situation, blocks=with_an_empty_row), always=False)
+  program = cases.with_gradients(mosaic_gpu.selected_attention, block_size=s.block_size, interpret=True)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    got = jax.block_until_ready(
-        with_gradients(functools.partial(mosaic_gpu.selected_attention, interpret=True, **call))(*inputs))
+    _, _, dq, _, _ = cases.check("selected_attention", program, inputs, options=dict(block_size=s.block_size), exact=1e-6)
   assert not interpret_pallas_call.get_races().races_found
-  for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, want):
-    assert x.dtype == (jnp.float32 if what == "lse" else jnp.bfloat16)
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y), err_msg=what)
-    finite = np.isfinite(y)
-    error = np.linalg.norm(x[finite] - y[finite]) / np.linalg.norm(y[finite])
-    assert error < (1e-6 if what == "lse" else 4e-3), (what, error)  # a bfloat16 rounds by 2e-3 on average
-  assert not np.asarray(got[2], np.float32)[:, 3].any()
+  assert not dq[:, 3].any()
 
 
 def test_common_blocks_get_their_own_pass_where_it_pays_or_is_asked_for():
@@ -206,9 +170,11 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
 def test_interpreted_tiles_agree_and_do_not_race(segments):
   import jax.experimental.pallas.mosaic_gpu as plgpu
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-  rng = np.random.default_rng(0)
   B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
-  q, k, v, blocks, ids, _, _ = make_inputs(rng, B, T, N, K, 64, J, size, S=S, segments=segments)
+  situation = cases.Situation(documents=(lambda S: 4) if segments else None, offset=(1,))
+  shape = SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S)
+  inputs = cases.draw("selected_attention", shape, situation, 7, always=False)  # some blocks are shared, some are not
+  (q, k, v), blocks, ids = inputs.arrays, inputs.rest["block_indices"], inputs.rest["segment_ids"]
   plan, _ = selected._plan_of(q, k, blocks, size)
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -221,7 +187,7 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   taken = jnp.where(used & ((word >> listed % shared_blocks.SLOTS) & 1 != 0), listed // shared_blocks.SLOTS, -1)
   assert (taken >= 0).any() and (rest >= 0).any()
   want, want_lse = reference.selected_attention(
-      *raised((q, k, v, taken)), block_size=size, scale=0.125, segment_ids=ids, query_offset=offset)
+      *cases.up((q, k, v)), taken, block_size=size, scale=0.125, segment_ids=ids, query_offset=offset)
   none = jnp.full((B, T, K, J), -1)
   merged, merged_lse = forward.merge(jnp.zeros((1, N, 64), o.dtype), jnp.full((N,), -jnp.inf), none, plan, (o, lse))
   np.testing.assert_allclose(merged_lse.reshape(want_lse.shape), want_lse, rtol=1e-5, atol=1e-5)
@@ -293,7 +259,7 @@ def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):
                         block_size=32, scale=0.125, segment_ids=None, query_offset=0)
   pallas_kernels.available("selected_attention")
   for serves in (True, False):
-    other = backends.Implementation("triton", None, ("gpu",), lambda arguments: None if serves else "q: no")
+    other = backends.Implementation("triton", None, ("gpu",), lambda **_: None if serves else "q: no")
     monkeypatch.setitem(backends._registered["selected_attention"], "triton", other)
     with backends.target_platform("gpu"):
       assert backends.choose("selected_attention", None, call(512)).name == "mosaic_gpu"
@@ -312,91 +278,45 @@ def test_plan_bounds_hold_for_long_contexts():
 # --- on a Hopper GPU --------------------------------------------------------------
 
 
-def masked_dense(q, k, v, blocks, *, block_size, segment_ids=None, query_offset=0):
-  """What XLA makes of it in q's dtype: the yardstick for the error of a kernel."""
-  B, T, N, H = q.shape
-  S, K = k.shape[1:3]
-  position = jnp.arange(T) + query_offset
-  mask = (blocks[..., None] == jnp.arange(-(-S // block_size))).any(axis=-2).transpose(0, 2, 1, 3)
-  mask = jnp.repeat(mask, block_size, axis=-1)[..., :S] & (jnp.arange(S) <= position[:, None])
-  if segment_ids is not None:
-    mask &= (segment_ids[:, jnp.clip(position, 0, S - 1), None] == segment_ids[:, None, :])[:, None]
-  s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
-  s = jnp.where(mask[:, :, None], s * H ** -0.5, -jnp.inf)
-  m = lax.stop_gradient(jnp.maximum(s.max(axis=-1, keepdims=True), -1e30))
-  p = jnp.exp(s - m)
-  total = p.sum(axis=-1, keepdims=True)
-  safe = jnp.where(total > 0, total, 1.0)
-  lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
-  o = jnp.einsum("bkgts,bskh->btkgh", (p / safe).astype(q.dtype), v, preferred_element_type=jnp.float32)
-  return o.astype(q.dtype).reshape(q.shape), lse
-
-
-def everybody(block):
-  return lambda rng, shape, blocks: np.full(shape, block)
-
-
-def half_empty(rng, shape, blocks):
-  return np.where(rng.random(shape[:3] + (1,)) < 0.5, -1, rng.integers(0, blocks, size=shape))
-
-
-ON_DEVICE = {
-    "g16": dict(B=1, T=512, N=32, K=2, H=128, J=4, block_size=64),
-    "g1": dict(B=1, T=640, N=4, K=4, H=128, J=4, block_size=64),
-    "g4_h64_b32": dict(B=2, T=500, N=8, K=2, H=64, J=8, block_size=32),
-    "g2_b128": dict(B=1, T=600, N=4, K=2, H=128, J=3, block_size=128),
-    "g8_h64_b128": dict(B=1, T=600, N=16, K=2, H=64, J=3, block_size=128),
-    "g8_b32": dict(B=1, T=300, N=8, K=1, H=128, J=5, block_size=32),
-    "g1_h64_b64": dict(B=1, T=333, N=2, K=2, H=64, J=4, block_size=64),
-    "g3": dict(B=1, T=600, N=9, K=3, H=64, J=6, block_size=64),
-    "g5_b32_segments": dict(B=2, T=500, N=5, K=1, H=64, J=8, block_size=32, segments=True),
-    "g6_b128": dict(B=1, T=600, N=12, K=2, H=128, J=3, block_size=128),
-    "g7": dict(B=1, T=700, N=28, K=4, H=128, J=5, block_size=64),
-    "g13_h96": dict(B=1, T=400, N=13, K=1, H=96, J=5, block_size=64),
-    "g3_h96": dict(B=1, T=400, N=6, K=2, H=96, J=5, block_size=64),
-    "h96_b128": dict(B=1, T=400, N=8, K=2, H=96, J=3, block_size=128),
-    "float16": dict(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, dtype=jnp.float16),
-    "segments": dict(B=2, T=777, N=8, K=2, H=64, J=8, block_size=32, segments=True),
-    "segments_h128": dict(B=2, T=777, N=8, K=2, H=128, J=8, block_size=64, segments=True),
-    "cache": dict(B=2, T=101, N=8, K=2, H=128, J=6, block_size=64, S=500, offset=333),
-    "one_query": dict(B=4, T=1, N=16, K=2, H=128, J=8, block_size=64, S=700, offset=600),
-    "more_slots_than_blocks": dict(B=1, T=130, N=4, K=1, H=64, J=12, block_size=64),
-    "sink": dict(B=1, T=2048, N=16, K=1, H=128, J=2, block_size=64, blocks=everybody(0)),
-    "late_block": dict(B=1, T=1024, N=4, K=4, H=64, J=2, block_size=32, blocks=everybody(7)),
-    "empty_rows": dict(B=1, T=500, N=8, K=2, H=128, J=4, block_size=64, blocks=half_empty),
-    "all_empty": dict(B=1, T=100, N=8, K=2, H=128, J=4, block_size=64, blocks=everybody(-1)),
-    "huge_logits": dict(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, magnitude=8.0),
+SHAPES = {
+    "g16": SHAPE(B=1, T=512, N=32, K=2, H=128, J=4, block_size=64),
+    "g1": SHAPE(B=1, T=640, N=4, K=4, H=128, J=4, block_size=64),
+    "g4_h64_b32": SHAPE(B=2, T=500, N=8, K=2, H=64, J=8, block_size=32, S=700),
+    "g2_b128": SHAPE(B=1, T=600, N=4, K=2, H=128, J=3, block_size=128),
+    "g8_h64_b128": SHAPE(B=1, T=600, N=16, K=2, H=64, J=3, block_size=128),
+    "g8_b32": SHAPE(B=1, T=300, N=8, K=1, H=128, J=5, block_size=32),
+    "g1_h64_b64": SHAPE(B=1, T=333, N=2, K=2, H=64, J=4, block_size=64),
+    "g3": SHAPE(B=1, T=600, N=9, K=3, H=64, J=6, block_size=64),
+    "g5_b32": SHAPE(B=2, T=500, N=5, K=1, H=64, J=8, block_size=32),
+    "g6_b128": SHAPE(B=1, T=600, N=12, K=2, H=128, J=3, block_size=128),
+    "g7": SHAPE(B=1, T=700, N=28, K=4, H=128, J=5, block_size=64),
+    "g13_h96": SHAPE(B=1, T=400, N=13, K=1, H=96, J=5, block_size=64),
+    "g3_h96": SHAPE(B=1, T=400, N=6, K=2, H=96, J=5, block_size=64),
+    "h96_b128": SHAPE(B=1, T=400, N=8, K=2, H=96, J=3, block_size=128),
+    "float16": SHAPE(B=1, T=512, N=8, K=2, H=128, J=4, block_size=64, dtype="float16"),
+    "h128": SHAPE(B=2, T=777, N=8, K=2, H=128, J=8, block_size=64, S=900),
+    "cache": SHAPE(B=2, T=101, N=8, K=2, H=128, J=6, block_size=64, S=500),
+    "one_query": SHAPE(B=4, T=1, N=16, K=2, H=128, J=8, block_size=64, S=700),
+    "more_slots_than_blocks": SHAPE(B=1, T=130, N=4, K=1, H=64, J=12, block_size=64),
+    "long": SHAPE(B=1, T=2048, N=16, K=1, H=128, J=2, block_size=64),
+    "no_group": SHAPE(B=1, T=1024, N=4, K=4, H=64, J=2, block_size=32),
 }
+OF = {"g5_b32": "segments", "cache": "random", "one_query": "random", "long": "sink", "no_group": "late_block"}
+ON_DEVICE = [*((name, OF.get(name, "from_the_start")) for name in SHAPES),
+             *((name, situation) for name in ("g4_h64_b32", "h128") for situation in cases.situations("selected_attention"))]
 
 
-def on_device_inputs(name, seed):
-  s = dict(ON_DEVICE[name])
-  offset, blocks = s.pop("offset", 0), s.pop("blocks", None)
-  rng = np.random.default_rng(seed)
-  if blocks is not None:
-    blocks = blocks(rng, (s["B"], s["T"], s["K"], s["J"]), -(-s["T"] // s["block_size"]))
-  return make_inputs(rng, **s, blocks=blocks), dict(block_size=s["block_size"], query_offset=offset)
+def on_device(name, seed=0):
+  """A program with gradients and its inputs."""
+  program = cases.with_gradients(mosaic_gpu.selected_attention, block_size=SHAPES[name].block_size)
+  return program, cases.draw("selected_attention", SHAPES[name], OF.get(name, "half_empty"), seed, always=False)
 
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("name", ON_DEVICE)
-def test_error_on_device_is_that_of_the_dtype(name):
-  inputs, call = on_device_inputs(name, seed=len(name))
-  got = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
-  with jax.default_device(jax.devices("cpu")[0]):
-    host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), inputs)
-    want = with_gradients(functools.partial(reference.selected_attention, **call))(*raised(host))
-    dense = with_gradients(functools.partial(masked_dense, **call))(*host)
-  for what, x, y, z in zip(("o", "lse", "dq", "dk", "dv"), got, dense, want):
-    x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
-    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(z), err_msg=what)
-    finite = np.isfinite(z)
-    x, y, z = x[finite], y[finite], z[finite]
-    error, theirs, size = np.linalg.norm(x - z), np.linalg.norm(y - z), np.linalg.norm(z)
-    bar = 2 if what in ("o", "lse") else 3
-    # The floor is float32's: the lse of both is exact but for its rounding.
-    assert error <= bar * theirs + 1e-6 * max(size, 1e-3), (what, error, theirs, size)
+@pytest.mark.parametrize("name,situation", ON_DEVICE)
+def test_error_on_device_is_that_of_the_dtype(name, situation):
+  cases.check_on_device("selected_attention", mosaic_gpu.selected_attention, SHAPES[name], situation, seed=len(name))
 
 
 @pytest.mark.gpu
@@ -416,24 +336,18 @@ def test_index_top_k_on_device(K, H, block_size, packed):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("name", ["g16", "segments", "sink", "g3", "g13_h96"])
+@pytest.mark.parametrize("name", ["g16", "g5_b32", "long", "g3", "g13_h96"])
 def test_same_bits_over_20_runs(name):
-  inputs, call = on_device_inputs(name, seed=1)
-  run = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))
-  first = [np.asarray(x).view(np.uint8) for x in run(*inputs)]
-  for _ in range(19):
-    for x, y in zip(first, run(*inputs)):
-      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+  cases.same_bits(*on_device(name, seed=1))
 
 
 @pytest.mark.gpu
 @needs_hopper
 def test_slices_agree_with_the_whole(monkeypatch):
-  inputs, call = on_device_inputs("g4_h64_b32", seed=2)
-  whole = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
+  program, inputs = on_device("g4_h64_b32", seed=2)
+  whole = program(inputs)
   monkeypatch.setattr(selected, "PARTIAL_BYTES", 2 ** 20)
-  jax.clear_caches()
-  cut = with_gradients(functools.partial(mosaic_gpu.selected_attention, **call))(*inputs)
+  cut = on_device("g4_h64_b32", seed=2)[0](inputs)  # traced anew
   for x, y in zip(whole[:3], cut[:3]):  # o, lse, dq: each query alone
     np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
   for x, y in zip(whole[3:], cut[3:]):

@@ -246,7 +246,7 @@ def test_calls_on_a_tpu_come_here(operation):
 def test_supports_says_why_not():
   sds = jax.ShapeDtypeStruct
   bf16 = lambda *shape: sds(shape, jnp.bfloat16)
-  q, k, lse = bf16(1, 64, 4, 64), bf16(1, 64, 2, 64), sds((1, 64, 4), jnp.float32)
+  q, k = bf16(1, 64, 4, 64), bf16(1, 64, 2, 64)
   half = lambda x: sds(x.shape, jnp.float16)
   assert attention.supports(q, k, k) is None
   assert attention.supports(half(q), k, k).startswith("q.dtype")
@@ -257,9 +257,9 @@ def test_supports_says_why_not():
   assert attention.supports(q, k, k, scale=jnp.ones(())).startswith("scale")
   assert "SMEM" in attention.supports(bf16(1, 2**26, 4, 64), k, k)
   selection = dict(block_size=32, num_blocks=2)
-  assert compressed_top_k.supports(q, k, lse, **COMPRESSED, **selection) is None
-  assert compressed_top_k.supports(q, k, lse, block_len=8, block_stride=5, **selection).startswith("block_size = 32")
-  assert compressed_top_k.supports(q, k, lse, block_len=8, block_stride=1, block_size=64, num_blocks=2).startswith(
+  assert compressed_top_k.supports(q, k, **COMPRESSED, **selection) is None
+  assert compressed_top_k.supports(q, k, block_len=8, block_stride=5, **selection).startswith("block_size = 32")
+  assert compressed_top_k.supports(q, k, block_len=8, block_stride=1, block_size=64, num_blocks=2).startswith(
       "block_len = 8")
   q_idx, k_idx = bf16(1, 64, 2, 64), bf16(1, 64, 64)
   assert index_top_k.supports(q_idx, k_idx, **selection) is None

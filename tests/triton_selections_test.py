@@ -6,6 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from kernels_cases import of_index, on_cpu, on_host, shape, situations, with_gradients
+import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
 import pytest
@@ -21,7 +23,10 @@ from pallas_kernels.triton import mass  # noqa: E402
 from pallas_kernels.triton import top_k  # noqa: E402
 from pallas_kernels.triton import tuning  # noqa: E402
 from triton_test import COMPRESSED, TINY, interprets, needs_gpu  # noqa: E402
-from triton_test import drawn_segments, on_cpu, on_host, with_gradients  # noqa: E402
+
+
+def drawn_segments(rng, B, S, n=4):
+  return jnp.asarray(np.sort(rng.integers(0, n, size=(B, S)), axis=1), jnp.int32)
 
 
 # --- selections -----------------------------------------------------------------
@@ -115,7 +120,7 @@ def test_many_slots_on_device():
 def test_blocks_that_no_tile_holds_are_refused():
   q, k_cmp = jax.ShapeDtypeStruct((1, 480, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 29, 2, 64), jnp.bfloat16)
   reason = lambda **sizes: top_k.supports_compressed_top_k(
-      dict(q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes})) or ""
+      q=q, k_cmp=k_cmp, scale=0.1, num_blocks=4, **{**COMPRESSED, **sizes}) or ""
   assert "block_size = 48 to be a power of two times" in reason(block_size=48)
   assert "divisor of block_size = 40" in reason(block_size=40)
   assert "block_size" not in reason(block_size=64)
@@ -124,54 +129,45 @@ def test_blocks_that_no_tile_holds_are_refused():
 # --- index_kl -------------------------------------------------------------------
 
 
-def kl_inputs(rng, selected, packed, dtype=jnp.bfloat16, B=2, T=200, K=2, G=3, H=64, HI=32, size=32):
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  ids = drawn_segments(rng, B, T) if packed else None
-  q, k, index = draw(B, T, K * G, H), draw(B, T, K, H), (draw(B, T, K, HI), draw(B, T, HI))
-  blocks = None
-  if selected:
-    blocks = rng.integers(-1, -(-T // size), size=(B, T, K, 4))
-    blocks[:, 5:9] = -1
-    blocks = jnp.asarray(blocks, jnp.int32)
+KL_ON_DEVICE = functools.partial(shape, T=200, N=6, H=64, index_dim=32, block_size=32, dtype="bfloat16", S=260)
+KL_SMALL = functools.partial(shape, T=40, N=6, H=16, index_dim=16, block_size=16)
+
+
+def check_kl(s, situation, *, warmup=False, **tolerance):
+  """Over selected tokens, or over all (warm-up)."""
+  inputs = cases.draw("index_kl", s, situation, always=False)
+  if warmup:
+    q, k = inputs.rest["q"], inputs.rest["k"]
+    where = {name: inputs.rest[name] for name in ("segment_ids", "query_offset")}
+    with on_cpu():
+      _, lse = reference.attention(*cases.up(on_host((q, k, k))), **on_host(where))
+    inputs = inputs._replace(rest={**inputs.rest, "block_indices": None, "lse": jnp.asarray(np.asarray(lse))})
+  options = dict(block_size=s.block_size, scale=s.H ** -0.5, index_scale=s.index_dim ** -0.5)
+  got = with_gradients(of_index(kl.index_kl), **options)(inputs)
   with on_cpu():
-    host = on_host((q, k, k, blocks, ids))
-    attend = lambda q, k, v, blocks, ids: reference.attention(q, k, v, segment_ids=ids) if blocks is None else \
-        reference.selected_attention(q, k, v, blocks, block_size=size, segment_ids=ids)
-    lse = np.asarray(jax.jit(attend)(*host)[1])
-  lse = jnp.asarray(lse)
-  dloss = jnp.asarray(rng.normal(size=(B, T, K)), jnp.float32)
-  options = dict(block_size=size, scale=H ** -0.5, index_scale=HI ** -0.5, segment_ids=ids, query_offset=0)
-  return q, k, lse, index, blocks, dloss, options
+    want = cases.truth("index_kl", **options)(cases.up(on_host(inputs)))
+  cases.compare("index_kl", got, want, jnp.dtype(s.dtype), **tolerance)
+
+
+KEPT = [(False, 2 ** 31), (False, 0), (True, 0)]  # warm-up, KEPT_BYTES
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
-@pytest.mark.parametrize("packed", [True, False])
-def test_index_kl_on_device(selected, kept_bytes, packed, monkeypatch):
+@pytest.mark.parametrize("warmup, kept_bytes", KEPT)
+@pytest.mark.parametrize("situation", situations("index_kl"))
+def test_index_kl_on_device(situation, warmup, kept_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
-  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), selected, packed)
-  got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
-  with on_cpu():
-    q, k, lse, index, blocks, dloss, options = on_host((q, k, lse, index, blocks, dloss, options))
-    up = lambda x: x.astype(jnp.float32)
-    exact = lambda *i: reference.index_kl(up(q), up(k), lse, *i, blocks, **options)
-    want = with_gradients(exact)(jax.tree.map(up, index), dloss)
-  for what, x, z in zip(("loss", "dq", "dk"), got, want):
-    x, z = np.asarray(x, np.float64), np.asarray(z, np.float64)
-    # float32 sums of bfloat16 products; gradients round their scores and themselves to bfloat16
-    assert np.linalg.norm(x - z) <= (1e-5 if what == "loss" else 5e-3) * np.linalg.norm(z), what
+  # float32 sums of bfloat16 products; gradients round their scores and themselves to bfloat16
+  check_kl(KL_ON_DEVICE(), situation, warmup=warmup, rounded=5e-3)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_index_kl_same_bits_over_20_runs():
-  q, k, lse, index, blocks, dloss, options = kl_inputs(np.random.default_rng(0), True, True, T=1000)
-  run = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))
-  first = [np.asarray(x).view(np.uint8) for x in run(index, dloss)]
-  for _ in range(19):
-    for x, y in zip(first, run(index, dloss)):
-      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+  s = KL_ON_DEVICE(T=1000, S=1000)
+  options = dict(block_size=32, scale=0.125, index_scale=0.2)
+  cases.same_bits(with_gradients(of_index(kl.index_kl), **options), cases.draw("index_kl", s, "segments", always=False))
 
 
 # --- lists ----------------------------------------------------------------------
@@ -285,25 +281,22 @@ def test_interpreted_many_slots():
 
 
 @interprets
-@pytest.mark.parametrize("selected, kept_bytes", [(True, 2 ** 31), (True, 0), (False, 0)])
-def test_interpreted_index_kl(selected, kept_bytes, monkeypatch):
+@pytest.mark.parametrize("situation, warmup, kept_bytes", [
+    *(("segments", *kept) for kept in KEPT), *((name, False, 2 ** 31) for name in situations("index_kl"))])
+def test_interpreted_index_kl(situation, warmup, kept_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
-  q, k, lse, index, blocks, dloss, options = kl_inputs(
-      np.random.default_rng(0), selected, True, jnp.float32, T=40, H=16, HI=16, size=16)
   with tuning.override("index_kl", TINY):
-    got = with_gradients(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
-  want = with_gradients(lambda *i: reference.index_kl(q, k, lse, *i, blocks, **options))(index, dloss)
-  for x, y in zip(got, want):
-    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    check_kl(KL_SMALL(S=60), situation, warmup=warmup, exact=2.0 ** -16 if situation == "huge_logits" else 5e-6)
 
 
 @interprets
 def test_interpreted_index_kl_of_several_cotangents():
   """What the forward pass keeps of a batch must not be read as if it were that of a larger one."""
-  q, k, lse, index, blocks, dloss, options = kl_inputs(
-      np.random.default_rng(0), True, True, jnp.float32, T=40, H=16, HI=16, size=16)
+  inputs = cases.draw("index_kl", KL_SMALL(), "segments", always=False)
+  f = functools.partial(of_index(kl.index_kl), **inputs.rest, block_size=16, scale=0.25, index_scale=0.25)
   with tuning.override("index_kl", TINY):
-    _, pull = jax.vjp(lambda *i: kl.index_kl(q, k, lse, *i, blocks, **options), *index)
+    _, pull = jax.vjp(f, *inputs.arrays)
+    dloss = inputs.cotangents
     got = jax.vmap(pull)(jnp.stack([dloss, 2 * dloss]))
     want = pull(dloss)
   for x, y in zip(got, want):

@@ -3,18 +3,19 @@
 `TRITON_INTERPRET=1 pytest tests/triton_test.py tests/triton_selections_test.py` runs the kernels' arithmetic on the CPU
 where torch is installed.
 """
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
+import kernels_cases as cases
 import numpy as np
 import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import backends
-from pallas_kernels import masked
 from pallas_kernels import reference
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -35,120 +36,52 @@ except ImportError:
 interprets = pytest.mark.skipif(not call.INTERPRET or torch is None, reason="needs TRITON_INTERPRET=1 and torch")
 
 
-on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
-
-
-def on_host(tree):
-  """Arrays of a tree on the default device; other leaves stay."""
-  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)) if isinstance(x, jax.Array) else x, tree)
-
-
-def with_gradients(f):
-  """f(*differentiable) -> floating arrays, to (differentiable, cotangents) -> results and gradients."""
-  def both(arguments, cotangents):
-    out, vjp = jax.vjp(f, *arguments)
-    finite = lambda x, c: jnp.where(jnp.isfinite(x), c, 0).astype(x.dtype)
-    return (*jax.tree.leaves(out), *vjp(jax.tree.map(finite, out, cotangents)))
-  return jax.jit(both)
-
-
-def drawn_segments(rng, B, S, n=4):
-  return jnp.asarray(np.sort(rng.integers(0, n, size=(B, S)), axis=1), jnp.int32)
-
-
-def in_dtype(q, k, v, mask, scale):
-  """What XLA makes of masked attention in q's dtype: the yardstick for the error of a kernel. mask [B, K, T, S]."""
-  (B, T, N, H), K = q.shape, k.shape[2]
-  s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
-  s = jnp.where(mask[:, :, None], s * scale, -jnp.inf)
-  lse = jax.nn.logsumexp(s, axis=-1)
-  p = jnp.exp(s - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
-  o = jnp.einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
-  return o.astype(q.dtype).reshape(q.shape), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
-
-
 # --- attention, compressed attention, selected attention --------------------------
 
 COMPRESSED = dict(block_len=32, block_stride=16)
-CASES = {  # operation, shape of q, K, S, options
-    "dense_g16": ("attention", (1, 300, 32, 128), 2, 300, {}),
-    "window_g3_packed": ("attention", (2, 400, 6, 64), 2, 400, dict(window=70, segments=True)),
-    "seen_from_both_sides": ("attention", (1, 200, 4, 64), 4, 200, dict(causal=False, segments=True)),
-    "cache": ("attention", (2, 3, 16, 128), 2, 1000, dict(query_offset=990)),
-    "beyond_a_cache": ("attention", (3, 1, 8, 64), 2, 2000, dict(query_offset=np.int32([5, 700, 1999]))),
-    "compressed_g16": ("compressed_attention", (1, 1040, 16, 128), 1, 64, COMPRESSED),
-    "compressed_packed": ("compressed_attention", (2, 700, 8, 64), 2, 42, dict(COMPRESSED, segments=True)),
-    "compressed_decode": ("compressed_attention", (2, 1, 16, 128), 2, 300, dict(COMPRESSED, query_offset=4900)),
-    "selected_g16": ("selected_attention", (1, 300, 16, 128), 1, 300, dict(block_size=64)),
-    "selected_g3_packed": ("selected_attention", (2, 300, 6, 64), 2, 300, dict(block_size=32, segments=True)),
-    "selected_g1_b128": ("selected_attention", (1, 500, 2, 128), 2, 500, dict(block_size=128)),
-    "selected_decode": ("selected_attention", (4, 1, 16, 128), 2, 700, dict(block_size=64, query_offset=650)),
-    "dense_h96": ("attention", (1, 300, 6, 96), 2, 300, {}),
-    "compressed_h80": ("compressed_attention", (1, 700, 4, 80), 2, 42, COMPRESSED),
-    "selected_g3_h96_b32": ("selected_attention", (1, 300, 6, 96), 2, 300, dict(block_size=32)),
-    "selected_h256": ("selected_attention", (1, 300, 8, 256), 2, 300, dict(block_size=64)),
-    "huge_logits": ("attention", (1, 256, 4, 128), 1, 256, dict(magnitude=6.0)),
+SHAPE = functools.partial(cases.shape, dtype="bfloat16", **COMPRESSED)
+PACKED, AT_THE_END = "segments", cases.Situation(offset=(1,))
+CASES = {  # operation, shape, situation, options
+    "dense_g16": ("attention", SHAPE(B=1, T=300, N=32, H=128), "from_the_start", {}),
+    "window_g3_packed": ("attention", SHAPE(T=400, N=6, H=64), PACKED, dict(window=70)),
+    "seen_from_both_sides": ("attention", SHAPE(B=1, T=200, K=4, H=64), PACKED, dict(causal=False)),
+    "cache": ("attention", SHAPE(T=3, N=16, H=128, S=1000), cases.Situation(offset=(0.993,)), {}),
+    "beyond_a_cache": ("attention", SHAPE(B=3, T=1, N=8, H=64, S=2000), cases.Situation(offset=(0.0025, 0.35, 1)), {}),
+    "compressed_g16": ("compressed_attention", SHAPE(B=1, T=1040, N=16, K=1, H=128), "from_the_start", {}),
+    "compressed_packed": ("compressed_attention", SHAPE(T=700, N=8, H=64), PACKED, {}),
+    "compressed_decode": ("compressed_attention", SHAPE(T=1, N=16, H=128, S=4900), AT_THE_END, {}),
+    "selected_g16": ("selected_attention", SHAPE(B=1, T=300, N=16, K=1, H=128, block_size=64), "half_empty", {}),
+    "selected_g3_packed": ("selected_attention", SHAPE(T=300, N=6, H=64, block_size=32), PACKED, {}),
+    "selected_g1_b128": ("selected_attention", SHAPE(B=1, T=500, N=2, H=128, block_size=128), "from_the_start", {}),
+    "selected_decode": ("selected_attention", SHAPE(B=4, T=1, N=16, H=128, block_size=64, S=700), AT_THE_END, {}),
+    "dense_h96": ("attention", SHAPE(B=1, T=300, N=6, H=96), "from_the_start", {}),
+    "compressed_h80": ("compressed_attention", SHAPE(B=1, T=700, H=80), "from_the_start", {}),
+    "selected_g3_h96_b32": ("selected_attention", SHAPE(B=1, T=300, N=6, H=96, block_size=32), "from_the_start", {}),
+    "selected_h256": ("selected_attention", SHAPE(B=1, T=300, N=8, H=256, block_size=64), "from_the_start", {}),
+    "huge_logits": ("attention", SHAPE(B=1, T=256, K=1, H=128), "huge_logits", {}),
+    **{f"inherited, {operation}, {situation}": (operation, SHAPE(T=250, N=6, H=64, block_size=32, S=300), situation, {})
+       for operation in ("attention", "compressed_attention", "selected_attention")
+       for situation in cases.situations(operation)},
 }
 CUDNN = {
     "dense_g16": CASES["dense_g16"],
-    "window": ("attention", (2, 333, 6, 64), 2, 333, dict(window=70)),
-    "compressed_g16": ("compressed_attention", (1, 2100, 16, 128), 1, 130, COMPRESSED),
-    "compressed_8_by_4": ("compressed_attention", (2, 1111, 4, 64), 2, 276, dict(block_len=8, block_stride=4)),
+    "window": ("attention", SHAPE(T=333, N=6, H=64), "from_the_start", dict(window=70)),
+    "compressed_g16": ("compressed_attention", SHAPE(B=1, T=2100, N=16, K=1, H=128), "from_the_start", {}),
+    "compressed_8_by_4": ("compressed_attention", SHAPE(T=1111, H=64, block_len=8, block_stride=4), "from_the_start", {}),
 }
 
 
-def inputs_of(case, seed, dtype=jnp.bfloat16):
-  """operation, (q, k, v), (do, dlse), keyword arguments, mask [B, 1 or K, T, S]."""
-  operation, (B, T, N, H), K, S, options = case
-  options, rng = dict(options), np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * options.get("magnitude", 1.0), dtype)
-  arrays = draw(B, T, N, H), draw(B, S, K, H), draw(B, S, K, H)
-  options.pop("magnitude", None)
-  offset = options.setdefault("query_offset", 0)
-  tokens = S if operation != "compressed_attention" else max(int(np.max(offset)) + T, S * options["block_stride"] + 64)
-  if options.pop("segments", False):
-    options["segment_ids"] = drawn_segments(rng, B, tokens)
-  pos, seg = reference._query_positions(T, jnp.asarray(offset), options.get("segment_ids"))
-  if operation == "compressed_attention":
-    mask = reference._visible_compressed(pos, seg, S, options.get("segment_ids"), options["block_len"],
-                                         options["block_stride"])[:, None]
-  elif operation == "selected_attention":
-    blocks = rng.integers(-1, -(-S // options["block_size"]) + 1, size=(B, T, K, 4))
-    blocks[:, :1] = -1 if T > 1 else blocks[:, :1]
-    options["block_indices"] = jnp.asarray(blocks, jnp.int32)
-    mask = reference._selected_tokens(options["block_indices"], pos, seg, slice(0, S), options.get("segment_ids"),
-                                      options["block_size"])
-  else:
-    mask = masked.visible_tokens(pos, seg, slice(0, S), options.get("segment_ids"),
-                                     causal=options.get("causal", True), window=options.get("window"))[:, None]
-  cotangents = draw(B, T, N, H), jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32)
-  return operation, arrays, cotangents, options, jnp.broadcast_to(mask, (B, *mask.shape[1:]))
+def check_error(case, implementation):
+  operation, shape, situation, options = case
+  f = functools.partial(getattr(pk, operation), implementation=implementation)
+  cases.check_on_device(operation, f, shape, situation, **options)
 
 
-def check_error(case, implementation, seed=0):
-  operation, arrays, cotangents, options, mask = inputs_of(case, seed)
-  f = functools.partial(getattr(pk, operation), implementation=implementation, **options)
-  got = with_gradients(f)(arrays, cotangents)
-  with on_cpu():
-    host = on_host((arrays, cotangents, options, mask))
-    arrays, cotangents, _, mask = host
-    scale = arrays[0].shape[-1] ** -0.5
-    up = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    exact = functools.partial(getattr(reference, operation), **host[2])
-    want = with_gradients(exact)(up(arrays), up(cotangents))
-    theirs = with_gradients(lambda *a: in_dtype(*a, mask, scale))(arrays, cotangents)
-  compare(got, theirs, want, ("o", "lse", "dq", "dk", "dv"))
-
-
-def compare(got, theirs, want, names):
-  for what, x, y, z in zip(names, got, theirs, want):
-    x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
-    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(z), err_msg=what)
-    finite = np.isfinite(z)
-    x, y, z = x[finite], y[finite], z[finite]
-    error, bar = np.linalg.norm(x - z), 3 if what.startswith("d") else 2
-    assert error <= bar * np.linalg.norm(y - z) + 1e-6 * max(np.linalg.norm(z), 1e-3), (
-        what, error, np.linalg.norm(y - z), np.linalg.norm(z))
+def on_device(case, seed=0, **how):
+  """A program with gradients and its inputs."""
+  operation, shape, situation, options = case
+  program = cases.with_gradients(getattr(pk, operation), **cases.options_of(operation, shape), **options, **how)
+  return program, cases.draw(operation, shape, situation, seed, always=False)
 
 
 @pytest.mark.gpu
@@ -169,14 +102,10 @@ def test_error_of_cudnn_is_that_of_the_dtype(name, implementation):
 def test_stairs_are_causal_attention(monkeypatch):
   monkeypatch.setattr(cudnn, "_dense", lambda q, k, v, causal, window, scale: reference.attention(
       q, k, v, causal=causal, window=window, scale=scale))
-  call_ = dict(block_len=8, block_stride=4, scale=0.3, segment_ids=None, query_offset=0)
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  arrays, cotangents = (draw(2, 53, 4, 8), draw(2, 12, 2, 8), draw(2, 12, 2, 8)), (draw(2, 53, 4, 8), draw(2, 53, 4))
-  got = with_gradients(functools.partial(cudnn.compressed_attention, **call_))(arrays, cotangents)
-  want = with_gradients(functools.partial(reference.compressed_attention, **call_))(arrays, cotangents)
-  for x, y in zip(got, want):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+  strides = dict(block_len=8, block_stride=4, scale=0.3)
+  inputs = cases.draw("compressed_attention", cases.shape(T=53, H=8), "from_the_start", always=False)
+  cases.check("compressed_attention", cases.with_gradients(cudnn.compressed_attention, **strides), inputs, options=strides,
+              exact=1e-5)
 
 
 # --- determinism, long arrays, dispatch -----------------------------------------
@@ -190,12 +119,7 @@ def test_stairs_are_causal_attention(monkeypatch):
     ("dense_g16", "cudnn_triton"), ("compressed_g16", "cudnn_triton")])
 def test_same_bits_over_20_runs(name, implementation):
   case = CUDNN[name] if implementation == "cudnn_triton" else CASES[name]
-  operation, arrays, cotangents, options, _ = inputs_of(case, 1)
-  run = with_gradients(functools.partial(getattr(pk, operation), implementation=implementation, **options))
-  first = [np.asarray(x).view(np.uint8) for x in run(arrays, cotangents)]
-  for _ in range(19):
-    for x, y in zip(first, run(arrays, cotangents)):
-      np.testing.assert_array_equal(x, np.asarray(y).view(np.uint8))
+  cases.same_bits(*on_device(case, seed=1, implementation=implementation))
 
 
 @pytest.mark.gpu
@@ -237,12 +161,12 @@ def test_dispatch_on_a_gpu():
 def test_cudnn_is_chosen_only_where_its_sums_have_an_order(monkeypatch):
   a = call_of("attention", T=512)
   monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
-  assert "XLA_FLAGS" in cudnn.avoid(a)
+  assert "XLA_FLAGS" in cudnn.avoid(**a)
   for flag in ("--xla_gpu_exclude_nondeterministic_ops=true", "--xla_gpu_deterministic_ops --xla_foo=1"):
     monkeypatch.setenv("XLA_FLAGS", flag)
-    assert cudnn.avoid(a) is None
+    assert cudnn.avoid(**a) is None
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
-  assert cudnn.avoid(a) is not None
+  assert cudnn.avoid(**a) is not None
 
 
 def call_of(operation, T, B=1, N=64, H=128):
@@ -273,18 +197,18 @@ def test_cudnn_with_a_large_workspace_is_served_by_name_only(operation, T, B, gi
     backends.available(operation)  # imports what there is, so that nothing replaces the stand-in
     for name in ("cudnn_triton", "triton"):
       monkeypatch.setitem(backends._registered[operation], name,
-                          backends.Implementation(name, None, ("gpu",), lambda a: None))
+                          backends.Implementation(name, None, ("gpu",), lambda **_: None))
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
     assert f"{cudnn.workspace_bytes(a['q'], a.get('k', a.get('k_cmp'))) / 2 ** 30:.1f}" == gib
     assert chosen("cudnn") == "cudnn"
     if refused:
-      assert f"{gib} GiB, more than 4" in cudnn.avoid(a) and chosen(None) == "cudnn_triton"
-      assert caplog.records[-1].message == f"{operation}: cudnn_triton (gpu), not cudnn: {cudnn.avoid(a)}"
+      assert f"{gib} GiB, more than 4" in cudnn.avoid(**a) and chosen(None) == "cudnn_triton"
+      assert caplog.records[-1].message == f"{operation}: cudnn_triton (gpu), not cudnn: {cudnn.avoid(**a)}"
     else:
-      assert cudnn.avoid(a) is None and chosen(None) == "cudnn"
+      assert cudnn.avoid(**a) is None and chosen(None) == "cudnn"
     assert chosen("fastest") == "cudnn"
     monkeypatch.delenv("XLA_FLAGS")
-    assert chosen(None) == "cudnn_triton" and "XLA_FLAGS" in cudnn.avoid(a)
+    assert chosen(None) == "cudnn_triton" and "XLA_FLAGS" in cudnn.avoid(**a)
     assert chosen("fastest") == "cudnn"
 
 
@@ -330,68 +254,75 @@ def test_lowers_for_h100(monkeypatch):
 @lowers
 @pytest.mark.parametrize("name", ["beyond_a_cache", "compressed_decode", "selected_decode"])
 def test_decoding_lowers_for_h100_to_one_kernel(name):
-  operation, arrays, _, options, _ = inputs_of(CASES[name], 0)
-  f = functools.partial(getattr(pk, operation), implementation="triton", **options)
-  assert lowered(f, *arrays).count("@triton_kernel_call") == 1
+  operation, shape, situation, options = CASES[name]
+  inputs = cases.draw(operation, shape, situation, always=False)
+  options = {**cases.options_of(operation, shape), **options}
+  f = lambda q, k, v: getattr(pk, operation)(q, k, v, implementation="triton", **inputs.rest, **options)
+  assert lowered(f, *inputs.arrays).count("@triton_kernel_call") == 1
 
 
 SMALL = {  # for the interpreter
-    "attention": ("attention", (2, 29, 6, 16), 2, 29, dict(window=9, segments=True)),
-    "attention_parts": ("attention", (1, 3, 4, 16), 2, 300, dict(query_offset=290)),
-    "compressed": ("compressed_attention", (1, 60, 2, 16), 1, 14, dict(block_len=8, block_stride=4, segments=True)),
-    "selected": ("selected_attention", (1, 20, 4, 16), 2, 40, dict(block_size=16, query_offset=20)),
+    "attention": ("attention", cases.shape(T=29, N=6, H=16), PACKED, dict(window=9)),
+    "attention_parts": ("attention", cases.shape(B=1, T=3, H=16, S=300), cases.Situation(offset=(0.976,)), {}),
+    "compressed": ("compressed_attention", cases.shape(B=1, T=60, N=2, K=1, H=16), PACKED, {}),
+    "selected": ("selected_attention", cases.shape(B=1, T=20, H=16, block_size=16, S=40), "random", {}),
+    **{f"inherited, {situation}": ("selected_attention", cases.shape(T=20, H=16, block_size=16, S=70, J=3), situation, {})
+       for situation in cases.situations("selected_attention")},
 }
 TINY = tuning.Tuned(16, 16, 1, 1)
 
 
+@contextlib.contextmanager
+def tiny_tiles(*kernels):
+  with contextlib.ExitStack() as stack:
+    for kernel in kernels or ("range_forward", "range_dq", "range_dkv", "range_decode"):
+      stack.enter_context(tuning.override(kernel, TINY))
+    yield
+
+
 @interprets
-@pytest.mark.parametrize("name", [*SMALL, "attention, another forward pass", "compressed, another forward pass"])
+@pytest.mark.parametrize("name", [*SMALL, "attention/another forward pass", "compressed/another forward pass"])
 def test_interpreted_kernels_agree(name, monkeypatch):
   """Another forward pass: cudnn_triton's gradients from the o and lse that cuDNN, here the reference, leaves."""
-  name, _, other = name.partition(", ")
-  operation, arrays, cotangents, options, _ = inputs_of(SMALL[name], 0, jnp.float32)
-  options = {**dict(scale=0.25, segment_ids=None), **options}
+  name, _, other = name.partition("/")
+  operation, shape, situation, options = SMALL[name]
+  inputs = cases.draw(operation, shape, "from_the_start" if other else situation, always=False)
+  options = {**cases.options_of(operation, shape), "scale": 0.25, **options}
   used = []
   if other:
-    options["segment_ids"] = None
     of_cudnn = lambda *a, **kw: used.append(operation) or getattr(reference, operation)(*a, **kw)
     monkeypatch.setattr(cudnn, operation, of_cudnn)
   module = cudnn_triton if other else selected if operation == "selected_attention" else ranged
   if operation == "attention":
     options = {**dict(causal=True, window=None), **options}
-  with tuning.override("range_forward", TINY), tuning.override("range_dq", TINY), tuning.override("range_dkv", TINY), \
-       tuning.override("range_decode", TINY):
-    got = with_gradients(functools.partial(getattr(module, operation), **options))(arrays, cotangents)
-  want = with_gradients(functools.partial(getattr(reference, operation), **options))(arrays, cotangents)
+  exact = 2.0 ** -16 if situation == "huge_logits" else 2e-6
+  with tiny_tiles():
+    cases.check(operation, cases.with_gradients(getattr(module, operation), **options), inputs, options=options, exact=exact)
   assert bool(used) == bool(other)
-  for x, y in zip(got, want):
-    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
 @interprets
 def test_interpreted_head_dim_that_is_no_power_of_two():
-  operation, arrays, cotangents, options, _ = inputs_of(
-      ("selected_attention", (1, 20, 6, 12), 2, 20, dict(block_size=16)), 0, jnp.float32)
-  f = functools.partial(getattr(pk, operation), **options)
+  shape = cases.shape(B=1, T=20, N=6, H=12, block_size=16)
+  f = functools.partial(pk.selected_attention, block_size=16, implementation="triton")
   with backends.target_platform("gpu"):
-    got = with_gradients(functools.partial(f, implementation="triton"))(arrays, cotangents)
-  for x, y in zip(got, with_gradients(functools.partial(f, implementation="reference"))(arrays, cotangents)):
-    np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    cases.check("selected_attention", cases.with_gradients(f), cases.draw("selected_attention", shape, "from_the_start"),
+                options=dict(block_size=16))
 
 
 @interprets
 def test_interpreted_under_vmap():
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  q, k, ids = draw(2, 1, 20, 2, 16), draw(2, 1, 20, 1, 16), drawn_segments(rng, 1, 20)
+  q, k = draw(2, 1, 20, 2, 16), draw(2, 1, 20, 1, 16)
+  ids = jnp.asarray(np.sort(rng.integers(0, 4, size=(1, 20)), axis=1), jnp.int32)
 
   def run(module, q, k, ids):
     f = lambda q, k: module.attention(q, k, k, causal=True, window=9, scale=0.3, segment_ids=ids, query_offset=0)
     (o, lse), vjp = jax.vjp(f, q, k)
     return o, lse, *vjp((o, lse))
 
-  with tuning.override("range_forward", TINY), tuning.override("range_dq", TINY), tuning.override("range_dkv", TINY), \
-       tuning.override("range_decode", TINY):
+  with tiny_tiles():
     got = jax.vmap(functools.partial(run, ranged), in_axes=(0, 0, None))(q, k, ids)
   want = jax.vmap(functools.partial(run, reference), in_axes=(0, 0, None))(q, k, ids)
   for x, y in zip(got, want):

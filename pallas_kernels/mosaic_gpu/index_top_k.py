@@ -184,27 +184,26 @@ def _index_top_k(q, first, end, position, k, *, block_size, choice, scale, block
                       SIZE=block_size, BLOCKS=blocks)
 
 
-def avoid(arguments):
+def avoid(*, q_idx, block_size, **_):
   """On one H200, ms here and in triton/, 4 heads of 128: 131,072 tokens 13.3 and 18.8, 32,768 tokens 0.91 and 1.20, 8,192
   tokens 0.115 and 0.122; 2 heads of 64, blocks of 32, 8 x 4,096 tokens 0.165 and 0.140."""
-  H, size = arguments["q_idx"].shape[3], arguments["block_size"]
-  if H < 128 or size < 64:
-    return f"q_idx has head dim {H}, block_size = {size}: triton is faster but for heads of 128 and blocks from 64 on"
+  H = q_idx.shape[3]
+  if H < 128 or block_size < 64:
+    return f"q_idx has head dim {H}, block_size = {block_size}: triton is faster but for heads of 128 and blocks from 64 on"
   return None
 
 
-def supports(arguments):
+def supports(*, q_idx, block_size, **rest):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  q, size = arguments["q_idx"], arguments["block_size"]
-  T, K, H = q.shape[1:]
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"q_idx.dtype = {q.dtype}: the kernel takes bfloat16 and float16"
+  T, K, H = q_idx.shape[1:]
+  if q_idx.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"q_idx.dtype = {q_idx.dtype}: the kernel takes bfloat16 and float16"
   if H not in HEAD_DIMS:
     return f"q_idx has head dim {H}: the kernel takes {', '.join(map(str, HEAD_DIMS))}"
-  if size not in BLOCK_SIZES:
-    return f"block_size = {size}: the kernel takes {', '.join(map(str, BLOCK_SIZES))}"
+  if block_size not in BLOCK_SIZES:
+    return f"block_size = {block_size}: the kernel takes {', '.join(map(str, BLOCK_SIZES))}"
   if K & (K - 1) or K > MAX_HEADS:
     return f"q_idx has {K} heads: the kernel takes powers of two up to {MAX_HEADS}"
   if T * K < ROWS:
-    return f"q_idx {q.shape} fills no tile of {ROWS} rows"
-  return top_k.supports_index_top_k(arguments) or of_another_gpu("q_idx")
+    return f"q_idx {q_idx.shape} fills no tile of {ROWS} rows"
+  return top_k.supports_index_top_k(q_idx=q_idx, block_size=block_size, **rest) or of_another_gpu("q_idx")

@@ -25,7 +25,7 @@ KERNELS = {  # operation -> its module, which has a function of that name and `s
 }
 
 for _operation, _module in KERNELS.items():
-  _function, _supports = getattr(_module, _operation), lambda arguments, _module=_module: _module.supports(**arguments)
+  _function, _supports = getattr(_module, _operation), _module.supports
   if _module in (selected, kl):  # the walks over selected blocks
     _how = dict(padded=selected.padded_head_dim, names=("q", "k", "v"))
     _function = head_dims.pad(_function, gives_rows=_module is selected, **_how)

@@ -5,9 +5,8 @@ from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
 
 
-def supports(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None, query_offset=0):
+def supports(q, k, v, *, window=None, scale=None, **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  del causal, segment_ids, query_offset
   return flash.refuses(q, k, v, scale) or flash.refuses_tables(q, k, window)
 
 

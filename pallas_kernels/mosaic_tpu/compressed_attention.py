@@ -5,9 +5,8 @@ from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash
 
 
-def supports(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None, segment_ids=None, query_offset=0):
+def supports(q, k_cmp, v_cmp, *, scale=None, **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  del block_len, block_stride, segment_ids, query_offset
   return flash.refuses(q, k_cmp, v_cmp, scale, k_name="k_cmp") or flash.refuses_tables(q, k_cmp)
 
 
@@ -21,7 +20,7 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
   Raises:
     NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k_cmp, v_cmp, block_len=block_len, block_stride=block_stride, scale=scale)
+  reason = supports(q, k_cmp, v_cmp, scale=scale)
   if reason is not None:
     raise NotImplementedError(f"compressed_attention: {reason}; take implementation = None for one that can")
   pos = spans.positions(q.shape[1], query_offset, q.shape[0])

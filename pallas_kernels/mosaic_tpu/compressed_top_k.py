@@ -36,10 +36,9 @@ def tokens_of(q, k_cmp, block_len, block_stride, segment_ids, query_offset):
   return max(last, C * block_stride + block_len - 1)
 
 
-def supports(q, k_cmp, lse, *, block_len, block_stride, block_size, num_blocks, num_initial=1, num_local=2,
-             scale=None, segment_ids=None, query_offset=0):
+def supports(q, k_cmp, *, block_len, block_stride, block_size, num_blocks, scale=None, segment_ids=None, query_offset=0,
+             **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  del lse, num_initial, num_local
   reason = flash.refuses(q, k_cmp, k_cmp, scale, k_name="k_cmp")
   if reason is not None:
     return reason
@@ -66,7 +65,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   Raises:
     NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k_cmp, lse, block_len=block_len, block_stride=block_stride, block_size=block_size,
+  reason = supports(q, k_cmp, block_len=block_len, block_stride=block_stride, block_size=block_size,
                     num_blocks=num_blocks, scale=scale, segment_ids=segment_ids, query_offset=query_offset)
   if reason is not None:
     raise NotImplementedError(f"compressed_top_k: {reason}; take implementation = None for one that can")

@@ -25,10 +25,8 @@ def tile_sizes(queries, kv_heads, block_size, blocks):
   return rows, keys, heads
 
 
-def supports(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_local=1, scale=None, segment_ids=None,
-             query_offset=0):
+def supports(q_idx, k_idx, *, block_size, num_blocks, scale=None, **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  del num_initial, num_local, segment_ids, query_offset
   reason = flash.refuses(q_idx, k_idx, k_idx, scale, q_name="q_idx", k_name="k_idx")
   if reason is not None:
     return reason

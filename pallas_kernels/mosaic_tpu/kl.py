@@ -26,10 +26,8 @@ from pallas_kernels.mosaic_tpu import walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
 
-def supports(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None, segment_ids=None,
-             query_offset=0):
+def supports(q, k, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None, **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
-  del lse, segment_ids, query_offset
   if block_indices is None:
     return "block_indices = None: the kernels take a selection"
   reason = selected.unserved(q, k, block_indices, block_size, scale)
@@ -71,7 +69,7 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
   Raises:
     NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k, lse, q_idx, k_idx, block_indices, block_size=block_size, scale=scale,
+  reason = supports(q, k, q_idx, k_idx, block_indices, block_size=block_size, scale=scale,
                     index_scale=index_scale)
   if reason is not None:
     raise NotImplementedError(f"index_kl: {reason}; take implementation = None for one that can")

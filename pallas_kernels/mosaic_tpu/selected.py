@@ -35,12 +35,11 @@ def padded_head_dim(H):
   return next((size for size in HEAD_DIMS if H <= size), H)
 
 
-def supports(q, k, v, block_indices, *, block_size, segment_ids=None, query_offset=0, scale=None):
+def supports(q, k, v, block_indices, *, block_size, scale=None, **_):
   """None, or why these arguments need another implementation; begins with the argument's name.
 
   Reads shapes and dtypes only.
   """
-  del segment_ids, query_offset
   if v.dtype != q.dtype:
     return f"v.dtype = {v.dtype}: the kernels need that of q, {q.dtype}"
   return unserved(q, k, block_indices, block_size, scale)

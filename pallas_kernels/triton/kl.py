@@ -26,26 +26,25 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 KEPT_BYTES = 2 * 2 ** 30    # of P, from the forward to the backward pass of one call
 
 
-def supports_index_kl(a):
-  q, k, q_idx = a["q"], a["k"], a["q_idx"]
-  reason = ranged.reasons(q, k, None, a["scale"]) or ranged.reasons(q_idx, q_idx, None, a["index_scale"])
+def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, index_scale, **_):
+  reason = ranged.reasons(q, k, None, scale) or ranged.reasons(q_idx, q_idx, None, index_scale)
   if reason:
     return reason
   if q.dtype == jnp.float16:
     return "q.dtype = float16: gradients of the index scores would underflow; the kernels take bfloat16"
-  if q_idx.dtype != q.dtype or a["k_idx"].dtype != q.dtype:
-    return f"q_idx.dtype, k_idx.dtype = {q_idx.dtype}, {a['k_idx'].dtype}: the kernels need that of q, {q.dtype}"
+  if q_idx.dtype != q.dtype or k_idx.dtype != q.dtype:
+    return f"q_idx.dtype, k_idx.dtype = {q_idx.dtype}, {k_idx.dtype}: the kernels need that of q, {q.dtype}"
   if max(q.shape[3], q_idx.shape[3]) > 128:
     return f"q, q_idx have head dims {q.shape[3]}, {q_idx.shape[3]}: the kernels take up to 128"
-  if a["block_indices"] is None:
+  if block_indices is None:
     return None
-  if a["block_size"] not in BLOCK_SIZES:
-    return f"block_size = {a['block_size']}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
-  if call.small_memory() and a["block_size"] * max(q.shape[3], q_idx.shape[3]) > 64 * 128:
-    return f"block_size = {a['block_size']}: with these head dims the kernels need more shared memory than there is"
-  plan = _plan(q, k, a["block_indices"].shape[3], a["block_size"], 64)
+  if block_size not in BLOCK_SIZES:
+    return f"block_size = {block_size}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
+  if call.small_memory() and block_size * max(q.shape[3], q_idx.shape[3]) > 64 * 128:
+    return f"block_size = {block_size}: with these head dims the kernels need more shared memory than there is"
+  plan = _plan(q, k, block_indices.shape[3], block_size, 64)
   if plan.max_tiles * 64 >= 2 ** 31 or plan.lists >= 2 ** 31:
-    return f"block_indices {a['block_indices'].shape} has more entries than int32 counts"
+    return f"block_indices {block_indices.shape} has more entries than int32 counts"
   return None
 
 

@@ -23,10 +23,10 @@ from pallas_kernels.triton.score_kernels import sum_heads
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
-def supports_block_mass(a):
-  if a["block_size"] not in BLOCK_SIZES and not call.INTERPRET:
-    return f"block_size = {a['block_size']}: the kernel takes {', '.join(map(str, BLOCK_SIZES))}"
-  return ranged.reasons(a["q"], a["k"], None, a["scale"])
+def supports_block_mass(*, q, k, block_size, scale, **_):
+  if block_size not in BLOCK_SIZES and not call.INTERPRET:
+    return f"block_size = {block_size}: the kernel takes {', '.join(map(str, BLOCK_SIZES))}"
+  return ranged.reasons(q, k, None, scale)
 
 
 def block_mass(q, k, lse, *, block_size, scale, segment_ids, query_offset):

@@ -24,14 +24,13 @@ MAX_SPLITS = 128
 MAX_TILE = 128 * 128  # numbers of a page of one head
 
 
-def supports_paged_attention(a):
-  q, k = a["q"], a["k_pages"]
-  size, H = k.shape[1], k.shape[3]
+def supports_paged_attention(*, q, k_pages, v_pages, scale, **_):
+  size, H = k_pages.shape[1], k_pages.shape[3]
   if size not in (16, 32, 64, 128):
     return f"k_pages has pages of {size} tokens: the kernel takes 16, 32, 64, 128"
   if size * H > MAX_TILE:
     return f"k_pages has pages of {size} tokens at head dim {H}: the kernel takes up to {MAX_TILE} numbers of a head"
-  return ranged.reasons(q, k, a["v_pages"], a["scale"], "k_pages")
+  return ranged.reasons(q, k_pages, v_pages, scale, "k_pages")
 
 
 def paged_attention(q, k_pages, v_pages, page_table, *, block_indices, window, scale, query_offset):

@@ -57,12 +57,12 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale, seg
   return attend(q, k_cmp, v_cmp, low, high, scale, forward_pass)
 
 
-def supports_attention(a):
-  return reasons(a["q"], a["k"], a["v"], a["scale"])
+def supports_attention(*, q, k, v, scale, **_):
+  return reasons(q, k, v, scale)
 
 
-def supports_compressed_attention(a):
-  return reasons(a["q"], a["k_cmp"], a["v_cmp"], a["scale"], "k_cmp")
+def supports_compressed_attention(*, q, k_cmp, v_cmp, scale, **_):
+  return reasons(q, k_cmp, v_cmp, scale, "k_cmp")
 
 
 @dataclasses.dataclass(frozen=True)

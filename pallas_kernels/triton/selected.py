@@ -23,18 +23,17 @@ from pallas_kernels.triton import tuning
 MAX_BLOCK = 64 * 256  # numbers of a block of keys: dK and dV of it are sums in registers
 
 
-def supports_selected_attention(a):
-  q, k, indices, size = a["q"], a["k"], a["block_indices"], a["block_size"]
-  reason = ranged.reasons(q, k, a["v"], a["scale"])
+def supports_selected_attention(*, q, k, v, block_indices, block_size, scale, **_):
+  reason = ranged.reasons(q, k, v, scale)
   if reason:
     return reason
-  if size not in (16, 32, 64, 128):
-    return f"block_size = {size}: the kernels take 16, 32, 64, 128"
-  if size * q.shape[3] > MAX_BLOCK:
-    return f"q has head dim {q.shape[3]}: with block_size = {size} the kernels take up to {MAX_BLOCK // size}"
-  plan = _plan(q, k, indices.shape[3], size)
+  if block_size not in (16, 32, 64, 128):
+    return f"block_size = {block_size}: the kernels take 16, 32, 64, 128"
+  if block_size * q.shape[3] > MAX_BLOCK:
+    return f"q has head dim {q.shape[3]}: with block_size = {block_size} the kernels take up to {MAX_BLOCK // block_size}"
+  plan = _plan(q, k, block_indices.shape[3], block_size)
   if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
-    return f"block_indices {indices.shape} has more entries than int32 counts"
+    return f"block_indices {block_indices.shape} has more entries than int32 counts"
   return None
 
 

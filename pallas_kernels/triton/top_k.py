@@ -27,23 +27,20 @@ def selection_reason(block_size, num_blocks):
   return None
 
 
-def supports_compressed_top_k(a):
-  length, stride, size = a["block_len"], a["block_stride"], a["block_size"]
-  if size % stride:
-    return f"block_stride = {stride}: the kernels need a divisor of block_size = {size}"
-  if (size // stride) & (size // stride - 1):
-    return f"block_stride = {stride}: the kernels need block_size = {size} to be a power of two times it"
-  if size - stride + length > 2 * size:
-    return f"block_len = {length}: the kernels take compressed blocks that touch two blocks of {size}, no more"
-  return ranged.reasons(a["q"], a["k_cmp"], None, a["scale"], "k_cmp") or selection_reason(size, a["num_blocks"])
+def supports_compressed_top_k(*, q, k_cmp, block_len, block_stride, block_size, num_blocks, scale, **_):
+  if block_size % block_stride:
+    return f"block_stride = {block_stride}: the kernels need a divisor of block_size = {block_size}"
+  if (block_size // block_stride) & (block_size // block_stride - 1):
+    return f"block_stride = {block_stride}: the kernels need block_size = {block_size} to be a power of two times it"
+  if block_size - block_stride + block_len > 2 * block_size:
+    return f"block_len = {block_len}: the kernels take compressed blocks that touch two blocks of {block_size}, no more"
+  return ranged.reasons(q, k_cmp, None, scale, "k_cmp") or selection_reason(block_size, num_blocks)
 
 
-def supports_index_top_k(a):
-  size = a["block_size"]
-  if size not in (16, 32, 64, 128, 256) and not call.INTERPRET:
-    return f"block_size = {size}: the kernels take 16, 32, 64, 128, 256"
-  q = a["q_idx"]
-  return ranged.reasons(q, _OneHead(a["k_idx"]), None, a["scale"], "k_idx") or selection_reason(size, a["num_blocks"])
+def supports_index_top_k(*, q_idx, k_idx, block_size, num_blocks, scale, **_):
+  if block_size not in (16, 32, 64, 128, 256) and not call.INTERPRET:
+    return f"block_size = {block_size}: the kernels take 16, 32, 64, 128, 256"
+  return ranged.reasons(q_idx, _OneHead(k_idx), None, scale, "k_idx") or selection_reason(block_size, num_blocks)
 
 
 class _OneHead:
@@ -158,15 +155,14 @@ def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
                  SIZE=SIZE, BLOCKS=-(-S // SIZE))
 
 
-def supports_block_top_k(a):
-  scores = a["scores"]
+def supports_block_top_k(*, scores, block_size, num_blocks, **_):
   if call.unavailable():
     return call.unavailable()
   if scores.size == 0:
     return f"scores {scores.shape} is empty"
   if scores.shape[0] * scores.shape[1] * scores.shape[2] >= 2 ** 31:
     return f"scores {scores.shape} has more rows than int32 counts"
-  return selection_reason(a["block_size"], a["num_blocks"])
+  return selection_reason(block_size, num_blocks)
 
 
 def block_top_k(scores, *, block_size, num_blocks, num_initial, num_local, keys, segment_ids, query_offset):
