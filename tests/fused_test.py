@@ -64,6 +64,7 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
   assert_close(both(fused.heads), both(heads_by_xla))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("method", [methods.MSA(block_size=8, num_blocks=2, index_dim=16),
                                     methods.NSA(block_size=8, num_blocks=4, compress_len=8, compress_stride=4, window=8)],
                          ids=lambda method: method.name)
@@ -79,7 +80,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
 
   serve("heads", heads_by_xla)
   config = config_lib.Config(attention=method, model=config_lib.ModelConfig(
-      vocab_size=264, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
+      vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
   params = model_lib.init_params(config, 0)
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)  # no gain or tap is 1 or 0
   rng = np.random.default_rng(0)
