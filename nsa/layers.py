@@ -202,7 +202,8 @@ def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bo
   """The heads of one projection, rotated or not; `call`, a methods.Call, says where the tokens are and how heads are rotated."""
   segments, width = call.query_segments(h.shape[1]), part.weight.shape[2]
   taps, gain = (getattr(part, name)[...] if hasattr(part, name) else None for name in ("taps", "norm"))
-  if call.fused is None or hasattr(part, "bias") or not fused.takes_width(width) or (taps is None and gain is None and not rotated):
+  # A rotation alone XLA puts into a pass of its own; whether the kernel's is faster was not measured.
+  if call.fused is None or hasattr(part, "bias") or not fused.takes_width(width) or (taps is None and gain is None):
     y = part(h, segments, call.tail)
     return call.rope(y, offset=call.offset) if rotated else y
   y = jnp.einsum("btd,dnh->btnh", h, part.weight[...].astype(h.dtype))

@@ -25,7 +25,7 @@ def serves(x) -> bool:
 
 def takes_width(head_dim: int) -> bool:
   """Whether `heads` takes heads of so many numbers."""
-  return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+  return 16 <= head_dim <= 128 and head_dim & (head_dim - 1) == 0
 
 
 def heads(y, taps, gain, table, first, eps):
