@@ -137,8 +137,10 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
       continue
     for end in (64, 256, 1024, 2048):
       share_right = max(0.0, p - 0.02 * math.log2(end / 64))
-      yield make("answer", task=TASKS[0], start=end // 4, end=end, forced=end == 64, answers=160, exact_match=share_right, answer_nll=1 - share_right)
-      yield make("ar_hit", start=end // 4, end=end, nll=2.5 + 10 * delta * math.log2(end / 32) + rng.normal(0, 0.02), hits=300)
+      yield make("answer", task=TASKS[0], start=end // 4, end=end, forced=end == 64, answers=160,
+                 exact_match=share_right, answer_nll=1 - share_right)
+      yield make("ar_hit", start=end // 4, end=end, nll=2.5 + 10 * delta * math.log2(end / 32) + rng.normal(0, 0.02),
+                 hits=300)
       yield make("context_gain", context=end, bits_per_byte=value + 0.5 * (end / 64) ** -0.6, bytes=4000)
     for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
       yield make("position", start=start, end=end, bytes=(end - start) * 6,
@@ -176,15 +178,20 @@ TEXT, MATCH = "second_half_bits_per_byte", "exact_match"
 BUDGETS = {"retrofit_msa_5": 0.05, "retrofit_msa_25": 0.25, "retrofit_msa_50": 0.5}
 CASES = {
     "equal": Case("no arm differs: R = A = 0"),
-    "native ahead": Case("native ahead of dense by 0.02 bits/byte and 3.5 points; a small retrofit behind dense, larger ones level with it",
+    "native ahead": Case("native ahead of dense by 0.02 bits/byte and 3.5 points; a small retrofit behind dense, "
+                         "larger ones level with it",
                          (0.02, -0.035), ((0.02, -0.08), (0.0, 0.0), (0.0, 0.0))),
     "dense ahead": Case("native behind dense by 0.02 bits/byte and 6 points; retrofits level with dense", (-0.02, 0.06)),
     "on the margin": Case("A and every R exactly at the margin: no match is true", (0.005, -0.02), ((0.005, -0.02),) * 3),
     "noisy": Case("no arm differs, and the seeds scatter by ten times as much", noise=0.01, match_noise=0.03),
-    "selector failure": Case("retrofits of 5 and 25 % lose 40 and 20 points by their own blocks, none by the oracle's", (0.0, 0.0), (
-        (0.0, -0.4), (0.0, -0.2), (0.0, 0.0)), of_arm={("retrofit_msa_5", "oracle"): (0.0, 0.4), ("retrofit_msa_25", "oracle"): (0.0, 0.2)}),
-    "block-0 shortcut": Case("sink + window answers the recall tasks", (0.02, 0.0), costs={"sink_window": (0.05, 0.0)}, refused=(MATCH,)),
-    "useless text": Case("sink + window loses 0.008 bits/byte of text", (0.0, -0.035), costs={"sink_window": (0.008, -0.6)}, refused=(TEXT,)),
+    "selector failure": Case("retrofits of 5 and 25 % lose 40 and 20 points by their own blocks, none by the oracle's",
+                             (0.0, 0.0), ((0.0, -0.4), (0.0, -0.2), (0.0, 0.0)),
+                             of_arm={("retrofit_msa_5", "oracle"): (0.0, 0.4),
+                                     ("retrofit_msa_25", "oracle"): (0.0, 0.2)}),
+    "block-0 shortcut": Case("sink + window answers the recall tasks", (0.02, 0.0),
+                             costs={"sink_window": (0.05, 0.0)}, refused=(MATCH,)),
+    "useless text": Case("sink + window loses 0.008 bits/byte of text", (0.0, -0.035),
+                         costs={"sink_window": (0.008, -0.6)}, refused=(TEXT,)),
     "neither": Case("both of the last two", (0.02, -0.035), costs={"sink_window": (0.008, 0.0)}, refused=(TEXT, MATCH)),
 }
 
@@ -232,7 +239,8 @@ def words_of(case: Case, root: Path) -> dict:
   said = " ".join([found.headline, *found.lines])
   parts = analyses.errors(study, table, MATCH, "tiny")["retrofit_msa_5"]
   return {"right": right, "false": false, "claims": claims, "undecided": undecided, "refused": refused, "said": said,
-          "selector": float(np.mean(list(parts["selector error"].values()))), "backbone": float(np.mean(list(parts["backbone error"].values())))}
+          "selector": float(np.mean(list(parts["selector error"].values()))),
+          "backbone": float(np.mean(list(parts["backbone error"].values())))}
 
 
 def run(name: str, studies: int, first: int = 0) -> dict:

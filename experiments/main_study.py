@@ -15,8 +15,9 @@ control is the dense model that goes on alike. The selector warms up for a state
 bits per byte, with 8 by 0.012 (docs/results.md). Every batch of 8 rows has exactly one of tasks.
 
 The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an endpoint and
-size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the margin is stated in it (2 points); their NLL stands beside it as
-a secondary endpoint. Sizes: S 3M (100 MB), M 10M (200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes.
+size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the
+margin is stated in it (2 points); their NLL stands beside it as a secondary endpoint. Sizes: S 3M (100 MB), M 10M
+(200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes.
 Decay branches of dense and native at a quarter and half of the bytes (M) are the byte axis, and what equal FLOPs are read off.
 
 Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits and continuations at M and S;
@@ -50,8 +51,8 @@ EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A"
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, novels="", code="", tier="1", blocks=20, rate=1.5e-3, rate_s=0.0, rate_l=0.0, scale=1.0, selector_steps=60, seeds=0,
-                      plan="")
+  a = arguments.parse(arg, novels="", code="", tier="1", blocks=20, rate=1.5e-3, rate_s=0.0, rate_l=0.0, scale=1.0,
+                      selector_steps=60, seeds=0, plan="")
   if a.tier not in ("1", "2", "3", "all"):
     raise ValueError(f"experiment argument tier = {a.tier!r}: 1, 2, 3 or all")
   wanted = ("1", "2", "3") if a.tier == "all" else (a.tier,)
@@ -121,9 +122,11 @@ class Arms:
         data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
-        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, tasks=TASKS[1:], blocks=self.geometry if dense else {},
+        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, tasks=TASKS[1:],
+                        blocks=self.geometry if dense else {},
                         near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
-                        every=max(1, round(stages.steps * share / 8)), during=("dense",) if dense else ("sparse", "dense", "oracle"), during_examples=64),
+                        every=max(1, round(stages.steps * share / 8)),
+                        during=("dense",) if dense else ("sparse", "dense", "oracle"), during_examples=64),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=20)
 
   def dense(self):
@@ -173,20 +176,32 @@ class Arms:
     mag = methods.MAG(window=window.window)
     beside = self.arm("native_mag", mag, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense"))
     equal = methods.Window(flops.equal_window(beside, self.context))
-    out = [(self.arm("native_to_dense", self.msa, schedule.sparse_to_dense(self.steps, 0.25, **self.plan), modes=("dense",)), CURRICULUM),
-           *((self.arm(f"window_to_dense_{100 * b:g}", window, schedule.sparse_to_dense(self.steps, b, **self.plan), modes=("dense",)), CURRICULUM)
+    out = [(self.arm("native_to_dense", self.msa, schedule.sparse_to_dense(self.steps, 0.25, **self.plan),
+                     modes=("dense",)), CURRICULUM),
+           *((self.arm(f"window_to_dense_{100 * b:g}", window, schedule.sparse_to_dense(self.steps, b, **self.plan),
+                       modes=("dense",)), CURRICULUM)
              for b in (0.25, 0.75)),
-           (self.arm("context_512", methods.Dense(), schedule.context_curriculum(self.steps, 512, 0.5, **self.plan), modes=("dense",)), CURRICULUM),
+           (self.arm("context_512", methods.Dense(), schedule.context_curriculum(self.steps, 512, 0.5, **self.plan),
+                     modes=("dense",)), CURRICULUM),
            (self.arm("dense_double", methods.Dense(), double, modes=("dense",)), CURRICULUM),
-           (self.arm("native_window", window, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense")), CURRICULUM),
+           (self.arm("native_window", window, schedule.native(self.steps, selector_warmup=0, **self.plan),
+                     modes=("sparse", "dense")), CURRICULUM),
            *((self.after(b, name="selector_only", train="selector"), CURRICULUM) for b in (0.05, 0.25)),
            (self.arm("mixed", methods.SSA(**self.geometry), schedule.mixed(self.steps, **self.plan)), CURRICULUM),
            (self.arm("mixed_within_25", methods.SSA(**self.geometry), schedule.mixed_retrofit(self.steps, 0.25, **self.plan),
                      ForkConfig("@dense", step=round(0.75 * self.steps)), 0.25), CURRICULUM),
-           (beside, OTHERS), (self.arm("window_equal_mag", equal, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense")), OTHERS)]
-    others = {"nsa": methods.NSA(compress_len=64, compress_stride=32, window=BLOCK * 2, num_initial=0, num_local=1, **self.geometry), "dsa": methods.DSA(**self.geometry),
-              "moba": methods.MoBA(**self.geometry), "infllm_v2": methods.InfLLMV2(num_initial=0, num_local=1, pool_len=16, pool_stride=8, **self.geometry), "seer": methods.Seer(**self.geometry),
-              "quest": methods.Quest(**self.geometry), "gated": methods.Gated(index_dim=64, **self.geometry), "shared": methods.SharedMSA(index_dim=64, **self.geometry)}
+           (beside, OTHERS),
+           (self.arm("window_equal_mag", equal, schedule.native(self.steps, selector_warmup=0, **self.plan),
+                     modes=("sparse", "dense")), OTHERS)]
+    others = {"nsa": methods.NSA(compress_len=64, compress_stride=32, window=BLOCK * 2, num_initial=0, num_local=1,
+                                 **self.geometry),
+              "dsa": methods.DSA(**self.geometry),
+              "moba": methods.MoBA(**self.geometry),
+              "infllm_v2": methods.InfLLMV2(num_initial=0, num_local=1, pool_len=16, pool_stride=8, **self.geometry),
+              "seer": methods.Seer(**self.geometry),
+              "quest": methods.Quest(**self.geometry),
+              "gated": methods.Gated(index_dim=64, **self.geometry),
+              "shared": methods.SharedMSA(index_dim=64, **self.geometry)}
     for name, attention in others.items():
       warm = self.warmup if attention.selector_losses else 0
       out.append((self.arm(f"native_{name}", attention, schedule.native(self.steps, selector_warmup=warm, **self.plan)), OTHERS))

@@ -24,7 +24,8 @@ def get_config(arg=None):
   rate = dict(peak=1e-3, warmup=0.05, decay=0.3)
   arms = {
       "dense": (methods.Dense(), schedule.dense(a.steps, **rate)),
-      "msa": (methods.MSA(block_size=8, num_blocks=8, index_dim=16), schedule.native(a.steps, selector_warmup=max(0.02, 1 / a.steps), **rate)),
+      "msa": (methods.MSA(block_size=8, num_blocks=8, index_dim=16),
+              schedule.native(a.steps, selector_warmup=max(0.02, 1 / a.steps), **rate)),
       "nsa": (methods.NSA(block_size=8, num_blocks=8, compress_len=8, compress_stride=4, window=16),
               schedule.native(a.steps, selector_warmup=0, **rate)),
   }

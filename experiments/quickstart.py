@@ -5,8 +5,9 @@ The smallest study that shows something:
     bash launch/quickstart.sh                       # or: python -m launch.study --config=experiments/quickstart.py --workdir=...
 
 Associative recall with bindings and queries scattered over 64 tokens (4 pairs; Zoology, arXiv 2312.04927, with another
-layout), a two-layer model, blocks of 4 of which a query sees 4 of up to 16: the first, its own and two of its choice. One dense trunk; MSA from the start; MSA put onto
-the trunk in its stable phase, for the last 25 and 50 % of the steps; the trunk run with training-free selectors. Three seeds.
+layout), a two-layer model, blocks of 4 of which a query sees 4 of up to 16: the first, its own and two of its choice.
+One dense trunk; MSA from the start; MSA put onto the trunk in its stable phase, for the last 25 and 50 % of the steps;
+the trunk run with training-free selectors. Three seeds.
 
 Nothing of it is text, so bits per byte are not an endpoint here, and the corpus cannot differ between Python versions.
 

@@ -3,8 +3,9 @@
     python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m launch.study --config=experiments/pilot.py --workdir=runs/pilot --only='*-s0,dense-*'    # beside others, one per device
 
-With --plan it writes PLAN.md and plan.json (into the study's `plan` directory, or the workdir) and trains nothing: commit them
-before the first run that counts; the report lists what deviates. With --only the process runs the named runs alone; the report is written by the call that finds all runs done.
+With --plan it writes PLAN.md and plan.json (into the study's `plan` directory, or the workdir) and trains nothing:
+commit them before the first run that counts; the report lists what deviates. With --only the process runs the named
+runs alone; the report is written by the call that finds all runs done.
 """
 import time
 

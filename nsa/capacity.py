@@ -50,7 +50,8 @@ def _need(config, size, what):
 def _problem(config, needs, what, evaluation):
   fields = []
   if evaluation:
-    fields += [f"eval.batch = {max(1, config.eval.batch // 2)}"] * (config.eval.batch > 1) + ["eval.diagnostics = False"] * config.eval.diagnostics
+    fields += [f"eval.batch = {max(1, config.eval.batch // 2)}"] * (config.eval.batch > 1)
+    fields += ["eval.diagnostics = False"] * config.eval.diagnostics
   else:
     if len(config.seeds) > 1:
       fields.append("fewer seeds at once (a study's vmap_seeds = False)")

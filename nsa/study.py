@@ -98,7 +98,8 @@ def _cohort(study, directory, seeds) -> list[Job]:
       source = configs.get((config.fork.workdir[1:], size))
       if source is None:
         raise ConfigError([(f"arms[{arm}].fork.workdir", config.fork.workdir,
-                            f"no arm of size {size} and seeds {list(seeds)} has that name; there are {sorted(a for a, s in configs if s == size)}")])
+                            f"no arm of size {size} and seeds {list(seeds)} has that name; there are "
+                            f"{sorted(a for a, s in configs if s == size)}")])
       if config.fork.step >= 0:
         source.checkpoint.keep_at = tuple(sorted({*source.checkpoint.keep_at, config.fork.step}))
       trunk = _directory(source)

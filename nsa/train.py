@@ -277,7 +277,8 @@ def _same_corpora(config, read, before, workdir, fix):
   theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
   problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read (SHA-256 "
                f"{ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
-              for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items() if theirs.get(split, ours) not in (ours, None)]
+              for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items()
+              if theirs.get(split, ours) not in (ours, None)]
   if problems:
     raise config_lib.ConfigError(problems)
 

@@ -97,7 +97,7 @@ def current_platform() -> str:
   target = _platform.get()
   if target is not None:
     return target
-  device = getattr(jax.config, "jax_default_device")
+  device = jax.config.jax_default_device
   if device is not None:
     return _known_platform(device if isinstance(device, str) else device.platform)
   return _known_platform(jax.default_backend())

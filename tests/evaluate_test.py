@@ -98,7 +98,7 @@ def test_what_is_compiled_ahead_is_what_an_evaluation_runs(monkeypatch):
         compilation()
     ahead = list(asked)
     asked.clear()
-    for mode, during in [("block_topk", True)] + [(mode, False) for mode in modes]:
+    for mode in ("block_topk", *modes):
       if evaluate.how(config, mode) is not None:
         with pytest.raises(Asked):
           records(config, run_modes=(mode,), during=(mode,))
@@ -262,7 +262,7 @@ def test_a_dense_model_runs_under_training_free_selectors():
                                                              "language")]) for mode in MODES if by_mode[mode]}
   assert len(set(loss.values())) == 5
   layers = {mode: of_kind(by_mode[mode], "layer") for mode in MODES[2:]}
-  for mode, found in layers.items():
+  for found in layers.values():
     assert [row["layer"] for row in found] == [0, 1]
     for row in found:
       assert row["captured_mass"] <= row["oracle_mass"] + 1e-6 and 0 < row["queries_limited"] < 1

@@ -194,7 +194,7 @@ def assert_close(got, want, **slices):
 
 
 def test_nothing_leaks_from_the_future():
-  T, K = 272, 2  # enough for several parts
+  T = 272  # enough for several parts
   f = jax.jit(lambda x: layer(**with_compressed(x)))
   x = layer_inputs(0, T)
   plain = f(x)

@@ -24,7 +24,7 @@ def unit(x):
 def forward(weights, x, gain):
   """M(x) for x [B, R, d], and what the backward pass needs: inputs, pre-norm and post-norm outputs of every matrix."""
   a, inputs, raw, normed = x, [], [], []
-  for i, w in enumerate(weights):
+  for w in weights:
     inputs.append(a)
     z = np.einsum("bri,brio->bro", a, w)
     raw.append(z)

@@ -206,7 +206,8 @@ def test_a_hybrid_stack_decodes_and_packs_as_its_layers_do():
   np.testing.assert_allclose(run(tokens, packed)[:, 24:], run(second, shared.WHOLE)[:, :40], rtol=1e-4, atol=1e-4)
   parts = flops.forward(config, 64, "sparse")
   window = methods.Window(12).flops(config.model, 64, "sparse")["window"]
-  assert parts["window"] == pytest.approx(2 * window) and parts["dense"] == pytest.approx(2 * methods.interface.dense_flops(config.model, 64))
+  assert parts["window"] == pytest.approx(2 * window)
+  assert parts["dense"] == pytest.approx(2 * methods.interface.dense_flops(config.model, 64))
   # As evaluation runs it, and a dense run of the same tree.
   assert evaluate.how(config, "sparse")[1:] == ("sparse", "own") and evaluate.how(config, "dense")[1:] == ("dense", "own")
 

@@ -39,7 +39,8 @@ def project(xp, p, h):
 
 
 def attend(xp, q, k, v, mask, bias=0.0):
-  """Masked softmax attention, `bias` [B, T, K, 1, S] added to its logits: o [B, T, N, H] and probabilities [B, T, K, G, S]; 0 where nothing is seen."""
+  """Masked softmax attention, `bias` [B, T, K, 1, S] added to its logits: o [B, T, N, H] and probabilities
+  [B, T, K, G, S]; 0 where nothing is seen."""
   B, T, N, H = q.shape
   K = k.shape[2]
   s = xp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, K, N // K, H), k) / np.sqrt(H) + bias
@@ -103,7 +104,7 @@ def block_scores(name, p, h, options):
   p, h = as_float64(p), np.asarray(h, np.float64)
   B, T, _ = h.shape
   q, k = (rope(np, project(np, p[x], h), np.arange(T)) for x in "qk")
-  K, H, size = k.shape[2], k.shape[3], options.block_size
+  K, size = k.shape[2], options.block_size
   G, blocks = q.shape[2] // K, -(-T // size)
   out = np.full((B, T, K, blocks), -np.inf)
   if name in ("msa", "gated"):

@@ -464,7 +464,8 @@ def test_padding_counts_in_no_loss(name):
   @jax.jit
   def of(params, tokens, real):
     batch = dict(inputs=tokens, targets=tokens, weights=real, segment_ids=real.astype(jnp.int32))
-    return jax.value_and_grad(lambda p: step_lib.loss_and_metrics(config, p, batch, KEY, step, lambda x, axes: x, mesh), has_aux=True)(params)
+    loss = lambda p: step_lib.loss_and_metrics(config, p, batch, KEY, step, lambda x, axes: x, mesh)
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
   real = (np.arange(T) < 40).astype(np.float32)[None]
   want = of(params_of(name), tokens[:, :40], real[:, :40])

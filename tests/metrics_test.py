@@ -14,9 +14,10 @@ from nsa import metrics
 
 def test_every_value_comes_back(tmp_path):
   path = tmp_path / "run" / "metrics.jsonl"
-  record = {"step": np.int64(3), "arm": "native", "loss": jnp.float32(0.1), "bf16": jnp.bfloat16(0.1),
+  record = {"step": np.int64(3), "arm": "nan", "loss": jnp.float32(0.1), "bf16": jnp.bfloat16(0.1),
             "double": 1 / 3, "np": np.float64(1e-300), "nan": math.nan, "inf": jnp.float32(-jnp.inf),
-            "flag": np.bool_(True), "none": None, "arm": "nan", "model": ["-inf", "\\inf", "\\name"], "layers": np.float32([0.5, math.nan]),
+            "flag": np.bool_(True), "none": None, "model": ["-inf", "\\inf", "\\name"],
+            "layers": np.float32([0.5, math.nan]),
             "nested": {"a": (1, 2)}}
   with metrics.JsonlWriter(path) as writer:
     writer.write(record)

@@ -18,8 +18,9 @@ def planned(tmp_path_factory):
     if arm.fork.workdir:
       arm.fork.workdir = "@dense"
     arm.data.source = "files:/elsewhere/corpus.tar.xz"
-  study = study_lib.Study(name="native against retrofit", question="Can a retrofit match native sparse attention?", arms=arms, dense="dense",
-                          reference="native_msa", budgets={"retrofit_msa_5": 0.05}, expected_sd={"text R": 0.002})
+  study = study_lib.Study(name="native against retrofit", question="Can a retrofit match native sparse attention?",
+                          arms=arms, dense="dense", reference="native_msa", budgets={"retrofit_msa_5": 0.05},
+                          expected_sd={"text R": 0.002})
   plan = plan_file.make(study)
   tree = json.loads((root / "study.json").read_text())
   (root / "study.json").write_text(json.dumps({**tree, "plan": plan}))
@@ -50,7 +51,8 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   key = "retrofit_msa_5-tiny"
   found = lines(root, lambda t: t["plan"]["configs"][key]["attention"].update(num_blocks=9) or t["plan"]["configs"].pop("dense-tiny"))
   assert "dense-tiny: was not planned." in found and f"{key}.attention.num_blocks: planned 9, ran 8." in found
-  (found,) = lines(root, lambda t: t["plan"]["gates"].update({"dense exact match at least": 0.5}) or t["plan"].update(hash=plan_file.digest(t["plan"])))
+  (found,) = lines(root, lambda t: t["plan"]["gates"].update({"dense exact match at least": 0.5})
+                   or t["plan"].update(hash=plan_file.digest(t["plan"])))
   assert found == "gates.dense exact match at least: planned 0.5, judged by 0.95."
 
 
@@ -89,7 +91,8 @@ def test_the_main_study_is_the_protocol():
   for b in main_study.WITHIN:  # no fork inside the decay, at the trunk's own rate
     arm = by[f"within_{100 * b:g}", "M"]
     assert arm.schedule.steps == m.schedule.steps and arm.fork.step <= 0.8 * m.schedule.steps
-    assert [schedule.learning_rate(arm.schedule, s) for s in (arm.fork.step, 6000)] == [schedule.learning_rate(m.schedule, s) for s in (arm.fork.step, 6000)]
+    for s in (arm.fork.step, 6000):
+      assert schedule.learning_rate(arm.schedule, s) == schedule.learning_rate(m.schedule, s)
   for b in main_study.AFTER:  # the control has the retrofit's tokens and rates
     arm, control = by[f"after_{100 * b:g}", "M"], by[study.controls[f"after_{100 * b:g}"], "M"]
     assert control.schedule.steps == arm.schedule.steps and arm.fork.step == m.schedule.steps

@@ -76,9 +76,11 @@ class Cluster:
     self._server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     cwd=ROOT, env=env, text=True)
 
-  def launch(self, count, workdir, *arguments, trouble=(), start=None, own=(), mesh=dict(fsdp=2, tensor=2)):
-    """trouble: {process: "step event"}; start: the processes that are started, None = all; own: {process: argument}."""
+  def launch(self, count, workdir, *arguments, trouble=(), start=None, own=(), mesh=None):
+    """trouble: {process: "step event"}; start: the processes that are started, None = all; own: {process: argument};
+    mesh: sizes of axes, None = fsdp and tensor of 2."""
     self._port += 1
+    mesh = dict(fsdp=2, tensor=2) if mesh is None else mesh
     jobs, logs = [], []
     for i in range(count) if start is None else start:
       logs.append(self._directory / f"log{i}")

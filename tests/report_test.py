@@ -98,12 +98,14 @@ def test_the_same_numbers_twice_are_no_match(tmp_path):
 
 
 @pytest.mark.parametrize("file, change, said", [
-    ("eval/1000.json", lambda t: t["records"].remove(next(r for r in t["records"] if r["kind"] == "language" and r["run_mode"] == "sparse")),
+    ("eval/1000.json", lambda t: t["records"].remove(
+        next(r for r in t["records"] if r["kind"] == "language" and r["run_mode"] == "sparse")),
      "evaluated on other questions: `native_msa-tiny-0_1_2` has text = val/emma: 1024, `retrofit_msa_5-tiny-0_1_2` val/emma: None"),
     ("eval/1000.json", lambda t: t.update(settings={"split": "val", "sequences": 1, "windows_sha256": "c" * 64}),
      "evaluated on other questions: `native_msa-tiny-0_1_2` has sequences = 6, `retrofit_msa_5-tiny-0_1_2` 1"),
     ("versions.json", lambda t: t.update(corpus_sha256="d" * 64),
-     "trained on other documents: `native_msa-tiny-0_1_2` has corpus_sha256 = aaaaaaaaaaaa..., `retrofit_msa_5-tiny-0_1_2` dddddddddddd...")])
+     "trained on other documents: `native_msa-tiny-0_1_2` has corpus_sha256 = aaaaaaaaaaaa..., "
+     "`retrofit_msa_5-tiny-0_1_2` dddddddddddd...")])
 def test_arms_that_read_or_were_asked_something_else_are_not_judged(tmp_path, quick, file, change, said):
   root = write_study(tmp_path, with_retrofit(0.05))
   for run in (root / "runs").iterdir():
@@ -268,15 +270,17 @@ def test_report_has_all_sections_in_order(written):
   text = written.markdown.read_text()
   titles = re.findall(r"^## (.*)$", text, re.M)
   assert titles == ["Verdict", "Arms", "R(b), A and Delta(b)", "Selector or backbone?",
-                    "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Far context", "Train mode and run mode",
+                    "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Far context",
+                    "Train mode and run mode",
                     "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
                     "Which blocks one head selects", "Spread over seeds, and what another study could see",
                     "What another study would cost", "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text
   names = {p.name for p in written.plots}
-  for name in ("budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall", "context", "layers", "learning",
-               "sharing", "blocks", "errors_exact_match", "errors_second_half_bits_per_byte"):
+  for name in ("budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall",
+               "context", "layers", "learning", "sharing", "blocks",
+               "errors_exact_match", "errors_second_half_bits_per_byte"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
 
@@ -311,7 +315,8 @@ def test_words_are_after_holm_over_the_declared_family(study, tmp_path):
   assert min(c.p_difference for c in text) == pytest.approx(7 * min(raw))
   assert [c.p_tost for c in text] == pytest.approx(list(statistics.holm([c.judgement.p_tost for c in text])))
   exploratory = {(c.arm, c.run_mode) for c in found.comparisons if not c.family}
-  assert exploratory == {("dense", m) for m in MODES["dense"] if m != "dense"} and all(c.word == "" for c in found.comparisons if not c.family)
+  assert exploratory == {("dense", m) for m in MODES["dense"] if m != "dense"}
+  assert all(c.word == "" for c in found.comparisons if not c.family)
   plan = json.loads((study / "study.json").read_text())
   plan["endpoints"][1]["primary"] = False
   (tmp_path / "study.json").write_text(json.dumps({**plan, "quantities": ["R"]}))
@@ -474,8 +479,10 @@ def test_launcher_writes_the_same_report(study, written, tmp_path):
 def test_recall_is_followed_over_training_in_the_arms_own_mode():
   from nsa.report import sections
   task = lambda mode, task, seed, value: dict(kind="task", run_mode=mode, task=task, seed=seed, exact_match=value)
-  records = lambda a, b: [task("sparse", "x", 0, a), task("sparse", "y", 0, b), task("dense", "x", 0, 1.0), task("sparse", "x", 1, 0.0)]
-  run = SimpleNamespace(arm="a", size="s", headline_mode="sparse", diverged={}, tasks={10: records(0.0, 0.2), 20: [], 30: records(0.9, 0.5)})
+  records = lambda a, b: [task("sparse", "x", 0, a), task("sparse", "y", 0, b), task("dense", "x", 0, 1.0),
+                          task("sparse", "x", 1, 0.0)]
+  run = SimpleNamespace(arm="a", size="s", headline_mode="sparse", diverged={},
+                        tasks={10: records(0.0, 0.2), 20: [], 30: records(0.9, 0.5)})
   study = SimpleNamespace(arms=["a"], finished=[run])
   assert endpoints.recall_over_training(study, "a", "s") == {(0, 10): 0.1, (1, 10): 0.0, (0, 30): 0.7, (1, 30): 0.0}
   (table,) = sections.learnt(study, "s")

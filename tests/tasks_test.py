@@ -100,11 +100,9 @@ def solve_scattered(name, before):
     words = re.findall(r"\[([a-z]+)\] ", before)
     counts = {word: words.count(word) for word in words if word in needle.NOUNS}
     return max(counts, key=counts.get)
-  for statement, question in {"recall": recall, "tracking": tracking}[family].TEMPLATES:
-    asked = re.search(pattern(question.partition(b"{value}")[0]) + "$", before)
-    if asked:
-      break
-  value = asked.group(1)
+  asked = lambda question: re.search(pattern(question.partition(b"{value}")[0]) + "$", before)
+  statement, value = next((statement, found.group(1)) for statement, question in
+                          {"recall": recall, "tracking": tracking}[family].TEMPLATES if (found := asked(question)))
   while not value.isdigit():
     found = [m.group(1) for m in re.finditer(pattern(statement, key=value, name=value), before)]
     if not found:

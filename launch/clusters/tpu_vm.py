@@ -54,7 +54,8 @@ while true; do
   case "$(state)" in
     READY) ;;
     MISSING)
-      told=$(tpu_vm create --accelerator-type={shlex.quote(accelerator)} --version={shlex.quote(runtime)}{' --spot' if spot == 'yes' else ''} 2>&1)
+      told=$(tpu_vm create --accelerator-type={shlex.quote(accelerator)} \\
+        --version={shlex.quote(runtime)}{' --spot' if spot == 'yes' else ''} 2>&1)
       case "$?:$told" in
         0:*) ;;
         *INVALID_ARGUMENT* | *PERMISSION_DENIED*) echo "$told" >&2; exit 2 ;;  # no capacity comes and goes, this stays

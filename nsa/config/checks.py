@@ -101,7 +101,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
         need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
         need(task.in_words or d.tokenizer == "bytes", where, name,
              f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
-        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size, f"task {name} needs {task.vocab_size}")
+        need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size,
+             f"task {name} needs {task.vocab_size}")
       except ValueError as error:
         need(False, where, name, str(error))
 
@@ -184,7 +185,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
   need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
   for tokens in e.context_gain:
-    need(0 < tokens and tokens % d.align == 0, "eval.context_gain", e.context_gain, f"multiples of data.align = {d.align}, where documents may begin")
+    need(0 < tokens and tokens % d.align == 0, "eval.context_gain", e.context_gain,
+         f"multiples of data.align = {d.align}, where documents may begin")
   need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
        "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")

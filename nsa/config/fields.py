@@ -109,7 +109,8 @@ class DataConfig:
   task_rows: int = 0              # instead of a share: so many of every `global_batch` sequences, in every batch
   task_loss: float = 0.0          # with task_rows: share of a batch's loss weight on tasks; 0 = as answer_weight makes it
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
-  task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from those of these that it fits into; () = context
+  task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from those
+                                      # of these that it fits into; () = context
   planted: float = 0.0            # share of the text that is passages planted a known number of times (data/planting.py)
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
   filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
@@ -204,7 +205,8 @@ class Config:
   log_every: int = 10             # steps between metric records
   tensorboard: bool = False       # mirror metrics.jsonl for TensorBoard (extra `tb`)
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
-  implementation: str = ""        # of the attention operations; "" = the best one for the platform; "fastest" lets last bits differ between runs
+  implementation: str = ""        # of the attention operations; "" = the best one for the platform;
+                                  # "fastest" lets last bits differ between runs
   unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured (step.layers_per_turn)
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 

@@ -50,8 +50,8 @@ class HuggingFace:
   bytes of what was read, by name.
 
   BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
-  (Qwen), as such models were trained. `prefix` is 1 where a space is put before a text (Llama 2), which is no byte of it. Text that is no UTF-8 is not lossless; text that spells a special token becomes
-  that token.
+  (Qwen), as such models were trained. `prefix` is 1 where a space is put before a text (Llama 2), which is no
+  byte of it. Text that is no UTF-8 is not lossless; text that spells a special token becomes that token.
   """
 
   def __init__(self, path: str):

@@ -33,6 +33,7 @@ runs trained models and does not train: prompt/base.py says why.
 """
 from __future__ import annotations
 
+# ruff: noqa: F401  (what the package offers as its own)
 from nsa.methods import blocks, interface, registry
 from nsa.methods.contract import ContractError, build
 from nsa.methods.dense import Dense

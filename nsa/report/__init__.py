@@ -117,4 +117,5 @@ def verdict_table(*paths: Path) -> str:
 def _short(name: str) -> str:
   """A metric's heading in a terminal: its unit, or its name; and its part."""
   metric, part = endpoints.metric(name), name.partition(":")[2]
-  return (metric.unit if metric.kind == "text" else name.partition(":")[0] + (" %" if metric.scale == 100 else "")) + (f" {part}" if part else "")
+  heading = metric.unit if metric.kind == "text" else name.partition(":")[0] + (" %" if metric.scale == 100 else "")
+  return heading + (f" {part}" if part else "")

@@ -102,8 +102,9 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
       continue
     lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()] for arm, by_part in parts.items()]
     blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
-                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}, mean ± half-width (seeds). Selector error: loss(own blocks) - "
-                        f"loss(oracle blocks). Backbone error: loss(oracle blocks) - loss({study.dense}). Above 0 is lost"
+                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}, mean ± half-width (seeds). "
+                        "Selector error: loss(own blocks) - loss(oracle blocks). Backbone error: loss(oracle blocks) - "
+                        f"loss({study.dense}). Above 0 is lost"
                         + (" (points)" if not m.lower_is_better else "") + ". Exploratory"))
     blocks.append(gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(study, e.metric, parts),
                                 "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
@@ -131,7 +132,8 @@ def _comparison_table(study, found, mine, size):
   lines = []
   for c in mine:
     i, without = c.judgement.interval, c.without_one
-    lines.append([c.name, f"{c.arm} - {c.against}" if c.quantity != "Delta" else c.arm, c.word, str(i.n), m.text(i.mean, True), m.between(i)]
+    lines.append([c.name, f"{c.arm} - {c.against}" if c.quantity != "Delta" else c.arm, c.word, str(i.n),
+                  m.text(i.mean, True), m.between(i)]
                  + ([m.between(c.documents)] if some else [])
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-", m.text(c.judgement.detectable)])
@@ -151,9 +153,11 @@ def _parts(study, table, metric, size) -> list:
   mean = lambda values: f"{np.mean(values):.3g}" if values else "-"
   sd = lambda x: m.text(float(np.std(x, ddof=1))) if len(x) > 1 else "-"
   for arm, (r, a) in analyses.parts(study, table, metric, size).items():
-    lines.append([arm, percent(study.budgets[arm]) if arm in study.budgets else "-", str(len(r)), m.text(float(np.mean(r + a)), True),
-                  m.text(float(np.mean(r)), True), sd(r), m.text(float(np.mean(a)), True), sd(a),
-                  f"{mean(tokens(arm))} - {mean(tokens(study.control(arm)))}", f"{mean(tokens(study.dense))} - {mean(tokens(study.reference))}"])
+    lines.append([arm, percent(study.budgets[arm]) if arm in study.budgets else "-", str(len(r)),
+                  m.text(float(np.mean(r + a)), True), m.text(float(np.mean(r)), True), sd(r),
+                  m.text(float(np.mean(a)), True), sd(a),
+                  f"{mean(tokens(arm))} - {mean(tokens(study.control(arm)))}",
+                  f"{mean(tokens(study.dense))} - {mean(tokens(study.reference))}"])
   return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD over seeds", "+ A", "SD over seeds", "tokens of R's sides",
                  "tokens of A's sides"], lines, f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
           ] if lines else []

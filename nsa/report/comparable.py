@@ -11,7 +11,8 @@ from pathlib import PurePath
 from nsa.report.runs import Run, Study
 
 # Settings that refuse a comparison where they differ, what is easier to understand first; and those that are only named.
-_ASKED = ("split", "context", "tokenizer", "sequences", "tasks", "task_examples", "near", "corpus_sha256", "windows_sha256", "examples_sha256")
+_ASKED = ("split", "context", "tokenizer", "sequences", "tasks", "task_examples", "near", "corpus_sha256",
+          "windows_sha256", "examples_sha256")
 _NAMED = ("blocks", "implementation")
 
 
@@ -72,7 +73,8 @@ def _of_records(run: Run) -> dict:
     if record.get("seed") != own[0].get("seed"):
       continue
     if record["kind"] == "language":
-      text["/".join([record.get("split", "val"), *(str(record[n]) for n in ("corpus", "document") if n in record)])] += record.get("second_half_bytes") or 0
+      where = "/".join([record.get("split", "val"), *(str(record[n]) for n in ("corpus", "document") if n in record)])
+      text[where] += record.get("second_half_bytes") or 0
     elif record["kind"] == "task":
       items[record.get("task")] += record.get("items", 1)
   return {**({"text": dict(text)} if text else {}), **({"items": dict(items)} if items else {})}

@@ -46,7 +46,8 @@ class Admission:
     """Which gates failed, and by what."""
     m = gated(self.metric)
     return "; ".join(f"{gate.control}: " + ("not run" if math.isnan(gate.found) else
-                                            f"{m.text(gate.found, m.kind == 'text')}, {gate.needs}") for gate in self.gates if not gate.passed)
+                                            f"{m.text(gate.found, m.kind == 'text')}, {gate.needs}")
+                     for gate in self.gates if not gate.passed)
 
 
 def gated(name: str) -> endpoints.Metric:

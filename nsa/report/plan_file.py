@@ -19,8 +19,10 @@ from nsa.report.runs import Study
 
 GATES = {"dense exact match at least": gates.SOLVED, "or within, of the best arm": gates.BEST,
          "random blocks and sink + window, exact match at most": gates.HALF,
-         **{f"{name}: random blocks and sink + window behind dense at least": m.behind for name, m in endpoints.METRIC.items() if m.kind == "text"},
-         **{f"{name}: oracle blocks behind dense at most": m.near for name, m in endpoints.METRIC.items() if not m.gated_by}}
+         **{f"{name}: random blocks and sink + window behind dense at least": m.behind
+            for name, m in endpoints.METRIC.items() if m.kind == "text"},
+         **{f"{name}: oracle blocks behind dense at most": m.near
+            for name, m in endpoints.METRIC.items() if not m.gated_by}}
 
 
 def make(study) -> dict:
@@ -66,7 +68,8 @@ def text(study, plan: dict) -> str:
       ["arm", "size", "attention", "stages", "steps", "forks from", "tokens", "seeds"], [_arm(study, arm, plan) for arm in study.arms],
       "Configs in full: plan.json. Tokens: of the whole run, its trunk's included", left=4)]
   blocks += [Heading("Endpoints"), Table(["endpoint", "role", "margin"], [
-      [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"] for m, e in metrics.values()],
+      [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"]
+      for m, e in metrics.values()],
       "Text is measured on all of val, recall on 256 items per task and length, the same for all arms and seeds", left=2)]
   blocks += [Heading("Gates"), Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
@@ -76,10 +79,13 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Family of tests"), Text(
       f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: {plan['dense_arm']} minus "
       f"{plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests against the margin (a match) and a two-sided t test "
-      f"against 0, each under Holm within its family: " + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g} at every size" for kind, n in tests.items())
+      f"against 0, each under Holm within its family: "
+      + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g} at every size"
+                  for kind, n in tests.items())
       + ". Sizes are families of their own; so are, together, secondary endpoints and the quantities not named"
-      + ". Beside them, without a verdict: exact sign flips, leave-one-out, a bootstrap over (seed, document), counts where seeds fall into two "
-      "groups. A limit of large budgets is claimed only where the two largest budgets are equivalent within the margin. All else is exploratory."),
+      + ". Beside them, without a verdict: exact sign flips, leave-one-out, a bootstrap over (seed, document), counts "
+      "where seeds fall into two groups. A limit of large budgets is claimed only where the two largest budgets are "
+      "equivalent within the margin. All else is exploratory."),
       Heading("Seeds, and when it stops"), Text(plan["stopping"])]
   blocks += [Heading("Power"), *_power(study, plan, kinds, tests)]
   blocks += [Heading("Cost"), *_cost(study)]
@@ -116,8 +122,9 @@ def _power(study, plan, kinds, tests):
         lines.append([m.title, size, q, f"{sd * m.scale:g}", str(n), " / ".join(seen), " / ".join(equal)])
   if not lines:
     return [document.Text("Not given: the study states no expected scatter (`expected_sd`).")]
-  return [document.Table(["endpoint", "size", "quantity", "SD expected", "fewest seeds", "difference seen in 80 %: last / first test of Holm",
-                          "a true match is found: last / first"], lines, "From the pilots' scatter over seeds of paired differences", left=3)]
+  return [document.Table(["endpoint", "size", "quantity", "SD expected", "fewest seeds",
+                          "difference seen in 80 %: last / first test of Holm", "a true match is found: last / first"],
+                         lines, "From the pilots' scatter over seeds of paired differences", left=3)]
 
 
 def _cost(study):
@@ -159,7 +166,8 @@ def deviations(study: Study) -> list[str] | None:
     return None
   out = []
   if plan.get("hash") != digest(plan):
-    out.append(f"plan.json was changed after it was written: it gives the hash {str(plan.get('hash'))[:12]}, its content has {digest(plan)[:12]}.")
+    out.append("plan.json was changed after it was written: it gives the hash "
+               f"{str(plan.get('hash'))[:12]}, its content has {digest(plan)[:12]}.")
   asked = {name: value for name, value in archive.description(study).items() if name in plan and name not in ("arms", "plan", "name")}
   asked = {**asked, "gates": GATES}
   for name, value in asked.items():
@@ -187,7 +195,8 @@ def deviations(study: Study) -> list[str] | None:
     if more := sorted(set(got) - set(planned)):
       out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")
     if got and (less := sorted(s for s in planned if got.get(s) != "done")):
-      out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished ({', '.join(sorted({got.get(s, 'not begun') for s in less}))}).")
+      out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished "
+                 f"({', '.join(sorted({got.get(s, 'not begun') for s in less}))}).")
   return out
 
 

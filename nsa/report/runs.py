@@ -154,8 +154,8 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   seeds = tuple(config.get("seeds") or job.get("seeds") or sorted(curves)) or (0,)
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
-            seeds, config, versions, curves, records, eval_step, status, error, problems, of_kind["layer"], of_kind["language"], of_kind["task"],
-            _paused(path), settings)
+            seeds, config, versions, curves, records, eval_step, status, error, problems,
+            of_kind["layer"], of_kind["language"], of_kind["task"], _paused(path), settings)
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -223,8 +223,8 @@ def load_study(path: Path, plan: dict) -> Study:
       study.runs.append(load_run(where, job))
     else:
       status = job.get("status") if job.get("status") in ("failed", "unfinished") else "pending"
-      study.runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()), {}, {}, {}, [], None,
-                            status, job.get("error") or "", list(job.get("problems", []))))
+      study.runs.append(Run(where, job.get("arm", "unknown"), job.get("size", "unknown"), tuple(job.get("seeds") or ()),
+                            {}, {}, {}, [], None, status, job.get("error") or "", list(job.get("problems", []))))
   if not jobs and study.declared:
     study.problems.append("study.json lists no jobs")
   return study

@@ -33,8 +33,9 @@ PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alt
                  "no records of loss by position"),
     "recall": ("recall", "Exact match of each arm in its own run mode. Marks: seeds",
                "Exact match per task and arm", "no task was evaluated"),
-    "context": ("far_context", "Left: NLL of tokens that complete an n-gram seen before in the document, by the distance to it. Right: bits "
-                "per byte of the same last bytes with less and less context before them. Marks: seeds; lines: means",
+    "context": ("far_context", "Left: NLL of tokens that complete an n-gram seen before in the document, by the "
+                "distance to it. Right: bits per byte of the same last bytes with less and less context before them. "
+                "Marks: seeds; lines: means",
                 "Loss by distance of an earlier occurrence, and by context", "no records of far context"),
     "layers": ("layers", "Share of the attention mass that the chosen blocks hold, against the best choice "
                "of as many blocks (dashed: one line per seed); share of blocks that neighbouring queries "
@@ -124,7 +125,8 @@ def learnt(study: Study, size: str) -> list:
     first = lambda level: ", ".join(str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
                                     for seed in seeds)
     rows.append([arm, first(0.5), first(0.9)])
-  return [Table(["arm", "50 % at step", "90 % at step"], rows, "The first evaluation that found so many answers right, by seed. Exploratory")]
+  return [Table(["arm", "50 % at step", "90 % at step"], rows,
+                "The first evaluation that found so many answers right, by seed. Exploratory")]
 
 
 def arms(study: Study, table: list[Row]) -> list:
@@ -153,7 +155,8 @@ def arms(study: Study, table: list[Row]) -> list:
                       *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
                          _percent(mine, "mfu", ".2g")] if mine[0].headline else ["-"] * 3)])
     if lines:
-      blocks.append(Table(["arm", "seeds", *(endpoints.metric(m).title for m in shown_metrics), "training tokens", "training FLOPs per seed", "visible share (%)",
+      blocks.append(Table(["arm", "seeds", *(endpoints.metric(m).title for m in shown_metrics), "training tokens",
+                           "training FLOPs per seed", "visible share (%)",
                            "queries with more blocks than they take (%)", "tokens/s", "MFU (%)"], lines,
                           f"Size {size}. Visible share: what the last query of a full context attends to. Tokens/s per "
                           "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last stage. "
@@ -291,7 +294,8 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
     listed = lambda primary: "; ".join(f"{m.title}, margin {m.text(e.margin)} {m.unit}" for e in study.endpoints
                                        if e.primary == primary and (m := endpoints.metric(e.metric)))
     items.append(f"**Endpoints.** Primary: {listed(True)}" + (f". Secondary: {listed(False)}" if listed(False) else "")
-                 + f". The families of the primary endpoints share alpha {study.alpha:g}, under Holm within. Everything else is exploratory.")
+                 + f". The families of the primary endpoints share alpha {study.alpha:g}, under Holm within. "
+                 "Everything else is exploratory.")
     items.append("**A match** means equivalent within that margin, at these budgets, with this selector. "
                  "Whether the margin is small enough to matter is a judgement that statistics does not make.")
   bootstrapped = [c for c in verdict.comparisons if c.documents is not None and c.documents.bounded]

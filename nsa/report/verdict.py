@@ -308,8 +308,10 @@ _WORDS = ("matches", "worse", "better", "undecided", "cannot be judged", "not ad
 
 def _tally(group) -> str:
   """"worse at 1 %, 5 %; matches at 25 %"."""
-  at = lambda c: c.arm if c.budget is None else percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1)
-  return "; ".join(f"{word} at {', '.join(at(c) for c in group if c.word == word)}" for word in _WORDS if any(c.word == word for c in group))
+  at = lambda c: c.arm if c.budget is None else (
+      percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1))
+  return "; ".join(f"{word} at {', '.join(at(c) for c in group if c.word == word)}"
+                   for word in _WORDS if any(c.word == word for c in group))
 
 
 def _headline(study, primary, admitted):

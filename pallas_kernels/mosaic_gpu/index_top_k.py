@@ -50,7 +50,7 @@ def scores(q, k, first, end, *, block_size, scale, splits, width, interpret=Fals
     float32[T / tokens * B, ROWS, width], a tile's lines together, tokens = ROWS / K, in the order of (tile, batch).
     What no query of a tile sees is undefined.
   """
-  (B, T, K, H), S = q.shape, k.shape[1]
+  B, T, K, H = q.shape
   tokens = ROWS // K
   tiles = T // tokens
   bounds = spans.query_tiles(first, end, tokens, KEYS)  # B, tiles, 4

@@ -4,8 +4,9 @@ Sending every (query, block) through the lists of lists.py costs a partial resul
 again, however many neighbours chose the same block. Trained selections share much: the sink, the query's
 own blocks, stripes. A *tile* is 128 query rows, 128 // G neighbouring tokens of one KV head and, where G does
 not divide 128, a few rows that see nothing; a block that enough of the tokens chose is *common* to the tile
-(`split`), and `attend` runs plain flash attention of the tile over its common blocks, with each row masked to those that its token did choose. That makes one partial
-result per query for all its common blocks, which merge.py adds to those of the entries.
+(`split`), and `attend` runs plain flash attention of the tile over its common blocks, with each row masked to those
+that its token did choose. That makes one partial result per query for all its common blocks, which merge.py adds to
+those of the entries.
 
 Which blocks count as common, and whether any do, is a question of cost alone. On one H200 (32,768 tokens,
 bf16, head dim 128, block 64, J 16; forward ms without and with this pass): 64/4 heads, neighbours share 80 %
