@@ -25,6 +25,8 @@ def script(job: Job) -> Script:
   if spot not in ("yes", "no"):
     raise ValueError(f"--spot={spot}: yes or no")
   job.need_remote_workdir("take gs://BUCKET/...")
+  machine = f"--accelerator-type={shlex.quote(accelerator)} --version={shlex.quote(runtime)}"
+  machine += " --spot" if spot == "yes" else ""
   folder, setup = f"~/{job.name}", job.setup or SETUP
   prepare = (f"test -d {folder} || git clone --quiet {shlex.quote(repository)} {folder}; "
              f"cd {folder} && {{ {setup}; }}")
@@ -54,8 +56,7 @@ while true; do
   case "$(state)" in
     READY) ;;
     MISSING)
-      told=$(tpu_vm create --accelerator-type={shlex.quote(accelerator)} \\
-        --version={shlex.quote(runtime)}{' --spot' if spot == 'yes' else ''} 2>&1)
+      told=$(tpu_vm create {machine} 2>&1)
       case "$?:$told" in
         0:*) ;;
         *INVALID_ARGUMENT* | *PERMISSION_DENIED*) echo "$told" >&2; exit 2 ;;  # no capacity comes and goes, this stays
