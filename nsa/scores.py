@@ -42,7 +42,9 @@ def text(run, params, windows, e, context, method, token_bytes, back=None, gain=
   watched = _spread(-(-len(windows) // e.batch), -(-len(windows) if scored else -e.diagnosed // e.batch))
   nll, seen, weights = _nll(run, params, arrays, e.batch, watched)
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
-  bits = nll / step_lib.LN2 * (real > 0)
+  scored_tokens = real > 0
+  bits = nll / step_lib.LN2 * scored_tokens
+  real[:, 0] -= [w.prefix for w in windows]
   rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
                           **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
                           bytes=int(real[i, scored:].sum()),
@@ -55,7 +57,7 @@ def text(run, params, windows, e, context, method, token_bytes, back=None, gain=
     rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
                                 **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
   if back is not None:
-    rows += _hits(nll[:, scored:], back[:, scored:] * (real[:, scored:] > 0), context)
+    rows += _hits(nll[:, scored:], back[:, scored:] * scored_tokens[:, scored:], context)
   if gain and not scored:
     rows += _context_gain(run, params, arrays, e.batch, bits, real, gain)
   return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])

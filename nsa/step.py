@@ -105,8 +105,9 @@ def layers_per_turn(config) -> int:
 
   On a GPU all layers of a stack of up to UNROLLED_LAYERS, unless they are recomputed: a loop writes what the backward pass
   needs of each layer into stacked arrays and reads it from there again. On one H200, 10M parameters in 6 layers,
-  8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1. With recomputation one array per layer is
-  stacked. On a CPU a loop compiles faster and runs as fast.
+  8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1; three of the six at a time gain nothing (22.1).
+  The dense program compiles in 17 s, of the loop in 27. With recomputation one array per layer is stacked. On a CPU a loop
+  compiles faster.
   """
   if config.unroll:
     return config.unroll
@@ -118,7 +119,7 @@ def layers_per_turn(config) -> int:
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
-                          losses=step.losses, constrain=constrain, unroll=layers_per_turn(config))
+                          losses=step.losses, counted=batch["segment_ids"] > 0, constrain=constrain, unroll=layers_per_turn(config))
   nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
@@ -234,8 +235,9 @@ class Batches:
     return of_seeds[0] if len(of_seeds) == 1 else {key: np.stack([arrays[key] for arrays in of_seeds]) for key in BATCH_KEYS}
 
   def _ratio(self, row) -> float:
-    real = row["weights"] > 0
-    return real.sum() / max(self.sources[0].tokenizer.token_bytes[row["targets"][real]].sum(), 1)
+    real, tokenizer = row["weights"] > 0, self.sources[0].tokenizer
+    spaces = tokenizer.prefix * (row["inputs"][real] == tokenizer.bos).sum()  # put before documents, no bytes of theirs
+    return real.sum() / max(tokenizer.token_bytes[row["targets"][real]].sum() - spaces, 1)
 
   def tokens_per_byte(self, step: int) -> np.ndarray | float:
     """Learned targets over the bytes they stand for, float64[seeds], of one of the last batches; 1 for the bytes tokenizer."""

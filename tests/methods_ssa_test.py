@@ -145,7 +145,7 @@ def test_steps_of_a_retrofit():
 
   params = random_params(model_lib.abstract_params(config))
   inputs = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
-  batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32), "segment_ids": segments_of(False)}
+  batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32), "segment_ids": 1 + segments_of(False)}
 
   def run(step, attention=OPTIONS):
     f = lambda params: step_lib.loss_and_metrics(make_config(attention=attention), params, batch, None, step,

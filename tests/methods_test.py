@@ -9,7 +9,8 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers, methods, model as model_lib, optim
+from nsa import config as config_lib, layers, methods, model as model_lib, optim, schedule, sharding
+from nsa import step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -449,6 +450,27 @@ def test_output_gate_and_untied_head():
   np.testing.assert_allclose(logits_of("dense", tie_embeddings=False)(untied, tokens_of(), WHOLE),
                              plain[..., ::-1],
                              rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["msa", "dsa", "seer", "ssa"])
+def test_padding_counts_in_no_loss(name):
+  """A document of 40 tokens, behind it 24 of padding, and a row of padding alone: losses and gradients are the document's own."""
+  config = make_config(METHODS[name])
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  weights = tuple((loss, 1.0) for loss in METHODS[name].losses)
+  step = schedule.Step(0, "sparse", schedule.GROUPS_OF["sparse"], T, B, weights, True, 1.0, 1.0, "")
+  tokens = np.where(np.arange(T) < 40, tokens_of(), 0)[:1]
+
+  @jax.jit
+  def of(params, tokens, real):
+    batch = dict(inputs=tokens, targets=tokens, weights=real, segment_ids=real.astype(jnp.int32))
+    return jax.value_and_grad(lambda p: step_lib.loss_and_metrics(config, p, batch, KEY, step, lambda x, axes: x, mesh), has_aux=True)(params)
+
+  real = (np.arange(T) < 40).astype(np.float32)[None]
+  want = of(params_of(name), tokens[:, :40], real[:, :40])
+  got = of(params_of(name), np.concatenate([tokens, 0 * tokens]), np.concatenate([real, 0 * real]))
+  assert all(want[0][1][loss] > 1e-3 for loss in METHODS[name].losses)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
 
 
 def test_generate_is_greedy():

@@ -71,7 +71,7 @@ def example(config, mesh):
   rng = np.random.default_rng(0)  # not from the text: the standard library is another one in each Python
   tokens = rng.integers(0, 256, (4, 33)).astype(np.int32)
   weights = rng.integers(0, 2, (4, 32)).astype(np.float32)
-  segments = (np.arange(32) >= np.array([0, 4, 16, 28])[:, None]).astype(np.int32)
+  segments = 1 + (np.arange(32) >= np.array([0, 4, 16, 28])[:, None]).astype(np.int32)
   batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segment_ids=segments)
   return jax.device_put(batch, sharding.of_batch(config, mesh))
 

@@ -35,9 +35,13 @@ ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document: its name within the source and its tokens, read-only, no BOS or EOS: uint16[length] (bytes) or uint32."""
+  """One document: its name within the source and its tokens, read-only, no BOS or EOS: uint16[length] (bytes) or uint32.
+
+  prefix: bytes of its first token that are no text of it, a space that the tokenizer put before it.
+  """
   name: str
   tokens: np.ndarray
+  prefix: int = 0
 
 
 def load(source: str, split: str, *, data_dir: str = "", tokens: str = "bytes") -> list[Document]:
@@ -79,10 +83,17 @@ def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document
     raise ValueError(f"data.source = {source!r}: the split {split!r} has no document with text in it; "
                      "add text files or take another split")
   kind = tokenizer.get(tokens)
-  documents = tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
-  if tokens != "bytes":
-    _compare_bytes(source, split, tokens, texts, {d.name: int(kind.token_bytes[d.tokens].sum()) for d in documents})
-  return documents
+  if tokens == "bytes":
+    return tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
+  documents, counted = [], {}
+  for name in sorted(texts):
+    ids = kind.encode(texts[name])
+    made = int(kind.token_bytes[ids].sum())
+    prefix = kind.prefix * (made == len(texts[name]) + kind.prefix)
+    documents.append(_document(name, ids, prefix))
+    counted[name] = made - prefix
+  _compare_bytes(source, split, tokens, texts, counted)
+  return tuple(documents)
 
 
 def _compare_bytes(source, split, tokens, texts, counted):
@@ -96,9 +107,9 @@ def _compare_bytes(source, split, tokens, texts, counted):
         len(texts), sum(len(texts[name]) for name in other), other[0])
 
 
-def _document(name, tokens):
+def _document(name, tokens, prefix=0):
   tokens.setflags(write=False)  # documents are shared between callers
-  return Document(name, tokens)
+  return Document(name, tokens, prefix)
 
 
 def fingerprint(documents: list[Document]) -> str:

@@ -22,6 +22,7 @@ class Bytes:
   bos: int = BOS
   eos: int = EOS
   pad: int = PAD
+  prefix: int = 0  # bytes that a text gets in front, as by HuggingFace
 
   @property
   def token_bytes(self) -> np.ndarray:
@@ -49,7 +50,7 @@ class HuggingFace:
   bytes of what was read, by name.
 
   BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
-  (Qwen), as such models were trained. Text that is no UTF-8 is not lossless; text that spells a special token becomes
+  (Qwen), as such models were trained. `prefix` is 1 where a space is put before a text (Llama 2), which is no byte of it. Text that is no UTF-8 is not lossless; text that spells a special token becomes
   that token.
   """
 
@@ -73,6 +74,7 @@ class HuggingFace:
     self._special = {token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
     self.token_bytes = self._count_bytes(tree)
     self.vocab_size = len(self.token_bytes)
+    self.prefix = self._spaces()
     self.eos = self._id(names, "eos_token", beside)
     if self.eos is None:
       raise ValueError(f"data.tokenizer = {self.name!r}: {beside} names no eos_token; documents end with it, add it "
@@ -124,6 +126,15 @@ class HuggingFace:
       else:
         out[number] = len(text.replace("\u2581", " ").encode())
     return out
+
+  def _spaces(self) -> int:
+    """Bytes put before a text. Raises ValueError where letters and spaces do not stand for a byte each: a vocabulary without
+    its own sign for a space spells it in three bytes, and bits per byte would be too low by all the spaces."""
+    one, two = (int(self.token_bytes[self.encode(text)].sum()) - len(text) for text in ("a", "a b"))
+    if one not in (0, 1) or two != one:
+      raise ValueError(f"data.tokenizer = {self.name!r}: its tokens of 'a b', 3 bytes, stand for {two + 3} (of 'a' for {one + 1}), so "
+                       "that bits per byte cannot be counted: a space or a letter is no token of it; take bytes or another tokenizer")
+    return one
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Text, or bytes read as UTF-8 with U+FFFD for what is none, to uint32[length] ids, without BOS or EOS."""

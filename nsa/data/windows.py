@@ -14,13 +14,17 @@ if TYPE_CHECKING:  # data needs the fields, not the module: loading it pulls in 
 
 @dataclasses.dataclass(frozen=True)
 class EvalWindow:
-  """`context` consecutive tokens of one document; `start` counts from its BOS (0)."""
+  """`context` consecutive tokens of one document; `start` counts from its BOS (0).
+
+  prefix: bytes of the first target that are no text of the document, see `Document`.
+  """
   document: str
   start: int
   inputs: np.ndarray       # int32[T]
   targets: np.ndarray      # int32[T]
   weights: np.ndarray      # float32[T], all 1
   segment_ids: np.ndarray  # int32[T], all 1
+  prefix: int = 0
 
 
 def eval_windows(config: DataConfig, split: str, count: int, context: int, corpus: str = "") -> list[EvalWindow]:
@@ -61,7 +65,7 @@ def eval_windows(config: DataConfig, split: str, count: int, context: int, corpu
       inputs, targets = np.empty(context, np.int32), np.empty(context, np.int32)
       text.read(kind, documents[d].tokens, start, inputs, targets)
       windows.append(EvalWindow(documents[d].name, start, inputs, targets, np.ones(context, np.float32),
-                                np.ones(context, np.int32)))
+                                np.ones(context, np.int32), 0 if start else documents[d].prefix))
   return windows
 
 

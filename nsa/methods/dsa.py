@@ -196,7 +196,7 @@ class DSALayer(blocks.BlockLayer):
       return masked.kl(target, index_scores(q_idx, w, k_idx).swapaxes(1, 2), mask).swapaxes(1, 2)
 
     kl = distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w, lists)
-    return {"index_kl": jnp.mean(kl)}
+    return {"index_kl": call.mean(kl)}
 
   def _scores_per_query(self, k_idx, heads: int = 0) -> int:
     return k_idx.shape[0] * k_idx.shape[1] * max(heads, self.selector.sets * self.selector.heads)

@@ -51,7 +51,7 @@ class GatedLayer(msa.MSALayer):
 
   def attend(self, index, x, streams, lists, size, call):
     q, k, v = x.q, streams["k"], streams["v"]
-    (B, T, N, H), K, width = q.shape, k.shape[2], index.shape[-1]
+    (N, H), K, width = q.shape[2:], k.shape[2], index.shape[-1]
     gate = index.astype(jnp.float32) * self.gain[...][:, None] * (H / width) ** 0.5
     q = jnp.concatenate([q, jnp.repeat(gate, N // K, axis=2).astype(q.dtype)], -1)
     k = jnp.concatenate([k, jnp.broadcast_to(streams["k_idx"][:, :, None], k.shape[:3] + (width,)).astype(k.dtype)], -1)

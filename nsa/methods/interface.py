@@ -6,10 +6,12 @@ declares with the classes below, and contract.py checks the declarations against
 docs/extend.md writes a method, a recall task and a control outside of this package.
 """
 import dataclasses
+import math
 from typing import Any, Callable, ClassVar, NamedTuple
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
@@ -60,16 +62,25 @@ class Call:
   losses: bool = True                 # whether auxiliary losses are computed
   implementation: str | None = None   # of the attention operations
   rope: Callable[..., Array] = lambda x, offset=0, stride=1: x  # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
+  fused: Callable[[int], Any] | None = None  # head dim -> cos and sin of these tokens, float32[T, H / 2]: pallas_kernels/fused.py serves
   prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods of prompt/
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
   layer: Any = 0                      # number of the layer, from 0: int or traced int32
   handed: Any = None                  # what the layer below of the same method chose, for methods with `handed_up`
+  counted: Any = None                 # bool[B, T]: the tokens that auxiliary losses are means over, no padding; None = all
 
   @property
   def ops(self) -> dict:
     """Keyword arguments that every attention operation takes."""
     return dict(segment_ids=self.segment_ids, query_offset=self.offset, implementation=self.implementation)
+
+  def mean(self, x: Float[Array, "B T ..."]) -> Float[Array, ""]:
+    """The mean over the tokens that count; 0 without any. Padding would dilute a loss and teach a selector to find padding."""
+    if self.counted is None:
+      return jnp.mean(x)
+    rows = self.counted.reshape(self.counted.shape + (1,) * (x.ndim - 2))
+    return jnp.sum(jnp.where(rows, x, 0)) / jnp.maximum(jnp.sum(self.counted) * math.prod(x.shape[2:]), 1)
 
   def query_segments(self, length: int) -> Int[Array, "B T"] | None:
     """The segment ids of the `length` queries."""
@@ -89,7 +100,7 @@ class Inputs(NamedTuple):
 
 class Result(NamedTuple):
   o: Float[Array, "B T N H"]
-  losses: dict                        # name -> float32 scalar, a mean over queries and KV heads
+  losses: dict                        # name -> float32 scalar, a mean over queries (`Call.mean`) and KV heads
   block_indices: Int[Array, "B T K J"] | None = None
   state: dict | None = None           # the new state, like `Layer.initial_state`; needed only with a cache
   measured: dict | None = None        # name -> float32[B, K], what the layer measured of itself: means over its sparse queries

@@ -187,4 +187,6 @@ class SeerLayer(blocks.BlockLayer):
 
     B, _, N, _ = q.shape
     loss, counts = distillation.over_queries(one, call, B * S * N, q, lse, scores, lists)
-    return {"gate_kl": jnp.sum(loss) / jnp.maximum(jnp.sum(counts), 1)}
+    if call.counted is not None:
+      counts &= call.counted[:, :, None]
+    return {"gate_kl": jnp.sum(jnp.where(counts, loss, 0)) / jnp.maximum(jnp.sum(counts), 1)}

@@ -62,10 +62,10 @@ class SSA(blocks.BlockMethod):
     return {**super().reads(model, context), "scores": context / self.block_size / 2}  # a mean key has no value
 
 
-def smooth_l1(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ""]:
-  """Mean Huber loss with its bend at 1, float32."""
+def smooth_l1(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+  """Huber loss with its bend at 1, float32."""
   d = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))
-  return jnp.mean(jnp.where(d < 1, 0.5 * d * d, d - 0.5))
+  return jnp.where(d < 1, 0.5 * d * d, d - 0.5)
 
 
 class SSALayer(blocks.BlockLayer):
@@ -82,7 +82,8 @@ class SSALayer(blocks.BlockLayer):
     if call.losses:
       gate = 1.0 if x.gate is None else x.gate[..., None]
       a, b = (y.astype(jnp.float32) * gate for y in (full, sparse))
-      losses["alignment"] = smooth_l1(a, jax.lax.stop_gradient(b)) + smooth_l1(b, jax.lax.stop_gradient(a))
+      losses["alignment"] = call.mean(smooth_l1(a, jax.lax.stop_gradient(b))
+                                      + smooth_l1(b, jax.lax.stop_gradient(a)))
     return interface.Result(full, losses) if dense else interface.Result(sparse, losses, lists)
 
   def select(self, index, x, streams, call):
