@@ -168,17 +168,24 @@ def _connect(processes) -> None:
 
 
 def compilation_cache(directory: str | None) -> None:
-  """Keeps compiled programs between processes. Before the first computation."""
+  """Keeps compiled programs between processes. Before the first computation.
+
+  A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to another
+  machine, under another name.
+  """
   import jax
   if directory:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.__version_info__ < (0, 11):  # it would make the directory's name a part of what a program is found by
+      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def define_common() -> None:
   """Flags that every entry point which computes has."""
   flags.DEFINE_string("compilation_cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/nsa/compiled"),
-                      "Directory of compiled programs, kept between processes; empty for none.")
+                      "Directory of compiled programs, kept between processes; empty for none. It may be "
+                      "copied to other machines of the same devices and versions.")
   flags.DEFINE_string("coordinator", "", "host:port of process 0 of a run of several processes; empty: from "
                       "JAX_COORDINATOR_ADDRESS, Slurm or the TPU environment, or a single process; auto: jax asks the "
                       "cluster (Cloud TPU VMs, Open MPI).")

@@ -134,6 +134,8 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
   """
   e = config.eval
   short = during and bool(e.during)
+  if short:  # one batch says how a selection comes along
+    e = dataclasses.replace(e, diagnosed=min(e.diagnosed, e.batch))
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   asked = asked or held_out.load(config, during)
   context, windows, task_sets = asked.context, asked.windows, asked.tasks

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from pallas_kernels import fused, spans
+
 # Above this many positions a RoPE table would bloat the program as a constant.
 _MAX_CONSTANT_POSITIONS = 32_768
 _ONE_HOT_ROWS = 1024  # vocabularies up to this size sum the gradient of their embeddings by a product
@@ -194,6 +196,20 @@ class HeadProjection(nnx.Module):
     if hasattr(self, "norm"):
       y = rms_norm(y, self.norm[...], self.eps)
     return y
+
+
+def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bool) -> Float[Array, "B T heads H"]:
+  """The heads of one projection, rotated or not; `call`, a methods.Call, says where the tokens are and how heads are rotated."""
+  segments, width = call.query_segments(h.shape[1]), part.weight.shape[2]
+  taps, gain = (getattr(part, name)[...] if hasattr(part, name) else None for name in ("taps", "norm"))
+  # A rotation alone XLA puts into a pass of its own; whether the kernel's is faster was not measured.
+  if call.fused is None or hasattr(part, "bias") or not fused.takes_width(width) or (taps is None and gain is None):
+    y = part(h, segments, call.tail)
+    return call.rope(y, offset=call.offset) if rotated else y
+  y = jnp.einsum("btd,dnh->btnh", h, part.weight[...].astype(h.dtype))
+  first, _ = spans.of_segments(segments, spans.positions(h.shape[1], 0, h.shape[0]))
+  table = tuple(map(jnp.asarray, call.fused(width))) if rotated else None
+  return fused.heads(y, taps, gain, table, first, part.eps)
 
 
 class SwiGLU(nnx.Module):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from nsa import layers, methods
+from pallas_kernels import fused
 
 
 class Attention(nnx.Module):
@@ -40,13 +41,16 @@ class Attention(nnx.Module):
 
   def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
     """These tokens as the method sees them, and their streams."""
-    segments = call.query_segments(h.shape[1])
-    q, k = self.q(h, segments, call.tail), self.k(h, segments, call.tail)
+    q_raw, k_raw, v = (layers.project(part, h, call, rotated=False) for part in (self.q, self.k, self.v))
+    if call.fused is None:
+      q, k = call.rope(q_raw, offset=call.offset), call.rope(k_raw, offset=call.offset)
+    else:  # what is not rotated is gone unless the method asks for it
+      q, k = (layers.project(part, h, call, rotated=True) for part in (self.q, self.k))
     gate = None
     if hasattr(self, "gate"):
       gate = jax.nn.sigmoid(jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype)).astype(jnp.float32))
-    x = methods.Inputs(h, call.rope(q, offset=call.offset), q, k, gate)
-    return x, {"k": call.rope(k, offset=call.offset), "v": self.v(h, segments, call.tail), **self.method.streams(x, call)}
+    x = methods.Inputs(h, q, q_raw, k_raw, gate)
+    return x, {"k": k, "v": v, **self.method.streams(x, call)}
 
   def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
     x, streams = self.project(h, call)
@@ -275,12 +279,27 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     rotates = jnp.asarray(~np.isin(np.arange(model.num_layers), model.no_rope_layers))[index]
     return lambda x, **where: jnp.where(rotates, rotate(x, **where), x)
 
+  def table_of(index):
+    """Head dim -> what `rope_of(index)` turns these tokens by, for one-pass kernels; None where there are none."""
+    if not one_pass:
+      return None
+
+    def table(head_dim):
+      cos, sin = layers.rope_table(capacity, head_dim, model.rope_theta, 1, model.rope_scaling)
+      if not model.no_rope_layers:
+        return cos, sin
+      rotates = jnp.asarray(~np.isin(np.arange(model.num_layers), model.no_rope_layers))[index]
+      return jnp.where(rotates, cos, 1.0), jnp.where(rotates, sin, 0.0)
+
+    return table
+
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
                       counted=counted,
                       implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
   table = constrain(net.embed[...].astype(dtype), ("vocab", None))
   x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
+  one_pass = cache is None and config.implementation != "reference" and fused.serves(x)
   all_losses, seen, new_cache, first = [], [], [], 0
   for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
     stack_def, stack_state = nnx.split(stack)
@@ -291,7 +310,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     def body(carry, layer, stack_def=stack_def, watch=watch, hands=hands):
       (x, handed), (state, layer_cache, index) = carry, layer
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), layer=index, handed=handed)
+      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), fused=table_of(index), layer=index, handed=handed)
       x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),

@@ -66,6 +66,11 @@ def partitioned(mesh, *, batch=(), time=(), heads=()):
     _current.reset(token)
 
 
+def active() -> bool:
+  """Whether operations are cut over several devices here."""
+  return _current.get() is not None
+
+
 def apply(operation: str, function, arguments: dict):
   """function(**arguments), cut as the surrounding `partitioned` says."""
   partition = _current.get()

@@ -377,9 +377,10 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
   config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse", "dense"), during=("sparse",),
                        tasks=("copy:length=4",))
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
-  whole = evaluate.records(config, params, 7)
-  short = evaluate.records(config, params, 7, during=True)
+  one_batch = dataclasses.replace(config, eval=dataclasses.replace(config.eval, diagnosed=config.eval.batch))
+  whole = evaluate.records(one_batch, params, 7)
+  short = evaluate.records(config, params, 7, during=True)  # whose layers are those of one batch, however many it asks for
   kept = [row for row in whole if row["run_mode"] == "sparse" and row["kind"] in ("language", "position", "layer")]
   assert short == kept and {row["kind"] for row in short} == {"language", "position", "layer"}
-  config.eval.during = ()
-  assert evaluate.records(config, params, 7, during=True) == whole
+  one_batch.eval.during = ()
+  assert evaluate.records(one_batch, params, 7, during=True) == whole

@@ -1,8 +1,12 @@
-"""Tests of nsa/programs.py: nothing is compiled here, programs are what `build` returns."""
+"""Tests of nsa/programs.py, whose programs are what `build` returns here, and of the cache between processes."""
 import threading
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache as cache
+import jax.numpy as jnp
 import pytest
 
+from launch import cli
 from nsa import programs
 
 
@@ -62,3 +66,31 @@ def test_an_inner_block_leaves_it_to_the_outer_one_and_its_end_stops_the_thread(
   count = len(called)
   assert "inner" not in called
   assert not programs._working and len(called) == count
+
+
+def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_enable_xla_caches",
+           "jax_persistent_cache_min_entry_size_bytes")
+  old, hits = {name: getattr(jax.config, name) for name in names}, []
+  listen = lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+  jax.monitoring.register_event_listener(listen)
+
+  def compile_in(directory):
+    cli.compilation_cache(str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache.reset_cache()
+    jax.jit(lambda x: jnp.tanh(x) * 7.25).lower(jax.ShapeDtypeStruct((3,), jnp.float32)).compile()
+
+  try:
+    compile_in(tmp_path / "here")
+    assert not hits
+    (tmp_path / "here").rename(tmp_path / "elsewhere")
+    jax.clear_caches()
+    compile_in(tmp_path / "elsewhere")
+    assert len(hits) == 1
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+    for name, value in old.items():
+      jax.config.update(name, value)
+    cache.reset_cache()

@@ -86,10 +86,10 @@ class IndexBranch(nnx.Module):
     self.k = projection(init.child("k"), model.d_model, 1, options.index_dim, axis=None)
 
   def keys(self, h, call) -> Float[Array, "B T Hi"]:
-    return call.rope(self.k(h, call.query_segments(h.shape[1]), call.tail), offset=call.offset)[:, :, 0]
+    return layers.project(self.k, h, call, rotated=True)[:, :, 0]
 
   def queries(self, h, call) -> Float[Array, "B T K Hi"]:
-    return call.rope(self.q(h, call.query_segments(h.shape[1]), call.tail), offset=call.offset)
+    return layers.project(self.q, h, call, rotated=True)
 
 
 class MSALayer(blocks.BlockLayer):

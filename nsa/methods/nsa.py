@@ -158,10 +158,8 @@ class NSALayer(blocks.BlockLayer):
     self.strides = dict(block_len=options.compress_len, block_stride=options.compress_stride)
 
   def streams(self, x, call):
-    h, b, seg = x.h, self.branch, call.query_segments(x.h.shape[1])
-    k_win = call.rope(b.k_win(h, seg, call.tail), offset=call.offset)
-    return {"k_cmp": b.k_cmp(h, seg, call.tail), "v_cmp": b.v_cmp(h, seg, call.tail),
-            "k_win": k_win, "v_win": b.v_win(h, seg, call.tail)}
+    b = self.branch
+    return {name: layers.project(getattr(b, name), x.h, call, rotated=name == "k_win") for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
 
   def index(self, x, streams, call):
     """The compressed branch: its keys, its output and its log normaliser."""

@@ -1,0 +1,108 @@
+"""The one-pass kernel of pallas_kernels/fused.py: against XLA's passes, and where the model puts it.
+
+`TRITON_INTERPRET=1 pytest tests/fused_test.py` runs the kernels' arithmetic on the CPU where torch is installed.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, layers, methods, model as model_lib
+from pallas_kernels import fused, spans
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def kernels_run():
+  pytest.importorskip("triton", reason="triton is not installed")
+  from pallas_kernels.triton import call
+  if call.INTERPRET:
+    pytest.importorskip("torch", reason="the interpreter needs torch")
+  elif not ON_GPU:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+
+
+def heads_by_xla(y, taps, gain, table, first, eps):
+  """What fused.heads computes, step by step."""
+  if taps is not None:
+    y = layers.short_conv(y, taps, first)  # tokens of a segment have the same first token
+  if gain is not None:
+    y = layers.rms_norm(y, gain, eps)
+  return y if table is None else layers.rope(y, table)
+
+
+def results_and_gradients(function, arguments, seed=5):
+  """Results and gradients for random cotangents; None stays None."""
+  out, pull = jax.vjp(function, *arguments)
+  rng = np.random.default_rng(seed)
+  return out, pull(jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out))
+
+
+def assert_close(got, want, rtol=2e-5):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("taps, norm, rope", [(3, True, True), (0, True, True), (2, True, False), (4, False, False), (0, False, True)])
+@pytest.mark.parametrize("seeds", [0, 2])
+def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds):
+  """Packed rows that no tile divides; `seeds`: as many models with parameters of their own, vmapped."""
+  kernels_run()
+  B, T, N, H = 2, 70, 3, 16
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
+  arguments = draw(B, T, N, H), draw(taps, N, H) if taps else None, draw(H) if norm else None
+  table = tuple(map(jnp.asarray, layers.rope_table(T, H, 1e4))) if rope else None
+  first, _ = spans.of_segments(jnp.asarray(np.sort(rng.integers(0, 5, (B, T)), axis=1), jnp.int32), spans.positions(T, 0, B))
+
+  def both(function):
+    run = lambda *a: results_and_gradients(lambda *a: function(*a, table, first, 1e-5), a)
+    return jax.vmap(run)(*arguments) if seeds else run(*arguments)
+
+  assert_close(both(fused.heads), both(heads_by_xla))
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize("method", [methods.MSA(block_size=8, num_blocks=2, index_dim=16),
+                                    methods.NSA(block_size=8, num_blocks=4, compress_len=8, compress_stride=4, window=8)],
+                         ids=lambda method: method.name)
+def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
+  """The same losses and gradients through fused.heads, whose place XLA's steps take here."""
+  called = []
+
+  def serve(name, function):
+    def run(*arguments, **options):
+      called.append(name)
+      return function(*arguments, **options)
+    monkeypatch.setattr(fused, name, run)
+
+  serve("heads", heads_by_xla)
+  config = config_lib.Config(attention=method, model=config_lib.ModelConfig(
+      vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
+  params = model_lib.init_params(config, 0)
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)  # no gain or tap is 1 or 0
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(0, 256, (2, 32)), jnp.int32)
+  segments = jnp.asarray(np.arange(32) >= np.array([[0], [16]]), jnp.int32)
+
+  def loss(params):
+    out = model_lib.forward(config, params, tokens, segments)
+    return jnp.mean(jax.nn.logsumexp(out.logits, -1) - out.logits[..., 0]) + sum(out.losses.values())
+
+  want = jax.jit(jax.value_and_grad(loss))(params)
+  assert not called
+  monkeypatch.setattr(fused, "serves", lambda x: True)
+  got = jax.jit(lambda params: jax.value_and_grad(loss)(params))(params)
+  assert called
+  assert_close(got, want, rtol=1e-4)
+  called.clear()
+  jax.eval_shape(lambda p: model_lib.forward(dataclasses.replace(config, implementation="reference"), p, tokens, segments).logits, params)
+  assert not called
+
+
+def test_kernels_serve_half_precision_on_one_gpu_alone():
+  x = jax.ShapeDtypeStruct((1, 2, 3), jnp.bfloat16)
+  assert fused.serves(x) == ON_GPU
+  assert not fused.serves(jax.ShapeDtypeStruct((1, 2, 3), jnp.float32))
