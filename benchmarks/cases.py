@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import arg_specs
 import pallas_kernels as pk
+from pallas_kernels import arg_specs
 
 PATTERNS = {
     "uniform": arg_specs.uniform,

@@ -32,14 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import cases
-from benchmarks import peer
-from benchmarks import predict
-from benchmarks import timing
+from benchmarks import cases, peer, predict, timing
 from launch import cli
-from pallas_kernels import arg_specs
-from pallas_kernels import cost
-from pallas_kernels import cudnn
+from pallas_kernels import arg_specs, cost, cudnn
 from pallas_kernels.mosaic_gpu import shared_blocks
 
 ALGORITHMS = {"union": True, "gather": False}  # of mosaic_gpu: common blocks get a pass of their own, or none

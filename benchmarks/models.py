@@ -6,8 +6,7 @@ import statistics
 import tempfile
 import time
 
-from benchmarks import kinds
-from benchmarks import timing
+from benchmarks import kinds, timing
 
 PILOT = dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
              tie_embeddings=False, dtype="bfloat16")
@@ -69,6 +68,7 @@ def measure(config, *, steps: int, repeats: int, profile: bool = False) -> dict:
   """The columns of a row."""
   import jax
   import numpy as np
+
   from nsa import flops, metrics, schedule, sharding, step as step_lib
   mesh = sharding.make_mesh(config)
   what = schedule.at(config, config.schedule.steps // 2)

@@ -63,6 +63,7 @@ class StandIn:
 def bare(config, mesh, steps: int) -> float:
   """Milliseconds per step of the compiled step alone."""
   import jax
+
   from nsa import schedule, step as step_lib
   what = schedule.at(config, config.schedule.steps - 1)
   seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
@@ -89,6 +90,7 @@ def loop(config, workdir) -> float:
 def inputs(config, mesh, steps: int) -> dict[str, float]:
   """Milliseconds of one batch, on the host alone and up to the devices."""
   import jax
+
   from nsa import schedule, step as step_lib
   batches = step_lib.Batches(config, mesh)
   batches.at(0)
@@ -108,6 +110,7 @@ def inputs(config, mesh, steps: int) -> dict[str, float]:
 def saving(config, mesh, workdir) -> dict[str, float]:
   """Seconds that `save` holds up its caller, and until the checkpoint is complete; medians of 5 after a first one."""
   import jax
+
   from nsa import checkpoint, step as step_lib
   state = jax.block_until_ready(step_lib.compile_init(config, mesh)(step_lib.seeds_of(config)))
   checkpoints = checkpoint.Checkpoints(workdir, keep=1)
@@ -123,8 +126,9 @@ def saving(config, mesh, workdir) -> dict[str, float]:
 
 
 def main():
-  from nsa import config as config_lib, sharding, step as step_lib, train
   import jax
+
+  from nsa import config as config_lib, sharding, step as step_lib, train
   config = config_lib.validate(_CONFIG.value)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   config.schedule.steps = _STEPS.value

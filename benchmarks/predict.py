@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from pallas_kernels import arg_specs
-from pallas_kernels import cost
+from pallas_kernels import arg_specs, cost
 
 MEASURED = pathlib.Path(__file__).parent.parent / "experiments" / "results" / "kernels"
 

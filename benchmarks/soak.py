@@ -91,6 +91,7 @@ def disturb(directory: Path, rng: random.Random, log) -> list[dict]:
 def agreement(calm: Path, cut: Path) -> dict[str, bool]:
   """What of two run directories is the same, bit by bit."""
   import numpy as np
+
   from nsa import checkpoint, metrics
 
   def leaves(tree, path=""):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nsa import schedule, sharding, step as step_lib
-from pallas_kernels.mosaic_tpu import aot
 import pallas_kernels
+from pallas_kernels.mosaic_tpu import aot
 
 
 def shrunk(config):

@@ -19,13 +19,8 @@ import jax.numpy as jnp
 
 from benchmarks import timing
 from launch import cli
-from pallas_kernels import arg_specs
-from pallas_kernels import spans
-from pallas_kernels.triton import kl
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import selected
-from pallas_kernels.triton import top_k
-from pallas_kernels.triton import tuning
+from pallas_kernels import arg_specs, spans
+from pallas_kernels.triton import kl, ranged, selected, top_k, tuning
 from pallas_kernels.triton.tuning import Tuned
 
 _KERNELS = flags.DEFINE_list("kernels", None, "Names, or None for all.")

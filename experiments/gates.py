@@ -110,6 +110,7 @@ def table(workdir) -> str:
   """The endpoints of every arm and run mode as they stand in a study's directory, and recall over the steps."""
   from etils import epath
   import numpy as np
+
   from nsa import metrics
 
   def mean(rows, value, weight=None):

@@ -18,6 +18,7 @@ from nsa import methods, schedule
 from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig, OptimizerConfig
 from nsa.study import Study
 
+BLOCKS = dict(block_size=4, num_blocks=4, num_initial=1, num_local=1)
 BUDGETS = (0.25, 0.5)
 CONTROLS = ("dense", "oracle", "quest", "block_topk", "sink_window", "random")
 
@@ -25,7 +26,6 @@ CONTROLS = ("dense", "oracle", "quest", "block_topk", "sink_window", "random")
 def get_config(arg=None):
   a = arguments.parse(arg, steps=400, seeds=3)
   plan = dict(peak=4e-3, warmup=0.05, decay=0.2)
-  blocks = dict(block_size=4, num_blocks=4, num_initial=1, num_local=1)
   warmup = max(1, a.steps // 20)  # steps in which the selector learns and the output stays dense
 
   def arm(name, attention, stages, run_modes, fork=None, share=1.0):
@@ -36,12 +36,12 @@ def get_config(arg=None):
         data=DataConfig(source="tasks", context=64, global_batch=32, task_share=1.0, tasks=("mqar:pairs=4",),
                         answer_weight=1.0, filler_weight=0.0, align=4),
         optimizer=OptimizerConfig(weight_decay=0.01, selector_learning_rate=5.0),
-        eval=EvalConfig(sequences=0, task_examples=128, batch=32, run_modes=run_modes, blocks=blocks if dense else {},
+        eval=EvalConfig(sequences=0, task_examples=128, batch=32, run_modes=run_modes, blocks=BLOCKS if dense else {},
                         near=(4, 16), every=max(1, round(a.steps * share / 10)),
                         during=("dense",) if dense else ("sparse",), during_examples=64),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 
-  msa = methods.MSA(index_dim=16, **blocks)
+  msa = methods.MSA(index_dim=16, **BLOCKS)
   arms = [arm("dense", methods.Dense(), schedule.dense(a.steps, **plan), CONTROLS),
           arm("native_msa", msa, schedule.native(a.steps, selector_warmup=warmup / a.steps, **plan), ("sparse", "dense", "oracle"))]
   budgets = {f"retrofit_msa_{100 * budget:g}": budget for budget in BUDGETS}

@@ -21,6 +21,7 @@ cli.define_common()
 
 def main():
   import jax
+
   from nsa import config as config_lib, evaluate
   from nsa.look import selections
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)

@@ -14,10 +14,10 @@ All use of Orbax is in this file. Every process of a multi-host run must make th
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 import errno
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -26,8 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import path as ocp_path
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import path as ocp_path, v1 as ocp
 
 from nsa import fingerprint
 

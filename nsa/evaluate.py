@@ -40,9 +40,19 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from nsa import config as config_lib
-from nsa import checkpoint, held_out, methods, metrics, model as model_lib, programs, rundir, scores, sharding
-from nsa import step as step_lib
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  held_out,
+  methods,
+  metrics,
+  model as model_lib,
+  programs,
+  rundir,
+  scores,
+  sharding,
+  step as step_lib,
+)
 from nsa.data import tokenizer
 from nsa.methods import blocks
 

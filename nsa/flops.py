@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nsa import config as config_lib
-from nsa import methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, methods, model as model_lib, optim, schedule
 
 
 def costs(config, context: int, mode: str, losses: bool = False) -> list[tuple[str, methods.Cost]]:

@@ -14,6 +14,7 @@ import optax
 
 from nsa import model as model_lib
 
+
 class Optimizer(NamedTuple):
   """One transformation per group that the model has: clip, precondition, decay; no learning rate."""
   groups: dict[str, str]  # as `groups_of` returns them

@@ -18,7 +18,6 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-
 HUNG = 6  # exit code of a process that waited in vain
 
 

@@ -6,9 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nsa import methods
-from nsa import records as record_lib
-from nsa import step as step_lib
+from nsa import methods, records as record_lib, step as step_lib
 
 _MAX_HEAT = 64  # cells per side of a stored heat map
 

@@ -19,12 +19,11 @@ import contextlib
 import dataclasses
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 
+from nsa import model as model_lib, optim
 import pallas_kernels as pk
-from nsa import model as model_lib
-from nsa import optim
 
 AXES = ("data", "fsdp", "context", "tensor")
 

@@ -26,9 +26,25 @@ from etils import epath
 import jax
 import numpy as np
 
-from nsa import (capacity, checkpoint, config as config_lib, evaluate, flops, held_out, lock, metrics, model as model_lib, optim,
-                 origins, processes, programs, rundir, schedule, sharding)
-from nsa import step as step_lib
+from nsa import (
+  capacity,
+  checkpoint,
+  config as config_lib,
+  evaluate,
+  flops,
+  held_out,
+  lock,
+  metrics,
+  model as model_lib,
+  optim,
+  origins,
+  processes,
+  programs,
+  rundir,
+  schedule,
+  sharding,
+  step as step_lib,
+)
 from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.

@@ -30,13 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from pallas_kernels import backends
-from pallas_kernels import partition
-from pallas_kernels import reference
-from pallas_kernels import validate
-from pallas_kernels.backends import available
-from pallas_kernels.backends import register
-from pallas_kernels.backends import target_platform
+from pallas_kernels import backends, partition, reference, validate
+from pallas_kernels.backends import available, register, target_platform
 
 __all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k",
            "index_kl", "index_top_k", "paged_attention", "register", "selected_attention", "target_platform")

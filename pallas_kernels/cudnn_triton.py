@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 
-
-from pallas_kernels import backends
-from pallas_kernels import cudnn
+from pallas_kernels import backends, cudnn
 from pallas_kernels.triton import ranged
 
 

@@ -1,7 +1,8 @@
 """What stands between a projection and attention in one pass over memory, where a kernel serves it.
 
 XLA's own passes are the slow twin, in whoever calls `heads`; results differ from theirs in rounding alone, as numbers
-between the steps stay float32. On several devices XLA's passes serve: its partitioner cannot cut a kernel.
+between the steps stay float32. The model asks for it with implementation="fastest" alone (nsa/model.py). On several
+devices XLA's passes serve: its partitioner cannot cut a kernel.
 
 On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled: the dense step 17.2 ms instead
 of 17.7, on the device 16.3 instead of 16.8; MSA 19.2 instead of 20.6, NSA 23.4 where the device alone was busy for 25.4.
@@ -11,8 +12,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels import backends
-from pallas_kernels import partition
+from pallas_kernels import backends, partition
 
 
 def serves(x) -> bool:

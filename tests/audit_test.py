@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import pilot
-from nsa import config as config_lib, methods, study as study_lib, tasks
+from nsa import config as config_lib, methods, study as study_lib
 from nsa.config import DataConfig, EvalConfig
 from nsa.planning import plan
 from nsa.tasks import audit, frame

@@ -4,21 +4,13 @@ import json
 import os
 
 import jax
-from benchmarks import cases
-from benchmarks import kernels
-from benchmarks import kinds
-from benchmarks import models
-from benchmarks import peer
-from benchmarks import timing
-from benchmarks import wall
-from nsa import config as config_lib
-from nsa import flops
-from nsa import metrics
-from nsa import schedule
-from nsa.look import selections
 import numpy as np
-from pallas_kernels import arg_specs
 import pytest
+
+from benchmarks import cases, kernels, kinds, models, peer, timing, wall
+from nsa import config as config_lib, flops, metrics, schedule
+from nsa.look import selections
+from pallas_kernels import arg_specs
 
 
 def test_counted_pairs_are_those_of_the_masks():

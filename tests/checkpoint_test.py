@@ -10,8 +10,8 @@ import sys
 from unittest import mock
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest

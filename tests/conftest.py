@@ -34,9 +34,9 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture
 def bucket(monkeypatch):
   """gs://... in memory, by the same calls of etils.epath and fsspec that reach a real bucket."""
+  from etils.epath import backend
   import fsspec  # noqa: F401, loads its registry
   from fsspec.implementations import memory
-  from etils.epath import backend
 
   class Bucket(memory.MemoryFileSystem):
     protocol, cachable = ("gs", "gcs"), False

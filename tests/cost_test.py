@@ -5,13 +5,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from benchmarks import predict
 import numpy as np
-from pallas_kernels import arg_specs
-from pallas_kernels import cost
-from pallas_kernels.cost import counts
-from pallas_kernels.cost import hopper
 import pytest
+
+from benchmarks import predict
+from pallas_kernels import arg_specs, cost
+from pallas_kernels.cost import counts, hopper
 
 RESULTS = pathlib.Path(__file__).parent.parent / "experiments" / "results" / "kernels"
 H200 = cost.CHIPS["h200"]

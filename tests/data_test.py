@@ -15,7 +15,6 @@ from nsa import data
 from nsa.config import DataConfig
 from nsa.data import counter, packing, planting, recurrence, sources, tokenizer
 
-
 HERE = pathlib.Path(__file__).parent
 SIZES = (1, 30, 63, 64, 65, 200, 511, 1000, 1777)
 

@@ -5,10 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiments import arguments
-from nsa import config as config_lib
-from nsa import evaluate, schedule, sharding
-from nsa import step as step_lib
-from nsa import study as study_lib
+from nsa import config as config_lib, evaluate, schedule, sharding, step as step_lib, study as study_lib
 
 FILES = [path for path in sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
          if "def get_config" in path.read_text()]

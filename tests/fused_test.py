@@ -79,7 +79,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
     monkeypatch.setattr(fused, name, run)
 
   serve("heads", heads_by_xla)
-  config = config_lib.Config(attention=method, model=config_lib.ModelConfig(
+  config = config_lib.Config(attention=method, implementation="fastest", model=config_lib.ModelConfig(
       vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
   params = model_lib.init_params(config, 0)
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)  # no gain or tap is 1 or 0
@@ -98,7 +98,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
   assert called
   assert_close(got, want, rtol=1e-4)
   called.clear()
-  jax.eval_shape(lambda p: model_lib.forward(dataclasses.replace(config, implementation="reference"), p, tokens, segments).logits, params)
+  jax.eval_shape(lambda p: model_lib.forward(dataclasses.replace(config, implementation=""), p, tokens, segments).logits, params)
   assert not called
 
 

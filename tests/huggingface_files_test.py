@@ -11,8 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, huggingface, methods, metrics, model as model_lib, rundir, train
-from nsa import step as step_lib
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  huggingface,
+  methods,
+  metrics,
+  model as model_lib,
+  rundir,
+  step as step_lib,
+  train,
+)
 from nsa.data import tokenizer
 
 safetensors = pytest.importorskip("safetensors.numpy")

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import kernels_oracle as oracle
 import numpy as np
 
-from pallas_kernels import arg_specs
-from pallas_kernels import masked
-from pallas_kernels import reference
+from pallas_kernels import arg_specs, masked, reference
 
 on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
 QUICK = oracle.QUICK if jax.default_backend() == "cpu" else None

@@ -1,13 +1,12 @@
 """Properties that every implementation of the operations must have, on inputs that hypothesis draws."""
 import functools
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import kernels_oracle as oracle
 import numpy as np
+
 import pallas_kernels as pk
 
 H, HI, BLOCK = 8, 4, 8

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
-import pallas_kernels as pk
-from pallas_kernels import api
-from pallas_kernels import arg_specs
-from pallas_kernels import backends
-from pallas_kernels import masked
-from pallas_kernels import reference
 import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import api, arg_specs, backends, masked, reference
 
 B, K, H, HI = 2, 2, 8, 4
 jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)

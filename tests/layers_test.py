@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers
-from nsa import step as step_lib
+from nsa import config as config_lib, layers, step as step_lib
 
 
 @pytest.mark.parametrize("vocab", [48, layers._ONE_HOT_ROWS + 1], ids=["product", "scatter"])

@@ -30,12 +30,13 @@ import jax.numpy as jnp  # noqa: E402
 import mosaic_gpu_test  # noqa: E402
 import numpy as np  # noqa: E402
 import paged_test  # noqa: E402
-import pallas_kernels as pk  # noqa: E402
-from pallas_kernels.triton import call  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_selections_test  # noqa: E402
 import triton_test  # noqa: E402
+
+import pallas_kernels as pk  # noqa: E402
+from pallas_kernels.triton import call  # noqa: E402
 
 TRITON = ("window_g3_packed", "compressed_packed", "selected_g3_packed", "beyond_a_cache")
 MOSAIC = ("g4_h64_b32", "g3")

@@ -16,8 +16,18 @@ import methods_test as shared
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim, schedule
-from nsa import sharding, step as step_lib
+from nsa import (
+  config as config_lib,
+  evaluate,
+  flops,
+  layers,
+  methods,
+  model as model_lib,
+  optim,
+  schedule,
+  sharding,
+  step as step_lib,
+)
 from nsa.methods.titans import memory
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

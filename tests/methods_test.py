@@ -9,8 +9,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers, methods, model as model_lib, optim, schedule, sharding
-from nsa import step as step_lib
+from nsa import config as config_lib, layers, methods, model as model_lib, optim, schedule, sharding, step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

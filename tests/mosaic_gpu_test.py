@@ -4,21 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 import kernels_cases as cases
 import numpy as np
 import pytest
 
-from pallas_kernels import backends
-from pallas_kernels import lists as entry_lists
-from pallas_kernels import mosaic_gpu
-from pallas_kernels import reference
-from pallas_kernels import spans
-from pallas_kernels.mosaic_gpu import forward
-from pallas_kernels.mosaic_gpu import selected
-from pallas_kernels.mosaic_gpu import shared_blocks
 import pallas_kernels
+from pallas_kernels import backends, lists as entry_lists, mosaic_gpu, reference, spans
+from pallas_kernels.mosaic_gpu import forward, selected, shared_blocks
 
 ON_HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -121,8 +114,8 @@ def with_an_empty_row(rng, shape, count):
 @pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
-  import jax.experimental.pallas.mosaic_gpu as plgpu
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  import jax.experimental.pallas.mosaic_gpu as plgpu
   s, situation = CASES[name]
   if "slices" in name:
     monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s.J * s.N * s.H * 2)  # 16 queries at a time
@@ -168,8 +161,8 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
 @pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
 @pytest.mark.parametrize("segments", [False, True])
 def test_interpreted_tiles_agree_and_do_not_race(segments):
-  import jax.experimental.pallas.mosaic_gpu as plgpu
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  import jax.experimental.pallas.mosaic_gpu as plgpu
   B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
   situation = cases.Situation(documents=(lambda S: 4) if segments else None, offset=(1,))
   shape = SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S)
@@ -197,8 +190,8 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
 @pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
 def test_interpreted_index_scores_agree_and_do_not_race():
   index_top_k = pytest.importorskip("pallas_kernels.mosaic_gpu.index_top_k", reason="triton is not installed")
-  import jax.experimental.pallas.mosaic_gpu as plgpu
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  import jax.experimental.pallas.mosaic_gpu as plgpu
   rng = np.random.default_rng(0)
   B, T, K, H, size = 1, 256, 2, 64, 64
   q, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((B, T, K, H), (B, T, H)))

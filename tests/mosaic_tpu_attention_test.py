@@ -2,25 +2,17 @@
 import dataclasses
 import functools
 
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 import jax
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
-from pallas_kernels import backends
-from pallas_kernels import reference
-from pallas_kernels.mosaic_tpu import aot
-from pallas_kernels.mosaic_tpu import attention
-from pallas_kernels.mosaic_tpu import compressed_attention
-from pallas_kernels.mosaic_tpu import compressed_top_k
-from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import index_top_k
 import pytest
+
+from pallas_kernels import backends, reference
+from pallas_kernels.mosaic_tpu import aot, attention, compressed_attention, compressed_top_k, flash, index_top_k
 
 FUNCTIONS = dict(attention=attention.attention, compressed_attention=compressed_attention.compressed_attention,
                  compressed_top_k=compressed_top_k.compressed_top_k, index_top_k=index_top_k.index_top_k)

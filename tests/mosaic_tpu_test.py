@@ -12,17 +12,11 @@ import kernels_cases as cases
 import numpy as np
 import pytest
 
-from experiments import native
 from benchmarks import tpu_programs
+from experiments import native
 import pallas_kernels
-from pallas_kernels import arg_specs
-from pallas_kernels import backends
-from pallas_kernels import head_dims
-from pallas_kernels import reference
-from pallas_kernels.mosaic_tpu import aot
-from pallas_kernels.mosaic_tpu import kl
-from pallas_kernels.mosaic_tpu import selected
-from pallas_kernels.mosaic_tpu import union
+from pallas_kernels import arg_specs, backends, head_dims, reference
+from pallas_kernels.mosaic_tpu import aot, kl, selected, union
 
 # On_wait: a copy moves data when it is waited for, so that reading too early reads NaN.
 CAREFUL = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")

@@ -2,8 +2,8 @@
 import os
 from pathlib import Path
 
-import nbformat
 from nbclient import NotebookClient
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

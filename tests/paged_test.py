@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import kernels_oracle as oracle
 import numpy as np
-import pallas_kernels as pk
-from pallas_kernels import backends
-from pallas_kernels import masked
-from pallas_kernels import reference
 import pytest
 
+import pallas_kernels as pk
+from pallas_kernels import backends, masked, reference
+
 try:
-  from pallas_kernels.triton import call
-  from pallas_kernels.triton import paged
+  from pallas_kernels.triton import call, paged
 except ImportError:
   call = None
 try:

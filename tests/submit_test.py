@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 
+from launch_test import TINY
 import pytest
 
 from launch import cli, clusters, study
-from launch_test import TINY
 from nsa import study as study_lib
 
 ROOT = Path(__file__).resolve().parent.parent

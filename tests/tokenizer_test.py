@@ -5,11 +5,10 @@ import pathlib
 
 import numpy as np
 import pytest
-
-from nsa import config as config_lib, data, schedule, scores, sharding, tasks
-from nsa import step as step_lib
-from nsa.data import tokenizer
 from tasks_test import solve_scattered
+
+from nsa import config as config_lib, data, schedule, scores, sharding, step as step_lib, tasks
+from nsa.data import tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -11,15 +11,22 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, methods, metrics, schedule, sharding, train as train_lib
-from nsa import step as step_lib
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  methods,
+  metrics,
+  schedule,
+  sharding,
+  step as step_lib,
+  train as train_lib,
+)
 from nsa.config import Stage
 from pallas_kernels import backends
 

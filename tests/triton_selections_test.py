@@ -6,23 +6,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from kernels_cases import of_index, on_cpu, on_host, shape, situations, with_gradients
 import kernels_cases as cases
+from kernels_cases import of_index, on_cpu, on_host, shape, situations, with_gradients
 import kernels_oracle as oracle
 import numpy as np
 import pytest
 
-from pallas_kernels import lists
-from pallas_kernels import reference
+from pallas_kernels import lists, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
-from pallas_kernels.triton import call  # noqa: E402
-from pallas_kernels.triton import invert  # noqa: E402
-from pallas_kernels.triton import kl  # noqa: E402
-from pallas_kernels.triton import mass  # noqa: E402
-from pallas_kernels.triton import top_k  # noqa: E402
-from pallas_kernels.triton import tuning  # noqa: E402
 from triton_test import COMPRESSED, TINY, interprets, needs_gpu  # noqa: E402
+
+from pallas_kernels.triton import call, invert, kl, mass, top_k, tuning  # noqa: E402
 
 
 def drawn_segments(rng, B, S, n=4):

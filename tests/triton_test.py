@@ -8,23 +8,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 import kernels_cases as cases
 import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import backends
-from pallas_kernels import reference
+from pallas_kernels import backends, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
-from pallas_kernels import cudnn  # noqa: E402
-from pallas_kernels import cudnn_triton  # noqa: E402
-from pallas_kernels.triton import call  # noqa: E402
-from pallas_kernels.triton import ranged  # noqa: E402
-from pallas_kernels.triton import selected  # noqa: E402
-from pallas_kernels.triton import tuning  # noqa: E402
+from pallas_kernels import cudnn, cudnn_triton  # noqa: E402
+from pallas_kernels.triton import call, ranged, selected, tuning  # noqa: E402
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

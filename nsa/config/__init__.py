@@ -6,9 +6,23 @@ An experiment file's `get_config(arg)` returns a `Config`; the launchers apply
 touches a device.
 """
 from nsa.config.checks import remarks, validate
-from nsa.config.fields import (CheckpointConfig, Config, ConfigError, DataConfig, EvalConfig, ForkConfig, LearningRate,
-                               MeshConfig, ModelConfig, OptimizerConfig, Restart, RopeScaling, ScheduleConfig, Stage,
-                               steps_of)
+from nsa.config.fields import (
+  CheckpointConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  EvalConfig,
+  ForkConfig,
+  LearningRate,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  Restart,
+  RopeScaling,
+  ScheduleConfig,
+  Stage,
+  steps_of,
+)
 from nsa.config.serial import from_dict, to_dict
 
 __all__ = ("CheckpointConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "ForkConfig", "LearningRate",

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nsa import layers
 from nsa.config import ConfigError, ModelConfig, RopeScaling
 from nsa.huggingface import architectures, gguf_file
-from nsa import layers
 
 
 class Family(NamedTuple):

@@ -21,11 +21,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nsa import checkpoint, config as config_lib, metrics, methods, model as model_lib, rundir, sharding, train
-from nsa import step as step_lib
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  methods,
+  metrics,
+  model as model_lib,
+  rundir,
+  sharding,
+  step as step_lib,
+  train,
+)
 from nsa.config import Config, ConfigError, DataConfig, EvalConfig
 from nsa.data import tokenizer as data_tokenizer
-from nsa.huggingface import architectures, gguf_file, gguf_model, safetensors_files, tokenizer as tokenizer_files, weights
+from nsa.huggingface import (
+  architectures,
+  gguf_file,
+  gguf_model,
+  safetensors_files,
+  tokenizer as tokenizer_files,
+  weights,
+)
 
 GENERATION = "generation_config.json"  # what others sample with; kept for the way out
 METHOD, METHOD_WEIGHTS = "method.json", "method.safetensors"

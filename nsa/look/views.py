@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels as pk
 from nsa import evaluate, model as model_lib
 from nsa.methods import blocks
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels as pk
 from nsa.methods import interface, registry
 from nsa.methods.interface import Cost
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -36,10 +36,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, distillation
 from nsa.methods.interface import Cost, Loss, Stream
+import pallas_kernels as pk
 from pallas_kernels import masked
 
 LEVELS = ("token", "block")

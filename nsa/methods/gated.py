@@ -16,12 +16,11 @@ detached hidden state), and the index learns from KL in a warm-up alone (eqs. 7-
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa.methods import blocks, msa
 from nsa.methods.interface import Cost
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-import pallas_kernels as pk
 from nsa.methods import blocks, distillation
 from nsa.methods.interface import Cost
+import pallas_kernels as pk
 
 COARSE = 4  # the coarse log-normaliser pools over so many times pool_len and pool_stride
 

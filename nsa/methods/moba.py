@@ -31,10 +31,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, distillation, training_free
 from nsa.methods.interface import Cost, Stream
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -29,10 +29,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks
 from nsa.methods.interface import Cost, Stream
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import pallas_kernels as pk
 from nsa.methods import blocks, interface, training_free
 from nsa.methods.interface import Loss
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels as pk
 from nsa.methods import blocks, interface
 from nsa.methods.interface import Cost
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -6,8 +6,8 @@ equal cost (`flops.equal_window`). A dense stage runs the same parameters dense.
 import dataclasses
 from typing import ClassVar
 
-import pallas_kernels as pk
 from nsa.methods import blocks, interface
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

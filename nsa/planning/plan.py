@@ -6,8 +6,17 @@ import time
 
 import jax
 
-from nsa import config as config_lib
-from nsa import capacity, data, flops, held_out, schedule, sharding, step as step_lib, study as study_lib
+from nsa import (
+  capacity,
+  config as config_lib,
+  data,
+  flops,
+  held_out,
+  schedule,
+  sharding,
+  step as step_lib,
+  study as study_lib,
+)
 from nsa.planning import forecast, topology as topology_lib
 from nsa.tasks import audit
 

@@ -10,7 +10,6 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from nsa.records import number
 from nsa.report import endpoints, statistics
 from nsa.report.runs import Study
 from nsa.report.style import Look, figure, key

@@ -12,9 +12,9 @@ import functools
 import numpy as np
 
 from nsa import origins
+from nsa.tasks import rendering
 from nsa.tasks.common import Common
 from nsa.tasks.copy import Copy, Induction
-from nsa.tasks import rendering
 from nsa.tasks.frame import Example, Task
 from nsa.tasks.mqar import MQAR
 from nsa.tasks.needle import Needle

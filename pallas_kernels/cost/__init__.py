@@ -8,11 +8,7 @@ the copies named here.
 
 How far that is from the clock, where one was looked at: see `tests/cost_test.py`.
 """
-from pallas_kernels.cost.chips import Chip
-from pallas_kernels.cost.chips import CHIPS
-from pallas_kernels.cost.chips import Kernel
-from pallas_kernels.cost.chips import Prediction
-from pallas_kernels.cost.predict import OPERATIONS
-from pallas_kernels.cost.predict import predict
+from pallas_kernels.cost.chips import CHIPS, Chip, Kernel, Prediction
+from pallas_kernels.cost.predict import OPERATIONS, predict
 
 __all__ = ("CHIPS", "Chip", "Kernel", "OPERATIONS", "Prediction", "predict")

@@ -71,10 +71,8 @@ def index_top_k(spec, chip):
 def selected_attention(spec, chip, indices, backward, common=None):
   """`common`: whether blocks that neighbours share are attended tile by tile; None is what the kernels do."""
   del chip
-  from pallas_kernels.mosaic_gpu import backward as backward_kernels
-  from pallas_kernels.mosaic_gpu import shared_blocks
-  from pallas_kernels.mosaic_gpu import selected
   from pallas_kernels.lists import TILE_ROWS
+  from pallas_kernels.mosaic_gpu import backward as backward_kernels, selected, shared_blocks
   B, T, K, J = indices.shape
   G, H, block, size = spec.G, spec.H, spec.block_size, _size(spec)
   plan, _ = selected._slices(B, T, T, K, G, J, H, block)

@@ -1,8 +1,7 @@
 """Operation, shape and chip to a prediction."""
 from __future__ import annotations
 
-from pallas_kernels.cost import hopper
-from pallas_kernels.cost import tpu
+from pallas_kernels.cost import hopper, tpu
 from pallas_kernels.cost.chips import Prediction
 
 _RUNS = {"attention": "dense", "window_attention": "window", "compressed_attention": "compressed"}

@@ -77,8 +77,7 @@ def _sweeps(seen, bt, sweep, slots):
 
 
 def compressed_top_k(spec, chip):
-  from pallas_kernels.mosaic_tpu import compressed_top_k as kernel
-  from pallas_kernels.mosaic_tpu import selection
+  from pallas_kernels.mosaic_tpu import compressed_top_k as kernel, selection
   per_block = spec.block_size // spec.block_stride
   bt, bk = kernel.tile_sizes(spec.T, spec.G, per_block, spec.num_blocks)
   begin, end, _ = counts.runs(spec, "compressed")
@@ -99,8 +98,7 @@ def compressed_top_k(spec, chip):
 
 
 def index_top_k(spec, chip):
-  from pallas_kernels.mosaic_tpu import index_top_k as kernel
-  from pallas_kernels.mosaic_tpu import selection
+  from pallas_kernels.mosaic_tpu import index_top_k as kernel, selection
   bt, bk, together = kernel.tile_sizes(spec.T, spec.K, spec.block_size, spec.num_blocks)
   begin, end, _ = counts.runs(spec, "dense")
   groups, tiles, H = spec.B * spec.K // together, -(-spec.T // bt), spec.index_dim

@@ -5,8 +5,7 @@ Importing registers them; it works without a GPU.
 from __future__ import annotations
 
 from pallas_kernels import backends
-from pallas_kernels.mosaic_gpu.selected import selected_attention
-from pallas_kernels.mosaic_gpu.selected import supports
+from pallas_kernels.mosaic_gpu.selected import selected_attention, supports
 
 __all__ = ("selected_attention", "supports")
 

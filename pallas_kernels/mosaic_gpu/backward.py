@@ -24,11 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
-from pallas_kernels.mosaic_gpu.tiles import compiler_params
-from pallas_kernels.mosaic_gpu.tiles import load
-from pallas_kernels.mosaic_gpu.tiles import LOG2E
-from pallas_kernels.mosaic_gpu.tiles import tile_transforms
-from pallas_kernels.mosaic_gpu.tiles import visible
+from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms, visible
 
 REDUCE_ROWS = 32  # rows of a sum that one thread block of `sum_units` adds up
 

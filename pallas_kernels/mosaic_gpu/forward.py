@@ -17,13 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.lists import TILE_ROWS
-from pallas_kernels.mosaic_gpu import gather
-from pallas_kernels.mosaic_gpu import shared_blocks
-from pallas_kernels.mosaic_gpu.tiles import compiler_params
-from pallas_kernels.mosaic_gpu.tiles import load
-from pallas_kernels.mosaic_gpu.tiles import LOG2E
-from pallas_kernels.mosaic_gpu.tiles import tile_transforms
-from pallas_kernels.mosaic_gpu.tiles import visible
+from pallas_kernels.mosaic_gpu import gather, shared_blocks
+from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms, visible
 
 
 def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, interpret=False):

@@ -18,12 +18,8 @@ from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu.tiles import compiler_params
-from pallas_kernels.mosaic_gpu.tiles import load
-from pallas_kernels.mosaic_gpu.tiles import of_another_gpu
-from pallas_kernels.mosaic_gpu.tiles import tile_transforms
-from pallas_kernels.triton import call
-from pallas_kernels.triton import top_k
+from pallas_kernels.mosaic_gpu.tiles import compiler_params, load, of_another_gpu, tile_transforms
+from pallas_kernels.triton import call, top_k
 
 ROWS = 256  # index queries of a thread block
 KEYS = 128  # of a step

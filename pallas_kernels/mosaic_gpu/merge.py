@@ -12,8 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.mosaic_gpu import ptx
-from pallas_kernels.mosaic_gpu import shared_blocks
+from pallas_kernels.mosaic_gpu import ptx, shared_blocks
 
 LN2 = 0.6931471805599453
 VECTOR = 8  # numbers per thread

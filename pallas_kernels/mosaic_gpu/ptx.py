@@ -3,10 +3,7 @@ from __future__ import annotations
 
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import gpu as gpu_dialect
-from jaxlib.mlir.dialects import llvm
-from jaxlib.mlir.dialects import memref
+from jaxlib.mlir.dialects import arith, gpu as gpu_dialect, llvm, memref
 
 THREADS = 128  # of a warpgroup
 

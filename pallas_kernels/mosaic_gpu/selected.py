@@ -21,12 +21,8 @@ import numpy as np
 
 from pallas_kernels import lists as entry_lists
 from pallas_kernels.lists import Plan
-from pallas_kernels.mosaic_gpu import backward
-from pallas_kernels.mosaic_gpu import forward
-from pallas_kernels.mosaic_gpu import merge
-from pallas_kernels.mosaic_gpu import shared_blocks
-from pallas_kernels.mosaic_gpu.tiles import of_another_gpu
-from pallas_kernels.mosaic_gpu.tiles import LOG2E
+from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_blocks
+from pallas_kernels.mosaic_gpu.tiles import LOG2E, of_another_gpu
 
 try:
   from pallas_kernels.triton import invert as counting

@@ -30,8 +30,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists
-from pallas_kernels import spans
+from pallas_kernels import lists as entry_lists, spans
 from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms

@@ -6,14 +6,8 @@ checked in the interpreter on a CPU, and libtpu compiles every kernel for each c
 """
 from __future__ import annotations
 
-from pallas_kernels import backends
-from pallas_kernels import head_dims
-from pallas_kernels.mosaic_tpu import attention
-from pallas_kernels.mosaic_tpu import compressed_attention
-from pallas_kernels.mosaic_tpu import compressed_top_k
-from pallas_kernels.mosaic_tpu import index_top_k
-from pallas_kernels.mosaic_tpu import kl
-from pallas_kernels.mosaic_tpu import selected
+from pallas_kernels import backends, head_dims
+from pallas_kernels.mosaic_tpu import attention, compressed_attention, compressed_top_k, index_top_k, kl, selected
 
 KERNELS = {  # operation -> its module, which has a function of that name and `supports` of the same arguments
     "attention": attention,

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import spans
-from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import selection
-from pallas_kernels.mosaic_tpu.flash import LANES
-from pallas_kernels.mosaic_tpu.flash import LOG2E
+from pallas_kernels.mosaic_tpu import flash, selection
+from pallas_kernels.mosaic_tpu.flash import LANES, LOG2E
 from pallas_kernels.mosaic_tpu.selection import SUBLANES
 
 MAX_WEIGHTS = 64  # rows of p that make up a block, the loads of a step

@@ -8,8 +8,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels import spans
-from pallas_kernels.mosaic_tpu import flash
-from pallas_kernels.mosaic_tpu import selection
+from pallas_kernels.mosaic_tpu import flash, selection
 from pallas_kernels.mosaic_tpu.selection import SUBLANES
 
 TILE_SCORES = 2 ** 19  # of keys that are on chip at a time

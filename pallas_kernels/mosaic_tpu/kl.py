@@ -20,9 +20,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic_tpu import selected
-from pallas_kernels.mosaic_tpu import union
-from pallas_kernels.mosaic_tpu import walk
+from pallas_kernels.mosaic_tpu import selected, union, walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
 

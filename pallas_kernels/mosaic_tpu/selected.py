@@ -19,8 +19,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.mosaic_tpu import union
-from pallas_kernels.mosaic_tpu import walk
+from pallas_kernels.mosaic_tpu import union, walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
 HEAD_DIMS = (64, 128, 256)

@@ -4,15 +4,8 @@ Importing registers them; it needs triton, but neither a GPU nor jax-triton, wit
 """
 from __future__ import annotations
 
-from pallas_kernels import backends
-from pallas_kernels import head_dims
-from pallas_kernels.triton import call
-from pallas_kernels.triton import kl
-from pallas_kernels.triton import mass
-from pallas_kernels.triton import paged
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import selected
-from pallas_kernels.triton import top_k
+from pallas_kernels import backends, head_dims
+from pallas_kernels.triton import call, kl, mass, paged, ranged, selected, top_k
 
 for _operation, _function, _supports in (
     ("attention", ranged.attention, ranged.supports_attention),

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.triton import call
-from pallas_kernels.triton import heads_kernels
+from pallas_kernels.triton import call, heads_kernels
 
 ROWS = 32  # tokens of a tile
 

@@ -10,10 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import lists
-from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import invert_kernels
+from pallas_kernels import lists, spans
+from pallas_kernels.triton import call, invert_kernels
 
 WORDS = 2 ** 28  # of who chose what, at most: 1 GiB, twice
 MOST_LISTS = 2 ** 18

@@ -13,13 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists
-from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import invert
-from pallas_kernels.triton import kl_kernels
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import tuning
+from pallas_kernels import lists as entry_lists, spans
+from pallas_kernels.triton import call, invert, kl_kernels, ranged, tuning
 
 BLOCK_SIZES = (16, 32, 64, 128)
 RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries takes of the L2 cache

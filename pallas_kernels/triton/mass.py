@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import tuning
-from pallas_kernels.triton.score_kernels import columns
-from pallas_kernels.triton.score_kernels import sum_heads
+from pallas_kernels.triton import call, ranged, tuning
+from pallas_kernels.triton.score_kernels import columns, sum_heads
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 

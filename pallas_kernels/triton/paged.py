@@ -11,13 +11,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import lists as entry_lists
-from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import tuning
-from pallas_kernels.triton.range_kernels import softmax_step
-from pallas_kernels.triton.range_kernels import store_softmax
+from pallas_kernels import lists as entry_lists, spans
+from pallas_kernels.triton import call, ranged, tuning
+from pallas_kernels.triton.range_kernels import softmax_step, store_softmax
 from pallas_kernels.triton.selected_kernels import head_rows
 
 MAX_SPLITS = 128

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import range_kernels
-from pallas_kernels.triton import tuning
+from pallas_kernels.triton import call, range_kernels, tuning
 
 MIN_ROWS = 16  # the least M of a tensor core product
 MAX_GROUP = 64

@@ -8,9 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.range_kernels import blocks_of
-from pallas_kernels.triton.range_kernels import load_block
-from pallas_kernels.triton.range_kernels import rows_of
+from pallas_kernels.triton.range_kernels import blocks_of, load_block, rows_of
 
 
 @triton.jit

@@ -11,14 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists
-from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import kl
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import selected_kernels
-from pallas_kernels.triton import tuning
-
+from pallas_kernels import lists as entry_lists, spans
+from pallas_kernels.triton import call, kl, ranged, selected_kernels, tuning
 
 MAX_BLOCK = 64 * 256  # numbers of a block of keys: dK and dV of it are sums in registers
 

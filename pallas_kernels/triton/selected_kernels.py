@@ -10,9 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.range_kernels import load_block
-from pallas_kernels.triton.range_kernels import softmax_step
-from pallas_kernels.triton.range_kernels import store_softmax
+from pallas_kernels.triton.range_kernels import load_block, softmax_step, store_softmax
 
 
 @triton.jit

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import spans
-from pallas_kernels.triton import call
-from pallas_kernels.triton import choose_kernel
-from pallas_kernels.triton import ranged
-from pallas_kernels.triton import score_kernels
-from pallas_kernels.triton import tuning
+from pallas_kernels.triton import call, choose_kernel, ranged, score_kernels, tuning
 
 MAX_SLOTS = 128
 CHUNK = 128     # blocks that the choice looks at together

@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels as pk
 from nsa.methods import blocks, distillation, interface
 from nsa.methods.interface import Cost
+import pallas_kernels as pk
 from pallas_kernels import masked
 
 # Positions int32[t] -> bool[B, K, t, S]: the tokens that these queries attend to, causality aside.

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa.methods import blocks
 from nsa.methods.interface import Cost
 from nsa.methods.prompt import base
+import pallas_kernels as pk
 from pallas_kernels import masked
 
 

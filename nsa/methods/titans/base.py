@@ -21,11 +21,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import blocks, interface
 from nsa.methods.interface import Cost
 from nsa.methods.titans import memory
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass

@@ -18,11 +18,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels as pk
 from nsa import layers
 from nsa.methods import interface
 from nsa.methods.interface import Cost
 from nsa.methods.titans import base, memory
+import pallas_kernels as pk
 
 
 @dataclasses.dataclass
