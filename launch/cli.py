@@ -13,12 +13,14 @@
 """
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import logging as python_logging
 import os
 import re
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -33,7 +35,20 @@ BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PROCESSES, PREEMPTED = 2, 3, 4, 5,
 def run(main, arguments: bool = False) -> None:
   """`app.run` with the exit codes above. `main` takes nothing, or the list of arguments that are no flags,
   and returns an exit code or None."""
-  app.run(lambda argv: _main(main, argv[1:], arguments), flags_parser=_parse)
+  try:
+    app.run(lambda argv: _main(main, argv[1:], arguments), flags_parser=_parse)
+  except BaseException as error:
+    programs = sys.modules.get("nsa.programs")
+    if programs is None or not programs.busy():
+      raise
+    # The interpreter would take its lock from the compiler's thread as it ends, and die of SIGABRT in place of our exit code.
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+      traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _parse(argv):

@@ -23,6 +23,7 @@ _GRACE_SECONDS = 10.0
 _lock = threading.Lock()
 _programs: dict[Hashable, concurrent.futures.Future] = {}
 _working = False  # whether a thread of `ahead` is there
+_threads: list[threading.Thread] = []  # those that an exception did not wait for
 
 
 def get(key: Hashable, build: Callable[[], Any]) -> Any:
@@ -47,6 +48,11 @@ def check(keys: Iterable[Hashable]) -> None:
     future = _programs.get(key)
     if future is not None and future.done() and future.exception() is not None:
       raise future.exception()
+
+
+def busy() -> bool:
+  """Whether a compilation goes on that an exception did not wait for: an interpreter that ends would abort in the midst of it."""
+  return any(thread.is_alive() for thread in _threads)
 
 
 @contextlib.contextmanager
@@ -85,5 +91,7 @@ def ahead(compilations: Iterable[Callable[[], Any]]) -> Iterator[None]:
   finally:
     stop.set()
     thread.join(grace)
+    if thread.is_alive():
+      _threads.append(thread)
     sys.setswitchinterval(old)
     _working = False

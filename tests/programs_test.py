@@ -1,4 +1,8 @@
 """Tests of nsa/programs.py, whose programs are what `build` returns here, and of the cache between processes."""
+import os
+from pathlib import Path
+import subprocess
+import sys
 import threading
 
 import jax
@@ -94,3 +98,29 @@ def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
     for name, value in old.items():
       jax.config.update(name, value)
     cache.reset_cache()
+
+
+def test_an_exit_in_the_midst_of_a_compilation_keeps_its_code():
+  """A preemption waits a while for the thread that compiles ahead; an interpreter that ends under it aborted, with code -6."""
+  script = """
+import jax, jax.numpy as jnp
+from launch import cli
+from nsa import programs, train
+programs._GRACE_SECONDS = 0.1
+
+def long(x):
+  for i in range(1500):
+    x = jnp.sin(x @ x) + i
+  return x
+
+lowered = jax.jit(long).lower(jax.ShapeDtypeStruct((32, 32), jnp.float32))
+
+def main():
+  with programs.ahead([lowered.compile]):
+    raise train.Preempted("saved")
+
+cli.run(main)
+"""
+  done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, text=True, capture_output=True,
+                        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"})
+  assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (75, "saved"), done.stderr
