@@ -17,7 +17,9 @@ import functools
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
+import subprocess
 import tempfile
 import time
 
@@ -306,8 +308,22 @@ def versions() -> dict:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       packages[name] = importlib.metadata.version(name)
   device = jax.devices()[0]
-  return {"python": platform.python_version(), **packages, "platform": device.platform,
+  return {"python": platform.python_version(), **packages, **_checkout(), "platform": device.platform,
           "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+def _checkout() -> dict:
+  """The commit of the code that runs, and whether files differ from it; null outside a git checkout of it."""
+  def git(*arguments):
+    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True, text=True,
+                          timeout=20, check=True).stdout.strip()
+
+  try:
+    if not git("ls-files", "nsa/train.py"):  # somebody else's repository, with this package below it
+      return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+  except (OSError, subprocess.SubprocessError):
+    return {"commit": None, "dirty": None}
 
 
 # --- what a run compiles ----------------------------------------------------------

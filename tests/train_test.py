@@ -386,3 +386,20 @@ if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
   GOLDEN.write_text(json.dumps({method: first_step(method) for method in ATTENTION}, indent=2) + "\n")
   print(f"wrote {GOLDEN}")
+
+
+def test_a_run_knows_the_commit_of_its_code(tmp_path, monkeypatch):
+  def git(*arguments):
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+  (tmp_path / "nsa").mkdir()
+  (tmp_path / "nsa/train.py").write_text("first")
+  monkeypatch.setattr(train_lib, "__file__", str(tmp_path / "nsa/train.py"))
+  assert {k: train_lib.versions()[k] for k in ("commit", "dirty")} == {"commit": None, "dirty": None}
+  git("init", "-q")
+  git("add", ".")
+  git("commit", "-qm", "first")
+  clean = train_lib.versions()
+  assert len(clean["commit"]) == 40 and clean["dirty"] is False
+  (tmp_path / "nsa/train.py").write_text("second")
+  assert train_lib.versions() == {**clean, "dirty": True}

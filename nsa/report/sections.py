@@ -305,8 +305,12 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
   splits = sorted({r.split for r in table})
   if splits and splits != ["val"]:
     items.append(f"**Split.** Evaluated on {', '.join(splits)}.")
+  commits = sorted({r.versions["commit"][:12] + " with changes" * bool(r.versions.get("dirty")) for r in study.runs
+                    if r.versions.get("commit")})
+  if commits:
+    items.append("**Code.** Commit " + ", ".join(commits) + ".")
   versions = sorted({f"{k} {v}" for r in study.runs for k, v in r.versions.items()
-                     if isinstance(v, (str, int, float))})
+                     if isinstance(v, (str, int, float)) and k not in ("commit", "dirty")})
   if versions:
     items.append("**Ran with** " + ", ".join(versions[:16]) + ".")
   return [Heading("What this cannot say" if study.declared else "Limits"), Bullets(items)]
