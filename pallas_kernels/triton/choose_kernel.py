@@ -141,7 +141,7 @@ def choose_kernel(scores, first, position, indices, lists, B: tl.constexpr, T: t
           here = tl.arange(0, PARTS)[:, None] == chunk % PARTS
           peaks = tl.where(here, tl.maximum(peaks, rank), peaks)
         least = NO_BLOCK
-        for _ in range(need):
+        for n in range(need):  # noqa: B007 (Triton compiles the name too)
           least = tl.max(peaks)
           peaks = tl.where(peaks == least, INVISIBLE, peaks)  # equal ones at once: `least` ends lower, but not too high
         least = tl.maximum(least, INVISIBLE + 1)
