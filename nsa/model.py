@@ -117,6 +117,11 @@ class Transformer(nnx.Module):
                               matrix=())
 
 
+def in_order(stacks) -> list:
+  """The stacks as the layers follow one another. Trees of parameters sort their names, and "stack10" comes before "stack2"."""
+  return [stacks[f"stack{i}"] for i in range(len(stacks))]
+
+
 def layout(config) -> list[tuple[methods.Method, int]]:
   """Runs of consecutive layers with one method, as `config.layers` says."""
   runs = []
@@ -143,14 +148,14 @@ def backbone(params: dict, axis: int = 0) -> dict:
   def strip(tree):
     return {name: strip(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "method"}
 
-  stacks = [strip(params["stacks"][f"stack{i}"]) for i in range(len(params["stacks"]))]
+  stacks = [strip(stack) for stack in in_order(params["stacks"])]
   whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *stacks)
   return {**params, "stacks": {"stack0": whole}}
 
 
 def enter(config, params: dict, surgery: str) -> dict:
   """`Stage.enter`: the surgery on the attention parameters of all layers whose method knows it (`Method.enter`)."""
-  stacks = {f"stack{i}": params["stacks"][f"stack{i}"] for i in range(len(params["stacks"]))}
+  stacks = {f"stack{i}": stack for i, stack in enumerate(in_order(params["stacks"]))}
   for (name, stack), (method, _) in zip(stacks.items(), layout(config)):
     if surgery in method.enters:
       stacks[name] = {**stack, "attention": method.enter(surgery, stack["attention"])}
@@ -302,7 +307,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   # Asked for, until the kernel has run on a GPU as it stands: what was timed there was an earlier form of it.
   one_pass = cache is None and config.implementation == backends.FASTEST and fused.serves(x)
   all_losses, seen, new_cache, first = [], [], [], 0
-  for i, (stack, (method, count)) in enumerate(zip(net.stacks.values(), layout(config))):
+  for i, (stack, (method, count)) in enumerate(zip(in_order(net.stacks), layout(config))):
     stack_def, stack_state = nnx.split(stack)
     watch = None if observe is None else functools.partial(observe, method)
 
@@ -351,7 +356,7 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
 
   def attention_layers(params):
     """The first layer of every stack, and how its state begins in each of its layers."""
-    for stack in nnx.merge(graphdef, params).stacks.values():
+    for stack in in_order(nnx.merge(graphdef, params).stacks):
       stack_def, state = nnx.split(stack)
       first = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state)).attention
       begin = lambda layer: nnx.merge(stack_def, layer).attention.method.initial_state(batch, dtype)

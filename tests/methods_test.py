@@ -451,6 +451,24 @@ def test_output_gate_and_untied_head():
                              rtol=1e-5, atol=1e-5)
 
 
+def test_more_than_ten_stacks_are_run_in_their_order():
+  """12 layers by turns of two methods, 12 stacks, run dense: the same model with all layers in one stack, decoding too."""
+  plain = make_config(methods.Dense(), num_layers=12)
+  turns = make_config(methods.BlockTopK(**SMALL), layers=("attention", "dense") * 6, num_layers=12)
+  turns.others["dense"] = methods.Dense()
+  params = random_params(model_lib.abstract_params(plain))
+  tokens = tokens_of()[:1, :12]
+  want = model_lib.forward(plain, params, tokens, losses=False).logits
+  params = model_lib.restack(params, turns)
+  assert len(params["stacks"]) == 12
+  np.testing.assert_allclose(model_lib.forward(turns, params, tokens, mode="dense", losses=False).logits, want, rtol=1e-4, atol=1e-4)
+  cache = model_lib.init_cache(turns, params, 1, 12)
+  for part in (slice(0, 9), slice(9, 12)):
+    out = model_lib.forward(turns, params, tokens[:, part], mode="dense", losses=False, cache=cache, offset=part.start)
+    cache = out.cache
+    np.testing.assert_allclose(out.logits, want[:, part], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["msa", "dsa", "seer", "ssa"])
 def test_padding_counts_in_no_loss(name):
   """A document of 40 tokens, behind it 24 of padding, and a row of padding alone: losses and gradients are the document's own."""
