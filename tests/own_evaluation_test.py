@@ -79,7 +79,7 @@ def test_an_evaluation_by_hand_leaves_the_runs_own_alone(tmp_path, corpus, monke
   monkeypatch.setattr(evaluate, "records", lambda *_: [])  # what follows is about files
   for name, options in [("4-sequences=1.json", dict(sequences=1)), ("4-run_modes=", dict(run_modes=("dense", "sparse"))),
                         ("4-split=test-context=16.json", dict(split="test", context=16)), ("4-blocks=", dict(blocks={"num_blocks": 2})),
-                        ("4-tasks=", dict(tasks=("copy:length=4",), task_examples=1)), ("4-diagnostics=64.json", dict(diagnostics=True))]:
+                        ("4-tasks=", dict(tasks=("copy:length=4",), task_examples=1)), ("4-diagnostics=16.json", dict(diagnostics=True))]:
     assert by_hand(tmp_path / "run", **options).startswith(name)
   write(corpus / "val/0.txt", b"another document" * 30)
   assert by_hand(tmp_path / "run").startswith("4-corpus_sha256=")
