@@ -12,7 +12,8 @@ R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the tru
 of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a decay of its own; its
 control is the dense model that goes on alike. The selector warms up for a stated number of steps at a rate that does not decay.
 4,096 bytes of context in blocks of 32; 20 of them are visible, 5/32: with 16 the oracle's blocks miss the gate for text by 0.0005
-bits per byte, with 8 by 0.012 (docs/results.md). Every batch of 8 rows has exactly one of tasks.
+bits per byte, with 8 by 0.012 (docs/results.md; sink + window
+and random blocks were not run with 20). Every batch of 8 rows has exactly one of tasks.
 
 The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an endpoint and
 size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the
