@@ -243,7 +243,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
             counted: Bool[Array, "B T"] | None = None,
             cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0, prompt: Int[Array, "B"] | int | None = None,
-            observe: Callable | None = None, constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
+            observe: Callable | None = None, states: Callable | None = None, constrain: Callable = lambda x, axes: x,
+            unroll: int = 1) -> Output:
   """Logits for the next token at every position.
 
   Args:
@@ -258,6 +259,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
       (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
+    states: (x [B, T, D], layer) -> dict of arrays of what a layer leaves in the residual stream, gathered with those.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
     unroll: layers that one turn of the loop over the layers of a stack holds. More cost compilation; in training they
       save stacking what the backward pass needs of each layer.
@@ -319,6 +321,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), fused=table_of(index), layer=index, handed=handed)
       x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
+      if states is not None:
+        observed = {**observed, **states(x, index)}
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
               (loss, observed, None if layer_cache is None else streams))
 

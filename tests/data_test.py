@@ -369,7 +369,7 @@ def test_passages_are_planted_as_often_as_is_said(tmp_path):
   early = pipeline.planted(steps // 2)
   assert 150 < sum(p.planted for p in early) < 190 and all(p.planted <= p.times for p in early)
   with pytest.raises(ValueError, match="data.planted = 0.125: passages have 2048 tokens"):
-    pipeline.check_context(1024)
+    pipeline.check_context(32_768)
   with pytest.raises(ValueError, match="data.planted = 0.01: .* gives 0 of 2048 tokens; 20 are needed"):
     planting.Planting({}, 0.01, 64, 0)
 

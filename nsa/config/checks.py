@@ -5,7 +5,7 @@ from typing import Any
 
 from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
-from nsa.data import tokenizer
+from nsa.data import planting, tokenizer
 from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
@@ -156,6 +156,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
 
   # The method's own constraints, at every context it will run at.
   contexts.add(e.context or d.context)
+  if e.hidden_states:
+    contexts.add(min(planting.SIZE, d.context))
   for context in sorted(contexts):
     for name in dict.fromkeys(("attention", *config.layers)):
       where = name if name == "attention" else f"others.{name}"
@@ -183,6 +185,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(all(0 <= step <= s.steps for step in e.hidden_states), "eval.hidden_states", e.hidden_states,
+       f"steps from 0 to schedule.steps = {s.steps}")
   need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
   for tokens in e.context_gain:
     need(0 < tokens and tokens % d.align == 0, "eval.context_gain", e.context_gain,
