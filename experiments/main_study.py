@@ -45,7 +45,9 @@ SIZES = {  # shape, bytes of training, seeds of dense and native, seeds of the r
 BRANCHES = (0.25, 0.5)      # of the bytes: shorter runs of dense and native with a decay of their own
 CURRICULUM, OTHERS = 4, 3   # seeds of tier 2
 TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
-FREE = ("oracle", "random", "sink_window", "block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
+GATES = ("oracle", "random", "sink_window")  # of every dense model, on all of val; the others, and other numbers of blocks,
+FREE = ("block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
+MORE_SEEDS = (0, 1, 2)                       # of these seeds alone: each costs as much as 500 steps of training
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
 # SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits of 13 and 25 %.
 EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03, "recall Delta": 0.03}
@@ -116,18 +118,20 @@ class Arms:
   def arm(self, name, attention, stages, fork=None, share=1.0, modes=None, short=0):
     dense = isinstance(attention, methods.Dense)
     wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest") for n in (8, 16)]
-    modes = modes or (("dense", *FREE, *wide) if dense else ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8"))
+    more = () if modes else (*FREE, *wide) if dense else ("dense", "random", "sparse:num_blocks=8")
+    modes = modes or (("dense", *GATES) if dense else ("sparse", "oracle"))
+    own = round(stages.steps * share)  # of its steps: those behind its fork
     return Config(
         arm=name, size=self.size, attention=attention, schedule=stages,
         model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
         data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
-        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, tasks=TASKS[1:],
+        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, more_modes=more, more_seeds=MORE_SEEDS, tasks=TASKS[1:],
                         blocks=self.geometry if dense else {},
                         near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
-                        every=max(1, round(stages.steps * share / 8)),
-                        during=("dense",) if dense else ("sparse", "dense", "oracle"), during_examples=64),
+                        every=round(own / 8) if own >= self.steps / 8 else 0,  # a short one is seen at its end alone
+                        during=("dense",) if dense else ("sparse", "dense"), during_examples=64, during_sequences=128),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=20)
 
   def dense(self):
