@@ -1,12 +1,13 @@
-"""Which peak learning rate for dense and for native, at each size? Chosen on val, before the main study and at its full length.
+"""Which peak learning rate for dense and for native, at each size?
 
     python -m launch.study --config=experiments/rates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz --workdir=runs/rates
 
-Dense and native arms of `experiments/main_study.py` as they stand there, one seed, at `rate`, at half and at twice that.
+Chosen on val, before the main study and at its full length. Dense and native arms of `experiments/main_study.py` as
+they stand there, one seed, at `rate`, at half and at twice that.
 Choose by text and recall of each arm's own run mode; a best value at the edge asks for another one beyond it.
 
-Arguments: novels=, code=, sizes=M+S, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the middle one of each size), factors=0.5+1+2,
-scale=1 (of all steps), blocks=20.
+Arguments: novels=, code=, sizes=M+S, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the middle one of each size),
+factors=0.5+1+2, scale=1 (of all steps), blocks=20.
 """
 import types
 
@@ -24,7 +25,8 @@ def get_config(arg=None):
   for size in sizes:
     for factor in map(float, a.factors.split("+")):
       rate = factor * {"S": a.rate_s, "M": a.rate_m, "L": a.rate_l}[size]
-      main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate=rate, rate_s=rate, rate_l=rate)
+      main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate=rate, rate_s=rate,
+                                   rate_l=rate)
       make = main_study.Arms(main, size)
       for one in (make.dense(), make.native()):
         one.arm += "" if factor == 1 else f"_rate_x{factor:g}".replace(".", "_")

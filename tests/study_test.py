@@ -29,7 +29,8 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
   study = make(few={"cold": (0,)})
   quiet = dict(on_job=lambda line: None)
   study_lib.run(study, tmp_path, only=("*-s0",), **quiet)
-  assert [name.split("-")[0] for name in trained] == ["dense", "native", "cold", "retrofit"] and all(n.endswith("-s0") for n in trained)
+  assert ([name.split("-")[0] for name in trained] == ["dense", "native", "cold", "retrofit"]
+          and all(n.endswith("-s0") for n in trained))
   plan = json.loads((tmp_path / "study.json").read_text())
   assert plan["arms"] == ["dense", "native", "cold", "retrofit"] and len(plan["jobs"]) == 7
   assert {job["run"]: job["status"] for job in plan["jobs"] if job["seeds"] == [1]} == {
@@ -45,7 +46,8 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
 @pytest.mark.parametrize("options, message", [
     (dict(few={"nativ": (0,)}), r"few\['nativ'\].*there are \['cold', 'dense', 'native', 'retrofit'\]"),
     (dict(few={"cold": (0,)}, vmap_seeds=True), "few = .*set vmap_seeds = False"),
-    (dict(few={"dense": (0,)}), r"arms\[retrofit\].fork.workdir = '@dense': no arm of size base and seeds .1. has that name"),
+    (dict(few={"dense": (0,)}),
+     r"arms\[retrofit\].fork.workdir = '@dense': no arm of size base and seeds .1. has that name"),
 ])
 def test_wrong_seeds_of_arms_are_named(options, message):
   with pytest.raises(ConfigError, match=message):
@@ -53,12 +55,13 @@ def test_wrong_seeds_of_arms_are_named(options, message):
 
 
 def test_what_is_asked_is_written_and_a_wrong_endpoint_is_named():
-  asked = study_lib.asked(make(primary=("second_half_bits_per_byte:code", "far_exact_match"), secondary=("answer_nll",), margin=0.004,
-                               branches={"dense": ("short",)}))
+  asked = study_lib.asked(make(primary=("second_half_bits_per_byte:code", "far_exact_match"), secondary=("answer_nll",),
+                               margin=0.004, branches={"dense": ("short",)}))
   assert asked["endpoints"] == [{"metric": "second_half_bits_per_byte:code", "margin": 0.004, "primary": True},
                                 {"metric": "far_exact_match", "margin": 0.02, "primary": True},
                                 {"metric": "answer_nll", "margin": 0.05, "primary": False}]
-  assert asked["reference_arm"] == "native" and asked["branches"] == {"dense": ["short"]} and asked["quantities"] == ["R", "A", "Delta"]
+  assert (asked["reference_arm"] == "native" and asked["branches"] == {"dense": ["short"]}
+          and asked["quantities"] == ["R", "A", "Delta"])
   with pytest.raises(ConfigError, match="secondary = 'loss': one of second_half_bits_per_byte"):
     study_lib.asked(make(secondary=("loss",)))
 
