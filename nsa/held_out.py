@@ -49,7 +49,8 @@ def declared(config, during: bool = False) -> dict:
   kind = config.data.tokenizer.partition(":")[0]  # a run may be moved: what it makes of the text is in windows_sha256
   return json.loads(json.dumps({
       "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
-      "sequences": (short and e.during_sequences or e.sequences) if _texts(config) else 0, "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "sequences": (short and e.during_sequences or e.sequences) if _texts(config) else 0,
+      "tasks": names, "task_examples": items if names else 0, "near": e.near,
       "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
       "run_modes": e.during if short else e.modes(config.seeds), "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
       "implementation": config.implementation}))

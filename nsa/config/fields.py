@@ -166,7 +166,7 @@ class EvalConfig:
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence behind the first
                                   # and before the last; () = (context / 32, context / 8)
   ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at the end
-  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end, dense and sparse
+  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end; dense, sparse
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
   diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take longer than the model
 
