@@ -16,8 +16,8 @@ import math
 
 from etils import epath
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import (
@@ -235,13 +235,18 @@ def _compiled(static, batch, T):
 # --- in a run -------------------------------------------------------------------------
 
 
+def _seeds(config) -> list[int]:
+  """Those of the run's seeds that are looked at."""
+  return [seed for seed in config.seeds if seed in (config.eval.hidden_seeds or config.seeds)]
+
+
 def path_of(workdir, step: int) -> epath.Path:
   return epath.Path(workdir) / f"hidden/{step}.json"
 
 
 def due(config, workdir, step: int) -> bool:
   """Whether a run takes a snapshot when `step` steps are done: it is asked for, and not there yet. The same on all processes."""
-  wanted = step in config.eval.hidden_states
+  wanted = step in config.eval.hidden_states and bool(_seeds(config))
   there = wanted and path_of(workdir, step).exists()
   processes.agree(hidden_states=f"{step} {there}") if wanted else None
   return wanted and not there
@@ -249,20 +254,21 @@ def due(config, workdir, step: int) -> bool:
 
 def compilations(config, first: int, mesh=None):
   """What the snapshots after step `first` compile, for `programs.ahead`."""
-  if mesh is not None and mesh.size > 1:
+  if mesh is not None and mesh.size > 1 or not _seeds(config):
     return
   for run_mode in dict.fromkeys(mode_of(config, step) for step in sorted(config.eval.hidden_states) if step >= first):
     yield functools.partial(_runner, config, run_mode)
 
 
 def write(config, params, workdir, step: int, sources: list[data.Data], mesh=None) -> None:
-  """Takes a snapshot of every seed and writes them; each process calls it, the first one writes.
+  """Takes a snapshot of every seed that is looked at and writes them; each process calls it, the first one writes.
 
   params: with a leading axis of seeds if the config has several. sources: the training data of each seed.
   """
   found = []
   for replica, (seed, source) in enumerate(zip(config.seeds, sources)):
-    one = params if len(config.seeds) == 1 else jax.tree.map(lambda x, r=replica: x[r], params)
-    found.append(take(config, one, seed, step, source, mesh))
+    if seed in _seeds(config):
+      one = params if len(config.seeds) == 1 else jax.tree.map(lambda x, r=replica: x[r], params)
+      found.append(take(config, one, seed, step, source, mesh))
   if processes.first():
     metrics.write_json(path_of(workdir, step), {"step": step, "snapshots": found}, indent=None)
