@@ -14,7 +14,7 @@ import traceback
 from absl import logging
 from etils import epath
 
-from nsa import config as config_lib, flops, lock, metrics, processes, programs, sharding, train
+from nsa import config as config_lib, data, flops, lock, metrics, processes, programs, sharding, train
 from nsa.config import Config, ConfigError
 from nsa.tasks import audit
 
@@ -165,10 +165,11 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   if not todo:
     raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
   train.make_workdir(directory)
-  work = {job.run: _work(job) for job in todo}
+  data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0
   with programs.ahead(_compilations(todo, directory)):
+    work = {job.run: _work(job) for job in todo}
     while position < len(todo):
       job = todo[position]
       position += 1
