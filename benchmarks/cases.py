@@ -1,4 +1,5 @@
-"""What benchmarks.kernels times: every operation, whole NSA and MSA layers without projections, and decoding; block lists.
+"""What benchmarks.kernels times: every operation, whole NSA and MSA layers without projections, and decoding; block
+lists.
 
 A case is a function of (arrays, block indices) with the FLOPs that its result needs and the bytes that it cannot
 avoid. Useful FLOPs count visible (query, key) pairs alone: 2 H for a score, 2 H for P V, and for gradients the five

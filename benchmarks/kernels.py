@@ -14,10 +14,10 @@ launch.dump_selections wrote.
 
 Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on inputs that differ between calls.
 TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
-over the rates in `timing.CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the same
-queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from which
-length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same run, on
-the same block lists, where that package is installed (benchmarks/peer.py); what it refuses is said.
+over the rates in `timing.CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the
+same queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from
+which length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same
+run, on the same block lists, where that package is installed (benchmarks/peer.py); what it refuses is said.
 """
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def plot(rows, path):
       if len(points) > 1:
         ax.plot(*zip(*points), marker="o", label=f"{name}, {N}/{K} of {H}, {J} blocks of {size}")
     ax.axhline(1.0, color="black", linewidth=0.8)
-    ax.set(xscale="log", yscale="log", xlabel="tokens", title={"forward": "forward", "both": "forward + backward"}[part])
+    ax.set(xscale="log", yscale="log", xlabel="tokens",
+           title={"forward": "forward", "both": "forward + backward"}[part])
     ax.set_xscale("log", base=2)
   axes[0].set_ylabel("times as fast as cuDNN dense")
   axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))

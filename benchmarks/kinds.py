@@ -10,8 +10,8 @@ import re
 
 from nsa.look import profile
 
-OWN = re.compile(r"(range_attention|selected_attention|paged_attention|index_kl|sum_units|compressed_scores|index_scores|"
-                 r"choose_blocks)\w*")  # names of pallas_kernels' kernels, of `kernel_name` and `name`
+OWN = re.compile(r"(range_attention|selected_attention|paged_attention|index_kl|sum_units|compressed_scores|"
+                 r"index_scores|choose_blocks)\w*")  # names of pallas_kernels' kernels, of `kernel_name` and `name`
 KINDS = (
     ("attention of cuDNN", r"cudnn|fmha|flash_(fprop|bprop)|sdpa"),
     ("sorts", r"sort|radix|onesweep"),
@@ -29,7 +29,8 @@ def kind(kernel: str) -> str:
   own = OWN.search(kernel)
   if own:
     return own.group(0)
-  return next((name for name, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "elementwise and the rest")
+  return next((name for name, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)),
+              "elementwise and the rest")
 
 
 def milliseconds(directory: str) -> dict[str, float]:

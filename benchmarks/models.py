@@ -14,8 +14,9 @@ MODELS = {  # name -> fields of ModelConfig
     "pilot": PILOT,                                                    # experiments/pilot.py, 10M without embeddings
     "28m": dict(PILOT, num_layers=10, d_model=512, mlp_dim=1408),
     # SmolLM2-135M's shape (its config.json); recomputed by layer, as experiments/retrofit_hf.py trains it.
-    "smollm2": dict(vocab_size=49_152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
-                    rope_theta=1e5, embedding_multiplier=1.0, qk_norm=False, remat="layer", dtype="bfloat16"),
+    "smollm2": dict(vocab_size=49_152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64,
+                    mlp_dim=1536, rope_theta=1e5, embedding_multiplier=1.0, qk_norm=False, remat="layer",
+                    dtype="bfloat16"),
     "tiny": dict(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=64),
 }
 # Selection geometry: the pilot's, and for an imported model that of experiments/retrofit_hf.py.

@@ -6,9 +6,9 @@
 A CPU is no device beside the host: there, `--device_ms=50` puts a stand-in in the place of the compiled step that takes
 50 ms for each step in its turn and lets the host go on meanwhile, as accelerators do.
 
-Measured (experiments/results/overhead): a 10M model, 16 sequences of 8,192 tokens, a stand-in of 50 ms, two CPU cores that
-others used too: bare 50.2 ms, loop 50.4 ms per step, 0.4 % more. A batch takes 1.3 ms on an idle host with 12 % task rows,
-6.0 ms with nothing else, so no thread reads ahead. Saving 122 MB holds the loop up for 0.16 s of 1.2 s.
+Measured (experiments/results/overhead): a 10M model, 16 sequences of 8,192 tokens, a stand-in of 50 ms, two CPU cores
+that others used too: bare 50.2 ms, loop 50.4 ms per step, 0.4 % more. A batch takes 1.3 ms on an idle host with 12 %
+task rows, 6.0 ms with nothing else, so no thread reads ahead. Saving 122 MB holds the loop up for 0.16 s of 1.2 s.
 
 bare: the compiled step again and again on one batch that lies on the devices, milliseconds per step.
 loop: the same step in `nsa.train.train`, with its input, records and progress line; from the times of its records,
@@ -104,7 +104,8 @@ def inputs(config, mesh, steps: int) -> dict[str, float]:
     began = time.perf_counter()
     jax.block_until_ready(batches.at(min(step, config.schedule.steps - 1)))
     whole.append(time.perf_counter() - began)
-  return {"host_ms": statistics.median(host) * 1e3, "host_max_ms": max(host) * 1e3, "to_devices_ms": statistics.median(whole) * 1e3}
+  return {"host_ms": statistics.median(host) * 1e3, "host_max_ms": max(host) * 1e3,
+          "to_devices_ms": statistics.median(whole) * 1e3}
 
 
 def saving(config, mesh, workdir) -> dict[str, float]:
@@ -122,7 +123,8 @@ def saving(config, mesh, workdir) -> dict[str, float]:
     checkpoints.wait()
     complete.append(time.perf_counter() - began)
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-  return {"state_mb": size / 1e6, "held_up_s": statistics.median(held[1:]), "complete_s": statistics.median(complete[1:])}
+  return {"state_mb": size / 1e6, "held_up_s": statistics.median(held[1:]),
+          "complete_s": statistics.median(complete[1:])}
 
 
 def main():

@@ -53,7 +53,8 @@ def measure(operations, shapes, patterns, seed, calls, repeats):
     return
   request = dict(operations=operations, shapes=shapes, patterns=patterns, seed=seed, calls=calls, repeats=repeats)
   environment = dict(os.environ, JAX_PLATFORMS="cpu")
-  if not environment.get("TRITON_CACHE_DIR"):  # jax-triton 0.3 sets it to "" on import, and Triton then refuses to compile
+  # jax-triton 0.3 sets it to "" on import, and Triton then refuses to compile
+  if not environment.get("TRITON_CACHE_DIR"):
     environment.pop("TRITON_CACHE_DIR", None)
   process = subprocess.Popen(
       [sys.executable, "-m", "benchmarks.peer", json.dumps(request)], stdout=subprocess.PIPE, text=True,

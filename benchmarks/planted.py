@@ -2,10 +2,11 @@
 
     python -m benchmarks.planted --studies=500 --out=experiments/results/planted.csv
 
-Every study is written in the format of real ones (study.json, configs, metrics, records made by nsa.records) and read back by
-nsa.report. A truth fixes what every arm and control scores; noise of seeds, documents and items is drawn anew for each study.
-A word is false if it contradicts the truth: "matches" where the true difference is at the margin or beyond, "worse" or "better"
-where it is 0 or of the other sign. All primary comparisons of a study are looked at together: one false word makes it false.
+Every study is written in the format of real ones (study.json, configs, metrics, records made by nsa.records) and read
+back by nsa.report. A truth fixes what every arm and control scores; noise of seeds, documents and items is drawn anew
+for each study. A word is false if it contradicts the truth: "matches" where the true difference is at the margin or
+beyond, "worse" or "better" where it is 0 or of the other sign. All primary comparisons of a study are looked at
+together: one false word makes it false.
 """
 from __future__ import annotations
 
@@ -28,27 +29,30 @@ ARMS = {  # arm -> (bits/byte minus native, exact match minus native, share of t
     "retrofit_msa_5": (0.016, -0.06, 0.05),
     "retrofit_msa_25": (0.004, 0.0, 0.25),
 }
-MODES = {"dense": ("dense", "oracle", "block_topk", "random", "sink_window"), None: ("dense", "sparse", "oracle", "random")}
+MODES = {"dense": ("dense", "oracle", "block_topk", "random", "sink_window"),
+         None: ("dense", "sparse", "oracle", "random")}
 # What a run mode costs: (bits/byte, exact match).
-COSTS = {"dense": (0.0, 0.0), "sparse": (0.0, 0.0), "oracle": (0.002, 0.0), "block_topk": (0.03, -0.4), "random": (0.30, -0.65),
+COSTS = {"dense": (0.0, 0.0), "sparse": (0.0, 0.0), "oracle": (0.002, 0.0), "block_topk": (0.03, -0.4),
+         "random": (0.30, -0.65),
          "sink_window": (0.05, -0.6)}
 _DEFAULTS = json.dumps(config_lib.to_dict(config_lib.Config()))
 TASKS = ("mqar", "needle:keys=4", "copy")
 LEVEL, EASE = 2.1, 0.975
 
 
-def write_study(root: Path, arms=ARMS, seeds=(0, 1, 2), sizes=("tiny",), noise=0.0015, together=True, costs=None, of_arm=None,
-                draw=0, shared=0.01, match_noise=0.003, items=2048, rich=True) -> Path:
+def write_study(root: Path, arms=ARMS, seeds=(0, 1, 2), sizes=("tiny",), noise=0.0015, together=True, costs=None,
+                of_arm=None, draw=0, shared=0.01, match_noise=0.003, items=2048, rich=True) -> Path:
   """A study directory in which arm a is `arms[a][0]` bits per byte worse than native, plus noise.
 
-  together: all seeds of an arm in one run directory, as one vmapped program writes them. costs: of run modes, over COSTS.
-  of_arm: {(arm, run mode): (bits/byte, exact match)} to add to one arm's. draw: seed of all noise. shared: SD of what all arms of a
-  seed have in common; noise, match_noise: SD of each run's own bits per byte and exact match. rich: with curves, layers,
-  positions, maps of blocks and an evaluation on the way, for reports; without, endpoints alone.
+  together: all seeds of an arm in one run directory, as one vmapped program writes them. costs: of run modes, over
+  COSTS.
+  of_arm: {(arm, run mode): (bits/byte, exact match)} to add to one arm's. draw: seed of all noise. shared: SD of what
+  all arms of a seed have in common; noise, match_noise: SD of each run's own bits per byte and exact match. rich: with
+  curves, layers, positions, maps of blocks and an evaluation on the way, for reports; without, endpoints alone.
   """
   rng = np.random.default_rng(draw)
-  truth = _Truth({**COSTS, **(costs or {})}, of_arm or {}, shared * np.random.default_rng((draw, 1)).normal(size=100), noise, match_noise,
-                 items, rich)
+  truth = _Truth({**COSTS, **(costs or {})}, of_arm or {}, shared * np.random.default_rng((draw, 1)).normal(size=100),
+                 noise, match_noise, items, rich)
   jobs = []
   for size_index, size in enumerate(sizes):
     for arm, (delta, exact, budget) in arms.items():
@@ -121,7 +125,8 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
     make = lambda kind, **fields: {**records.make(kind, **fields), **common}
     text, match = (a + b for a, b in zip(truth.costs[mode], truth.of_arm.get((arm, mode), (0.0, 0.0))))
     value = level + truth.shared[seed] + delta + own + text  # what is shared, pairing removes
-    for k, document in enumerate(("emma", "dracula", "walden", "origin", "ulysses", "middlemarch")[:6 if truth.rich else 2]):
+    for k, document in enumerate(
+        ("emma", "dracula", "walden", "origin", "ulysses", "middlemarch")[:6 if truth.rich else 2]):
       x = value + 0.04 * math.sin(7 * k) + rng.normal(0, truth.noise / 3)
       yield make("language", split="val", document=document, start=0, bits_per_byte=x + 0.05, bytes=2048,
                  second_half_bits_per_byte=x, second_half_bytes=1024)
@@ -144,13 +149,14 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
       yield make("context_gain", context=end, bits_per_byte=value + 0.5 * (end / 64) ** -0.6, bytes=4000)
     for start, end in ((0, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)):
       yield make("position", start=start, end=end, bytes=(end - start) * 6,
-                 bits_per_byte=value + 0.9 * (end / 64) ** -0.7 + delta * math.log2(end / 128) / 4 + rng.normal(0, 0.004))
+                 bits_per_byte=value + 0.9 * (end / 64) ** -0.7 + delta * math.log2(end / 128) / 4
+                 + rng.normal(0, 0.004))
     for layer in range(4):
       oracle = 0.93 - 0.05 * layer
       captured = {"dense": None, "oracle": oracle}.get(mode, oracle * (0.9 - 2 * max(0, delta)))
-      yield make("layer", layer=layer, captured_mass=captured, oracle_mass=oracle, block_recall=0.7, score_recall=None, entropy=2.0,
-                 overlap=0.55 + 0.08 * layer - delta + rng.normal(0, 0.01), tile_union=3.0 + 2 * layer, tile_common=0.8,
-                 queries_limited=0.86)
+      yield make("layer", layer=layer, captured_mass=captured, oracle_mass=oracle, block_recall=0.7, score_recall=None,
+                 entropy=2.0, overlap=0.55 + 0.08 * layer - delta + rng.normal(0, 0.01), tile_union=3.0 + 2 * layer,
+                 tile_common=0.8, queries_limited=0.86)
     if mode == "sparse":
       n = 32
       heat = [[min(1.0, (i == j) + (j == 0) * 0.6 + 0.9 * math.exp(-0.5 * (i - j)) + 0.35 * rng.random() ** 4)
@@ -163,7 +169,8 @@ def _records(arm, size, seed, step, delta, exact, rng, level, truth):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One planted truth: dense minus native and each retrofit minus dense, as (bits/byte, exact match); what is special about it."""
+  """One planted truth: dense minus native and each retrofit minus dense, as (bits/byte, exact match); what is special
+  about it."""
   about: str
   dense: tuple[float, float] = (0.0, 0.0)
   retrofits: tuple[tuple[float, float], ...] = ((0.0, 0.0),) * 3  # of 5, 25 and 50 % of the tokens
@@ -181,8 +188,10 @@ CASES = {
     "native ahead": Case("native ahead of dense by 0.02 bits/byte and 3.5 points; a small retrofit behind dense, "
                          "larger ones level with it",
                          (0.02, -0.035), ((0.02, -0.08), (0.0, 0.0), (0.0, 0.0))),
-    "dense ahead": Case("native behind dense by 0.02 bits/byte and 6 points; retrofits level with dense", (-0.02, 0.06)),
-    "on the margin": Case("A and every R exactly at the margin: no match is true", (0.005, -0.02), ((0.005, -0.02),) * 3),
+    "dense ahead": Case("native behind dense by 0.02 bits/byte and 6 points; retrofits level with dense",
+                        (-0.02, 0.06)),
+    "on the margin": Case("A and every R exactly at the margin: no match is true", (0.005, -0.02),
+                          ((0.005, -0.02),) * 3),
     "noisy": Case("no arm differs, and the seeds scatter by ten times as much", noise=0.01, match_noise=0.03),
     "selector failure": Case("retrofits of 5 and 25 % lose 40 and 20 points by their own blocks, none by the oracle's",
                              (0.0, 0.0), ((0.0, -0.4), (0.0, -0.2), (0.0, 0.0)),
@@ -202,8 +211,8 @@ def write_case(root: Path, case: Case, draw: int, seeds: int = 6) -> Path:
   arms |= {arm: (case.dense[0] + r[0], case.dense[1] + r[1], b) for (arm, b), r in zip(BUDGETS.items(), case.retrofits)}
   ease = 0.992 - EASE - max(arm[1] for arm in arms.values())  # the best arm is that good: the truth is not cut at 1
   arms = {arm: (text, exact + ease, b) for arm, (text, exact, b) in arms.items()}
-  return write_study(root, arms, tuple(range(seeds)), noise=case.noise, match_noise=case.match_noise, costs=case.costs, of_arm=case.of_arm,
-                     draw=draw, rich=False)
+  return write_study(root, arms, tuple(range(seeds)), noise=case.noise, match_noise=case.match_noise, costs=case.costs,
+                     of_arm=case.of_arm, draw=draw, rich=False)
 
 
 def truths(case: Case) -> dict[tuple[str, str, str], float]:
@@ -233,7 +242,8 @@ def words_of(case: Case, root: Path) -> dict:
     undecided += c.word == "undecided"
     false += (c.word == "matches" and abs(truth) >= margin - 1e-12) or (c.word == "worse" and truth <= 1e-12) or (
         c.word == "better" and truth >= -1e-12)
-    expected = "matches" if abs(truth) < margin / 2 else "worse" if truth > 1.5 * margin else "better" if truth < -1.5 * margin else None
+    expected = ("matches" if abs(truth) < margin / 2 else "worse" if truth > 1.5 * margin
+                else "better" if truth < -1.5 * margin else None)
     right += c.admitted and c.word == expected
   refused = tuple(m for m in (TEXT, MATCH) if not found.admissions[m, "tiny"].admitted)
   said = " ".join([found.headline, *found.lines])
@@ -250,10 +260,12 @@ def run(name: str, studies: int, first: int = 0) -> dict:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
       found.append(words_of(case, write_case(Path(folder), case, draw)))
   share = lambda test: sum(map(test, found)) / studies
-  expected = sum(m not in case.refused and (abs(t) < 0.5 * s or abs(t) > 1.5 * s) for (_, _, m), t in truths(case).items()
+  expected = sum(m not in case.refused and (abs(t) < 0.5 * s or abs(t) > 1.5 * s)
+                 for (_, _, m), t in truths(case).items()
                  for s in [0.005 if m == TEXT else 0.02])
   mean = lambda key: float(np.mean([one[key] for one in found]))
-  return {"truth": name, "about": case.about, "studies": studies, "refused as it must be": share(lambda o: o["refused"] == case.refused),
+  return {"truth": name, "about": case.about, "studies": studies,
+          "refused as it must be": share(lambda o: o["refused"] == case.refused),
           "words to get right per study": expected,
           "words right": mean("right") / expected if expected else math.nan,
           "all words right": share(lambda o: o["right"] == expected) if expected else math.nan,
@@ -275,7 +287,8 @@ def main():
     with open(options.out, "w", newline="") as file:
       writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
       writer.writeheader()
-      writer.writerows([{k: ("" if v != v else f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+      writer.writerows([{k: ("" if v != v else f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+                        for row in rows])
 
 
 if __name__ == "__main__":

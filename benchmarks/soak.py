@@ -4,7 +4,8 @@
     python -m benchmarks.soak --workdir=runs/soak --study=experiments/soak.py:seeds=1 --seed=7
 
 Writes WORKDIR/runs.csv (one row per run: what was done to it, and what agrees), WORKDIR/events.csv (what was done when)
-and WORKDIR/summary.txt. A finished undisturbed study (WORKDIR/calm) is used again. Exits with 0 if all agree, with 1 if not.
+and WORKDIR/summary.txt. A finished undisturbed study (WORKDIR/calm) is used again. Exits with 0 if all agree, with 1 if
+not.
 """
 import collections
 import csv
@@ -23,7 +24,8 @@ _STUDY = flags.DEFINE_string("study", "experiments/soak.py", "Experiment file of
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of both studies.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the kills and damages; their moments also depend on the machine.")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Mean time between the first sign of progress and a kill.")
-_EARLY = flags.DEFINE_float("early", 0.15, "Share of kills that do not wait for progress: imports, restore, compilation.")
+_EARLY = flags.DEFINE_float("early", 0.15,
+                            "Share of kills that do not wait for progress: imports, restore, compilation.")
 _DAMAGE = flags.DEFINE_float("damage", 0.3, "Share of kills after which the newest checkpoint is damaged.")
 flags.mark_flag_as_required("workdir")
 cli.define_common()
@@ -131,19 +133,23 @@ def main():
   rows = []
   for run in sorted(p.parent.name for p in (work / "calm").glob("runs/*/DONE")):
     mine = [event for event in events if event["run"] == run]
-    done = collections.Counter(event["signal"] for event in mine) + collections.Counter(event["damage"] for event in mine)
+    done = collections.Counter(event[what] for event in mine for what in ("signal", "damage"))
     rows.append({"run": run, **{name: done[name] for name in ("SIGTERM", "SIGKILL", *DAMAGES)},
-                 **{f"same_{part}": same for part, same in agreement(work / "calm/runs" / run, work / "cut/runs" / run).items()}})
+                 **{f"same_{part}": same
+                    for part, same in agreement(work / "calm/runs" / run, work / "cut/runs" / run).items()}})
   write_csv(work / "runs.csv", rows)
   write_csv(work / "events.csv", events)
   equal = sum(all(value for name, value in row.items() if name.startswith("same_")) for row in rows)
   ends = collections.Counter(f"{event['signal']}, {event['end']}" for event in events)
   spoiled = collections.Counter(event["damage"] for event in events if event["damage"])
-  text = (f"{equal} of {len(rows)} runs are bit by bit those of the undisturbed study: step, parameters, optimizer, records, "
-          f"evaluations.\n{len(events)} kills ({', '.join(f'{n} {what}' for what, n in sorted(ends.items()))}), "
-          f"{sum(bool(row['SIGTERM'] + row['SIGKILL']) for row in rows)} runs cut at least once.\n"
-          f"{sum(spoiled.values())} newest checkpoints damaged ({', '.join(f'{n} {what}' for what, n in sorted(spoiled.items()))}).\n"
-          f"{f'{calm_seconds:.0f} s undisturbed, ' * undisturbed}{time.monotonic() - began - calm_seconds:.0f} s with kills. "
+  text = (f"{equal} of {len(rows)} runs are bit by bit those of the undisturbed study: step, parameters, optimizer, "
+          f"records, evaluations.\n{len(events)} kills "
+          f"({', '.join(f'{n} {what}' for what, n in sorted(ends.items()))}), "
+          f"{sum(bool(row['SIGTERM'] + row['SIGKILL']) for row in rows)} runs cut at least "
+          f"once.\n{sum(spoiled.values())} newest checkpoints damaged "
+          f"({', '.join(f'{n} {what}' for what, n in sorted(spoiled.items()))}).\n"
+          f"{f'{calm_seconds:.0f} s undisturbed, ' * undisturbed}"
+          f"{time.monotonic() - began - calm_seconds:.0f} s with kills. "
           f"--study={_STUDY.value} --seed={_SEED.value}\n")
   (work / "summary.txt").write_text(text)
   print(text, end="")

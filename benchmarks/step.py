@@ -10,11 +10,11 @@ selector learns) and a batch of sequences x tokens: packed documents of the pilo
 `nsa.train` would see them. A vocabulary larger than the bytes tokenizer's costs what it costs and is not filled.
 
 ms: median over `--repeats` groups of `--steps` steps, each of which needs the state of the one before. compile: seconds
-of tracing and compiling, little where the compilation cache has the program. MFU: useful FLOPs (nsa.flops: visible pairs alone,
-recomputation not counted) over the chip's published peak. floor: the least time of this device for those FLOPs at the
-measured rate of a large product, plus, one after the other, the bytes that the optimizer cannot avoid (weights, gradients
-and two moments, read and written in float32: 32 per parameter that learns) at the measured rate of a large copy;
-"of floor" is floor / ms. vs dense: the dense step's time of the same model and batch over this one's.
+of tracing and compiling, little where the compilation cache has the program. MFU: useful FLOPs (nsa.flops: visible
+pairs alone, recomputation not counted) over the chip's published peak. floor: the least time of this device for those
+FLOPs at the measured rate of a large product, plus, one after the other, the bytes that the optimizer cannot avoid
+(weights, gradients and two moments, read and written in float32: 32 per parameter that learns) at the measured rate of
+a large copy; "of floor" is floor / ms. vs dense: the dense step's time of the same model and batch over this one's.
 """
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def as_on_an_h100():
     yield
 
 
-def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, packed=False, queries=T, offset=0) -> dict:
+def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, packed=False, queries=T,
+              offset=0) -> dict:
   """The arguments of a call, arrays as shapes and dtypes; the index branch has the head dim of the model."""
   of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
   N, H, stride = K * group, head_dim, max(1, block_size // 4)

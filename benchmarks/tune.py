@@ -44,7 +44,8 @@ def _range_arguments(spec):
   position = spans.positions(spec.T, 0, spec.B)
   if spec is LONG:
     k, v = x["k_cmp"], x["v_cmp"]
-    low, high = spans.of_compressed(position, k.shape[1], None, block_len=spec.block_len, block_stride=spec.block_stride)
+    low, high = spans.of_compressed(position, k.shape[1], None, block_len=spec.block_len,
+                                    block_stride=spec.block_stride)
   else:
     k, v = x["k"], x["v"]
     low, high = spans.of_tokens(position, k.shape[1], None)
@@ -53,7 +54,8 @@ def _range_arguments(spec):
 
 
 def _sizes(q, k):
-  return ranged.Sizes(q.shape[1], k.shape[1], k.shape[2], q.shape[2] // k.shape[2], q.shape[3], q.shape[3] ** -0.5, "tf32")
+  return ranged.Sizes(q.shape[1], k.shape[1], k.shape[2], q.shape[2] // k.shape[2], q.shape[3], q.shape[3] ** -0.5,
+                      "tf32")
 
 
 def range_forward(spec):

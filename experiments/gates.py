@@ -4,16 +4,16 @@ Before any study that counts: an endpoint is admitted where dense attention is g
 with a sink are not, and the best blocks are (the oracle's).
 
     python -m launch.study --config=experiments/gates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz --workdir=runs/gates
-    python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_8 --workdir=runs/gates
+    python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_half --workdir=runs/gates
     python -m experiments.gates runs/gates          # the table, and exact match over the steps
 
 One dense model of about 10M non-embedding parameters on 4,096 bytes, novels and code half each, and in every batch of 8
 rows exactly one of tasks, a stated share of the loss: recall with bindings and queries scattered over the whole row, in some
 rows packed with shorter examples, without which it is learnt late. It is evaluated as trained and, without training, with the
-blocks of quest, block_topk, sink_window, random and oracle: blocks of 32, 16 and 8 a query (1/8 and 1/16 of the context). Text
-by corpus, recall by answer; `far` answers have their evidence behind the first 128 tokens and 512 or more before the query.
+blocks of quest, block_topk, sink_window, random and oracle: `blocks` of 32 a query, and half of them. Text by corpus,
+recall by answer; `far` answers have their evidence behind the first 128 tokens and farther back than `blocks` of 32 reach.
 
-arms (joined by +): dense, native (MSA, 16 blocks), native_8 (8 blocks), native_cold (no warm-up of the selector),
+arms (joined by +): dense, native (MSA, `blocks` of them), native_half (half as many), native_cold (no warm-up of the selector),
 native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm up, not 2), native_noconv and dense_noconv
 (no short convolution on q, k and v), retrofit (the last 25 % of the steps, from the dense trunk).
 
@@ -21,7 +21,7 @@ Arguments: novels= and code= (archives or folders; none: the standard library's 
 batch=8, words=false (true: recall in words, variable tracking of 1 and 2 hops and the most common word are trained on, too;
 evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320 (of 4,096 bytes, each
 corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the way), context=4096, layers=6, width=384,
-lengths=64+256+1024+4096 (of the packed examples).
+lengths=64+256+1024+4096 (of the packed examples), blocks=0 (visible to a query; 0: 1/8 of the context, 16).
 """
 import sys
 
@@ -39,10 +39,11 @@ RETROFIT = 0.25
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False,
-                      task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096")
+                      task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096",
+                      blocks=0)
   make = Arms(a)
   known = {"dense": make.dense, "dense_noconv": lambda name: make.dense(name, short_conv=0), "native": make.native,
-           "native_8": lambda name: make.native(name, blocks=make.count // 2),
+           "native_half": lambda name: make.native(name, blocks=make.count // 2),
            "native_cold": lambda name: make.native(name, warm=0),
            "native_rate2": lambda name: make.native(name, rate=2.0),
            "native_warm10": lambda name: make.native(name, warm=0.1),
@@ -63,7 +64,7 @@ class Arms:
     self.a = a
     self.plan = dict(peak=a.rate, warmup=0.02, decay=0.2)
     self.block = min(32, a.context // 64)
-    self.count = a.context // 8 // self.block  # 1/8 of the context
+    self.count = a.blocks or a.context // 8 // self.block
     self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
 
   def arm(self, name, attention, stages, run_modes, during, rate=1.0, short_conv=3, fork=None, share=1.0):
@@ -80,7 +81,7 @@ class Arms:
         eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes,
                         tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,
                         blocks=dict(block_size=self.block, num_blocks=self.count) if dense else {},
-                        near=(a.context // 32, a.context // 8), ar_hits=True,
+                        near=(a.context // 32, self.count * self.block), ar_hits=True,
                         context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024),
                         diagnostics=not dense, diagnosed=32,
                         every=max(1, round(a.steps * share / a.looks)), during=during, during_examples=min(64, a.examples)),

@@ -39,7 +39,8 @@ def run(main, arguments: bool = False) -> None:
     programs = sys.modules.get("nsa.programs")
     if programs is None or not programs.busy():
       raise
-    # The interpreter would take its lock from the compiler's thread as it ends, and die of SIGABRT in place of our exit code.
+    # The interpreter would take its lock from the compiler's thread as it ends, and die of SIGABRT in place of our exit
+    # code.
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
       traceback.print_exc()
@@ -121,11 +122,13 @@ def _main(main, rest, arguments) -> int:
   except train.Preempted as error:
     _exit(PREEMPTED, str(error))
   except OSError as error:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST) and error.filename:
+    if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+        and error.filename):
       _exit(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
-    _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest checkpoint")
+    _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest "
+                      "checkpoint")
 
 
 def _ours(error) -> bool:
@@ -134,7 +137,8 @@ def _ours(error) -> bool:
   while frame.tb_next is not None:
     frame = frame.tb_next
   module = frame.tb_frame.f_globals.get("__name__", "")
-  return module == "__main__" or module.split(".")[0] in ("nsa", "pallas_kernels", "experiments", "launch", "benchmarks")
+  return (module == "__main__"
+          or module.split(".")[0] in ("nsa", "pallas_kernels", "experiments", "launch", "benchmarks"))
 
 
 def _quiet_logs() -> None:
@@ -183,8 +187,8 @@ def _connect(processes) -> None:
 def compilation_cache(directory: str | None) -> None:
   """Keeps compiled programs between processes. Before the first computation.
 
-  A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to another
-  machine, under another name.
+  A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to
+  another machine, under another name.
   """
   import jax
   if directory:

@@ -15,7 +15,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a 
                                           lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, 'Where: "v5p:8x8x8" (a TPU slice) or "h100x64" (GPUs).')
 _COMPILE = flags.DEFINE_bool("compile", True, "False: arithmetic alone.")
-_INACTIVE = flags.DEFINE_float("inactive_parameters", 0.0, "Parameters of experts that a token does not visit: memory and "
+_INACTIVE = flags.DEFINE_float("inactive_parameters",
+                               0.0, "Parameters of experts that a token does not visit: memory and "
                                "traffic alone (nsa/planning/forecast.py).")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the plan.")
 flags.mark_flags_as_required(["config", "topology"])
@@ -28,7 +29,8 @@ def main():
   from nsa.planning import plan, topology
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
-    raise config_lib.ConfigError([("config", type(config).__name__, "launch.compile takes a Config, the run that is planned")])
+    raise config_lib.ConfigError(
+        [("config", type(config).__name__, "launch.compile takes a Config, the run that is planned")])
   made = plan.ahead(config, topology.parse(_TOPOLOGY.value), compile_steps=_COMPILE.value, inactive=_INACTIVE.value)
   print(plan.report(made))
   if _OUT.value:

@@ -1,7 +1,7 @@
 """Evaluates a run's checkpoint and writes workdir/eval/<step>.json.
 
-What differs in anything from the run's own evaluation (run modes, split, context, windows, ...) goes to a file of its own,
-eval/<step>-<what differs>.json, which reports leave out.
+What differs in anything from the run's own evaluation (run modes, split, context, windows, ...) goes to a file of its
+own, eval/<step>-<what differs>.json, which reports leave out.
 
     python -m launch.evaluate --workdir=runs/native
     python -m launch.evaluate --workdir=runs/native --step=400 --run_modes="sparse sparse:num_blocks=8"
@@ -12,11 +12,14 @@ from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
-_RUN_MODES = flags.DEFINE_string("run_modes", "", "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
-_MODULES = flags.DEFINE_list("modules", [], "Files or modules that define further controls or tasks, besides the run's own.")
+_RUN_MODES = flags.DEFINE_string("run_modes", "",
+                                 "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
+_MODULES = flags.DEFINE_list("modules", [],
+                             "Files or modules that define further controls or tasks, besides the run's own.")
 _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
-_SEQUENCES = flags.DEFINE_integer("sequences", None, "Windows of text, -1 for all of the split; left out: the run's own.")
+_SEQUENCES = flags.DEFINE_integer("sequences", None,
+                                  "Windows of text, -1 for all of the split; left out: the run's own.")
 flags.mark_flag_as_required("workdir")
 cli.define_common()
 
@@ -43,12 +46,14 @@ def main():
       parts = [f"{run_mode:24s} seed {seed}"]
       for name, weight, unit in (("bits_per_byte", "bytes", "bits/byte"),
                                  ("second_half_bits_per_byte", "second_half_bytes", "in the second half")):
-        scored = [r for r in text if name in r]  # a method that chooses once per prompt is scored behind the prompt alone
+        # a method that chooses once per prompt is scored behind the prompt alone
+        scored = [r for r in text if name in r]
         if scored:
           parts.append(f"{sum(r[name] * r[weight] for r in scored) / sum(r[weight] for r in scored):.4f} {unit}")
       if recall:
         parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
-      seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible" in r]
+      seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible"
+              in r]
       if seen:
         parts.append("{:.0f} of {:.0f} tokens per query".format(
             *(sum(r[name] for r in seen) / len(seen) for name in ("tokens_visible", "tokens_causal"))))

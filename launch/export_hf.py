@@ -24,7 +24,8 @@ def main():
   from nsa import huggingface
   added = huggingface.export_model(_WORKDIR.value, _OUT.value, step=_STEP.value, seed=_SEED.value, dtype=_DTYPE.value,
                                    shard_bytes=int(_SHARD.value * 10 ** 9))
-  beside = f"; what {' and '.join(added)} added is in method.safetensors, the rest runs dense without it" if added else ""
+  beside = (f"; what {' and '.join(added)} added is in method.safetensors, the rest runs dense without it" if added
+            else "")
   print(f"{_OUT.value} written{beside}")
 
 

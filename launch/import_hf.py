@@ -19,8 +19,10 @@ _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json and safet
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to make.")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of the windows that launch.evaluate takes by default.",
                                 lower_bound=2)
-_DATA = flags.DEFINE_string("data_source", "stdlib", "Text that launch.evaluate reads by default: stdlib, files:PATH or tfds:NAME.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "hf:PATH of a tokenizer.json or its folder, or bytes; empty: the model's own.")
+_DATA = flags.DEFINE_string("data_source", "stdlib",
+                            "Text that launch.evaluate reads by default: stdlib, files:PATH or tfds:NAME.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "",
+                                 "hf:PATH of a tokenizer.json or its folder, or bytes; empty: the model's own.")
 flags.mark_flags_as_required(["source", "workdir"])
 
 

@@ -1,4 +1,5 @@
-"""Overrides of config fields that ml_collections leaves out: entries of dicts, and words for an index that is not there.
+"""Overrides of config fields that ml_collections leaves out: entries of dicts, and words for an index that is not
+there.
 
     --config.eval.blocks.block_size=8      --config.schedule.stages[0].loss_weights.index_kl=2
 """
@@ -13,8 +14,8 @@ _OVERRIDE = re.compile(r"--?config\.([^=]+)=(.*)", re.DOTALL)
 
 
 def take_entries(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-  """(argv without overrides of a dict field or of an entry of one, these as (path, value)); sys.argv, which ml_collections reads
-  again, loses them too."""
+  """(argv without overrides of a dict field or of an entry of one, these as (path, value)); sys.argv, which
+  ml_collections reads again, loses them too."""
   names, taken, rest = _dict_fields(), [], []
   for argument in argv:
     found = _OVERRIDE.fullmatch(argument)
@@ -44,7 +45,8 @@ def apply_entries(config, taken: list[tuple[str, str]]) -> None:
 
 
 def walk(config, path: str):
-  """The field at "schedule.stages[0].mode". Raises ValueError for an index that is not there, AttributeError for a field."""
+  """The field at "schedule.stages[0].mode". Raises ValueError for an index that is not there, AttributeError for a
+  field."""
   here, said = config, "config"
   for part in path.split("."):
     name, *indices = re.findall(r"[^\[\]]+", part)
@@ -59,7 +61,8 @@ def walk(config, path: str):
 def _dict_fields() -> dict[str, type]:
   """Name of every dict field of a config or study whose values are numbers or strings -> their type."""
   from nsa import config, study  # here: --help needs none of it
-  classes = [c for c in (*vars(config).values(), study.Study) if isinstance(c, type) and hasattr(c, "__dataclass_fields__")]
+  classes = [c for c in (*vars(config).values(), study.Study)
+             if isinstance(c, type) and hasattr(c, "__dataclass_fields__")]
   found = {}
   for cls in classes:
     for name, hint in typing.get_type_hints(cls).items():
@@ -86,4 +89,5 @@ def _value(path, text, kind):
   try:
     return kind(text)
   except ValueError:
-    raise ValueError(f"override: config.{path} = {text!r}: takes {'a whole number' if kind is int else 'a number'}") from None
+    raise ValueError(
+        f"override: config.{path} = {text!r}: takes {'a whole number' if kind is int else 'a number'}") from None

@@ -2,8 +2,8 @@
 
     python -m launch.plans --out=experiments/results/plans
 
-Arithmetic alone (nsa/planning/forecast.py), seconds per plan; `launch.compile` asks the compiler for one of them. Writes
-plans.csv (a row per step) and runs.csv (chip hours per run).
+Arithmetic alone (nsa/planning/forecast.py), seconds per plan; `launch.compile` asks the compiler for one of them.
+Writes plans.csv (a row per step) and runs.csv (chip hours per run).
 """
 import csv
 import pathlib
@@ -52,7 +52,8 @@ def main():
   out.mkdir(parents=True, exist_ok=True)
   for file, rows in (("plans.csv", steps), ("runs.csv", runs)):
     with open(out / file, "w", newline="") as f:
-      writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n", restval="")
+      writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n",
+                              restval="")
       writer.writeheader()
       writer.writerows(rows)
 

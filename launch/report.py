@@ -15,7 +15,8 @@ from absl import flags
 from launch import cli
 
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: report/ inside the first path.")
-_PUBLISH = flags.DEFINE_bool("publish", False, "For a repository: no HTML, small PNGs, configs and records without this "
+_PUBLISH = flags.DEFINE_bool("publish",
+                             False, "For a repository: no HTML, small PNGs, configs and records without this "
                              "machine's paths.")
 
 

@@ -1,7 +1,7 @@
 """Runs a study, or goes on with it, and writes its report.
 
     python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
-    python -m launch.study --config=experiments/pilot.py --workdir=runs/pilot --only='*-s0,dense-*'    # beside others, one per device
+    python -m launch.study --config=experiments/pilot.py --workdir=runs/pilot --only='*-s0,dense-*'  # beside others
 
 With --plan it writes PLAN.md and plan.json (into the study's `plan` directory, or the workdir) and trains nothing:
 commit them before the first run that counts; the report lists what deviates. With --only the process runs the named
@@ -29,7 +29,8 @@ def main():
   from nsa.planning import plan
   study = _CONFIG.value
   if not isinstance(study, study_lib.Study):
-    raise config_lib.ConfigError([("config", type(study).__name__, "launch.study takes a Study; a Config goes to launch.train")])
+    raise config_lib.ConfigError(
+        [("config", type(study).__name__, "launch.study takes a Study; a Config goes to launch.train")])
   workdir = _WORKDIR.value or ("unnamed" if _DRY_RUN.value or (_PLAN.value and study.plan) else "")
   if not workdir:
     raise config_lib.ConfigError([("--workdir", "", "name the study directory, or take --dry_run")])

@@ -27,7 +27,8 @@ def points(grids: list[str]) -> list[dict[str, str]]:
   for grid in grids:
     field, equals, values = grid.rpartition("=") if not grid.startswith(":") else grid.partition("=")
     if not equals or not field.strip(":") or not all(values.split(",")):
-      raise ValueError(f"--grid={grid}: write FIELD=VALUE,VALUE, e.g. config.schedule.steps=1000,2000 or :method=msa,nsa")
+      raise ValueError(f"--grid={grid}: write FIELD=VALUE,VALUE, e.g. config.schedule.steps=1000,2000 or "
+                       ":method=msa,nsa")
     axes.append([(field, value) for value in values.split(",")])
   return [dict(point) for point in itertools.product(*axes)]
 

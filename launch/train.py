@@ -12,7 +12,8 @@ from launch import cli
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. experiments/native.py:method=nsa",
                                           lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, made if it is not there.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the config, parameters, FLOPs and memory per stage; compile; train nothing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False,
+                             "Print the config, parameters, FLOPs and memory per stage; compile; train nothing.")
 flags.mark_flag_as_required("config")
 cli.define_common()
 
@@ -22,7 +23,8 @@ def main():
   from nsa.planning import plan
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
-    raise config_lib.ConfigError([("config", type(config).__name__, "launch.train takes a Config; a Study goes to launch.study")])
+    raise config_lib.ConfigError(
+        [("config", type(config).__name__, "launch.train takes a Config; a Study goes to launch.study")])
   config_lib.validate(config)
   if not _DRY_RUN.value and not _WORKDIR.value:
     raise config_lib.ConfigError([("--workdir", "", "name the run directory, or take --dry_run")])

@@ -51,7 +51,8 @@ def test_a_study_that_needs_no_selection_is_refused():
   study = pilot.get_config("arms=dense+native_msa")
   assert study.shortcuts and audit.problems(study) == []
   study.shortcuts = False
-  study.arms = [dataclasses.replace(arm, eval=dataclasses.replace(arm.eval, tasks=("mqar:pairs=16,layout=paper", "mqar:pairs=16")))
+  study.arms = [dataclasses.replace(
+      arm, eval=dataclasses.replace(arm.eval, tasks=("mqar:pairs=16,layout=paper", "mqar:pairs=16")))
                 for arm in study.arms]
   for run in (lambda: plan.describe_study(study, "x"), lambda: study_lib.run(study, "/nowhere")):
     with pytest.raises(config_lib.ConfigError) as error:
@@ -62,10 +63,13 @@ def test_a_study_that_needs_no_selection_is_refused():
 
 def test_geometries_are_those_of_the_run_modes():
   run = lambda attention, modes, blocks={}: config_lib.Config(
-      attention=attention, data=DataConfig(context=256), eval=EvalConfig(run_modes=modes, blocks=blocks, tasks=("mqar:pairs=4",)))
+      attention=attention, data=DataConfig(context=256),
+      eval=EvalConfig(run_modes=modes, blocks=blocks, tasks=("mqar:pairs=4",)))
   msa = methods.MSA(block_size=8, num_blocks=4, num_initial=1, num_local=2)
-  assert audit.geometries(run(msa, ("sparse", "dense", "random:num_blocks=6"))) == [audit.Geometry(8, 4, 1, 2), audit.Geometry(8, 6, 1, 2)]
-  assert audit.geometries(run(methods.Dense(), ("dense", "quest", "quest:num_blocks=8"), dict(block_size=16, num_blocks=4))) == [
+  assert audit.geometries(run(msa, ("sparse", "dense", "random:num_blocks=6"))) == [
+      audit.Geometry(8, 4, 1, 2), audit.Geometry(8, 6, 1, 2)]
+  assert audit.geometries(run(methods.Dense(), ("dense", "quest", "quest:num_blocks=8"),
+                              dict(block_size=16, num_blocks=4))) == [
       audit.Geometry(16, 4), audit.Geometry(16, 8)]
   assert audit.geometries(run(methods.Dense(), ("dense",))) == []
   lines = audit.text(audit.of_config(run(msa, ("sparse",)))).split("\n")

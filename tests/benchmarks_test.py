@@ -134,10 +134,14 @@ def test_a_row_of_a_step_counts_useful_work(monkeypatch):
 
 
 def test_kinds_of_kernels():
-  names = {"selected_attention_backward": "selected_attention_backward", "jit_range_attention_dkv_0": "range_attention_dkv_0",
-           "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products", "loop_dynamic_update_slice_fusion_2": "stacking and slicing",
-           "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions", "loop_add_fusion": "elementwise and the rest",
-           "MemcpyD2D": "copies and transposes", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
+  names = {"selected_attention_backward": "selected_attention_backward",
+           "jit_range_attention_dkv_0": "range_attention_dkv_0",
+           "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products",
+           "loop_dynamic_update_slice_fusion_2": "stacking and slicing",
+           "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions",
+           "loop_add_fusion": "elementwise and the rest",
+           "MemcpyD2D": "copies and transposes",
+           "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
   assert {name: kinds.kind(name) for name in names} == names
 
 

@@ -144,7 +144,8 @@ WRONG = [
     ("optimizer.eps", 0.0, "optimizer.eps", "above 0"),
     ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay", "finite"),
     ("model.rope_theta", float("inf"), "model.rope_theta", "finite"),
-    ("schedule.stages", [Stage(loss_weights={"index_kl": float("nan")})], "schedule.stages[0].loss_weights['index_kl']", "finite"),
+    ("schedule.stages", [Stage(loss_weights={"index_kl": float("nan")})], "schedule.stages[0].loss_weights['index_kl']",
+     "finite"),
     ("peak_tflops", -1.0, "peak_tflops", "0 to look it up"),
     ("optimizer.clip", -1.0, "optimizer.clip", "negative"),
     ("schedule.learning_rate.final", 5.0, "schedule.learning_rate.final", "0 to 1"),
@@ -216,7 +217,8 @@ def test_all_problems_are_listed_at_once():
     (dict(data=4, fsdp=4), 8, "mesh", "= 16"), (dict(), 16, "data.global_batch", "take a multiple"),
     (dict(), 16, "eval.batch", "multiple of data * fsdp = 16"),
                                                       (dict(fsdp=3), 3, "model.d_model", "= 3"),
-                                                      (dict(fsdp=2, context=3), 6, "model.d_model", "mesh.fsdp * mesh.context = 6")])
+                                                      (dict(fsdp=2, context=3), 6, "model.d_model",
+                                                       "mesh.fsdp * mesh.context = 6")])
 def test_meshes_are_checked_against_the_devices(mesh, devices, field, words):
   config = make_config()
   config.mesh = config_lib.MeshConfig(**mesh)
@@ -239,8 +241,8 @@ def test_more_blocks_than_there_are_are_told():
   assert config_lib.remarks(config) == []
   config.schedule.stages[1].context = 64
   assert config_lib.remarks(config) == [
-      "attention.num_blocks = 4: the longest context, 64 tokens, has 4 blocks of attention.block_size = 16: nothing is left out, "
-      "which is dense attention"]
+      "attention.num_blocks = 4: the longest context, 64 tokens, has 4 blocks of attention.block_size = 16: nothing is "
+      "left out, which is dense attention"]
 
 
 # --- overrides that ml_collections leaves out ---
@@ -256,8 +258,10 @@ def override(*arguments):
 
 def test_entries_of_dicts_are_overridden():
   config, rest = override("--config.eval.blocks.block_size=8", "--config.schedule.stages[1].loss_weights.index_kl=2.5",
-                          "--config.data.weights={'a': 3}", "--config.data.corpora.a=files:/x/y.z", "--config.model.d_model=8")
-  assert config.eval.blocks == {"block_size": 8} and config.data.weights == {"a": 3.0} and rest == ["program", "--config.model.d_model=8"]
+                          "--config.data.weights={'a': 3}", "--config.data.corpora.a=files:/x/y.z",
+                          "--config.model.d_model=8")
+  assert (config.eval.blocks == {"block_size": 8} and config.data.weights == {"a": 3.0}
+          and rest == ["program", "--config.model.d_model=8"])
   assert [stage.loss_weights for stage in config.schedule.stages] == [{}, {"index_kl": 2.5}]
   assert config.data.corpora == {"a": "files:/x/y.z"}
 
@@ -265,7 +269,8 @@ def test_entries_of_dicts_are_overridden():
 @pytest.mark.parametrize("argument, words", [
     ("--config.eval.blocks.block_size=x", "config.eval.blocks.block_size = 'x': takes a whole number"),
     ("--config.eval.blocks=8", "config.eval.blocks = '8': takes a dict"),
-    ("--config.schedule.stages[2].loss_weights.index_kl=1", r"config.schedule.stages\[2\]: there are 2, counted from 0"),
+    ("--config.schedule.stages[2].loss_weights.index_kl=1",
+     r"config.schedule.stages\[2\]: there are 2, counted from 0"),
     ("--config.model.blocks.block_size=8", "ModelConfig has no dict 'blocks'")])
 def test_wrong_overrides_of_entries_are_named(argument, words):
   with pytest.raises(ValueError, match=words):

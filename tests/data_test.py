@@ -210,7 +210,8 @@ def test_task_rows(corpus):
 
 
 def test_short_tasks_are_packed(corpus):
-  """Rows of a length hold different examples of it, each whole and in a segment of its own; rows of text stay as they were."""
+  """Rows of a length hold different examples of it, each whole and in a segment of its own; rows of text stay as they
+  were."""
   config = config_of(corpus, context=128, filler_weight=0.25, **MIXED)
   whole, short = (data.make(dataclasses.replace(config, task_lengths=lengths), seed=0) for lengths in ((), (40, 128)))
   counts = []
@@ -241,7 +242,8 @@ def test_short_tasks_are_packed(corpus):
 
 
 def test_every_batch_has_its_rows_of_tasks(corpus):
-  """One row of 8 at 64 tokens, the same share at other lengths; the text around it has no gap; the loss weight is constant."""
+  """One row of 8 at 64 tokens, the same share at other lengths; the text around it has no gap; the loss weight is
+  constant."""
   config = config_of(corpus, task_rows=2, task_loss=0.25, tasks=("mqar:pairs=4", "copy:length=6"), filler_weight=0.0)
   pipeline, plain = data.make(config, seed=4), data.make(config_of(corpus), seed=4)
   text = []
@@ -257,7 +259,8 @@ def test_every_batch_has_its_rows_of_tasks(corpus):
       np.testing.assert_array_equal(half[name], b[name][4:])
   np.testing.assert_array_equal(text, np.concatenate([plain.batch_at(step)["inputs"] for step in range(9)]))
   assert sum("task" in line for line in pipeline.describe(pipeline.batch_at(1, context=32)).split("\n")) == 4
-  with pytest.raises(ValueError, match="context = 512: data.task_rows = 2 of 8 rows are no whole number of a batch of 1"):
+  with pytest.raises(ValueError,
+                     match="context = 512: data.task_rows = 2 of 8 rows are no whole number of a batch of 1"):
     pipeline.check_context(512)
   with pytest.raises(ValueError, match="data.task_rows = 1: data.tasks is empty"):
     data.make(config_of(corpus, task_rows=1), seed=0)
@@ -281,7 +284,8 @@ def test_corpora_are_mixed_by_weight(corpus, tmp_path):
   # Each corpus is read as it would be alone.
   first = np.concatenate([alone.batch_at(step)["inputs"] for step in range(len(rows["noise"]) // 8)])
   np.testing.assert_array_equal(rows["noise"][:len(first)], first)
-  assert pipeline.fingerprint != alone.fingerprint != data.make(config_of(corpus, corpora={"zeds": f"files:{tmp_path}"}), 0).fingerprint
+  assert (pipeline.fingerprint != alone.fingerprint
+          != data.make(config_of(corpus, corpora={"zeds": f"files:{tmp_path}"}), 0).fingerprint)
   assert data.make(dataclasses.replace(config, weights={}), 2).fingerprint == pipeline.fingerprint
   assert {w.document for w in data.eval_windows(config, "val", -1, 100, "zeds")} == {"z.txt"}
   assert len(data.eval_windows(config, "val", -1, 100, "zeds")) == 30  # 3002 positions
@@ -331,12 +335,14 @@ def test_tasks_without_text():
 
 
 def test_passages_are_planted_as_often_as_is_said(tmp_path):
-  """Found again by their bytes: 0, 1, 4, 16 or 64 times in a whole deck, nowhere else, and the rest of the rows is as it was."""
+  """Found again by their bytes: 0, 1, 4, 16 or 64 times in a whole deck, nowhere else, and the rest of the rows is as
+  it was."""
   (tmp_path / "train").mkdir()
   for i in range(3):
     noise = counter.integers(counter.key("planting", i), np.arange(100_000), 256)
     (tmp_path / "train" / f"{i}.txt").write_bytes(noise.astype(np.uint8).tobytes())
-  config = config_of(tmp_path, context=4096, global_batch=8, align=64, planted=0.125, task_rows=1, tasks=("mqar:pairs=4",))
+  config = config_of(tmp_path, context=4096, global_batch=8, align=64, planted=0.125, task_rows=1,
+                     tasks=("mqar:pairs=4",))
   pipeline = data.make(config, seed=1)
   steps = planting.SETS * 85 * 4 // 7 + 1  # a row in four
   batches = [pipeline.batch_at(step) for step in range(steps)]
@@ -359,7 +365,8 @@ def test_passages_are_planted_as_often_as_is_said(tmp_path):
       np.testing.assert_array_equal(rows[row, here], tokens[p.start:p.start + planting.SIZE])
       np.testing.assert_array_equal(targets[row, here], tokens[p.start + 1:p.start + planting.SIZE + 1])
       own = segments[row, at]
-      assert (segments[row] == own).sum() == planting.SIZE and not set(segments[row, :at]) & (set(segments[row, at + planting.SIZE:]) - {0})
+      assert ((segments[row] == own).sum() == planting.SIZE
+              and not set(segments[row, :at]) & (set(segments[row, at + planting.SIZE:]) - {0}))
   share = sum(p.planted for p in passages) * planting.SIZE / (steps * 7 * 4096)
   assert share == pytest.approx(0.125, abs=0.001)
   part = data.make(config, seed=1).batch_at(5, rows=slice(2, 6))
@@ -382,7 +389,8 @@ def test_recurrences_equal_a_search(ngram, letters):
   rng = np.random.default_rng(ngram)
   targets = rng.integers(0, letters, (3, 90)).astype(np.int32)
   inputs = np.concatenate([np.full((3, 1), 7, np.int32), targets[:, :-1]], axis=1)
-  train = [sources.Document("a", rng.integers(0, letters, 300).astype(np.uint16)), sources.Document("b", np.zeros(2, np.uint16))]
+  train = [sources.Document("a", rng.integers(0, letters, 300).astype(np.uint16)),
+           sources.Document("b", np.zeros(2, np.uint16))]
   got = recurrence.distances(targets, inputs, train, ngram=ngram, rare=2, least=4)
   text = [tuple(document.tokens.tolist()) for document in train]
   found = 0

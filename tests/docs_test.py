@@ -31,5 +31,6 @@ def test_the_readme_is_short_and_the_index_whole():
 def test_every_registered_method_is_in_the_readme():
   from nsa import methods
   text = (ROOT / "README.md").read_text()
-  missing = {name for name, cls in methods.registry.METHODS.items() if cls.__module__.startswith("nsa.") and f"`{name}`" not in text}
+  missing = {name for name, cls in methods.registry.METHODS.items()
+             if cls.__module__.startswith("nsa.") and f"`{name}`" not in text}
   assert missing == {"dense"}

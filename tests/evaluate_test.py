@@ -106,7 +106,8 @@ def test_what_is_compiled_ahead_is_what_an_evaluation_runs(monkeypatch):
 
 
 def test_what_far_context_is_worth_by_hand(tmp_path):
-  """AR hits by distance, and the last quarter of a window with less before it, against the model run on each window alone."""
+  """AR hits by distance, and the last quarter of a window with less before it, against the model run on each window
+  alone."""
   rng = np.random.default_rng(0)
   for split, size in (("train", 200), ("val", 64 * 4 + 1)):
     (tmp_path / split).mkdir()
@@ -122,7 +123,8 @@ def test_what_far_context_is_worth_by_hand(tmp_path):
   rows = evaluate.records(config_lib.validate(config), params, 7)
   windows = data.eval_windows(config.data, "val", -1, T)
   run = jax.jit(lambda p, t, s: jax.nn.log_softmax(model_lib.forward(config, p, t, s, mode="dense").logits))
-  loss = lambda segments: np.stack([-np.asarray(run(params, w.inputs[None], segments))[0, np.arange(T), w.targets] for w in windows])
+  loss = lambda segments: np.stack([-np.asarray(run(params, w.inputs[None], segments))[0, np.arange(T), w.targets]
+                                    for w in windows])
   whole = loss(np.ones((1, T), np.int32))
   hit, = of_kind(rows, "ar_hit")
   assert (hit["start"], hit["end"]) == (16, 32) and hit["hits"] >= 9 * 3
@@ -136,8 +138,9 @@ def test_what_far_context_is_worth_by_hand(tmp_path):
     np.testing.assert_allclose(value, cut[:, 48:].mean() / np.log(2), rtol=1e-5)
   np.testing.assert_allclose(gain[48], whole[:, 48:].mean() / np.log(2), rtol=1e-5)
   assert len(set(gain.values())) == 3
-  assert not of_kind(evaluate.records(dataclasses.replace(config, eval=dataclasses.replace(config.eval, during=("dense",))), params, 3,
-                                      during=True), "ar_hit")
+  assert not of_kind(
+      evaluate.records(dataclasses.replace(config, eval=dataclasses.replace(config.eval, during=("dense",))), params, 3,
+                       during=True), "ar_hit")
 
 
 def flattened(rows):
@@ -195,7 +198,8 @@ def test_task_records_score_whole_answers():
   by_distance = of_kind(rows, "answer")
   assert sum(row["answers"] for row in by_distance) == len(everything)
   for row in by_distance:
-    mine = [loss for distance, far, loss in everything if row["start"] <= distance < row["end"] and far != row["forced"]]
+    mine = [loss for distance, far, loss in everything
+            if row["start"] <= distance < row["end"] and far != row["forced"]]
     assert row["answers"] == len(mine) and row["end"] in (32, 64)
     np.testing.assert_allclose(row["answer_nll"], np.mean(mine), atol=6e-5)
 
@@ -207,7 +211,8 @@ def test_exact_match_is_what_greedy_decoding_gives():
   examples = tasks.batch("copy:length=6", held_out.TASK_SEED, 3, T, "val", data.load("stdlib", "val"))
   group = examples["answer_group"]
   begins = np.argmax(group >= 0, axis=1)  # the same in all: the answer ends the example
-  assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))  # of random weights
+  # of random weights
+  assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))
   prompt = examples["inputs"][:, :begins[0] + 1]
   decoded = np.asarray(model_lib.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
   run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
@@ -216,7 +221,8 @@ def test_exact_match_is_what_greedy_decoding_gives():
     targets, inputs = examples["targets"].copy(), examples["inputs"].copy()
     targets[group >= 0] = answers.ravel()
     inputs[:, 1:] = targets[:, :-1]
-    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval, True)
+    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval,
+                        True)
     return [row["exact_match"] for row in of_kind(found, "task")]
 
   assert scored(decoded) == [1, 1, 1]
@@ -231,33 +237,42 @@ def test_corpora_have_records_of_their_own(tmp_path):
   for name, letter in (("a", b"ab"), ("b", b"xyz")):
     (tmp_path / name / "val").mkdir(parents=True)
     (tmp_path / name / "val" / f"{name}.txt").write_bytes(letter * 300)
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), during=("sparse",), during_examples=2, sequences=-1,
-                       diagnosed=1, batch=4, tasks=("mqar:pairs=2",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), during=("sparse",), during_examples=2,
+                       sequences=-1, diagnosed=1, batch=4, tasks=("mqar:pairs=2",))
   config.data.corpora = {name: f"files:{tmp_path / name}" for name in "ab"}
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None, data=config_lib.DataConfig(context=T))))
   rows = evaluate.records(config, params, 7)
   assert {(r.get("corpus"), r.get("document")) for r in of_kind(rows, "language")} == {("a", "a.txt"), ("b", "b.txt")}
-  assert [sum(r["corpus"] == name for r in of_kind(rows, "language")) for name in "ab"] == [9, 14]  # of 601 and 901 bytes
+  # of 601 and 901 bytes
+  assert [sum(r["corpus"] == name for r in of_kind(rows, "language")) for name in "ab"] == [9, 14]
   assert all(len([r for r in of_kind(rows, kind) if r["corpus"] == name]) == n
              for kind, n in (("position", 7), ("layer", 2)) for name in "ab")
   alone = dataclasses.replace(config, data=config_lib.DataConfig(context=T, source=f"files:{tmp_path / 'b'}"),
                               eval=dataclasses.replace(config.eval, tasks=(), diagnosed=64))
   alone = evaluate.records(alone, params, 7)
   of_b = [{k: v for k, v in r.items() if k != "corpus"} for r in rows if r.get("corpus") == "b"]
-  assert of_kind(of_b, "language") + of_kind(of_b, "position") == of_kind(alone, "language") + of_kind(alone, "position")
+  assert of_kind(of_b, "language") + of_kind(of_b, "position") == of_kind(alone, "language") + of_kind(
+      alone, "position")
   assert of_kind(of_b, "layer") != of_kind(alone, "layer")  # a sample of 4 windows, not all 14
   short = evaluate.records(config, params, 7, during=True)
   assert [r["index"] for r in of_kind(short, "task")] == [0, 1] and "answers" not in of_kind(short, "task")[0]
   assert of_kind(short, "task")[0]["exact_match"] == of_kind(rows, "task")[0]["exact_match"]
+  config.eval.during_sequences = 3
+  few = evaluate.records(config, params, 7, during=True)
+  asked = [(r["corpus"], r["start"]) for r in of_kind(few, "language")]
+  assert of_kind(few, "language") == [r for r in of_kind(short, "language") if (r["corpus"], r["start"]) in asked]
+  assert [corpus for corpus, _ in asked] == list("aaabbb")
 
 
 def test_a_dense_model_runs_under_training_free_selectors():
   rows, _ = records(make_config(methods.Dense()), run_modes=MODES, blocks=BLOCKS)
   by_mode = {mode: [row for row in rows if row["run_mode"] == mode] for mode in MODES}
   assert not by_mode["sparse"]  # it has no selector of its own
-  dense, oracle = (of_kind(by_mode[mode], "layer") for mode in ("dense", "oracle"))  # observed in the geometry of eval.blocks
+  # observed in the geometry of eval.blocks
+  dense, oracle = (of_kind(by_mode[mode], "layer") for mode in ("dense", "oracle"))
   assert len(dense) == 2 and not any("captured_mass" in row for row in dense)
-  assert dense[0]["oracle_mass"] == pytest.approx(oracle[0]["oracle_mass"], rel=1e-5)  # layer 0 has the same input in both
+  # layer 0 has the same input in both
+  assert dense[0]["oracle_mass"] == pytest.approx(oracle[0]["oracle_mass"], rel=1e-5)
   loss = {mode: np.mean([r["bits_per_byte"] for r in of_kind(by_mode[mode],
                                                              "language")]) for mode in MODES if by_mode[mode]}
   assert len(set(loss.values())) == 5
@@ -313,7 +328,8 @@ def test_diagnostics_equal_a_slow_computation(segmented):
   indices = np.asarray(methods.RandomBlocks(**options.geometry).choose(q, k, call))
   got = jax.device_get(blocks.diagnostics(q, k, indices, call, options, tile_rows=12))  # 6 queries; the last tile has 4
   p = slow_attention(q, k, segments)
-  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union", "tile_common")
+  names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union",
+           "tile_common")
   sums, limited = {name: np.zeros(2) for name in names}, 0
   begins = lambda b, t: 0 if segments is None else int(np.argmax(segments[b] == segments[b][t])) // 4
   for b, t in np.ndindex(2, 40):
@@ -379,8 +395,25 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
   one_batch = dataclasses.replace(config, eval=dataclasses.replace(config.eval, diagnosed=config.eval.batch))
   whole = evaluate.records(one_batch, params, 7)
-  short = evaluate.records(config, params, 7, during=True)  # whose layers are those of one batch, however many it asks for
+  # whose layers are those of one batch, however many it asks for
+  short = evaluate.records(config, params, 7, during=True)
   kept = [row for row in whole if row["run_mode"] == "sparse" and row["kind"] in ("language", "position", "layer")]
   assert short == kept and {row["kind"] for row in short} == {"language", "position", "layer"}
   one_batch.eval.during = ()
   assert evaluate.records(one_batch, params, 7, during=True) == whole
+
+
+def test_more_run_modes_are_asked_of_some_seeds_alone():
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"), more_seeds=(1, 5),
+                       tasks=("copy:length=4",))
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
+  of = lambda rows: {(r["seed"], r["run_mode"]) for r in rows}
+  assert config.seeds == (3,) and of(evaluate.records(config, params, 7)) == {(3, "sparse")}
+  pair = dataclasses.replace(config, seeds=(3, 1))
+  both = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+  rows = evaluate.records(pair, both, 7)
+  assert of(rows) == {(3, "sparse"), (1, "sparse"), (1, "dense"), (1, "random")}
+  assert of(evaluate.records(pair, both, 7, during=True)) == of(rows)  # no modes of their own on the way
+  own = dataclasses.replace(config.eval, run_modes=("sparse", "dense", "random"), more_modes=())
+  one = dataclasses.replace(config, seeds=(1,), eval=own)
+  assert [r for r in rows if r["seed"] == 1] == evaluate.records(one, params, 7)

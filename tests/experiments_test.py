@@ -40,13 +40,14 @@ def test_docstring_states_question_and_command(path):
   assert f"--config=experiments/{path.name}" in text and "Arguments:" in text
 
 
-@pytest.mark.parametrize("stem, arg", [("native", "method=nsa"), ("native", "method=dense"), ("retrofit", "budget=0.05"),
-                                       ("retrofit", "method=nsa,trunk=runs/dense"), ("mqar", "arm=msa"), ("mqar", "arm=nsa"),
-                                       *((stem, f"method={method}") for stem in ("native", "retrofit")
-                                         for method in ("dsa", "seer", "moba", "infllm_v2", "ssa")),
-                                       *(("methods", f"arm={arm}") for arm in ("msa", "nsa", "moba", "dsa", "infllm_v2",
-                                                                               "ssa", "block_topk", "seer",
-                                                                               "msa_retrofit"))])
+@pytest.mark.parametrize("stem, arg",
+                         [("native", "method=nsa"), ("native", "method=dense"), ("retrofit", "budget=0.05"),
+                          ("retrofit", "method=nsa,trunk=runs/dense"), ("mqar", "arm=msa"), ("mqar", "arm=nsa"),
+                          *((stem, f"method={method}") for stem in ("native", "retrofit")
+                            for method in ("dsa", "seer", "moba", "infllm_v2", "ssa")),
+                          *(("methods", f"arm={arm}")
+                            for arm in ("msa", "nsa", "moba", "dsa", "infllm_v2", "ssa", "block_topk", "seer",
+                                        "msa_retrofit"))])
 def test_arguments_resolve(stem, arg):
   config_lib.validate(load(next(path for path in FILES if path.stem == stem), arg))
 

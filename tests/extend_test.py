@@ -41,7 +41,8 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
 
   train, *rest = commands()
   assert len(rest) == 6
-  run_dir, process = tmp_path / "runs/strided", start(train)  # cut once, so that the next process has to find the method
+  # cut once, so that the next process has to find the method
+  run_dir, process = tmp_path / "runs/strided", start(train)
   while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
     assert process.poll() is None, process.communicate()
     time.sleep(0.1)
@@ -57,7 +58,8 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
   for command in rest:
     run(command)
 
-  lists = np.load(tmp_path / "strided.npz")["block_indices"]  # [layers, windows, T, K, J]: what the method says it takes
+  # [layers, windows, T, K, J]: what the method says it takes
+  lists = np.load(tmp_path / "strided.npz")["block_indices"]
   for t in (0, 40, 127):
     own = t // 8
     want = set(range(own, -1, -3)[:4])
@@ -65,7 +67,8 @@ def test_the_page_does_what_it_says(tmp_path, compilation_cache):
       assert want <= set(row) and len(set(row) - {-1}) == min(4, own + 1), (t, want, row)
   assert (run_dir / "report/report.html").exists()
   rows = [row for path in run_dir.glob("eval/100*.json") for row in json.loads(path.read_text())["records"]]
-  visible = {row["run_mode"]: row["tokens_visible"] for row in rows if row["kind"] == "layer" and "tokens_visible" in row}
+  visible = {row["run_mode"]: row["tokens_visible"] for row in rows
+             if row["kind"] == "layer" and "tokens_visible" in row}
   assert visible["farthest"] == visible["sparse"] > visible["sparse:num_blocks=2"]
   tasks = json.loads((tmp_path / "runs/shelves/eval/20.json").read_text())["records"]
   assert {row["task"] for row in tasks if row["kind"] == "task"} == {"shelves:notes=2"}

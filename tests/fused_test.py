@@ -45,7 +45,8 @@ def assert_close(got, want, rtol=2e-5):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("taps, norm, rope", [(3, True, True), (0, True, True), (2, True, False), (4, False, False), (0, False, True)])
+@pytest.mark.parametrize("taps, norm, rope",
+                         [(3, True, True), (0, True, True), (2, True, False), (4, False, False), (0, False, True)])
 @pytest.mark.parametrize("seeds", [0, 2])
 def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds):
   """Packed rows that no tile divides; `seeds`: as many models with parameters of their own, vmapped."""
@@ -55,7 +56,8 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
   arguments = draw(B, T, N, H), draw(taps, N, H) if taps else None, draw(H) if norm else None
   table = tuple(map(jnp.asarray, layers.rope_table(T, H, 1e4))) if rope else None
-  first, _ = spans.of_segments(jnp.asarray(np.sort(rng.integers(0, 5, (B, T)), axis=1), jnp.int32), spans.positions(T, 0, B))
+  first, _ = spans.of_segments(jnp.asarray(np.sort(rng.integers(0, 5, (B, T)), axis=1), jnp.int32),
+                               spans.positions(T, 0, B))
 
   def both(function):
     run = lambda *a: results_and_gradients(lambda *a: function(*a, table, first, 1e-5), a)
@@ -66,7 +68,8 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
 
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("method", [methods.MSA(block_size=8, num_blocks=2, index_dim=16),
-                                    methods.NSA(block_size=8, num_blocks=4, compress_len=8, compress_stride=4, window=8)],
+                                    methods.NSA(block_size=8, num_blocks=4, compress_len=8, compress_stride=4,
+                                                window=8)],
                          ids=lambda method: method.name)
 def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
   """The same losses and gradients through fused.heads, whose place XLA's steps take here."""
@@ -82,7 +85,8 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
   config = config_lib.Config(attention=method, implementation="fastest", model=config_lib.ModelConfig(
       vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
   params = model_lib.init_params(config, 0)
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)  # no gain or tap is 1 or 0
+  # no gain or tap is 1 or 0
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, 256, (2, 32)), jnp.int32)
   segments = jnp.asarray(np.arange(32) >= np.array([[0], [16]]), jnp.int32)
@@ -98,7 +102,8 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
   assert called
   assert_close(got, want, rtol=1e-4)
   called.clear()
-  jax.eval_shape(lambda p: model_lib.forward(dataclasses.replace(config, implementation=""), p, tokens, segments).logits, params)
+  jax.eval_shape(
+      lambda p: model_lib.forward(dataclasses.replace(config, implementation=""), p, tokens, segments).logits, params)
   assert not called
 
 

@@ -1,4 +1,5 @@
-"""Tests of GGUF files in: written here by the package gguf, read by nsa/huggingface, compared with the same model as safetensors."""
+"""Tests of GGUF files in: written here by the package gguf, read by nsa/huggingface, compared with the same model as
+safetensors."""
 import dataclasses
 import json
 from pathlib import Path
@@ -39,7 +40,8 @@ def small_tokenizer(digits_alone=True):
   """A byte-level BPE of SmolLM2's kind, of 350 tokens, trained on the spot."""
   made = tokenizers.Tokenizer(tokenizers.models.BPE())
   made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-      [tokenizers.pre_tokenizers.Digits(individual_digits=digits_alone), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      [tokenizers.pre_tokenizers.Digits(individual_digits=digits_alone),
+       tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
   made.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(vocab_size=350, special_tokens=["<|begin|>", "<|end|>"], show_progress=False,
                                            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -53,7 +55,8 @@ TOKENIZER = small_tokenizer()
 def write(path, kind, model=MODEL, params=None, quantize=None, meta=(), tensors=(), without=()):
   """A GGUF file of the model, as llama.cpp's converter lays it out: [out, in], q and k of some kinds interleaved.
 
-  meta: key -> value to set instead. tensors: name -> array in place of the model's, or further ones. without: keys to leave out.
+  meta: key -> value to set instead. tensors: name -> array in place of the model's, or further ones. without: keys to
+  leave out.
   """
   params = params_of(model) if params is None else params
   writer = gguf.GGUFWriter(path, kind)
@@ -145,7 +148,8 @@ def test_the_tokenizer_of_a_gguf_file_is_the_one_it_was_written_from(tmp_path):
 
 
 def test_numbers_are_cut_as_llama_3_and_qwen_2_cut_them():
-  meta = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.merges": ["1 2", "12 3", "123 4"],
+  meta = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.eos_token_id": 1,
+          "tokenizer.ggml.merges": ["1 2", "12 3", "123 4"],
           "tokenizer.ggml.tokens": ["?", "<end>", "1", "2", "3", "4", "12", "123", "1234", "\u0120"]}
   from nsa.huggingface import tokenizer as made
   cut = lambda pre, text: tokenizers.Tokenizer.from_str(
@@ -158,7 +162,8 @@ def test_numbers_are_cut_as_llama_3_and_qwen_2_cut_them():
 @pytest.mark.parametrize("kind, step, relative", [
     ("Q8_0", 0.5 / 127 + 2 ** -11, 0), ("Q4_0", 1 / 8 + 2 ** -11, 0), ("BF16", 0, 2 ** -8), ("F16", 0, 2 ** -10)])
 def test_quantized_tensors_are_near_what_they_stand_for(kind, step, relative, tmp_path):
-  """Half a step of the block's largest (Q4_0: a whole one at its positive end), a scale rounded to float16; or a rounding."""
+  """Half a step of the block's largest (Q4_0: a whole one at its positive end), a scale rounded to float16; or a
+  rounding."""
   params = params_of(MODEL)
   source = write(tmp_path / "m.gguf", "llama", params=params, quantize=getattr(gguf.GGMLQuantizationType, kind))
   config = huggingface.import_model(source, tmp_path / "run")
@@ -172,7 +177,8 @@ def test_quantized_tensors_are_near_what_they_stand_for(kind, step, relative, tm
 
 def test_k_quants_are_unpacked(tmp_path):
   """Q6_K: 6 bits less 32, times an 8-bit scale of 16, times a half. All bits 0, scales 3, half 0.5: -48."""
-  block = np.concatenate([np.zeros(192, np.uint8), np.full(16, 3, np.uint8), np.frombuffer(np.float16(0.5).tobytes(), np.uint8)])
+  block = np.concatenate(
+      [np.zeros(192, np.uint8), np.full(16, 3, np.uint8), np.frombuffer(np.float16(0.5).tobytes(), np.uint8)])
   writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
   writer.add_tensor("x", np.stack([block] * 2), raw_dtype=gguf.GGMLQuantizationType.Q6_K)
   writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
@@ -183,7 +189,8 @@ def test_k_quants_are_unpacked(tmp_path):
 
 def test_llama_3s_factors_become_its_scaling(tmp_path):
   """Divisors by the released formula, wave by wave: 1, a mean, 8."""
-  model = dataclasses.replace(MODEL, rope_theta=5e5, head_dim=32, rope_scaling=config_lib.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
+  model = dataclasses.replace(MODEL, rope_theta=5e5, head_dim=32,
+                              rope_scaling=config_lib.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
   factors = []
   for i in range(16):
     turns = 8192 * 5e5 ** (-i / 16) / (2 * np.pi)
@@ -202,14 +209,16 @@ def test_llama_3s_factors_become_its_scaling(tmp_path):
     ({"llama.expert_count": 8}, (), "llama.expert_count = 8: a dense model"),
     ({"llama.attention.sliding_window": 128}, (), "llama.attention.sliding_window = 128: not known"),
     ({"llama.rope.scaling.type": "longrope"}, (), "llama.rope.scaling.type = 'longrope': known are"),
-    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, (), "original_context_length = None: yarn needs it"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, (),
+     "original_context_length = None: yarn needs it"),
     ({"llama.rope.scaling.factor": 4.0}, (), "llama.rope.scaling.factor = 4.0"),
     ({"llama.rope.dimension_count": 8}, (), "llama.rope.dimension_count = 8: only 12"),
     ({"llama.attention.head_count": 3}, (), "llama.attention.head_count_kv = 2: a divisor"),
     ({}, ("llama.block_count",), "llama.block_count = None: a positive integer"),
     ({"llama.block_count": 6}, (), "model.layers.5.input_layernorm.weight.*no such tensor"),
     ({"llama.block_count": 4}, (), "tensors that the model here does not have"),
-    ({"llama.feed_forward_length": 96}, (), r"m.gguf: blk.0.ffn_gate.weight = \(64, 32\): the config makes it \(96, 32\)"),
+    ({"llama.feed_forward_length": 96}, (),
+     r"m.gguf: blk.0.ffn_gate.weight = \(64, 32\): the config makes it \(96, 32\)"),
     ({"llama.vocab_size": 400}, (), "llama.vocab_size = 400: token_embd.weight has 384 rows"),
     ({"split.count": 2}, (), "split.count = 2: one part"),
     ({"tokenizer.ggml.pre": "tekken"}, (), "tokenizer.ggml.pre = 'tekken': known are gpt-2, smollm"),
@@ -264,5 +273,6 @@ def test_logits_equal_those_of_transformers_by_way_of_the_export(tmp_path):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   with torch.no_grad():
     want = theirs(torch.tensor(shared.TOKENS)).logits.numpy()
-  got = model_lib.forward(config, checkpoint.load_params(tmp_path / "run"), jnp.asarray(shared.TOKENS), mode="dense").logits
+  got = model_lib.forward(config, checkpoint.load_params(tmp_path / "run"), jnp.asarray(shared.TOKENS),
+                          mode="dense").logits
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())

@@ -50,7 +50,8 @@ def test_arrows_point_one_way():
     for name, inside in imports(path):
       other = (name.split(".") + ["", ""])[1] if name.startswith("pallas_kernels.") else ""
       if other in BACKENDS and other != mine and not inside:
-        assert other in (*BACKENDS.get(mine, ()), *PARTS.get((mine, path.stem), ())), f"{path.relative_to(ROOT)} imports {name}"
+        assert other in (*BACKENDS.get(mine, ()),
+                         *PARTS.get((mine, path.stem), ())), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def stand_in_for_triton():
@@ -112,7 +113,8 @@ def test_a_backend_that_does_not_import_costs_only_itself(unloaded, monkeypatch)
       patch.setattr(sys, "meta_path", [Broken(module), *sys.meta_path])
       got = everything()
     stays = lambda name, operation: name not in lost and broken not in PARTS.get((name, operation), ())
-    assert got == {operation: tuple(n for n in names if stays(n, operation)) for operation, names in whole.items()}, module
+    assert got == {operation: tuple(n for n in names if stays(n, operation))
+                   for operation, names in whole.items()}, module
     told = backends._import_errors[f"pallas_kernels.{broken}"]
     assert "RuntimeError" in told and f"{module} is broken" in told
     for name, error in backends._import_errors.items():

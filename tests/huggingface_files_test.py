@@ -1,4 +1,5 @@
-"""Tests of the files around a model: damaged ones are named, runs can be moved, exports are whole and hold the method's parameters."""
+"""Tests of the files around a model: damaged ones are named, runs can be moved, exports are whole and hold the method's
+parameters."""
 import json
 import os
 from pathlib import Path
@@ -43,8 +44,10 @@ def test_damaged_safetensors_are_named(tmp_path):
   source = shared.write("qwen3", tmp_path / "source")
   file = source / "model.safetensors"
   whole = file.read_bytes()
-  for content, said in ((whole[:1000], "no whole safetensors file"), (whole[:-1], "no whole safetensors file"), (b"", "no whole"),
-                        (struct.pack("<Q", 2 ** 62) + whole[8:], "no whole"), (struct.pack("<Q", 7) + whole[8:], "no whole"),
+  for content, said in ((whole[:1000], "no whole safetensors file"), (whole[:-1], "no whole safetensors file"),
+                        (b"", "no whole"),
+                        (struct.pack("<Q", 2 ** 62) + whole[8:], "no whole"),
+                        (struct.pack("<Q", 7) + whole[8:], "no whole"),
                         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")):
     file.write_bytes(content)
     refused(source, tmp_path, str(file), said)
@@ -58,8 +61,10 @@ def test_damaged_safetensors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("{", "no JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"), ('{"weight_map": []}', "has no weight_map"),
-    ('{"weight_map": {"x": 3}}', "has no weight_map"), ('{"weight_map": {"x": "../x.safetensors"}}', "no file of this folder"),
+    ("{", "no JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"),
+    ('{"weight_map": []}', "has no weight_map"),
+    ('{"weight_map": {"x": 3}}', "has no weight_map"),
+    ('{"weight_map": {"x": "../x.safetensors"}}', "no file of this folder"),
     ('{"weight_map": {"x": "model-00003.safetensors"}}', "model-00003.safetensors, which are not there"),
     ("swapped", "where the index has it"), ("one less", "does not name model.norm.weight")])
 def test_a_damaged_index_is_named(content, said, tmp_path):
@@ -86,12 +91,14 @@ def test_a_damaged_config_is_named_with_the_key(tmp_path):
     refused(source, tmp_path, str(config), said)
   for change, said in (
       (dict(num_attention_heads=3), "num_key_value_heads = 2: num_attention_heads = 3 is no multiple"),
-      (dict(hidden_size="32"), "hidden_size = '32': a positive integer"), (dict(num_hidden_layers=-1), "num_hidden_layers = -1"),
+      (dict(hidden_size="32"), "hidden_size = '32': a positive integer"),
+      (dict(num_hidden_layers=-1), "num_hidden_layers = -1"),
       (dict(vocab_size=True), "vocab_size = True"), (dict(head_dim=7), "head_dim = 7: RoPE rotates pairs"),
       (dict(rms_norm_eps="1e-5"), "rms_norm_eps = '1e-5'"), (dict(model_type=["llama"]), "model_type = ['llama']"),
       (dict(rope_parameters=[1]), "rope_parameters = [1]: an object"),
       (dict(num_hidden_layers=10 ** 12), "num_hidden_layers = 1000000000000: more than 10,000"),
-      (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "rope_scaling = {'rope_type': 'linear', 'factor': 2.0}: rope_parameters"),
+      (dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+       "rope_scaling = {'rope_type': 'linear', 'factor': 2.0}: rope_parameters"),
       (dict(rope_theta=1e6), "rope_theta and rope_parameters.rope_theta = [1000000.0, 500.0]"),
       (dict(model_type="mistral"), "sliding_window = 'absent': which means 4096"),
       (dict(model_type="mistral", sliding_window=64, use_sliding_window=False), "sliding_window = 64"),
@@ -143,8 +150,9 @@ def test_a_tokenizer_that_is_not_read_is_no_reason_to_count_bytes(tmp_path):
 def test_the_command_says_it_in_a_line(tmp_path):
   source = shared.write("qwen3", tmp_path / "source")
   (source / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-  done = subprocess.run([sys.executable, "-m", "launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'run'}"], cwd=ROOT,
-                        env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+  done = subprocess.run(
+      [sys.executable, "-m", "launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'run'}"], cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
   assert done.returncode == 2 and "error: " in done.stderr and "a Git LFS pointer" in done.stderr
   assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
@@ -224,9 +232,11 @@ def sparse_run(tmp_path, attention, layers=()):
   backbone = model_lib.restack(checkpoint.load_params(tmp_path / "trunk"), config)
   for name, stack in params["stacks"].items():
     method = {"method": stack["attention"]["method"]} if "method" in stack["attention"] else {}
-    params["stacks"][name] = {**backbone["stacks"][name], "attention": {**backbone["stacks"][name]["attention"], **method}}
+    params["stacks"][name] = {**backbone["stacks"][name],
+                              "attention": {**backbone["stacks"][name]["attention"], **method}}
   params = {**backbone, "stacks": params["stacks"]}
-  checkpoint.Checkpoints(tmp_path / "run").save(0, jax.device_put(step_lib.TrainState(np.int32(0), params, {})), wait=True)
+  checkpoint.Checkpoints(tmp_path / "run").save(0, jax.device_put(step_lib.TrainState(np.int32(0), params, {})),
+                                                wait=True)
   metrics.write_json(tmp_path / "run/config.json", config_lib.to_dict(config))
   return config
 

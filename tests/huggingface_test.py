@@ -166,11 +166,13 @@ def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 THEIRS = {  # class in transformers, and what differs from SHAPE
     "llama3": ("Llama", dict(rms_norm_eps=1e-3, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
-    "llama_linear": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
+    "llama_linear": (
+        "Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
     "llama_yarn": ("Llama", dict(rope_parameters=dict(YARN, rope_theta=100.0))),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2_yarn": ("Qwen2", dict(rope_parameters=dict(YARN, rope_theta=1e3, beta_fast=4.0, beta_slow=0.5, attention_factor=0.7))),
+    "qwen2_yarn": (
+        "Qwen2", dict(rope_parameters=dict(YARN, rope_theta=1e3, beta_fast=4.0, beta_slow=0.5, attention_factor=0.7))),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
     "smollm3": ("SmolLM3", dict(num_hidden_layers=5, pad_token_id=0)),
     "smollm3_list": ("SmolLM3", dict(no_rope_layers=[0, 1, 1], pad_token_id=0)),

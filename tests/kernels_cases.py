@@ -47,7 +47,8 @@ def with_duplicates_and_strangers(rng, shape, count):
 @dataclasses.dataclass(frozen=True)
 class Situation:
   documents: Callable[[int], int] | None = None  # keys -> how many are packed
-  offset: tuple[float, ...] = (0.0,)  # where each sequence's queries begin, in parts of the keys beyond T; > 1: of all keys
+  # where each sequence's queries begin, in parts of the keys beyond T; > 1: of all keys
+  offset: tuple[float, ...] = (0.0,)
   blocks: Callable[..., Any] | None = None  # of the selection; None is `anything`
   magnitude: float = 1.0  # of q and k
 
@@ -99,7 +100,8 @@ class Inputs(NamedTuple):
 
 
 def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: int = 0, *, always: bool = True):
-  """Inputs of a call. Without `always` segment ids are None if nothing is packed, and an offset that all have an int."""
+  """Inputs of a call. Without `always` segment ids are None if nothing is packed, and an offset that all have an
+  int."""
   what = SITUATIONS[situation] if isinstance(situation, str) else situation
   rng, dtype = np.random.default_rng(seed), jnp.dtype(s.dtype)
   array = lambda *shape, size=1.0: jnp.asarray(rng.normal(size=shape) * size, dtype)

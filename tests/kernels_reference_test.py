@@ -82,7 +82,8 @@ def test_inherited_cases_match_the_oracle(operation, situation):
   sets = {"attention": lambda: oracle.dense_sets(s.B, s.T, s.K, s.keys, **where),
           "compressed_attention": lambda: oracle.compressed_sets(
               s.B, s.T, s.K, inputs.arrays[1].shape[1], **options, **where)}.get(
-      operation, lambda: oracle.selected_sets(np.asarray(inputs.rest["block_indices"]), s.block_size, s.keys, **where))()
+      operation, lambda: oracle.selected_sets(np.asarray(inputs.rest["block_indices"]), s.block_size, s.keys,
+                                              **where))()
   if operation == "index_kl":
     want = oracle.index_kl(inputs.rest["q"], inputs.rest["k"], *inputs.arrays, sets, s.H ** -0.5, s.index_dim ** -0.5,
                            np.asarray(inputs.cotangents))
@@ -368,7 +369,8 @@ def test_bfloat16_inputs_are_accumulated_in_float32():
 
 @pytest.fixture
 def registry(monkeypatch):
-  """A registry of its own for each test, with the reference alone: what a test registers, imports or logs is forgotten."""
+  """A registry of its own for each test, with the reference alone: what a test registers, imports or logs is
+  forgotten."""
   only = lambda found: {"reference": found["reference"]}
   monkeypatch.setattr(backends, "_registered", {op: only(found) for op, found in backends._registered.items()})
   monkeypatch.setattr(backends, "_import_errors", {})

@@ -16,9 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = tempfile.mkdtemp(prefix="nsa-compiled-")  # these tests compile the same few programs again and again
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32", "--config.data.context=64",
-        "--config.data.global_batch=2", "--config.eval.task_examples=2", "--config.eval.batch=2", "--config.eval.every=0",
-        "--config.log_every=1", "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={CACHE}"]
+TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32",
+        "--config.data.context=64", "--config.data.global_batch=2", "--config.eval.task_examples=2",
+        "--config.eval.batch=2", "--config.eval.every=0", "--config.log_every=1",
+        "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={CACHE}"]
 
 
 def start(module, *args, **kw):
@@ -44,7 +45,8 @@ def test_train_evaluate_report(tmp_path):
   out, err = run("train", *mqar("--workdir", relative))
   assert "4 steps done" in out
   assert "selected_attention: reference (cpu)" in err, "which implementation ran is said once"
-  assert {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"} <= {p.name for p in work.iterdir()}
+  assert {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"} <= {
+      p.name for p in work.iterdir()}
   lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 3, 4]
   again, _ = run("train", *mqar("--workdir", work))

@@ -10,7 +10,13 @@ import pytest
 
 from nsa import lock
 
-OWNER = "import sys, time\nfrom nsa import lock\nwith lock.Lock(sys.argv[1]):\n  print('has it', flush=True)\n  time.sleep(600)"
+OWNER = """
+import sys, time
+from nsa import lock
+with lock.Lock(sys.argv[1]):
+  print('has it', flush=True)
+  time.sleep(600)
+"""
 
 
 @pytest.fixture

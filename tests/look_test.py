@@ -58,7 +58,8 @@ def test_view_needs_blocks(run):
 def test_pictures_draw(run, tmp_path):
   config, params, tokens, targets = run
   view = views.look(config, params, tokens, targets)
-  figures = [pictures.one_query(view, 40, 1), pictures.maps(view), pictures.by_position({"sparse": view}, np.arange(T) > 50),
+  figures = [pictures.one_query(view, 40, 1), pictures.maps(view),
+             pictures.by_position({"sparse": view}, np.arange(T) > 50),
              pictures.bars({"a": 1.0, "b": 2.0}, "title", "ms", most=1)]
   assert [len(figure.axes) for figure in figures] == [1, 8, 1, 1]  # every map has a colour bar
   assert {text.get_text() for text in figures[3].axes[0].get_yticklabels()} == {"b", "1 others"}

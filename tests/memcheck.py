@@ -6,9 +6,10 @@
 
 Exit code 0 and "ERROR SUMMARY: 0 errors" mean that no kernel touched memory outside an allocation; 9 that one did.
 Names choose among the calls. `planted` is not among those that run by default: it writes 1 GiB past its result, so with
-that name the first command has to end with 9, and otherwise proves nothing. `planted1` writes one number past it. On one
-H200 (jax 0.11.2) the tool caught the first and missed that, 800 kB and 4 MB: jax's memory is mapped in large pieces, and
-what stays inside one is not seen. So this finds wild addresses; ends of tiles are for the interpreters to check.
+that name the first command has to end with 9, and otherwise proves nothing. `planted1` writes one number past it. On
+one H200 (jax 0.11.2) the tool caught the first and missed that, 800 kB and 4 MB: jax's memory is mapped in large
+pieces, and what stays inside one is not seen. So this finds wild addresses; ends of tiles are for the interpreters to
+check.
 
 Every array is an allocation of its own here (jax's pool would hide all that stays inside the pool), and lengths are
 ragged, so that tiles reach past the ends. Sums between kernels are XLA's.

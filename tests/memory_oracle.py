@@ -55,7 +55,8 @@ def gradients(weights, k, v, gain):
 def run(p, q, k, v, alpha, eta, theta, options, segments=None, record=None, fixed=None):
   """y [B, T, R, G, d] for q [B, T, R, G, d], k and v [B, T, R, d] as projected, gates [B, T, R].
 
-  `record`: a list that takes the weights that every token's gradient was taken at; `fixed`: such a list, to take them at.
+  `record`: a list that takes the weights that every token's gradient was taken at; `fixed`: such a list, to take them
+  at.
   p: {"initial": [w [R, I, O], ...], "gain": [R, d] or None}. theta is the step itself, its bound included.
   """
   B, T = k.shape[:2]

@@ -1,4 +1,5 @@
-"""Tests of nsa/methods/titans/memory.py and the Titans methods: against a token-by-token oracle, and as native, retrofit and hybrid layers.
+"""Tests of nsa/methods/titans/memory.py and the Titans methods: against a token-by-token oracle, and as native,
+retrofit and hybrid layers.
 
     PYTHONPATH=. python tests/memory_test.py [steps]
 
@@ -73,7 +74,8 @@ def with_weights(mem, p):
 def call(name, p, x, segments=None, state=None, offset=0):
   mem = with_weights(holder(name)[0], p)
   gates = memory.Gates(jnp.log1p(-x["alpha"]), jnp.log(x["eta"]), x["theta"])
-  y, state = mem(x["q"].reshape(x["q"].shape[:2] + (R * G, H)), x["k"], x["v"], gates, state, offset=offset, segment_ids=segments)
+  y, state = mem(x["q"].reshape(x["q"].shape[:2] + (R * G, H)), x["k"], x["v"], gates, state, offset=offset,
+                 segment_ids=segments)
   return y.reshape(x["q"].shape), state
 
 
@@ -183,7 +185,8 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_the_memory_learns():
   assert set(old) == {"backbone", "memory"}
   for path, leaf in old["backbone"].items():
     np.testing.assert_array_equal(new["backbone"][path], leaf, err_msg=path)
-  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before.optimizer["backbone"], state.optimizer["backbone"]))
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before.optimizer["backbone"],
+                                   state.optimizer["backbone"]))
   unchanged = [path for path, leaf in old["memory"].items() if (new["memory"][path] == leaf).all()]
   assert not unchanged and losses[-1] < losses[0] - 1e-3
   free = flops.training(config, dataclasses.replace(steps[2], groups=schedule.GROUPS_OF["sparse"]))
@@ -200,9 +203,11 @@ def test_a_hybrid_stack_decodes_and_packs_as_its_layers_do():
   config.others = others
   config.data.context, config.data.align = 64, 8
   config_lib.validate(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=320)))
-  assert [(m.name, n) for m, n in model_lib.layout(config)] == [("dense", 1), ("window", 1), ("msa", 1), ("mag", 1), ("window", 1)]
+  assert [(m.name, n) for m, n in model_lib.layout(config)] == [
+      ("dense", 1), ("window", 1), ("msa", 1), ("mag", 1), ("window", 1)]
   params, tokens = as_float32(shared.random_params(model_lib.abstract_params(config))), shared.tokens_of()
-  run = jax.jit(lambda tokens, segments: model_lib.forward(config, params, tokens, segments, mode="sparse", losses=False).logits)
+  run = jax.jit(
+      lambda tokens, segments: model_lib.forward(config, params, tokens, segments, mode="sparse", losses=False).logits)
   want = np.asarray(run(tokens, shared.WHOLE))
   step = jax.jit(lambda tokens, cache, offset: model_lib.forward(
       config, params, tokens, mode="sparse", losses=False, cache=cache, offset=offset))
@@ -219,7 +224,8 @@ def test_a_hybrid_stack_decodes_and_packs_as_its_layers_do():
   assert parts["window"] == pytest.approx(2 * window)
   assert parts["dense"] == pytest.approx(2 * methods.interface.dense_flops(config.model, 64))
   # As evaluation runs it, and a dense run of the same tree.
-  assert evaluate.how(config, "sparse")[1:] == ("sparse", "own") and evaluate.how(config, "dense")[1:] == ("dense", "own")
+  assert (evaluate.how(config, "sparse")[1:] == ("sparse", "own")
+          and evaluate.how(config, "dense")[1:] == ("dense", "own"))
 
 
 def test_memory_flops_by_hand_and_the_window_that_costs_as_much():
@@ -234,18 +240,23 @@ def test_memory_flops_by_hand_and_the_window_that_costs_as_much():
   assert parts["window"] == pytest.approx(4 * 16 * sum(min(t + 1, 10) for t in range(64)) / 64)
   assert options.flops(model, 64, "dense") == {"dense": methods.interface.dense_flops(model, 64)}
   assert options.reads(model, 64)["memory"] == pytest.approx(3 * 2 * W / (2 * 4 * 2))  # float32 beside float32
-  assert (options.tokens_visible(64), methods.MAC(segment=16, chunk=8).tokens_visible(70), methods.LMM().tokens_visible(64)) == (10, 6, 0)
+  assert (options.tokens_visible(64), methods.MAC(segment=16, chunk=8).tokens_visible(70),
+          methods.LMM().tokens_visible(64)) == (10, 6, 0)
   context = 4096
   window = flops.equal_window(config, context)
-  cost = lambda attention: sum(flops.forward(dataclasses.replace(config, attention=attention), context, "sparse").values())
+  cost = lambda attention: sum(
+      flops.forward(dataclasses.replace(config, attention=attention), context, "sparse").values())
   assert 10 < window < context and cost(methods.Window(window)) <= cost(options) < cost(methods.Window(window + 1))
 
 
 @pytest.mark.parametrize("method,field,value,fix", [
     ("mag", "chunk", 0, "at least 1"), ("mag", "depth", 0, "at least 1"), ("lmm", "max_step", 0.0, "above 0"),
-    ("lmm", "clip", -1.0, "no clipping"), ("lmm", "gradient", "token", "document"), ("lmm", "read", "now", "token or chunk"),
-    ("lmm", "backprop", "none", "local or full"), ("mag", "heads", 3, "divisor"), ("mal", "window", 128, "context of 64"),
-    ("mag", "persistent", -1, "negative"), ("mag", "join", "sum", "product"), ("mac", "segment", 6, "multiple of chunk = 4")])
+    ("lmm", "clip", -1.0, "no clipping"), ("lmm", "gradient", "token", "document"),
+    ("lmm", "read", "now", "token or chunk"),
+    ("lmm", "backprop", "none", "local or full"), ("mag", "heads", 3, "divisor"),
+    ("mal", "window", 128, "context of 64"),
+    ("mag", "persistent", -1, "negative"), ("mag", "join", "sum", "product"),
+    ("mac", "segment", 6, "multiple of chunk = 4")])
 def test_wrong_options_name_field_and_fix(method, field, value, fix):
   options = dataclasses.replace(LAYERS[method], **{field: value})
   assert [(n, v) for n, v, f in options.check(config_lib.ModelConfig(), 64) if fix in f] == [(field, value)]
@@ -258,12 +269,13 @@ def test_wrong_options_name_field_and_fix(method, field, value, fix):
 
 @functools.lru_cache(maxsize=None)
 def long_run(context, chunk=16, **options):
-  """(carry, jit: (carry, first step) -> (carry, losses, gradient norms of the memory)), 50 steps a call, one layer of depth 4.
+  """(carry, jit: (carry, first step) -> (carry, losses, gradient norms of the memory)), 50 steps a call, one layer of
+  depth 4.
 
   Text: 8 keys and their values, drawn anew for every sequence, in random order; the loss is of the values.
   """
-  config = shared.make_config(methods.LMM(depth=4, chunk=chunk, **options), vocab_size=16, num_layers=1, num_heads=2, num_kv_heads=1,
-                              head_dim=8, short_conv=2)
+  config = shared.make_config(methods.LMM(depth=4, chunk=chunk, **options), vocab_size=16, num_layers=1, num_heads=2,
+                              num_kv_heads=1, head_dim=8, short_conv=2)
   transforms = optim.make(config)
 
   def step(carry, index):

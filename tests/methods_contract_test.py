@@ -10,7 +10,8 @@ from nsa import config as config_lib, flops, methods, model as model_lib, optim,
 from nsa.methods import blocks, contract, interface, registry
 from nsa.planning import forecast
 
-MODEL = config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=2)
+MODEL = config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=32,
+                               short_conv=2)
 
 
 @pytest.mark.parametrize("name", sorted(registry.METHODS))
@@ -54,8 +55,10 @@ def broken(**members):
     (broken(layer=lambda self, init, model: Leaking(init, None)), "groups", "selectr.*group ''"),
     (broken(layer=lambda self, init, model: Leaking(init, "selectr")), "groups", "selectr.*group 'selectr'"),
     (broken(layer=lambda self, init, model: Leaking(init, "selector")), "groups", "declare the group"),
-    (broken(costs=lambda self, model, context, mode: {"scores": 1.0}), "costs(mode='dense')['scores']", "interface.Cost"),
-    (broken(costs=lambda self, model, context, mode: {"x": interface.Cost(1.0, kind="index")}), "costs(mode='dense')['x']", "kind"),
+    (broken(costs=lambda self, model, context, mode: {"scores": 1.0}), "costs(mode='dense')['scores']",
+     "interface.Cost"),
+    (broken(costs=lambda self, model, context, mode: {"x": interface.Cost(1.0, kind="index")}),
+     "costs(mode='dense')['x']", "kind"),
     (broken(streams=lambda self, model: {"k_idx": interface.Stream(1, 8)}), "streams", "the layer's streams have"),
     (broken(reads=lambda self, model, context: {"selected": -1.0}), "reads", "0 or more")])
 def test_what_breaks_the_contract_is_named(cls, field, message):
@@ -79,7 +82,8 @@ def test_an_option_cannot_smuggle_in_a_group():
   class Late(methods.MoBA):
     groups: ClassVar[tuple[str, ...]] = ()
   contract.probe(Late)
-  with pytest.raises(methods.ContractError, match=r"method Late: groups = \(\): parameter branch.taps is of the group 'branch'"):
+  with pytest.raises(methods.ContractError,
+                     match=r"method Late: groups = \(\): parameter branch.taps is of the group 'branch'"):
     model_lib.abstract_params(config_lib.Config(model=MODEL, attention=Late(key_conv=3)))
 
 
@@ -92,7 +96,8 @@ def test_streams_are_those_of_the_cache_and_plans_count_them():
     streams = method.streams(MODEL)
     assert sum(s.heads * s.width for s in streams.values()) == extra, name
     config = config_lib.Config(model=MODEL, attention=method)
-    cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, 1, 4), model_lib.abstract_params(config))[0]
+    cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, 1, 4),
+                           model_lib.abstract_params(config))[0]
     kept = sum(x.size for name_, x in cache.items() if name_ not in ("tail", "state"))
     assert kept == 2 * 4 * (2 * K * H + sum(s.heads * s.width for s in streams.values() if s.cached)), name
     arrays = [forecast._streams(config, mode, copies) for mode in ("dense", "sparse") for copies in (False, True)]
@@ -104,7 +109,8 @@ def test_lists_that_a_remat_saves_are_as_long_as_declared():
   """By the residuals of a layer whose scores are recomputed and whose choice is not."""
   geometry = dict(block_size=4, num_blocks=3)
   for method in (methods.MSA(index_dim=4, **geometry), methods.DSA(index_heads=2, index_dim=4, **geometry),
-                 methods.DSA(index_heads=2, index_dim=4, per_group=True, level="block", **geometry), methods.MoBA(**geometry)):
+                 methods.DSA(index_heads=2, index_dim=4, per_group=True, level="block", **geometry),
+                 methods.MoBA(**geometry)):
     config = config_lib.Config(model=MODEL, attention=method)
     params, T = model_lib.abstract_params(config), 24
     policy = jax.checkpoint_policies.save_only_these_names(methods.CHOSEN)

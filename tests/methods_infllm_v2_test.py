@@ -127,7 +127,8 @@ def test_selected_sets_are_those_of_the_slow_scores(name, packed):
   for b, t in np.ndindex(B, T):
     scores = block_scores(options, q[b, t], k[b], segments[b], t)
     visible = sorted({s // 8 for s in range(t + 1) if segments[b, s] == segments[b, t]})
-    forced = set(visible[:options.num_initial]) | set(range(max(visible[0], t // 8 - options.num_local + 1), t // 8 + 1))
+    forced = (set(visible[:options.num_initial])
+              | set(range(max(visible[0], t // 8 - options.num_local + 1), t // 8 + 1)))
     for r in range(K):
       rest = sorted(set(visible) - forced, key=lambda j: (-scores[r, j], j))
       want = forced | set(rest[:4 - len(forced)])

@@ -16,7 +16,8 @@ from pallas_kernels import masked
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, T, V, D, N, K, H = 2, 44, 32, 12, 4, 2, 4  # the last block has 4 tokens of 8
-VARIANTS = {"plain": methods.MoBA(block_size=8, num_blocks=2), "conv": methods.MoBA(block_size=8, num_blocks=2, key_conv=3)}
+VARIANTS = {"plain": methods.MoBA(block_size=8, num_blocks=2),
+            "conv": methods.MoBA(block_size=8, num_blocks=2, key_conv=3)}
 PACKED = np.searchsorted((5, 29, T), np.arange(T), side="right") * np.ones((B, 1), int)  # not on the block grid
 CASES = [(name, packed) for name in VARIANTS for packed in (False, True)]
 
@@ -95,8 +96,9 @@ def reference(xp, p, h, mask, segments):
 
 @functools.lru_cache(maxsize=None)
 def slow_gradient(name):
-  return jax.jit(jax.grad(lambda p, h, mask, segments, weights: jnp.sum(reference(jnp, p, h, mask, segments)[0] * weights),
-                          argnums=(0, 1)))
+  return jax.jit(
+      jax.grad(lambda p, h, mask, segments, weights: jnp.sum(reference(jnp, p, h, mask, segments)[0] * weights),
+               argnums=(0, 1)))
 
 
 def token_mask(indices, segments):
@@ -194,7 +196,8 @@ def test_decoding_with_the_convolution_equals_the_parallel_pass():
   config.model.short_conv = 0
   params = random_params(model_lib.abstract_params(config))
   with pytest.raises(ValueError, match="segment_ids with a cache and attention.key_conv = 3"):
-    model_lib.forward(config, params, tokens(), np.zeros((B, T), np.int32), cache=model_lib.init_cache(config, params, B, T))
+    model_lib.forward(config, params, tokens(), np.zeros((B, T), np.int32),
+                      cache=model_lib.init_cache(config, params, B, T))
 
 
 # --- cost and options ------------------------------------------------------------------

@@ -145,7 +145,8 @@ def test_steps_of_a_retrofit():
 
   params = random_params(model_lib.abstract_params(config))
   inputs = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
-  batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32), "segment_ids": 1 + segments_of(False)}
+  batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32),
+           "segment_ids": 1 + segments_of(False)}
 
   def run(step, attention=OPTIONS):
     f = lambda params: step_lib.loss_and_metrics(make_config(attention=attention), params, batch, None, step,
@@ -174,7 +175,8 @@ def test_flops_by_hand():
   attention_of = lambda parts: {name: parts[name] for name in parts if name not in ("projections", "unembedding")}
   trunk = attention_of(flops.training(config, schedule.at(config, 0)))
   assert trunk == {"dense": pytest.approx(3 * dense)}
-  kinds = {schedule.at(config, i).mode: attention_of(flops.training(config, schedule.at(config, i))) for i in range(20, 40)}
+  kinds = {schedule.at(config, i).mode: attention_of(flops.training(config, schedule.at(config, i)))
+           for i in range(20, 40)}
   assert kinds["dense"] == {"dense": pytest.approx(3 * dense), "counterpart": pytest.approx(3 * selected),
                             "scores": pytest.approx(scores)}
   assert kinds["sparse"] == {"selected": pytest.approx(3 * selected), "scores": pytest.approx(scores),

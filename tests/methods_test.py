@@ -251,7 +251,8 @@ def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
 def test_a_context_that_fits_no_grid_is_the_beginning_of_a_longer_one(name):
   length = 13  # no multiple of a block, a chunk, a segment or a compressed block
   got = jax.jit(lambda params, tokens: model_lib.forward(
-      make_config(METHODS[name]), params, tokens, key=KEY, losses=False).logits)(params_of(name), tokens_of()[:, :length])
+      make_config(METHODS[name]), params, tokens, key=KEY, losses=False).logits)(
+          params_of(name), tokens_of()[:, :length])
   want = logits_of(name)(params_of(name), tokens_of(), WHOLE)[:, :length]
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
@@ -293,7 +294,8 @@ def gradients_of(name, mode="sparse", **model):
 
 def largest_by_group(name, grads):
   groups = optim.groups_of(make_config(METHODS[name]))
-  return {group: max(float(np.abs(g).max()) for g in leaves.values()) for group, leaves in optim.split(grads, groups).items()}
+  return {group: max(float(np.abs(g).max()) for g in leaves.values())
+          for group, leaves in optim.split(grads, groups).items()}
 
 
 @pytest.mark.parametrize("name,mode", [("msa", "sparse"), ("msa", "warmup"), ("dsa", "sparse"), ("seer", "sparse")])
@@ -452,7 +454,8 @@ def test_output_gate_and_untied_head():
 
 
 def test_more_than_ten_stacks_are_run_in_their_order():
-  """12 layers by turns of two methods, 12 stacks, run dense: the same model with all layers in one stack, decoding too."""
+  """12 layers by turns of two methods, 12 stacks, run dense: the same model with all layers in one stack, decoding
+  too."""
   plain = make_config(methods.Dense(), num_layers=12)
   turns = make_config(methods.BlockTopK(**SMALL), layers=("attention", "dense") * 6, num_layers=12)
   turns.others["dense"] = methods.Dense()
@@ -461,7 +464,8 @@ def test_more_than_ten_stacks_are_run_in_their_order():
   want = model_lib.forward(plain, params, tokens, losses=False).logits
   params = model_lib.restack(params, turns)
   assert len(params["stacks"]) == 12
-  np.testing.assert_allclose(model_lib.forward(turns, params, tokens, mode="dense", losses=False).logits, want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(model_lib.forward(turns, params, tokens, mode="dense", losses=False).logits, want,
+                             rtol=1e-4, atol=1e-4)
   cache = model_lib.init_cache(turns, params, 1, 12)
   for part in (slice(0, 9), slice(9, 12)):
     out = model_lib.forward(turns, params, tokens[:, part], mode="dense", losses=False, cache=cache, offset=part.start)
@@ -471,7 +475,8 @@ def test_more_than_ten_stacks_are_run_in_their_order():
 
 @pytest.mark.parametrize("name", ["msa", "dsa", "seer", "ssa"])
 def test_padding_counts_in_no_loss(name):
-  """A document of 40 tokens, behind it 24 of padding, and a row of padding alone: losses and gradients are the document's own."""
+  """A document of 40 tokens, behind it 24 of padding, and a row of padding alone: losses and gradients are the
+  document's own."""
   config = make_config(METHODS[name])
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   weights = tuple((loss, 1.0) for loss in METHODS[name].losses)
@@ -516,10 +521,12 @@ def test_biases_and_layers_without_rotary_embedding_decode_as_in_one_pass():
   out = step(tokens[:, :16], model_lib.init_cache(config, params, B, 17), jnp.int32(0))
   last = step(tokens[:, 16:], out.cache, jnp.int32(16))
   np.testing.assert_allclose(np.concatenate([out.logits, last.logits], 1), want, rtol=1e-4, atol=1e-4)
-  # The second layer knows no order: with the first one's attention shut, past tokens change places and nothing is moved.
+  # The second layer knows no order: with the first one's attention shut, past tokens change places and nothing is
+  # moved.
   shut = jax.tree.map(np.copy, params)
   shut["stacks"]["stack0"]["attention"]["out"][0] = 0
-  run = lambda config, tokens: np.asarray(model_lib.forward(config, shut, tokens, mode="dense", losses=False).logits[:, -1])
+  run = lambda config, tokens: np.asarray(
+      model_lib.forward(config, shut, tokens, mode="dense", losses=False).logits[:, -1])
   plain = make_config(METHODS["nsa"], qkv_bias=True, no_rope_layers=(1,), short_conv=0)
   shut = {**shut, "stacks": {"stack0": {**shut["stacks"]["stack0"], "attention": {
       name: {k: v for k, v in x.items() if k != "taps"} if isinstance(x, dict) and name in "qkv" else x

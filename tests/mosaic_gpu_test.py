@@ -122,7 +122,8 @@ def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
   inputs = cases.draw("selected_attention", s, cases.Situation(**situation, blocks=with_an_empty_row), always=False)
   program = cases.with_gradients(mosaic_gpu.selected_attention, block_size=s.block_size, interpret=True)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    _, _, dq, _, _ = cases.check("selected_attention", program, inputs, options=dict(block_size=s.block_size), exact=1e-6)
+    _, _, dq, _, _ = cases.check("selected_attention", program, inputs, options=dict(block_size=s.block_size),
+                                 exact=1e-6)
   assert not interpret_pallas_call.get_races().races_found
   assert not dq[:, 3].any()
 
@@ -151,7 +152,8 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
   words = np.asarray(tiles.words).view(np.uint32)[shared_blocks.first_rows(plan)].transpose(0, 2, 1)
   for b, t, r in np.ndindex(B, T, K):
     tile = t // tokens
-    blocks_of = {int(x) % shared_blocks.SLOTS: int(x) // shared_blocks.SLOTS for x in listed[b, r, tile, :count[b, r, tile]]}
+    blocks_of = {int(x) % shared_blocks.SLOTS: int(x) // shared_blocks.SLOTS
+                 for x in listed[b, r, tile, :count[b, r, tile]]}
     taken = [blocks_of[i] for i in range(shared_blocks.SLOTS) if words[b, r, t] >> i & 1]
     left = [int(x) for x in np.asarray(rest)[b, t, r] if x >= 0]
     assert sorted(taken + left) == sorted({int(x) for x in blocks[b, t, r] if 0 <= x < plan.blocks})
@@ -176,7 +178,8 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   assert not interpret_pallas_call.get_races().races_found
   word = tiles.words.reshape(B, T, K, N)[..., :1]
   listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)
-  used = jnp.arange(shared_blocks.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), shared_blocks.tokens_of(plan), axis=1)
+  used = jnp.arange(shared_blocks.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), shared_blocks.tokens_of(plan),
+                                                      axis=1)
   taken = jnp.where(used & ((word >> listed % shared_blocks.SLOTS) & 1 != 0), listed // shared_blocks.SLOTS, -1)
   assert (taken >= 0).any() and (rest >= 0).any()
   want, want_lse = reference.selected_attention(
@@ -296,7 +299,8 @@ SHAPES = {
 }
 OF = {"g5_b32": "segments", "cache": "random", "one_query": "random", "long": "sink", "no_group": "late_block"}
 ON_DEVICE = [*((name, OF.get(name, "from_the_start")) for name in SHAPES),
-             *((name, situation) for name in ("g4_h64_b32", "h128") for situation in cases.situations("selected_attention"))]
+             *((name, situation) for name in ("g4_h64_b32", "h128")
+               for situation in cases.situations("selected_attention"))]
 
 
 def on_device(name, seed=0):

@@ -167,7 +167,8 @@ def strictly(function, *args, **options):
 def test_attention_does_not_race():
   inputs, window = cases.draw("attention", SHAPE(B=1, T=48, N=2, K=1), "segments"), dict(window=20)
   cases.check("attention", lambda inputs: strictly(
-      lambda inputs, **how: cases.with_gradients(attention.attention, tiles=(32, 16), **window, **how).both(inputs), inputs),
+      lambda inputs, **how: cases.with_gradients(attention.attention, tiles=(32, 16), **window, **how).both(inputs),
+      inputs),
       inputs, options=window)
 
 

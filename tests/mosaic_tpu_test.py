@@ -44,7 +44,8 @@ PACKED_HALF_EMPTY = cases.Situation(documents=lambda S: 4, offset=(1,), blocks=c
 
 @functools.cache
 def program(operation, name, careful):
-  return cases.with_gradients(KERNELS[operation], block_size=SHAPES[name].block_size, interpret=CAREFUL if careful else True)
+  return cases.with_gradients(KERNELS[operation], block_size=SHAPES[name].block_size,
+                              interpret=CAREFUL if careful else True)
 
 
 def check(operation, name, situation, careful=False, **tolerance):

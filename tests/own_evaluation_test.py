@@ -1,4 +1,5 @@
-"""A run's own evaluations, those made by hand, and the documents that both read: nothing changes unseen between them."""
+"""A run's own evaluations, those made by hand, and the documents that both read: nothing changes unseen between
+them."""
 import dataclasses
 import json
 
@@ -25,9 +26,11 @@ def corpus(tmp_path):
 def make_config(corpus, steps=4, **options):
   config = config_lib.Config(
       attention=methods.MSA(block_size=4, num_blocks=3, index_dim=4), schedule=schedule.native(steps, 0), log_every=1,
-      model=config_lib.ModelConfig(vocab_size=264, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8),
+      model=config_lib.ModelConfig(vocab_size=264, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4,
+                                   mlp_dim=8),
       data=config_lib.DataConfig(source=f"files:{corpus}", context=32, global_batch=2, align=4),
-      eval=config_lib.EvalConfig(sequences=3, batch=2, run_modes=("sparse",), every=2, during=("dense",), diagnostics=False),
+      eval=config_lib.EvalConfig(sequences=3, batch=2, run_modes=("sparse",), every=2, during=("dense",),
+                                 diagnostics=False),
       checkpoint=config_lib.CheckpointConfig(every=2))
   for name, value in options.items():
     setattr(config, name, value)
@@ -77,9 +80,12 @@ def test_an_evaluation_by_hand_leaves_the_runs_own_alone(tmp_path, corpus, monke
   assert by_hand(tmp_path / "run") == "4.json", "the same questions: the same file"
   assert files(tmp_path / "run") == before
   monkeypatch.setattr(evaluate, "records", lambda *_: [])  # what follows is about files
-  for name, options in [("4-sequences=1.json", dict(sequences=1)), ("4-run_modes=", dict(run_modes=("dense", "sparse"))),
-                        ("4-split=test-context=16.json", dict(split="test", context=16)), ("4-blocks=", dict(blocks={"num_blocks": 2})),
-                        ("4-tasks=", dict(tasks=("copy:length=4",), task_examples=1)), ("4-diagnostics=16.json", dict(diagnostics=True))]:
+  for name, options in [("4-sequences=1.json", dict(sequences=1)),
+                        ("4-run_modes=", dict(run_modes=("dense", "sparse"))),
+                        ("4-split=test-context=16.json", dict(split="test", context=16)),
+                        ("4-blocks=", dict(blocks={"num_blocks": 2})),
+                        ("4-tasks=", dict(tasks=("copy:length=4",), task_examples=1)),
+                        ("4-diagnostics=16.json", dict(diagnostics=True))]:
     assert by_hand(tmp_path / "run", **options).startswith(name)
   write(corpus / "val/0.txt", b"another document" * 30)
   assert by_hand(tmp_path / "run").startswith("4-corpus_sha256=")
@@ -94,7 +100,8 @@ def test_a_run_makes_its_own_evaluation_whatever_was_made_by_hand(tmp_path, corp
     with pytest.raises(KeyboardInterrupt):
       train(make_config(corpus), tmp_path / "run")
   assert by_hand(tmp_path / "run", sequences=1) == "4-sequences=1.json"
-  (tmp_path / "run/eval/4.json").write_text((tmp_path / "run/eval/4-sequences=1.json").read_text())  # as older versions wrote it
+  # as older versions wrote it
+  (tmp_path / "run/eval/4.json").write_text((tmp_path / "run/eval/4-sequences=1.json").read_text())
   train(make_config(corpus), tmp_path / "run")
   assert files(tmp_path / "run")["4.json"] == files(tmp_path / "calm")["4.json"]
 
@@ -127,7 +134,8 @@ def test_other_documents_are_refused_on_resume_and_on_fork(tmp_path, corpus, spl
     break_off(patch, 4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
       train(make_config(corpus, 8), tmp_path / "trunk")
-  fork = lambda **data: make_config(corpus, 8, fork=config_lib.ForkConfig(str(tmp_path / "trunk"), 2), data=dataclasses.replace(
+  fork = lambda **data: make_config(corpus, 8, fork=config_lib.ForkConfig(str(tmp_path / "trunk"), 2),
+                                    data=dataclasses.replace(
       make_config(corpus).data, **data))
   config = make_config(corpus, 8)
   recorded = (tmp_path / "trunk/versions.json").read_text()

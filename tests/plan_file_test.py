@@ -12,7 +12,8 @@ from nsa.report import archive, plan_file
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
   """A study as write_study makes it, with its plan in study.json."""
-  root = write_study(tmp_path_factory.mktemp("study"), {a: ARMS[a] for a in ("dense", "native_msa", "retrofit_msa_5")}, rich=False)
+  root = write_study(tmp_path_factory.mktemp("study"), {a: ARMS[a] for a in ("dense", "native_msa", "retrofit_msa_5")},
+                     rich=False)
   arms = [config_lib.from_dict(json.loads(file.read_text())) for file in sorted(root.glob("runs/*/config.json"))]
   for arm in arms:
     if arm.fork.workdir:
@@ -43,13 +44,15 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   assert plan_file.deviations(archive.load([write_study(root / "none", {"dense": ARMS["dense"]}, rich=False)])) is None
   (found,) = lines(root, lambda t: t["endpoints"][0].update(margin=0.02))
   assert found == "endpoints[0].margin: planned 0.005, judged by 0.02."
-  (found,) = lines(root, lambda t: t["plan"]["seeds"].update({"dense-tiny": [0, 1]}) or t["plan"].update(hash=plan_file.digest(t["plan"])))
+  (found,) = lines(root, lambda t: t["plan"]["seeds"].update({"dense-tiny": [0, 1]})
+                   or t["plan"].update(hash=plan_file.digest(t["plan"])))
   assert found == "dense-tiny: seeds 2 ran and were not planned."
   found = lines(root, lambda t: t["plan"]["seeds"].update({"dense-tiny": [0, 1, 2, 3], "late-tiny": [0]}))
   assert found[0].startswith("plan.json was changed after it was written: it gives the hash")
   assert found[1:] == ["Not run, or not yet: late-tiny.", "dense-tiny: planned seeds 3 are not finished (not begun)."]
   key = "retrofit_msa_5-tiny"
-  found = lines(root, lambda t: t["plan"]["configs"][key]["attention"].update(num_blocks=9) or t["plan"]["configs"].pop("dense-tiny"))
+  found = lines(root, lambda t: t["plan"]["configs"][key]["attention"].update(num_blocks=9)
+                or t["plan"]["configs"].pop("dense-tiny"))
   assert "dense-tiny: was not planned." in found and f"{key}.attention.num_blocks: planned 9, ran 8." in found
   (found,) = lines(root, lambda t: t["plan"]["gates"].update({"dense exact match at least": 0.5})
                    or t["plan"].update(hash=plan_file.digest(t["plan"])))
@@ -84,10 +87,12 @@ def test_the_main_study_is_the_protocol():
   study = main_study.get_config("tier=1")
   jobs = study_lib.jobs(study, "x")
   count = lambda arm, size: sum(j.config.arm == arm and j.config.size == size for j in jobs)
-  assert [count("dense", "S"), count("native", "M"), count("within_25", "M"), count("dense_after_5", "S")] == [12, 8, 6, 6]
+  assert ([count("dense", "S"), count("native", "M"), count("within_25", "M"), count("dense_after_5", "S")]
+          == [12, 8, 6, 6])
   by = {(c.arm, c.size): c for c in study.arms}
   m = by["dense", "M"]
-  assert m.schedule.steps * m.data.global_batch * m.data.context == pytest.approx(200e6, rel=1e-3) and m.data.task_rows == 1
+  assert (m.schedule.steps * m.data.global_batch * m.data.context == pytest.approx(200e6, rel=1e-3)
+          and m.data.task_rows == 1)
   for b in main_study.WITHIN:  # no fork inside the decay, at the trunk's own rate
     arm = by[f"within_{100 * b:g}", "M"]
     assert arm.schedule.steps == m.schedule.steps and arm.fork.step <= 0.8 * m.schedule.steps
@@ -97,10 +102,12 @@ def test_the_main_study_is_the_protocol():
     arm, control = by[f"after_{100 * b:g}", "M"], by[study.controls[f"after_{100 * b:g}"], "M"]
     assert control.schedule.steps == arm.schedule.steps and arm.fork.step == m.schedule.steps
     steps = range(m.schedule.steps, arm.schedule.steps, 7)
-    assert [schedule.learning_rate(arm.schedule, s) for s in steps] == [schedule.learning_rate(control.schedule, s) for s in steps]
+    assert [schedule.learning_rate(arm.schedule, s) for s in steps] == [
+        schedule.learning_rate(control.schedule, s) for s in steps]
   half = by["dense_50", "M"]  # a decay branch: the trunk's rate up to the fork
-  assert schedule.learning_rate(half.schedule, half.fork.step - 1) == schedule.learning_rate(m.schedule, half.fork.step - 1)
-  assert {c.attention.num_blocks for c in study.arms if c.attention.name == "msa"} == {20}
+  assert schedule.learning_rate(half.schedule, half.fork.step - 1) == schedule.learning_rate(
+      m.schedule, half.fork.step - 1)
+  assert {c.attention.num_blocks for c in study.arms if c.attention.name == "msa"} == {24}
   everything = main_study.get_config("tier=all")
   assert {c.size for c in everything.arms} == {"S", "M", "L", "M8K"} and list(everything.tiers) == ["1", "2", "3"]
   assert {f"{c.arm}-{c.size}" for c in everything.arms} == {name for tier in everything.tiers.values() for name in tier}

@@ -46,13 +46,15 @@ def test_collectives_count_loops_groups_and_both_halves_of_an_all_reduce():
 
 
 def make_config(method="msa", **mesh):
-  attention = dataclasses.replace(methods.get(method)(), **(dict(block_size=64, num_blocks=4) if method != "dense" else {}))
+  attention = dataclasses.replace(methods.get(method)(),
+                                  **(dict(block_size=64, num_blocks=4) if method != "dense" else {}))
   plan_ = schedule.dense(10) if method == "dense" else schedule.retrofit(100, 0.2, selector_warmup=0.25)
   return config_lib.Config(
       attention=attention, schedule=plan_, mesh=config_lib.MeshConfig(**mesh),
       model=config_lib.ModelConfig(num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=512,
                                    dtype="bfloat16", remat="layer"),
-      data=config_lib.DataConfig(context=512, global_batch=8, align=128), eval=config_lib.EvalConfig(sequences=0, run_modes=()))
+      data=config_lib.DataConfig(context=512, global_batch=8, align=128),
+      eval=config_lib.EvalConfig(sequences=0, run_modes=()))
 
 
 def test_a_forecast_counts_what_the_shardings_and_the_flops_say():
@@ -82,7 +84,8 @@ def test_topologies_and_what_does_not_fit():
       topology.parse(wrong)
   with pytest.raises(config_lib.ConfigError, match="must divide the 4 devices"):
     plan.ahead(make_config(fsdp=8), topology.parse("h100x4"), compile_steps=False)
-  refused = "Ran out of memory on HBM, the total memory required for HLO temporaries (28.28G) exceeds available HBM (15.75G)."
+  refused = ("Ran out of memory on HBM, the total memory required for HLO temporaries (28.28G) exceeds available HBM "
+             "(15.75G).")
   assert topology._needed(refused) == 28.28 * 2 ** 30
   assert topology._needed("Ran out of memory in memory space hbm. Used 512.0M of 15.75G hbm.") == 2 ** 29
   assert topology._needed("INTERNAL: something else") is None
@@ -119,7 +122,8 @@ def test_a_plan_for_gpus_lowers_every_step_and_prices_both_regimes():
   assert [row["mode"] for row in made["steps"]] == ["dense", "warmup", "sparse"]
   assert all("seconds_to_compile" in row and "compiled" not in row for row in made["steps"])
   hours, second = made["chip_hours"], {row["mode"]: row["seconds"] for row in made["steps"]}
-  assert hours["retrofit"] == pytest.approx((80 * second["dense"] + 5 * second["warmup"] + 15 * second["sparse"]) * 8 / 3600)
+  assert (hours["retrofit"]
+          == pytest.approx((80 * second["dense"] + 5 * second["warmup"] + 15 * second["sparse"]) * 8 / 3600))
   assert hours["native"] == pytest.approx((98.5 * second["sparse"] + 1.5 * second["warmup"]) * 8 / 3600)
   text = plan.report(made)
   for words in ("mesh {'data': 1, 'fsdp': 4", "bound by", "chip hours", "warmup: 8 x 512 tokens", "selected"):

@@ -92,7 +92,8 @@ class Cluster:
         environment["TROUBLE"] = trouble[i]
       model = dict(num_layers=1, d_model=16, mlp_dim=32, num_heads=2, num_kv_heads=2, head_dim=8)
       fields = {**{f"model.{k}": v for k, v in model.items()}, **{f"mesh.{k}": v for k, v in mesh.items()},
-                "data.context": 64, "data.global_batch": 4, "eval.task_examples": 4, "eval.batch": 4, "eval.every": 0, "log_every": 1,
+                "data.context": 64, "data.global_batch": 4, "eval.task_examples": 4, "eval.batch": 4, "eval.every": 0,
+                "log_every": 1,
                 "data.tasks": "('mqar:pairs=4',)", "checkpoint.every": 2}
       jobs.append((environment, [f"--config=experiments/mqar.py:arm=msa,steps={STEPS}", f"--workdir={workdir}",
                                  f"--compilation_cache={self._directory / 'cache'}", "--heartbeat_timeout=10",
@@ -158,7 +159,8 @@ def _leaves(tree, path=""):
 
 
 def test_a_run_of_two_processes_leaves_one_set_of_files(calm):
-  assert {p.name for p in calm.iterdir()} == {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"}
+  assert {p.name for p in calm.iterdir()} == {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval",
+                                              "DONE"}
   assert metrics.read_json(calm / "versions.json")["processes"] == 2
   assert len(records(calm)) == STEPS and len(evaluation(calm)) == 8  # two run modes, four examples, each once
 

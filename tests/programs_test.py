@@ -73,8 +73,8 @@ def test_an_inner_block_leaves_it_to_the_outer_one_and_its_end_stops_the_thread(
 
 
 def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_enable_xla_caches",
-           "jax_persistent_cache_min_entry_size_bytes")
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+           "jax_persistent_cache_enable_xla_caches", "jax_persistent_cache_min_entry_size_bytes")
   old, hits = {name: getattr(jax.config, name) for name in names}, []
   listen = lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
   jax.monitoring.register_event_listener(listen)
@@ -101,7 +101,8 @@ def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
 
 
 def test_an_exit_in_the_midst_of_a_compilation_keeps_its_code():
-  """A preemption waits a while for the thread that compiles ahead; an interpreter that ends under it aborted, with code -6."""
+  """A preemption waits a while for the thread that compiles ahead; an interpreter that ends under it aborted, with code
+  -6."""
   script = """
 import jax, jax.numpy as jnp
 from launch import cli
@@ -121,6 +122,7 @@ def main():
 
 cli.run(main)
 """
-  done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, text=True, capture_output=True,
+  done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, text=True,
+                        capture_output=True,
                         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"})
   assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (75, "saved"), done.stderr

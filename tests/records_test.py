@@ -20,10 +20,11 @@ def test_a_field_that_is_not_in_the_schema_is_refused_by_name():
 
 def test_condensed_records_have_the_same_weighted_means_and_no_items():
   rng = np.random.default_rng(0)
-  text = [{**records.make("language", split="val", document=f"d{i % 3}", start=i, bits_per_byte=rng.normal(2, 1), bytes=100 + i,
-                          second_half_bits_per_byte=float(rng.normal(2, 1)), second_half_bytes=50), **COMMON} for i in range(30)]
-  items = [{**records.make("task", task="mqar", index=i, exact_match=float(i % 2), answer_nll=float(i), far_exact_match=1.0 * (i > 2),
-                           far_answers=i % 4), **COMMON} for i in range(8)]
+  text = [{**records.make("language", split="val", document=f"d{i % 3}", start=i, bits_per_byte=rng.normal(2, 1),
+                          bytes=100 + i, second_half_bits_per_byte=float(rng.normal(2, 1)), second_half_bytes=50),
+           **COMMON} for i in range(30)]
+  items = [{**records.make("task", task="mqar", index=i, exact_match=float(i % 2), answer_nll=float(i),
+                           far_exact_match=1.0 * (i > 2), far_answers=i % 4), **COMMON} for i in range(8)]
   layers = [{**records.make("layer", layer=0, overlap=1 / 3), **COMMON}]
   short = records.condense(text + items + layers)
   assert [r["kind"] for r in short] == ["language"] * 3 + ["task", "layer"] and "start" not in short[0]

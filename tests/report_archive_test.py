@@ -1,4 +1,5 @@
-"""What a report puts into a repository: an archive that unpacks to a study, from which the same report comes out again."""
+"""What a report puts into a repository: an archive that unpacks to a study, from which the same report comes out
+again."""
 import csv
 import json
 import lzma
@@ -74,7 +75,8 @@ def test_a_published_report_is_written_again_to_the_byte(tmp_path):
   with archive.unpacked(tmp_path / "first" / archive.NAME) as folder:
     names = {p.name for p in folder.rglob("dense*/**/*") if p.is_file()}
     assert names == {"config.json", "versions.json", "metrics.jsonl", "1000.json", "500.json", "DONE"}
-    assert (folder / "study.json").is_file() and json.loads((folder / "runs/retrofit_msa_5-tiny-0_1_2/config.json").read_text())[
+    assert (folder / "study.json").is_file() and json.loads(
+        (folder / "runs/retrofit_msa_5-tiny-0_1_2/config.json").read_text())[
         "fork"]["workdir"] == "@dense"
   text = lzma.decompress(first[archive.NAME])
   assert b'"/' not in text and str(tmp_path).encode() not in text + first["report.md"]
@@ -84,8 +86,10 @@ def test_a_published_report_is_written_again_to_the_byte(tmp_path):
   # What was read live reads the same: the verdict, every number, the warnings.
   tables = lambda text: [line for line in text.splitlines() if line.startswith(("|", ">", "- "))]
   assert tables(before.replace(str(root) + "/runs/", "")) == tables(first["report.md"].decode())
-  numbers = lambda text: np.array([float(cell or "nan") for row in csv.reader(text.splitlines()[1:]) for cell in row[9:]])
-  np.testing.assert_allclose(numbers((tmp_path / "live/results.csv").read_text()), numbers(first["results.csv"].decode()), rtol=1e-4)
+  numbers = lambda text: np.array(
+      [float(cell or "nan") for row in csv.reader(text.splitlines()[1:]) for cell in row[9:]])
+  np.testing.assert_allclose(numbers((tmp_path / "live/results.csv").read_text()),
+                             numbers(first["results.csv"].decode()), rtol=1e-4)
 
 
 def test_what_is_not_finished_comes_from_what_was_published_and_the_rest_does_not(whole, live, tmp_path):
@@ -97,18 +101,21 @@ def test_what_is_not_finished_comes_from_what_was_published_and_the_rest_does_no
       record["second_half_bits_per_byte"] += 1.0
   native.write_text(json.dumps(tree))  # the live study was evaluated again
   (full,), (merged,) = deltas(whole), deltas(live, before)
-  assert merged.differences == {0: pytest.approx(full.differences[0] - 1), 1: full.differences[1], 2: full.differences[2]}
+  assert merged.differences == {0: pytest.approx(full.differences[0] - 1), 1: full.differences[1],
+                                2: full.differences[2]}
   assert merged.documents.n == 3
   text = (published([before, live], tmp_path / "report") / "report.md").read_text()  # in any order
   assert "9 runs: 9 done." in text and "Not drawn" not in text
-  lines = {line for line in (before / "results.csv").read_text().splitlines() if not line.startswith("native_msa-tiny-0,")}
+  lines = {line for line in (before / "results.csv").read_text().splitlines()
+           if not line.startswith("native_msa-tiny-0,")}
   assert lines <= set((tmp_path / "report/results.csv").read_text().splitlines())
 
 
 def test_long_metrics_are_thinned_once_where_they_are_read(tmp_path):
   rng = np.random.default_rng(0)
   (tmp_path / "a").mkdir()
-  lines = [{"step": i, "seed": 0, "stage": int(i > 800), "loss": float(rng.normal(3, 1)), "tokens": 8192 * i, "tokens_per_second": 2e4,
+  lines = [{"step": i, "seed": 0, "stage": int(i > 800), "loss": float(rng.normal(3, 1)), "tokens": 8192 * i,
+            "tokens_per_second": 2e4,
             "flops": 1e9 * i} for i in range(1, 3702)]
   (tmp_path / "a/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   curve = runs.load_run(tmp_path / "a").curves[0]
@@ -161,7 +168,8 @@ def test_a_damaged_archive_is_named(whole, tmp_path):
   before = published([whole], tmp_path / "before")
   data = (before / archive.NAME).read_bytes()
   pointer = b"version https://git-lfs.github.com/spec/v1\nsize 12\n"
-  damages = [pointer, data[:-8], *(data[:i] + bytes([data[i] ^ 4]) + data[i + 1:] for i in range(20, len(data) - 20, 997))]
+  damages = [pointer, data[:-8],
+             *(data[:i] + bytes([data[i] ^ 4]) + data[i + 1:] for i in range(20, len(data) - 20, 997))]
   for damaged in damages:
     (before / archive.NAME).write_bytes(damaged)
     with pytest.raises(ValueError, match=f"{archive.NAME}.*take it from the repository again"):
@@ -185,7 +193,8 @@ def test_what_could_not_be_read_and_paths_in_errors_are_said_the_same_way_again(
   root = shutil.copytree(whole, tmp_path / "study")
   (root / "runs/dense-tiny-0/eval/1000.json").write_text("{")
   (root / "runs/dense-tiny-1/DONE").unlink()
-  (root / "runs/dense-tiny-1/FAILED").write_text(json.dumps({"error": "OSError: /home/user/secret/corpus.tar.xz: not there"}))
+  (root / "runs/dense-tiny-1/FAILED").write_text(
+      json.dumps({"error": "OSError: /home/user/secret/corpus.tar.xz: not there"}))
   shutil.rmtree(root / "runs/dense-tiny-2")
   (root / "runs/dense-tiny-2").mkdir()
   first = contents(published([root], tmp_path / "first"))

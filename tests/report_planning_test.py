@@ -26,12 +26,14 @@ def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(stud
   one = found["retrofit_msa_5"]
   assert one.sd == pytest.approx(np.std(list(a.values()), ddof=1))
   assert one.sd_difference == pytest.approx(np.std([a[s] - b[s] for s in a], ddof=1)) and one.sd_difference < one.sd
-  # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see 1.68.
+  # 2 degrees of freedom: 95 % of chi-square lie between 0.0506 and 7.378; noncentral t: 3 pairs see 3.26 SD, 5 see
+  # 1.68.
   middle, low, high = one.detectable(3)
   assert [low / middle, high / middle] == pytest.approx([math.sqrt(2 / 7.378), math.sqrt(2 / 0.05064)], rel=1e-3)
   assert middle == pytest.approx(3.26 * one.sd_difference, rel=0.01)
   assert one.detectable(5)[0] == pytest.approx(1.68 * one.sd_difference, rel=0.01)
-  assert one.seeds_for_margin and one.detectable(one.seeds_for_margin)[0] <= 0.001 < one.detectable(one.seeds_for_margin - 1)[0]
+  assert (one.seeds_for_margin
+          and one.detectable(one.seeds_for_margin)[0] <= 0.001 < one.detectable(one.seeds_for_margin - 1)[0])
   pooled = found[""]
   variances = [s.sd_difference ** 2 for s in found.values() if s.arm.startswith("retrofit")]
   assert pooled.df == 6 and pooled.sd_difference == pytest.approx(math.sqrt(np.mean(variances)))
@@ -52,7 +54,8 @@ def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study)
   own, other, *planned = planning.prices(loaded)[0]
   expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
   for run in loaded.runs:
-    fastest = run if run.arm == "dense" else next(r for r in loaded.runs if r.arm == "native_msa")  # what the retrofits end as
+    # what the retrofits end as
+    fastest = run if run.arm == "dense" else next(r for r in loaded.runs if r.arm == "native_msa")
     speed = np.mean([np.median(c["tokens_per_second"]) for c in fastest.curves.values()])
     expected += (1000 - run.first) * 8192 / (3 * speed) / 3600
   assert own.size == "tiny" and own.tokens == 1000 * 8192 and own.measured == pytest.approx(expected, rel=1e-3)
@@ -65,7 +68,8 @@ def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study)
 def test_where_unions_of_a_tile_stop_to_pay_by_hand():
   from nsa.report import planning
   config = {"attention": {"block_size": 64}, "model": {"head_dim": 128, "dtype": "bfloat16"}}
-  # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at 4.8e12 B/s.
+  # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at
+  # 4.8e12 B/s.
   assert planning.union_break_even(config) == pytest.approx((2 * 260 / 4.8e12) / (4 * 128 * 64 / 989.5e12), rel=0.01)
   assert math.isnan(planning.union_break_even({"attention": {"method": "dense"}, "model": {"head_dim": 128}}))
 
@@ -86,14 +90,16 @@ def test_a_published_picture_is_one_small_file(study, tmp_path):
 
 
 def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):
-  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n")
+  (tmp_path / "NOTES.md").write_text("# Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n"
+                                     "| a | b |\n|--|--|\n| c | 1 |\n")
   paths = report.write([study], tmp_path, publish=True)
   files = [p for p in tmp_path.rglob("*") if p.is_file()]
   assert {p.suffix for p in files} == {".md", ".csv", ".png", ".xz"} and paths.html is None
   read = lambda p: lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes()
   assert not any(str(study).encode() in read(p) for p in files)
   text = paths.markdown.read_text()
-  assert "## Notes\n\n### Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n| a | b |\n|--|--|\n| c | 1 |\n" in text
+  assert ("## Notes\n\n### Surprises\n\n- one **bold**\n  claim\n- two\n\nA paragraph.\n\n"
+          "| a | b |\n|--|--|\n| c | 1 |\n") in text
   layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
   assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
   assert "| union tiles in 2 of 4 layers |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query

@@ -66,7 +66,8 @@ def test_an_equal_retrofit_matches(tmp_path):
 def test_a_worse_retrofit_is_worse_by_what_was_planted(tmp_path):
   root = write_study(tmp_path, with_retrofit(0.05), seeds=range(4))
   text = words(root)
-  assert "R(5 %): retrofit_msa_5 is worse than dense: +0.0" in text and "Delta(5 %): retrofit_msa_5 is worse than native_msa" in text
+  assert ("R(5 %): retrofit_msa_5 is worse than dense: +0.0" in text
+          and "Delta(5 %): retrofit_msa_5 is worse than native_msa" in text)
   (r,) = judged(root).of("R", planted.TEXT, "tiny")
   i = r.judgement.interval
   assert i.low < 0.05 < i.high and i.half_width < 0.01
@@ -100,7 +101,8 @@ def test_the_same_numbers_twice_are_no_match(tmp_path):
 @pytest.mark.parametrize("file, change, said", [
     ("eval/1000.json", lambda t: t["records"].remove(
         next(r for r in t["records"] if r["kind"] == "language" and r["run_mode"] == "sparse")),
-     "evaluated on other questions: `native_msa-tiny-0_1_2` has text = val/emma: 1024, `retrofit_msa_5-tiny-0_1_2` val/emma: None"),
+     "evaluated on other questions: `native_msa-tiny-0_1_2` has text = val/emma: 1024, `retrofit_msa_5-tiny-0_1_2` "
+     "val/emma: None"),
     ("eval/1000.json", lambda t: t.update(settings={"split": "val", "sequences": 1, "windows_sha256": "c" * 64}),
      "evaluated on other questions: `native_msa-tiny-0_1_2` has sequences = 6, `retrofit_msa_5-tiny-0_1_2` 1"),
     ("versions.json", lambda t: t.update(corpus_sha256="d" * 64),
@@ -149,13 +151,15 @@ FORBIDDEN = ("matches", "worse", "better")
     ({"oracle": (0.02, 0.0)}, None, planted.TEXT, "dense -> oracle: +0.0"),
     ({}, "random", planted.MATCH, "dense -> random: not run"),
 ])
-def test_an_endpoint_whose_controls_do_not_behave_supports_no_word(costs, missing, metric, failure, tmp_path, monkeypatch):
+def test_an_endpoint_whose_controls_do_not_behave_supports_no_word(costs, missing, metric, failure, tmp_path,
+                                                                   monkeypatch):
   if missing:
     monkeypatch.setitem(planted.MODES, "dense", tuple(m for m in MODES["dense"] if m != missing))
   root = write_study(tmp_path, with_retrofit(0.05, -0.3), costs=costs, rich=False)
   found = judged(root)
   assert not found.admissions[metric, "tiny"].admitted and failure in found.admissions[metric, "tiny"].failures()
-  (line,) = [line for line in found.lines if "does not test selection here" in line and endpoints.metric(metric).title in line]
+  (line,) = [line for line in found.lines
+             if "does not test selection here" in line and endpoints.metric(metric).title in line]
   assert failure in line and not any(word in line for word in FORBIDDEN)
   assert {c.word for c in found.comparisons if c.endpoint.metric == metric and c.family} == {"not admitted"}
   other = planted.TEXT if metric == planted.MATCH else planted.MATCH
@@ -167,9 +171,11 @@ def test_an_endpoint_whose_controls_do_not_behave_supports_no_word(costs, missin
 def test_a_study_without_an_admitted_endpoint_says_no_word_anywhere(tmp_path, quick):
   root = planted.write_case(tmp_path, planted.CASES["neither"], draw=0)
   text = words(root)
-  assert "No verdict: no primary endpoint is admitted by its controls." in text and not any(word in text for word in FORBIDDEN)
+  assert ("No verdict: no primary endpoint is admitted by its controls." in text
+          and not any(word in text for word in FORBIDDEN))
   page = report.write([root], root / "report").markdown.read_text()
-  assert not any(f" {word} " in page for word in FORBIDDEN) and "Not admitted by its controls: numbers without a verdict" in page
+  assert (not any(f" {word} " in page for word in FORBIDDEN)
+          and "Not admitted by its controls: numbers without a verdict" in page)
 
 
 @pytest.mark.parametrize("name", list(planted.CASES))
@@ -184,7 +190,8 @@ def test_planted_truths_are_found_and_shortcuts_refused(name):
 
 
 def test_the_committed_summary_keeps_its_promise():
-  """500 studies of each truth: at most 5 % have a false word, and shortcuts are refused in all (benchmarks/planted.py)."""
+  """500 studies of each truth: at most 5 % have a false word, and shortcuts are refused in all
+  (benchmarks/planted.py)."""
   rows = list(csv.DictReader(open(Path(__file__).parents[1] / "experiments/results/planted.csv")))
   assert [row["truth"] for row in rows] == list(planted.CASES) and all(row["studies"] == "500" for row in rows)
   assert all(float(row["a false word"]) <= 0.05 for row in rows)
@@ -200,9 +207,11 @@ def test_delta_is_r_plus_a_and_an_arm_with_a_control_of_its_own_is_compared_with
   root = write_study(tmp_path, arms, seeds=range(5), rich=False)
   for run in (root / "runs").glob("dense_more*"):  # trained dense throughout
     config = json.loads((run / "config.json").read_text())
-    config["schedule"]["stages"] = json.loads((root / "runs/dense-tiny-0_1_2_3_4/config.json").read_text())["schedule"]["stages"]
+    config["schedule"]["stages"] = json.loads((root / "runs/dense-tiny-0_1_2_3_4/config.json").read_text())["schedule"][
+        "stages"]
     (run / "config.json").write_text(json.dumps(config))
-    (run / "eval/1000.json").write_text((run / "eval/1000.json").read_text().replace('"run_mode": "sparse"', '"run_mode": "dense"'))
+    (run / "eval/1000.json").write_text(
+        (run / "eval/1000.json").read_text().replace('"run_mode": "sparse"', '"run_mode": "dense"'))
   plan = json.loads((root / "study.json").read_text())
   plan["controls"] = {"retrofit_msa_5": "dense_more_5"}
   (root / "study.json").write_text(json.dumps(plan))
@@ -210,14 +219,16 @@ def test_delta_is_r_plus_a_and_an_arm_with_a_control_of_its_own_is_compared_with
   r, d = ({c.arm: c for c in found.of(q, planted.TEXT, "tiny")} for q in ("R", "Delta"))
   (a,) = found.of("A", planted.TEXT, "tiny")
   assert r["retrofit_msa_5"].against == "dense_more_5" and r["retrofit_msa_25"].against == "dense"
-  assert abs(r["retrofit_msa_5"].judgement.interval.mean) < 0.004 and a.judgement.interval.mean == pytest.approx(0.02, abs=0.003)
+  assert (abs(r["retrofit_msa_5"].judgement.interval.mean) < 0.004
+          and a.judgement.interval.mean == pytest.approx(0.02, abs=0.003))
   for arm in r:
     assert d[arm].differences == {s: pytest.approx(r[arm].differences[s] + a.differences[s]) for s in range(5)}
   assert any("they are one finding about native_msa, not 2" in line for line in found.lines)
 
 
 def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
-  arms = {"dense": (0.02, 0.0, None), "dense_half": (0.06, 0.0, None), "native_msa": (0.0, 0.0, None), "retrofit_msa_5": (0.02, 0.0, 0.05)}
+  arms = {"dense": (0.02, 0.0, None), "dense_half": (0.06, 0.0, None), "native_msa": (0.0, 0.0, None),
+          "retrofit_msa_5": (0.02, 0.0, 0.05)}
   root = write_study(tmp_path, arms, seeds=range(3), noise=1e-6, shared=0.0, rich=False)
   def of(arm, change):
     (run,) = (root / "runs").glob(f"{arm}-tiny-*")
@@ -226,7 +237,8 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps({**line, **change(line)}) + "\n" for line in lines))
-    (run / "eval/1000.json").write_text((run / "eval/1000.json").read_text().replace('"run_mode": "sparse"', '"run_mode": "dense"'))
+    (run / "eval/1000.json").write_text(
+        (run / "eval/1000.json").read_text().replace('"run_mode": "sparse"', '"run_mode": "dense"'))
   study = lambda: archive.load([root])
   of("dense_half", lambda line: {"tokens": line["tokens"] / 2, "flops": line["step"] * 8192 * 7.4e6 / 2})
   tokens, flops, seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")
@@ -237,7 +249,8 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   tokens, flops, seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")
   # Dense at native's 5.08e13 FLOPs: on the line in log FLOPs from (3.03e13, 0.06) to (6.06e13, 0.02).
   at = 0.02 + (0.06 - 0.02) * np.log(7.4 / 6.2) / np.log(2)
-  assert np.mean(list(flops.differences.values())) == pytest.approx(at, abs=1e-4) and flops.cost == pytest.approx(8.192e6 * 6.2e6)
+  assert (np.mean(list(flops.differences.values())) == pytest.approx(at, abs=1e-4)
+          and flops.cost == pytest.approx(8.192e6 * 6.2e6))
 
 
 def test_a_limit_is_claimed_only_where_the_curve_levels_off(tmp_path):
@@ -247,7 +260,8 @@ def test_a_limit_is_claimed_only_where_the_curve_levels_off(tmp_path):
   lines = {name: judged(write_study(tmp_path / name, arms, seeds=range(6), noise=0.0005, rich=False)).lines
            for name, arms in (("flat", flat), ("steep", steep))}
   assert any("R(b) levels off between 25 % and 50 %" in line and "at +0.01" in line for line in lines["flat"])
-  assert any("not shown to level off between 25 % and 50 %" in line and "no limit is claimed" in line for line in lines["steep"])
+  assert any("not shown to level off between 25 % and 50 %" in line and "no limit is claimed" in line
+             for line in lines["steep"])
 
 
 def test_outcomes_in_two_groups_are_counted(tmp_path):
@@ -272,9 +286,10 @@ def test_report_has_all_sections_in_order(written):
   assert titles == ["Verdict", "Arms", "R(b), A and Delta(b)", "Selector or backbone?",
                     "Loss curves", "Held-out loss over training", "Loss by position", "Recall by task", "Far context",
                     "Train mode and run mode",
-                    "What the selector captures", "Captured and oracle mass over training", "What neighbouring queries share",
-                    "Which blocks one head selects", "Spread over seeds, and what another study could see",
-                    "What another study would cost", "What this cannot say"]
+                    "What the selector captures", "Captured and oracle mass over training",
+                    "What neighbouring queries share", "Which blocks one head selects",
+                    "Spread over seeds, and what another study could see", "What another study would cost",
+                    "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text
   names = {p.name for p in written.plots}
@@ -302,9 +317,11 @@ def test_errors_of_selector_and_backbone_add_up_and_are_what_was_planted(study):
   for arm, d in parts.items():
     if arm in r:
       assert [d["selector error"][s] + d["backbone error"][s] for s in range(3)] == pytest.approx(list(r[arm][0]))
-    # The generator puts the whole difference into the backbone, and 0.002 less into the selector: its oracle costs that.
+    # The generator puts the whole difference into the backbone, and 0.002 less into the selector: its oracle costs
+    # that.
     assert np.mean(list(d["selector error"].values())) == pytest.approx(-0.002, abs=0.002)
-    assert np.mean(list(d["backbone error"].values())) == pytest.approx(ARMS[arm][0] - ARMS["dense"][0] + 0.002, abs=0.005)
+    assert np.mean(list(d["backbone error"].values())) == pytest.approx(ARMS[arm][0] - ARMS["dense"][0] + 0.002,
+                                                                        abs=0.005)
 
 
 def test_words_are_after_holm_over_the_declared_family(study, tmp_path):
@@ -324,7 +341,8 @@ def test_words_are_after_holm_over_the_declared_family(study, tmp_path):
   found = judged(tmp_path)
   families = [(c.quantity, c.family, c.alpha) for c in found.comparisons if c.family]
   assert families[:3] == [("R", "text", 0.05)] * 3 and {f for q, f, _ in families if q != "R"} == {"secondary"}
-  assert families[7:] == [("R", "secondary", 0.05)] * 3 + [("A", "secondary", 0.05)] + [("Delta", "secondary", 0.05)] * 3
+  assert families[7:] == ([("R", "secondary", 0.05)] * 3 + [("A", "secondary", 0.05)]
+                          + [("Delta", "secondary", 0.05)] * 3)
   assert found.headline.startswith("Retrofit against its dense control, 3 comparisons")
 
 
@@ -364,7 +382,8 @@ def test_csv_is_exact(tmp_path, quick):
               "exact_match": "0.375", "exact_match:copy": "0.25", "exact_match:mqar": "0.5", "answer_nll": "2",
               "answer_nll:copy": "3", "answer_nll:mqar": "1", "windows": "2", "bytes": "400", "task_items": "3",
               "captured_mass": "0.375", "oracle_mass": "0.875", "queries_limited": "", "overlap": "", "tile_union": "",
-              "tile_common": "", "tokens": "300", "flops": "3000000", "seconds": "42.8571428571", "tokens_per_second": "7", "mfu": ""}
+              "tile_common": "", "tokens": "300", "flops": "3000000", "seconds": "42.8571428571",
+              "tokens_per_second": "7", "mfu": ""}
   assert sparse == expected
   assert (dense["run_mode"], dense["headline"], dense["bits_per_byte"]) == ("dense", "False", "1.5")
   assert dense["second_half_bits_per_byte"] == dense["exact_match"] == ""
@@ -444,7 +463,8 @@ def test_several_sizes_have_a_plot_and_a_comparison_each(tmp_path, quick):
   root = write_study(tmp_path, with_retrofit(0.0), seeds=(0, 1, 2), sizes=("tiny", "small"))
   paths = report.write([root], tmp_path / "report")
   assert {"loss_tiny.png", "loss_small.png"} <= {p.name for p in paths.plots}
-  assert "4 comparisons" in paths.headline and "Bits per byte, second half of the context (size small)" in paths.markdown.read_text()
+  assert ("4 comparisons" in paths.headline and "Bits per byte, second half of the context (size small)"
+          in paths.markdown.read_text())
 
 
 def test_wrong_paths_and_plans_name_the_fix(study, tmp_path):
@@ -458,7 +478,8 @@ def test_wrong_paths_and_plans_name_the_fix(study, tmp_path):
     report.write([], tmp_path / "out")
   assert not (tmp_path / "out").exists()
   for plan, message in (({"endpoints": [{"metric": "loss"}]}, "endpoints[0].metric = 'loss': one of second_half"),
-                        ({"endpoints": [{"metric": "exact_match:mqar", "margin": 0}]}, "endpoints[0].margin = 0: a number above 0"),
+                        ({"endpoints": [{"metric": "exact_match:mqar", "margin": 0}]},
+                         "endpoints[0].margin = 0: a number above 0"),
                         ({"jobs": [{"run": "../x"}]}, "jobs[0].run = '../x': a directory inside the study's"),
                         ({"budgets": {"a": 5}}, "budgets.a = 5: a share")):
     (tmp_path / "study.json").write_text(json.dumps(plan))

@@ -117,9 +117,11 @@ def test_learning_rates():
 
 def test_a_finished_model_is_warmed_up_again_and_its_control_has_the_same_rates():
   kw = dict(peak=2.0, warmup=0.1, decay=0.2, final=0.1)
-  plan = schedule.retrofit_after(100, 0.5, warmup_steps=20, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4), **kw)
+  plan = schedule.retrofit_after(100, 0.5, warmup_steps=20, restart=config_lib.Restart(peak=0.5, warmup=0.2, decay=0.4),
+                                 **kw)
   got = np.array([schedule.learning_rate(plan, step) for step in range(150)])
-  np.testing.assert_array_equal(got[:100], rates(**kw))              # the finished model's own plan, not a stretched one
+  # the finished model's own plan, not a stretched one
+  np.testing.assert_array_equal(got[:100], rates(**kw))
   np.testing.assert_allclose(got[100:110], 0.2 + 0.8 * np.arange(1, 11) / 10)
   np.testing.assert_allclose(got[110:130], 1.0)
   np.testing.assert_allclose(got[130:], 0.1 + 0.9 * np.arange(19, -1, -1) / 20)

@@ -1,8 +1,8 @@
 """Tests of nsa/sharding.py and pallas_kernels/partition.py: a step on any mesh of eight devices is the step on one.
 
-A model with one layer of every method that trains, but for memories and some training-free selectors, runs on a mesh that
-uses fsdp, context and tensor; seeds, evaluation, chunks of logits and the data axis are covered by MSA. Every method by
-itself on every mesh, half an hour:
+A model with one layer of every method that trains, but for memories and some training-free selectors, runs on a mesh
+that uses fsdp, context and tensor; seeds, evaluation, chunks of logits and the data axis are covered by MSA. Every
+method by itself on every mesh, half an hour:
 
     PYTHONPATH=. python tests/sharding_test.py
 """
@@ -19,10 +19,12 @@ from nsa import methods
 from pallas_kernels import api, backends, partition
 
 ROOT = pathlib.Path(__file__).parents[1]
-MESHES = {"data=8": dict(data=8), "fsdp=4,tensor=2": dict(fsdp=4, tensor=2), "data=2,fsdp=2,tensor=2": dict(fsdp=2, tensor=2),
+MESHES = {"data=8": dict(data=8), "fsdp=4,tensor=2": dict(fsdp=4, tensor=2),
+          "data=2,fsdp=2,tensor=2": dict(fsdp=2, tensor=2),
           "context=4,tensor=2": dict(context=4, tensor=2), "context=8": dict(context=8),
           "fsdp=2,context=2,tensor=2": dict(fsdp=2, context=2, tensor=2)}
-METHODS = sorted(name for name, method in methods.registry.METHODS.items() if not issubclass(method, methods.PromptMethod))
+METHODS = sorted(name for name, method in methods.registry.METHODS.items()
+                 if not issubclass(method, methods.PromptMethod))
 PAIRS = [("all", "fsdp=2,context=2,tensor=2"), ("msa", "data=2,fsdp=2,tensor=2")]
 # For sums in another order: of the largest parameter, of the largest gradient (Adam's first moment after a step),
 # and of a metric plus 0.1 (a KL near 0 is the difference of larger numbers).
@@ -34,8 +36,8 @@ import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from nsa import config as C, evaluate, methods, schedule, sharding, step as S
 from nsa.planning import topology
-tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_stride=2, window=8, index_dim=4, gate_dim=4,
-            pool_len=4, pool_stride=2, segment=8, chunk=4)
+tiny = dict(block_size=4, num_blocks=4, num_local=1, compress_len=4, compress_stride=2, window=8, index_dim=4,
+            gate_dim=4, pool_len=4, pool_stride=2, segment=8, chunk=4)
 # Training-free selectors differ in their scores alone; memories take as long to compile as all the others.
 ALONE = ("random", "sink_window", "quest", "window")
 TRAINED = sorted(name for name, method in methods.registry.METHODS.items()
@@ -73,8 +75,8 @@ def run(config, devices):
   rows = batch if len(config.seeds) == 1 else {name: np.stack([x, x[::-1]]) for name, x in batch.items()}
   placed = sharding.of_batch(config, mesh)
   step = S.compile_step(config, schedule.at(config, 0), mesh)
-  new, values = step(start(config, mesh), {name: sharding.place(placed, x) for name, x in rows.items()}, np.full(2, 1e-2, np.float32),
-                     S.seeds_of(config))
+  rows = {name: sharding.place(placed, x) for name, x in rows.items()}
+  new, values = step(start(config, mesh), rows, np.full(2, 1e-2, np.float32), S.seeds_of(config))
   part = lambda x: x.addressable_shards[0].data.size / x.size
   weight = new.params["stacks"]["stack0"]["mlp"]["down"]
   moments = [x for x in jax.tree.leaves(new.optimizer["backbone"]) if x.shape == weight.shape]
@@ -142,7 +144,8 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(results, method, mesh):
 
 
 def test_chunks_of_logits_gather_the_output_matrix_once(results):
-  got = results["msa data=2,fsdp=2,tensor=2"]  # 12 chunks, which share one copy of the matrix and one sum of its gradient
+  # 12 chunks, which share one copy of the matrix and one sum of its gradient
+  got = results["msa data=2,fsdp=2,tensor=2"]
   assert got["head"] < got["received"] < 12 * got["head"], got
 
 
@@ -172,5 +175,6 @@ def test_every_operation_says_which_dimensions_are_cut():
 if __name__ == "__main__":
   product = [(method, mesh) for method in METHODS for mesh in MESHES]
   for (method, mesh), got in zip(product, steps(product).values()):
-    print(f"{method:12s} {mesh:28s} " + ", ".join(f"{k} {got[k]:.1e}" for k in ("params", "gradients", "metrics")), flush=True)
+    print(f"{method:12s} {mesh:28s} " + ", ".join(f"{k} {got[k]:.1e}" for k in ("params", "gradients", "metrics")),
+          flush=True)
     check(got, MESHES[mesh])

@@ -1,4 +1,5 @@
-"""Jobs under a real Slurm on this machine: signalled or preempted, requeued, finished with the bits of an undisturbed run.
+"""Jobs under a real Slurm on this machine: signalled or preempted, requeued, finished with the bits of an undisturbed
+run.
 
     pytest -m slurm       (as root; Debian: slurm-wlm and munge; about 2 minutes)
 """
@@ -33,9 +34,10 @@ def slurm(tmp_path_factory):
 
 
 def train(workdir):
-  return ["launch.train", "--config=experiments/mqar.py:arm=msa,steps=200", f"--workdir={workdir}", "--config.model.num_layers=1",
-          "--config.model.d_model=16", "--config.model.mlp_dim=32", "--config.data.context=64", "--config.data.global_batch=2",
-          "--config.eval.task_examples=2", "--config.eval.batch=2", "--config.eval.every=0", "--config.log_every=1",
+  return ["launch.train", "--config=experiments/mqar.py:arm=msa,steps=200", f"--workdir={workdir}",
+          "--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32",
+          "--config.data.context=64", "--config.data.global_batch=2", "--config.eval.task_examples=2",
+          "--config.eval.batch=2", "--config.eval.every=0", "--config.log_every=1",
           "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={Path(workdir).parent}/cache"]
 
 

@@ -1,4 +1,5 @@
-"""Tests of nsa/data/sources.py: every document that a folder or an archive holds is read, or its loss is an error with a count."""
+"""Tests of nsa/data/sources.py: every document that a folder or an archive holds is read, or its loss is an error with
+a count."""
 import io
 import re
 import tarfile
@@ -35,17 +36,20 @@ def refused(path, words):
 
 def test_links_in_an_archive_are_followed(tmp_path):
   hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
-  path = archive(tmp_path / "a.tar.xz", ("c/shared/a", b"aaa"), ("c/train/b", b"bbb"), ("c/train/hard", "c/train/b", hard),
+  path = archive(tmp_path / "a.tar.xz", ("c/shared/a", b"aaa"), ("c/train/b", b"bbb"),
+                 ("c/train/hard", "c/train/b", hard),
                  ("c/train/soft", "../shared/a", soft), ("c/train/far", "soft", soft), ("c/val/x", b"x"))
   assert read(path) == {"b": b"bbb", "hard": b"bbb", "soft": b"aaa", "far": b"aaa"}
-  refused(archive(tmp_path / "b.tar", ("train/a", b"a"), ("train/b", "gone", soft), ("train/c", "c", soft), ("train/d", "../val", soft)),
+  refused(archive(tmp_path / "b.tar", ("train/a", b"a"), ("train/b", "gone", soft), ("train/c", "c", soft),
+                  ("train/d", "../val", soft)),
           "3 documents of the split 'train' cannot be read, first b: a link to train/gone")
 
 
 def test_two_documents_of_one_name_are_no_single_one(tmp_path):
   refused(archive(tmp_path / "a.tar", ("x/train/1", b"a"), ("x/train/2", b"b"), ("y/train/1", b"c")),
           "1 document of .* first 1: x/train/1 and y/train/1 would have one name")
-  assert read(archive(tmp_path / "b.tar", ("./train/1", b"old"), ("train/1", b"new"))) == {"1": b"new"}  # as tar itself would
+  # as tar itself would
+  assert read(archive(tmp_path / "b.tar", ("./train/1", b"old"), ("train/1", b"new"))) == {"1": b"new"}
 
 
 @pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "cut in a file", "another header", "joined"])
@@ -69,7 +73,8 @@ def test_links_in_a_folder_are_followed(tmp_path):
   assert read(tmp_path) == {"a": b"a", "in/b": b"b", "far/more/c": b"c", "d": b"c"}
   (tmp_path / "train/gone").symlink_to("nowhere")
   data.sources._load.cache_clear()
-  refused(tmp_path, re.escape("1 document of the split 'train' cannot be read, first gone: a link to nowhere, which is no file"))
+  refused(tmp_path,
+          re.escape("1 document of the split 'train' cannot be read, first gone: a link to nowhere, which is no file"))
 
 
 def test_what_may_not_be_read_is_an_error(tmp_path, monkeypatch):

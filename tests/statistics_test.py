@@ -140,5 +140,6 @@ def test_leave_one_out_and_two_groups():
   assert len(p) == 4 and p[3] < 0.05 < min(p[:3]) and statistics.leave_one_out([1.0, 2.0]) == []
   assert p[3] == pytest.approx(statistics.t_test([0.010, 0.011, 0.009]))
   assert statistics.two_groups([0.95, 0.3, 0.97, 0.35, 0.99], 0.2) == ([0.3, 0.35], [0.95, 0.97, 0.99])
-  assert statistics.two_groups([0.90, 0.95, 0.99], 0.2) is None and statistics.two_groups([0.1, 0.4, 0.7, 1.0], 0.2) is None
+  assert (statistics.two_groups([0.90, 0.95, 0.99], 0.2) is None
+          and statistics.two_groups([0.1, 0.4, 0.7, 1.0], 0.2) is None)
   assert statistics.two_groups([0.5], 0.2) is None

@@ -35,7 +35,8 @@ def script(cluster, **fields):
 def test_scripts_are_as_recorded(cluster):
   """UPDATE_GOLDEN=1 records them anew: then read the difference."""
   nodes = 1 if cluster == "local" else 2
-  made = script(cluster, nodes=nodes, gpus=8 if cluster in ("slurm", "gke") else 0, setup="source /shared/venv/bin/activate")
+  made = script(cluster, nodes=nodes, gpus=8 if cluster in ("slurm", "gke") else 0,
+                setup="source /shared/venv/bin/activate")
   path = ROOT / f"tests/golden_scripts/{cluster}{made.suffix}"
   if os.environ.get("UPDATE_GOLDEN"):
     path.parent.mkdir(exist_ok=True)
@@ -60,7 +61,8 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("cluster,fields,words", [
     ("local", dict(nodes=2), "--nodes=2"), ("local", dict(name="Native"), "--name='Native'"),
     ("slurm", dict(command=("train",)), "after --"), ("slurm", dict(max_restarts=-1), "--max_restarts=-1"),
-    ("slurm", dict(options=dict(time="soon")), "--time=soon: take minutes"), ("slurm", dict(options=dict(time="1h")), "--time=1h"),
+    ("slurm", dict(options=dict(time="soon")), "--time=soon: take minutes"),
+    ("slurm", dict(options=dict(time="1h")), "--time=1h"),
     ("tpu_vm", dict(options={}), "--accelerator"), ("tpu_vm", dict(command=COMMAND), "--workdir=/shared/runs/a b"),
     ("tpu_vm", dict(options=dict(OPTIONS["tpu_vm"], spot="maybe")), "--spot=maybe"),
     ("gke", dict(options={}), "--image"), ("gke", dict(options=dict(image="i")), "--workdir=.*--volume=CLAIM"),
@@ -79,7 +81,8 @@ def launch(*argv, code=0, **kw):
 
 
 def test_dry_run_prints_the_script_and_the_command(tmp_path):
-  out = launch("launch.submit", "--cluster=slurm", "--name=native", "--nodes=2", "--dry_run", f"--scripts={tmp_path}/s", "--", *COMMAND)
+  out = launch("launch.submit", "--cluster=slurm", "--name=native", "--nodes=2", "--dry_run", f"--scripts={tmp_path}/s",
+               "--", *COMMAND)
   assert script("slurm", nodes=2, options={}).text in out and out.strip().endswith(f"sbatch {tmp_path}/s/native.sbatch")
   assert not (tmp_path / "s").exists()
   err = launch("launch.submit", "--cluster=slurm", "--name=N", "--dry_run", "--", *COMMAND, code=2)
@@ -92,9 +95,10 @@ def test_sweep_prints_every_point():
   assert out[1] == ("python -m launch.train --config=experiments/native.py:steps=5,method=nsa "
                     "--workdir=runs/s/steps_10-method_nsa --config.schedule.steps=10")
   assert len(out) == len(set(out)) == 4
-  out = launch("launch.sweep", "--grid=config.data.source=stdlib,files:/a/b", "--submit", "--cluster=slurm", "--name=g", "--dry_run",
-               "--", *COMMAND)
-  assert re.findall(r"--job-name=(.*)", out) == ["g-0", "g-1"] and "source_files-a-b' --config.data.source=files:/a/b" in out
+  out = launch("launch.sweep", "--grid=config.data.source=stdlib,files:/a/b", "--submit", "--cluster=slurm", "--name=g",
+               "--dry_run", "--", *COMMAND)
+  assert (re.findall(r"--job-name=(.*)", out) == ["g-0", "g-1"]
+          and "source_files-a-b' --config.data.source=files:/a/b" in out)
   for wrong, words in ((["--grid=steps"], "--grid=steps"), (["--grid=a=1"], "--workdir")):
     command = ["launch.train", "--config=c.py"] + ["--workdir=w"] * (words != "--workdir")
     assert words in launch("launch.sweep", *wrong, "--", *command, code=2)
@@ -115,7 +119,8 @@ def test_a_jobset_retries_no_wrong_configuration():
 
 
 def test_a_study_comes_back_if_a_restart_can_help():
-  jobs = lambda *errors: [study_lib.Job(None, "run", status="failed" if error else "done", error=error) for error in errors]
+  jobs = lambda *errors: [study_lib.Job(None, "run", status="failed" if error else "done", error=error)
+                          for error in errors]
   assert study.exit_code(jobs("", "")) == 0
   assert study.exit_code(jobs("", "Diverged: seed 0")) == cli.RUNS_FAILED
   assert study.exit_code(jobs("CorruptCheckpointError: none is good")) == cli.RUNS_FAILED
@@ -215,7 +220,8 @@ def test_the_tpu_script_watches_and_deletes(tmp_path, states, codes, created, co
   done = subprocess.run(["bash", path], cwd=tmp_path, env=commands(tmp_path, gcloud=GCLOUD, sleep=""), timeout=60,
                         capture_output=True, text=True)
   assert done.returncode == code, done.stderr
-  said = [line.split()[0] if "new-session" not in line else "run" for line in (tmp_path / "calls").read_text().splitlines()
+  said = [line.split()[0] if "new-session" not in line else "run"
+          for line in (tmp_path / "calls").read_text().splitlines()
           if "new-session" in line or line.split()[0] in ("create", "delete")]
   assert " ".join(said) == calls
   asked = (tmp_path / "calls").read_text()
@@ -229,7 +235,8 @@ def test_the_local_script_takes_a_run_through_a_preemption(tmp_path):
   path = tmp_path / "job.sh"
   path.write_text(script("local", command=command).text)
   env = {**commands(tmp_path), "JAX_PLATFORMS": "cpu"}
-  process = subprocess.Popen(["bash", path], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  process = subprocess.Popen(["bash", path], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True)
   metrics = work / "metrics.jsonl"
   until(lambda: metrics.exists() and metrics.read_text().count("\n") > 10, seconds=300)
   children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -16,7 +16,8 @@ HERE = pathlib.Path(__file__).parent
 BYTE_TASKS = ("needle", "needle:keys=4", "needle:keys=2,haystack=noise,question=first",
               "needle:haystack=needles", "needle:depth=0.25,digits=5", "phonebook:entries=9",
               "copy:length=24", "induction", "induction:ngram=2,answer=3")
-TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192", "mqar:pairs=12,updates=6,layout=paper")
+TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192",
+               "mqar:pairs=12,updates=6,layout=paper")
 SCATTERED = ("recall:pairs=3,updates=1,distractors=1", "recall:pairs=4,template=held_out", "ledger:entries=5",
              "tracking:chains=4,hops=1", "tracking:chains=3,hops=2", "tracking:chains=2,hops=3,template=held_out",
              "common:words=4,often=9,seldom=4")
@@ -85,7 +86,8 @@ def pattern(template, **names):
   """A regular expression of one side of a template; names that are not given match any word."""
   out = re.escape(template.decode()).replace(re.escape("{value}"), "{value}")
   for name in ("key", "name", "value"):
-    out = out.replace(re.escape("{%s}" % name), "{%s}" % name).replace("{%s}" % name, names.get(name, r"([a-z]+ [a-z]+|[a-z]+|\d+)"))
+    out = out.replace(re.escape("{%s}" % name), "{%s}" % name)
+    out = out.replace("{%s}" % name, names.get(name, r"([a-z]+ [a-z]+|[a-z]+|\d+)"))
   return out
 
 
@@ -244,7 +246,8 @@ def strings_of(name, e):
 
 
 @pytest.mark.parametrize("name", ["needle:keys=4", "phonebook:entries=12", "copy:length=5", "induction",
-                                  "recall:pairs=3,updates=1,distractors=1", "ledger", "tracking:chains=3", *TOKEN_TASKS])
+                                  "recall:pairs=3,updates=1,distractors=1", "ledger", "tracking:chains=3",
+                                  *TOKEN_TASKS])
 def test_splits_share_no_strings(name):
   task = tasks.get(name)
   seen = {split: set().union(*(strings_of(name, task.example(0, i, LENGTH, split)) for i in range(120)))
@@ -301,7 +304,8 @@ def test_batches_align_answers_with_targets(name, documents):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("nedle", "task 'nedle': unknown; the tasks are common, copy, induction, ledger, mqar, needle, phonebook, recall, tracking"),
+    ("nedle", "task 'nedle': unknown; the tasks are common, copy, induction, ledger, mqar, needle, phonebook, recall, "
+              "tracking"),
     ("needle:kies=4", "'kies=4' is no parameter of needle; .*keys"),
     ("needle:keys", "'keys' is no parameter of needle; write name=value"),
     ("needle:keys=four", "keys = 'four' is no int"),

@@ -75,7 +75,8 @@ def test_a_space_that_a_tokenizer_puts_in_front_is_no_byte_of_the_text(kind, tmp
 
   def put_a_space(tree):
     part = tree["pre_tokenizer"]
-    part.update(prepend_scheme="always") if kind == "fallback" else part["pretokenizers"][1].update(add_prefix_space=True)
+    part.update(prepend_scheme="always") if kind == "fallback" else part["pretokenizers"][1].update(
+        add_prefix_space=True)
 
   found = change(name, put_a_space)
   ids = found.encode(text)
@@ -148,19 +149,22 @@ def test_documents_batches_and_windows_are_in_its_tokens(tmp_path):
   assert batches.tokens_per_byte(1) < 1
 
 
-WORDS = ("recall:pairs=3,distractors=1", "tracking:chains=3", "needle:keys=2", "ledger:entries=3", "common:words=3,often=6,seldom=3")
+WORDS = ("recall:pairs=3,distractors=1", "tracking:chains=3", "needle:keys=2", "ledger:entries=3",
+         "common:words=3,often=6,seldom=3")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "fallback"])
 @pytest.mark.parametrize("name", WORDS)
 def test_tasks_are_asked_in_its_tokens(kind, name, tmp_path):
-  """Lengths are exact in tokens; the text in front of an answer says it; answers and evidence are where they are said to be."""
+  """Lengths are exact in tokens; the text in front of an answer says it; answers and evidence are where they are said
+  to be."""
   tokens = save(tmp_path / "hf", kind, {"bos_token": "<s>", "eos_token": "</s>"})
   (tmp_path / "val").mkdir()
   (tmp_path / "val" / "a.py").write_text(TEXT * 20)
   documents, found = data.load(f"files:{tmp_path}", "val"), tokenizer.get(tokens)
   b = tasks.batch(name, 0, 4, 700, "val", documents, tokens=tokens)
-  assert b["inputs"].shape == (4, 700) and (b["inputs"][:, 0] == found.bos).all() and (b["targets"][:, -1] == found.eos).all()
+  assert (b["inputs"].shape == (4, 700) and (b["inputs"][:, 0] == found.bos).all()
+          and (b["targets"][:, -1] == found.eos).all())
   for i in range(4):
     ids = np.append(b["inputs"][i], found.eos)
     for g in range(b["answer_group"][i].max() + 1):
@@ -183,8 +187,8 @@ def test_rows_of_tasks_are_in_its_tokens(tmp_path):
   name = save(tmp_path / "hf", "byte_level", {"eos_token": "</s>"})
   (tmp_path / "train").mkdir()
   (tmp_path / "train" / "a.py").write_text(TEXT * 20)
-  config = config_lib.DataConfig(source=f"files:{tmp_path}", tokenizer=name, context=400, global_batch=4, align=8, task_rows=1,
-                                 task_loss=0.2, tasks=("recall:pairs=2",), filler_weight=0.0)
+  config = config_lib.DataConfig(source=f"files:{tmp_path}", tokenizer=name, context=400, global_batch=4, align=8,
+                                 task_rows=1, task_loss=0.2, tasks=("recall:pairs=2",), filler_weight=0.0)
   batch, = [data.make(config, 0).batch_at(step) for step in (3,)]
   found, weights = tokenizer.get(name), batch["weights"][3]
   np.testing.assert_allclose(weights.sum(), 0.2 / 0.8 * 3 * 400, rtol=1e-5)

@@ -179,18 +179,22 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 
 def test_a_workdir_that_can_be_none_is_named(tmp_path):
   (tmp_path / "file").write_text("")
-  for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory"), ("/proc/run", "No such file")):
+  for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory"),
+                    ("/proc/run", "No such file")):
     with pytest.raises(config_lib.ConfigError, match=f"--workdir = '{path}': cannot be made or written to .{why}"):
       train_lib.train(make_config("dense", schedule.dense(2)), path, progress=False)
 
 
 def test_what_does_not_fit_says_what_to_change_before_the_first_step(tmp_path, monkeypatch):
   config = make_config("msa", schedule.native(4, 0))
-  state = 4 * (4 + 3 * sum(x.size for x in jax.tree.leaves(train_lib.model_lib.abstract_params(config))))  # Adam's moments, and steps
+  # Adam's moments, and steps
+  state = 4 * (4 + 3 * sum(x.size for x in jax.tree.leaves(train_lib.model_lib.abstract_params(config))))
   for room, what in ((state // 2, "parameters and optimizer state"), (2 * state, "a training step")):
     monkeypatch.setattr(train_lib.capacity, "available", lambda room=room: room)
-    with pytest.raises(config_lib.ConfigError, match=rf'{what} = .* GB per device.*cpu has {room / 1e9:.2f} GB: take model.remat = '
-                       r'"layer", or data.global_batch = 2 with twice the schedule.steps, or mesh.fsdp = 2 on more devices'):
+    with pytest.raises(config_lib.ConfigError,
+                       match=rf'{what} = .* GB per device.*cpu has {room / 1e9:.2f} GB: take model.remat = '
+                       r'"layer", or data.global_batch = 2 with twice the schedule.steps, or mesh.fsdp = 2 on more '
+                       r'devices'):
       train_lib.train(config, tmp_path, progress=False)
   assert not (tmp_path / "checkpoints").exists()
 
@@ -257,7 +261,8 @@ def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path, compilation_
 
 
 def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
-  config = lambda: make_config("dense", schedule.dense(4), eval=config_lib.EvalConfig(every=2, sequences=2, run_modes=("dense",)),
+  config = lambda: make_config("dense", schedule.dense(4),
+                               eval=config_lib.EvalConfig(every=2, sequences=2, run_modes=("dense",)),
                                checkpoint=config_lib.CheckpointConfig(every=2))
   run(config(), tmp_path / "calm")
   for last in (2, 4):
@@ -290,8 +295,10 @@ def test_a_kill_loses_at_most_one_logging_interval(tmp_path, compilation_cache):
   code = ("import os, train_test\nfrom nsa import schedule, step, train\nreal = step.Batches.at\n"
           "def at(self, index):\n  if index == 9: os.kill(os.getpid(), 9)\n  return real(self, index)\n"
           "step.Batches.at = at\n"
-          f"train.train(train_test.make_config('dense', schedule.dense(12), log_every=3), {str(tmp_path)!r}, progress=False)")
-  done = subprocess.run([sys.executable, "-c", code], env=environment(compilation_cache), capture_output=True, text=True)
+          f"train.train(train_test.make_config('dense', schedule.dense(12), log_every=3), {str(tmp_path)!r}, "
+          "progress=False)")
+  done = subprocess.run([sys.executable, "-c", code], env=environment(compilation_cache), capture_output=True,
+                        text=True)
   assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
   assert [r["step"] for r in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [3, 6]
 
@@ -390,7 +397,8 @@ if __name__ == "__main__":
 
 def test_a_run_knows_the_commit_of_its_code(tmp_path, monkeypatch):
   def git(*arguments):
-    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", str(tmp_path), *arguments], check=True,
+                   capture_output=True)
 
   (tmp_path / "nsa").mkdir()
   (tmp_path / "nsa/train.py").write_text("first")

@@ -61,7 +61,8 @@ CUDNN = {
     "dense_g16": CASES["dense_g16"],
     "window": ("attention", SHAPE(T=333, N=6, H=64), "from_the_start", dict(window=70)),
     "compressed_g16": ("compressed_attention", SHAPE(B=1, T=2100, N=16, K=1, H=128), "from_the_start", {}),
-    "compressed_8_by_4": ("compressed_attention", SHAPE(T=1111, H=64, block_len=8, block_stride=4), "from_the_start", {}),
+    "compressed_8_by_4": ("compressed_attention", SHAPE(T=1111, H=64, block_len=8, block_stride=4), "from_the_start",
+                          {}),
 }
 
 
@@ -98,8 +99,8 @@ def test_stairs_are_causal_attention(monkeypatch):
       q, k, v, causal=causal, window=window, scale=scale))
   strides = dict(block_len=8, block_stride=4, scale=0.3)
   inputs = cases.draw("compressed_attention", cases.shape(T=53, H=8), "from_the_start", always=False)
-  cases.check("compressed_attention", cases.with_gradients(cudnn.compressed_attention, **strides), inputs, options=strides,
-              exact=1e-5)
+  cases.check("compressed_attention", cases.with_gradients(cudnn.compressed_attention, **strides), inputs,
+              options=strides, exact=1e-5)
 
 
 # --- determinism, long arrays, dispatch -----------------------------------------
@@ -260,7 +261,8 @@ SMALL = {  # for the interpreter
     "attention_parts": ("attention", cases.shape(B=1, T=3, H=16, S=300), cases.Situation(offset=(0.976,)), {}),
     "compressed": ("compressed_attention", cases.shape(B=1, T=60, N=2, K=1, H=16), PACKED, {}),
     "selected": ("selected_attention", cases.shape(B=1, T=20, H=16, block_size=16, S=40), "random", {}),
-    **{f"inherited, {situation}": ("selected_attention", cases.shape(T=20, H=16, block_size=16, S=70, J=3), situation, {})
+    **{f"inherited, {situation}": ("selected_attention", cases.shape(T=20, H=16, block_size=16, S=70, J=3), situation,
+                                   {})
        for situation in cases.situations("selected_attention")},
 }
 TINY = tuning.Tuned(16, 16, 1, 1)
@@ -291,7 +293,8 @@ def test_interpreted_kernels_agree(name, monkeypatch):
     options = {**dict(causal=True, window=None), **options}
   exact = 2.0 ** -16 if situation == "huge_logits" else 2e-6
   with tiny_tiles():
-    cases.check(operation, cases.with_gradients(getattr(module, operation), **options), inputs, options=options, exact=exact)
+    cases.check(operation, cases.with_gradients(getattr(module, operation), **options), inputs, options=options,
+                exact=exact)
   assert bool(used) == bool(other)
 
 
@@ -300,8 +303,8 @@ def test_interpreted_head_dim_that_is_no_power_of_two():
   shape = cases.shape(B=1, T=20, N=6, H=12, block_size=16)
   f = functools.partial(pk.selected_attention, block_size=16, implementation="triton")
   with backends.target_platform("gpu"):
-    cases.check("selected_attention", cases.with_gradients(f), cases.draw("selected_attention", shape, "from_the_start"),
-                options=dict(block_size=16))
+    cases.check("selected_attention", cases.with_gradients(f),
+                cases.draw("selected_attention", shape, "from_the_start"), options=dict(block_size=16))
 
 
 @interprets
