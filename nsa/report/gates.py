@@ -1,9 +1,9 @@
 """Which endpoints count: one is admitted only if its controls behave, and no word is said of one that is not.
 
-The controls are ways to run the finished dense arm. On an endpoint that tests selection dense attention solves the task, the
-oracle's blocks lose next to nothing, and blocks that nobody selected (random ones, sink + window) lose much. Otherwise the
-endpoint is shown, named "does not test selection here", and supports no verdict. A control that was not run is a gate that
-failed. Means over seeds decide.
+The controls are ways to run the finished dense arm. On an endpoint that tests selection dense attention solves the
+task, the oracle's blocks lose next to nothing, and blocks that nobody selected (random ones, sink + window) lose much.
+Otherwise the endpoint is shown, named "does not test selection here", and supports no verdict. A control that was not
+run is a gate that failed. Means over seeds decide.
 """
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 
 SOLVED = 0.95      # exact match of dense attention on recall
-BEST = 0.02        # or so close to the best arm of no more training tokens: points of exact match, or a share of its bits per byte
+BEST = 0.02        # or so close to the best arm of no more tokens: points of exact match, or a share of its bits/byte
 HALF = 0.5         # exact match that random blocks and sink + window may have at most; below half of dense's, too
 FORCED = ("random", "sink_window")
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """One control of one endpoint. `found` is in the metric's stored unit: a level for recall, what is lost to dense for text."""
+  """One control of one endpoint. `found` is in the metric's stored unit: a level for recall, what is lost to dense for
+  text."""
   control: str
   needs: str
   found: float
@@ -76,10 +77,10 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
   else:
     gates = [Gate(study.dense, f"within {100 * BEST:g} % of the best arm", ahead, ahead <= allowed)]
     for mode in FORCED:
-      gates.append(Gate(f"{study.dense} -> {mode}", f"at least {m.text(m.behind, True)} {m.unit} from {study.dense}", lost(get(mode)),
-                        lost(get(mode)) >= m.behind - 1e-12))
-    gates.append(Gate(f"{study.dense} -> oracle", f"at most {m.text(m.near, True)} {m.unit} from {study.dense}", lost(oracle),
-                      lost(oracle) <= m.near + 1e-12))
+      gates.append(Gate(f"{study.dense} -> {mode}", f"at least {m.text(m.behind, True)} {m.unit} from {study.dense}",
+                        lost(get(mode)), lost(get(mode)) >= m.behind - 1e-12))
+    gates.append(Gate(f"{study.dense} -> oracle", f"at most {m.text(m.near, True)} {m.unit} from {study.dense}",
+                      lost(oracle), lost(oracle) <= m.near + 1e-12))
   return Admission(name, size, tuple(gates))
 
 
