@@ -27,7 +27,8 @@ only at M and S;
 
 Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is in no arm here.
 
-Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (1, 2, 3 or all), blocks=24,
+Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (what is run now: 1, 2, 3
+or all; plan and report are of the whole study), blocks=24,
 rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the last one is not tuned yet), scale=1 (of all steps), selector_steps=60 (of warm-up),
 seeds=0 (at most so many of each arm, from seed 1 on; 0: all), plan= (directory of the plan; empty: experiments/results/main).
 """
@@ -63,31 +64,26 @@ def get_config(arg=None):
   if a.tier not in ("1", "2", "3", "all"):
     raise ValueError(f"experiment argument tier = {a.tier!r}: 1, 2, 3 or all")
   wanted = ("1", "2", "3") if a.tier == "all" else (a.tier,)
-  arms, few, tiers, names = [], {}, {}, {}
+  few, tiers, names = {}, {}, {}
   for tier in ("1", "2", "3"):
     mine = [one for size in {"1": "MS", "2": "M", "3": ("L", "M8K")}[tier] for one in _of_tier(a, tier, size)]
     tiers[tier] = tuple(f"{config.arm}-{config.size}" for config, _ in mine)
     for config, seeds in mine:
       few[f"{config.arm}-{config.size}"] = tuple(range(1, 1 + min(seeds, a.seeds or seeds)))
       names[f"{config.arm}-{config.size}"] = config
-  for tier in wanted:
-    for key in tiers[tier]:
-      arms += [names[key]]
-  trunks = [f"{c.fork.workdir[1:]}-{c.size}" for c in arms if c.fork.workdir]
-  have = {f"{c.arm}-{c.size}" for c in arms}
-  arms = [names[key] for key in dict.fromkeys(["dense-M", "native-M"] * (a.tier == "2") + trunks) if key not in have] + arms
-  present = {c.arm for c in arms}
+  now = [key for tier in wanted for key in tiers[tier]]
+  now += [f"{names[key].fork.workdir[1:]}-{names[key].size}" for key in now if names[key].fork.workdir]
+  arms = list(names.values())  # whatever is run now: the plan, the families of tests and the report are of the whole study
   two = bool(a.novels and a.code)
   of_retrofits = {**{f"within_{100 * b:g}": b for b in WITHIN}, **{f"after_{100 * b:g}": b for b in AFTER}}
   return Study(
-      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=max((few[f"{c.arm}-{c.size}"] for c in arms), key=len),
-      few={key: seeds for key, seeds in few.items() if key in {f"{c.arm}-{c.size}" for c in arms}}, vmap_seeds=False, dense="dense",
-      reference="native", budgets={name: b for name, b in of_retrofits.items() if name in present},
-      controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER if f"after_{100 * b:g}" in present},
-      branches={arm: tuple(n for b in BRANCHES if (n := f"{arm}_{100 * b:g}") in present) for arm in ("dense", "native")},
+      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=max(few.values(), key=len), few=few,
+      now=tuple(dict.fromkeys(now)), vmap_seeds=False, dense="dense", reference="native", budgets=of_retrofits,
+      controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER},
+      branches={arm: tuple(f"{arm}_{100 * b:g}" for b in BRANCHES) for arm in ("dense", "native")},
       primary=PRIMARY if two else ("second_half_bits_per_byte", "far_exact_match"),
       secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), plan=a.plan or "experiments/results/main",
-      tiers={tier: tiers[tier] for tier in wanted}, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
+      tiers=tiers, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
 
 
 def _of_tier(a, tier, size):

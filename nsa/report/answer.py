@@ -86,11 +86,11 @@ def costs_of_anchor(study, table, found) -> list:
       lines = []
       for one in rows:
         words = analyses.BASES[one.basis]
-        if one.reason:
+        if not one.differences:
           lines.append([words, "-", "-", "-", "-", one.reason])
         else:
           i = analyses.interval(one.differences)
-          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), ""])
+          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), one.reason])
       blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
                           f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
                           "time: at the end of the cheaper of the two, the other read off its decay branches. "
@@ -146,8 +146,7 @@ def _comparison_table(study, found, mine, size):
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-",
                     m.text(c.judgement.detectable)])
-  families = {c.family: (sum(o.family == c.family and o.judgement is not None for o in found.comparisons), c.alpha)
-              for c in mine}
+  families = {c.family: (sum(o.family == c.family for o in found.comparisons), c.alpha) for c in mine}
   tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
   return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] 
                + ["95 % bootstrap (seed, document)"] * some

@@ -7,7 +7,8 @@ Three quantities of every endpoint and size, paired by seed:
   Delta(b)  R(b) + A: a retrofit against native
 
 The primary endpoints share alpha by kind (text, recall); within a kind and a size all declared quantities, budgets and
-endpoints are one family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints, and
+endpoints are one family under Holm, the tests of equivalence and those of a difference each; a test of runs that are
+missing counts as one that failed, so that a study that was cut is judged no more gently. Secondary endpoints, and
 quantities that were not declared, are one family of their own.
 An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a
 word.
@@ -152,16 +153,20 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
       for quantity in QUANTITIES:
         main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
+          if study.arm_runs(arm) and not study.arm_runs(arm, size):
+            continue  # no run of this size was meant
           c = compare(study, table, quantity, arm, size, e)
           c.family = "secondary" if not main else family if len(study.sizes) == 1 else f"{family}, size {size}"
           c.alpha = study.alpha / len(kinds) if main else study.alpha
           c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
           out.append(c)
-  for family in dict.fromkeys(c.family for c in out):  # what is not admitted counts in the family, and gets no word
-    mine = [c for c in out if c.family == family and c.judgement]
-    for c, p, q in zip(mine, statistics.holm([c.judgement.p_tost for c in mine]),
-                       statistics.holm([c.judgement.p_difference for c in mine])):
-      c.p_tost, c.p_difference = float(p), float(q)
+  for family in dict.fromkeys(c.family for c in out):  # what is not admitted, or not to be judged, counts too
+    mine = [c for c in out if c.family == family]
+    known = lambda c: c.judgement is not None and math.isfinite(c.judgement.p_tost)
+    tests = lambda name: statistics.holm([getattr(c.judgement, name) if known(c) else 1.0 for c in mine])
+    for c, p, q in zip(mine, tests("p_tost"), tests("p_difference")):
+      if known(c):
+        c.p_tost, c.p_difference = float(p), float(q)
   first = study.endpoints[0]
   for size in study.sizes:
     for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in table if r.size == size):
