@@ -171,7 +171,7 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
       base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
       rows = []
       for corpus, of_corpus in windows.items():
-        of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back.get(corpus),
+        of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back(corpus),
                               () if short or run_mode not in ("dense", "sparse") else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       scores.count_flops(rows, run_config, selector, context)

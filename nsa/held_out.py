@@ -5,6 +5,7 @@ have to share for their numbers to be compared, and which of a run's evaluations
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -21,13 +22,13 @@ TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
   """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of the split's
-  documents, "" where none are read. back: by corpus, how far back each target can be known from (recurrence.distances), where
-  eval.ar_hits asks for it."""
+  documents, "" where none are read. back: corpus -> how far back each target can be known from (recurrence.distances), where
+  eval.ar_hits asks for it; seconds over the whole of training, so it is counted when asked for first."""
   context: int
   windows: dict[str, list[data.EvalWindow]]
   tasks: dict[str, dict[str, np.ndarray]]
   fingerprint: str
-  back: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  back: Callable[[str], np.ndarray | None] = lambda corpus: None
 
   def settings(self, config, during: bool = False) -> dict:
     """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same way."""
@@ -98,9 +99,11 @@ def _load(config, asked):
   haystack = read("bytes") if asked["tasks"] else []
   same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer)
   examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
-  back = {corpus: recurrence.of_windows(config.data.texts[corpus], e.split, e.sequences, context, config.data.tokenizer,
-                                        config.data.data_dir, e.near[1] if e.near else context // 8)
-          for corpus in windows if asked["ar_hits"]}
+
+  def back(corpus):
+    return recurrence.of_windows(config.data.texts[corpus], e.split, e.sequences, context, config.data.tokenizer,
+                                 config.data.data_dir, e.near[1] if e.near else context // 8) if asked["ar_hits"] else None
+
   documents = read(config.data.tokenizer) if windows else haystack
   return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "", back)
 

@@ -15,7 +15,7 @@ import traceback
 from absl import logging
 from etils import epath
 
-from nsa import checkpoint, config as config_lib, flops, lock, metrics, processes, programs, sharding, train
+from nsa import checkpoint, config as config_lib, data, flops, lock, metrics, processes, programs, sharding, train
 from nsa.config import Config, ConfigError, EvalConfig
 from nsa.tasks import audit
 
@@ -172,10 +172,12 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   if not todo:
     raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
   train.make_workdir(directory)
-  work, known = {job.run: _work(job) for job in todo}, {job.run: job for job in todo + others}
+  data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
+  known = {job.run: job for job in todo + others}
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0
   with programs.ahead(_compilations(todo, directory)):
+    work = {job.run: _work(job) for job in todo}
     while position < len(todo):
       job = todo[position]
       position += 1

@@ -32,6 +32,7 @@ from nsa import (
   capacity,
   checkpoint,
   config as config_lib,
+  data,
   evaluate,
   flops,
   held_out,
@@ -84,6 +85,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   """
   workdir = epath.Path(workdir)
   config_lib.validate(config)
+  data.read_ahead(config.data.texts.values())
   config_lib.validate(config, jax.device_count())
   processes.agree(config=json.dumps(config_lib.to_dict(config)))
   with contextlib.ExitStack() as stack:

@@ -12,7 +12,6 @@ import functools
 import numpy as np
 
 from nsa import tasks
-from nsa.data.sources import Document
 
 SEED = 20_26   # of evaluation: the same examples
 EXAMPLES = 64  # that are counted
@@ -51,14 +50,9 @@ class Row:
 @functools.lru_cache(maxsize=256)
 def row(task_name: str, length: int, geometry: Geometry, split: str = "val") -> Row:
   """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents."""
-  return _count(task_name, length, geometry, split, None)
-
-
-def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack: list[Document] | None) -> Row:
   task, g = tasks.get(task_name), geometry
   held = {name: [] for name in ("first", "local", "forced", "window")}
-  for index in range(EXAMPLES):
-    example = task.example(SEED, index, length + 1, split, haystack)
+  for example in _examples(task, length, split):
     block = np.arange(length + 1) // g.block_size
     for answer in range(len(example.query)):
       own = (int(np.argmax(example.answer_group == answer)) - 1) // g.block_size  # of the token that predicts it
@@ -68,6 +62,12 @@ def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack
         held[name].append(task.answerable(example, answer, visible))
   return Row(task_name, length, geometry, **{name: float(np.mean(x)) for name, x in held.items()},
              answers=len(held["first"]))
+
+
+@functools.lru_cache(maxsize=32)
+def _examples(task, length, split):
+  """The same for all geometries."""
+  return [task.example(SEED, index, length + 1, split) for index in range(EXAMPLES)]
 
 
 def geometries(config) -> list[Geometry]:
