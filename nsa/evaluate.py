@@ -99,15 +99,20 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False,
   own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
-  With several processes each must call it; the first one writes.
+  With several processes each must call it; the first one writes. The last evaluation that a run asks also writes eval.sealed.
   """
+  if own and not during and config.eval.sealed:  # first: where the other file is, this one is
+    _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed")
+  return _write(config, params, workdir, step, mesh, "" if own else None, during)
+
+
+def _write(config, params, workdir, step, mesh, ending: str | None, during: bool = False):
+  """`ending` of the file's name behind the step; None for an evaluation by hand."""
   asked = held_out.load(config, during)
   rows = records(config, params, step, mesh, during, asked)
   settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
-  path = directory / f"{step}.json"
-  if not own:
-    path = directory / f"{step}{_by_hand(config, workdir, step, settings)}.json"
+  path = directory / f"{step}{_by_hand(config, workdir, step, settings) if ending is None else ending}.json"
   if not jax.process_index():
     directory.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings,

@@ -60,6 +60,14 @@ def declared(config, during: bool = False) -> dict:
       "implementation": config.implementation}))
 
 
+def unsealed(config):
+  """The config whose last evaluation is the one of eval.sealed: the arm's own run mode and its endpoints, no more."""
+  own = "dense" if config.schedule.stages[-1].mode == "dense" else "sparse"
+  e = dataclasses.replace(config.eval, split=config.eval.sealed, sealed="", run_modes=(own,), more_modes=(), ar_hits=False,
+                          context_gain=(), diagnosed=0)
+  return dataclasses.replace(config, eval=e)
+
+
 def _texts(config) -> dict[str, str]:
   """The corpora that have text."""
   return {name: source for name, source in config.data.texts.items() if source != "tasks"}
@@ -117,7 +125,10 @@ def check(config) -> dict[str, str]:
   documents}."""
   for during in (True, False) if config.eval.every and config.eval.during else (False,):
     found = load(config, during)
-  return {config.eval.split: found.fingerprint} if found.fingerprint else {}
+  prints = {config.eval.split: found.fingerprint}
+  if config.eval.sealed:
+    prints[config.eval.sealed] = load(unsealed(config)).fingerprint
+  return {split: fingerprint for split, fingerprint in prints.items() if fingerprint}
 
 
 def _digest(*arrays) -> str:
