@@ -99,7 +99,8 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False,
   own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
-  With several processes each must call it; the first one writes. The last evaluation that a run asks also writes eval.sealed.
+  With several processes each must call it; the first one writes. The last evaluation that a run asks also writes
+  eval.sealed.
   """
   if own and not during and config.eval.sealed:  # first: where the other file is, this one is
     _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed")

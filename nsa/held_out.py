@@ -63,8 +63,8 @@ def declared(config, during: bool = False) -> dict:
 def unsealed(config):
   """The config whose last evaluation is the one of eval.sealed: the arm's own run mode and its endpoints, no more."""
   own = "dense" if config.schedule.stages[-1].mode == "dense" else "sparse"
-  e = dataclasses.replace(config.eval, split=config.eval.sealed, sealed="", run_modes=(own,), more_modes=(), ar_hits=False,
-                          context_gain=(), diagnosed=0)
+  e = dataclasses.replace(config.eval, split=config.eval.sealed, sealed="", run_modes=(own,), more_modes=(),
+                          ar_hits=False, context_gain=(), diagnosed=0)
   return dataclasses.replace(config, eval=e)
 
 

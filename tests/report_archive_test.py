@@ -95,7 +95,8 @@ def test_a_published_report_is_written_again_to_the_byte(tmp_path):
 def test_what_is_sealed_is_not_reported_before_it_is_opened_and_stays_open(whole, tmp_path):
   root = shutil.copytree(whole, tmp_path / "study")
   plain = contents(published([root], tmp_path / "plain"))
-  for file in root.glob("runs/*/eval/1000.json"):  # on test the retrofit is behind by 0.1 more, and native's seed 2 is missing
+  # on test the retrofit is behind by 0.1 more, and native's seed 2 is missing
+  for file in root.glob("runs/*/eval/1000.json"):
     tree = json.loads(file.read_text())
     if file.parents[1].name == "native_msa-tiny-2":
       continue

@@ -43,7 +43,8 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
                                     "evaluation.")]
   return [Heading(title, 3), Table(
       ["", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
-      lines, f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
+      lines,
+      f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
       "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
       "as above. Bold: another outcome", left=2 + many)]
 
