@@ -130,8 +130,8 @@ class Arms:
                         planted=0.01 if self.corpora else 0.0,  # the standard library has too few passages
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
-        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, more_modes=more, more_seeds=MORE_SEEDS, tasks=TASKS[1:],
-                        blocks=self.geometry if dense else {},
+        eval=EvalConfig(sealed="test", sequences=-1, task_examples=256, batch=16, run_modes=modes, more_modes=more,
+                        more_seeds=MORE_SEEDS, tasks=TASKS[1:], blocks=self.geometry if dense else {},
                         near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
                         every=round(own / 8) if own >= self.steps / 8 else 0,  # a short one is seen at its end alone
                         during=("dense",) if dense else ("sparse", "dense"), during_examples=64, during_sequences=128,

@@ -1,8 +1,8 @@
 """Training: one loop that reads from top to bottom.
 
     train(config, workdir) -> the step it reached, with workdir holding
-    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs;
-    planted.json, where data.planted: which passages, and how often the whole run plants each;
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE; LOCK while it
+    runs; planted.json, where data.planted: which passages, and how often the whole run plants each;
     hidden/<step>.json, where eval.hidden_states names steps: measures of hidden states
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
@@ -125,8 +125,9 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     own = origins.digests(config_lib.to_dict(config)["modules"])
     metrics.write_json(workdir / "versions.json", {**versions(), **read, **({"modules": own} if own else {})})
     if config.data.planted:
-      metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
-                                                    for seed, source in zip(config.seeds, batches.sources)})
+      metrics.write_json(workdir / "planted.json",
+                         {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
+                          for seed, source in zip(config.seeds, batches.sources)})
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   with capacity.told(config, "parameters and optimizer state"):
     state, start = initial_state(config, mesh, checkpoints)
@@ -228,8 +229,8 @@ def _under_way(workdir):
   except (ValueError, OSError, ModuleNotFoundError) as error:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
       raise                              # a full disk is told as such
-    raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest checkpoint. "
-                       f"{type(error).__name__}: {error}") from error
+    raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest "
+                       f"checkpoint. {type(error).__name__}: {error}") from error
 
 
 def _evaluates(config, done: int) -> bool:
@@ -249,8 +250,8 @@ def make_workdir(workdir: epath.Path) -> None:
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
-    raise config_lib.ConfigError([("--workdir", str(workdir), f"cannot be made or written to ({error.strerror}): take a directory "
-                                   "of your own")]) from None
+    fix = f"cannot be made or written to ({error.strerror}): take a directory of your own"
+    raise config_lib.ConfigError([("--workdir", str(workdir), fix)]) from None
 
 
 def open_workdir(config, workdir: epath.Path) -> None:
@@ -275,15 +276,16 @@ def open_workdir(config, workdir: epath.Path) -> None:
       (workdir / "FAILED").unlink(missing_ok=True)
   with processes.together("opening the workdir"):
     if not path.exists():
-      raise config_lib.ConfigError([("--workdir", str(workdir), f"process {jax.process_index()} does not see the config.json "
-                                     "that process 0 has written: take a directory that all hosts share")])
+      fix = (f"process {jax.process_index()} does not see the config.json that process 0 has written: take a directory "
+             "that all hosts share")
+      raise config_lib.ConfigError([("--workdir", str(workdir), fix)])
 
 
 def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
   """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
 
-  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names another
-  data.source or tokenizer, or begins anew.
+  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names
+  another data.source or tokenizer, or begins anew.
   """
   read = {"corpus_sha256": batches.fingerprint, "held_out_sha256": held_out.check(config)}
   if resumed:
@@ -295,8 +297,8 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
     theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
     alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
     if alike and theirs.texts == config.data.texts:
-      _same_corpora(config, read, _recorded(trunk), trunk, "bring them back, train the trunk again, or give these a data.source of "
-                    "their own")
+      _same_corpora(config, read, _recorded(trunk), trunk,
+                    "bring them back, train the trunk again, or give these a data.source of their own")
   return read
 
 
@@ -306,8 +308,8 @@ def _recorded(workdir) -> dict:
 
 def _same_corpora(config, read, before, workdir, fix):
   theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
-  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read (SHA-256 "
-               f"{ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
+  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read "
+               f"(SHA-256 {ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
               for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items()
               if theirs.get(split, ours) not in (ours, None)]
   if problems:
@@ -328,8 +330,8 @@ def versions() -> dict:
 def _checkout() -> dict:
   """The commit of the code that runs, and whether files differ from it; null outside a git checkout of it."""
   def git(*arguments):
-    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True, text=True,
-                          timeout=20, check=True).stdout.strip()
+    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True,
+                          text=True, timeout=20, check=True).stdout.strip()
 
   try:
     if not git("ls-files", "nsa/train.py"):  # somebody else's repository, with this package below it
@@ -398,7 +400,8 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   elif any(name.startswith("optimizer/") for name in source.describe(step)):
     trunk = source.restore(abstract, step)
   else:
-    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set fork.reset = True")])
+    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set "
+                                                        "fork.reset = True")])
   seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
   theirs = trunk.params
@@ -424,9 +427,11 @@ def _overlay(fresh: dict, trunk: dict, config) -> dict:
       elif name in theirs and theirs[name].shape == value.shape:
         out[name] = _place(value, theirs[name])
       elif name in theirs:
-        problems.append(("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
+        problems.append(
+            ("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
       elif group_of[".".join(here)] == "backbone":
-        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same model config"))
+        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same "
+                                                    "model config"))
     return out
 
   merged = merge(fresh, trunk, ())

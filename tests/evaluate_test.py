@@ -404,8 +404,8 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
 
 
 def test_more_run_modes_are_asked_of_some_seeds_alone():
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"), more_seeds=(1, 5),
-                       tasks=("copy:length=4",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"),
+                       more_seeds=(1, 5), tasks=("copy:length=4",))
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
   of = lambda rows: {(r["seed"], r["run_mode"]) for r in rows}
   assert config.seeds == (3,) and of(evaluate.records(config, params, 7)) == {(3, "sparse")}

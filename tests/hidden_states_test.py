@@ -21,8 +21,9 @@ def reference(x):
   D = len(x)
   p = np.sort(x ** 2)[::-1] / np.sum(x ** 2)
   positive = p[p > 0]
-  return [(np.sqrt(D) - np.abs(x).sum() / np.sqrt(np.sum(x ** 2))) / (np.sqrt(D) - 1), p[:round(0.05 * D)].sum(),
-          p[:round(0.1 * D)].sum(), np.sum(x ** 2) ** 2 / np.sum(x ** 4) / D, np.exp(-np.sum(positive * np.log(positive))) / D]
+  hoyer = (np.sqrt(D) - np.abs(x).sum() / np.sqrt(np.sum(x ** 2))) / (np.sqrt(D) - 1)
+  return [hoyer, p[:round(0.05 * D)].sum(), p[:round(0.1 * D)].sum(), np.sum(x ** 2) ** 2 / np.sum(x ** 4) / D,
+          np.exp(-np.sum(positive * np.log(positive))) / D]
 
 
 def spectral_reference(x):
@@ -48,7 +49,7 @@ def test_measures_at_their_bounds_and_of_noise():
   np.testing.assert_allclose(hidden_states.measures(np.stack([alone, alike])),
                              [[1, 1, 1, 1 / D, 1 / D], [0, 0.05, 0.1, 1, 1]], atol=1e-5)
   noise = hidden_states.gaussian(256, 2000)
-  # sqrt D (1 - sqrt(2 / pi)) / (sqrt D - 1); 2 (z phi(z) + Q(z)) of the share's quantile z; 1/3; exp(-(psi(3/2) + log 2)).
+  # sqrt D (1 - sqrt(2 / pi)) / (sqrt D - 1); 2 (z phi(z) + Q(z)) of the share's z; 1/3; exp(-(psi(3/2) + log 2)).
   root = np.sqrt(2000)
   expected = [root * (1 - np.sqrt(2 / np.pi)) / (root - 1), 0.2791, 0.4390, 1 / 3, 0.4821]
   assert noise["mean"][:5] == pytest.approx(expected, abs=1.5e-3)
@@ -61,7 +62,8 @@ def test_scale_changes_no_measure_and_a_rotation_only_those_of_vectors(scale):
   turned = x @ hidden_states.rotation(64)
   np.testing.assert_allclose(hidden_states.measures(scale * x), hidden_states.measures(x), rtol=1e-4)
   for other in (scale * x, turned):
-    np.testing.assert_allclose(hidden_states.spectral_participation(other), hidden_states.spectral_participation(x), rtol=1e-3)
+    np.testing.assert_allclose(hidden_states.spectral_participation(other), hidden_states.spectral_participation(x),
+                               rtol=1e-3)
   np.testing.assert_allclose(hidden_states.rotation(64) @ hidden_states.rotation(64).T, np.eye(64), atol=1e-5)
   before, after = (np.asarray(hidden_states.measures(y)).mean((0, 1)) for y in (x, turned))
   assert before[1] > 0.8 and after[1] < 0.4  # a few large dimensions are spread over all
@@ -76,8 +78,8 @@ def test_the_largest_dimensions_are_left_out():
   own, _, trimmed = np.asarray(found["measures"])[0]
   np.testing.assert_allclose(trimmed, np.mean([reference(one) for one in np.delete(x, 17, 1)], 0), rtol=1e-4)
   assert own[1] > 0.9 and trimmed[1] < 0.3
-  np.testing.assert_allclose(np.asarray(found["spectral"])[0], [spectral_reference(x), spectral_reference(np.delete(x, 17, 1))],
-                             rtol=1e-3)
+  expected = [spectral_reference(y) for y in (x, np.delete(x, 17, 1))]
+  np.testing.assert_allclose(np.asarray(found["spectral"])[0], expected, rtol=1e-3)
 
 
 # --- snapshots ---
@@ -109,10 +111,12 @@ def make_config(tmp_path, attention=None, steps=6):
   dense = attention.name == "dense"
   stages = schedule.dense(steps) if dense else schedule.native(steps, selector_warmup=0.5)
   return config_lib.Config(
-      arm=attention.name, size="tiny", seeds=(3,), attention=attention, model=config_lib.ModelConfig(**shape), schedule=stages,
-      data=config_lib.DataConfig(source=f"files:{archive(tmp_path)}", context=T, global_batch=4, task_rows=1, tasks=("mqar:pairs=4",),
-                                 planted=0.9),
-      eval=config_lib.EvalConfig(sequences=1, batch=4, run_modes=("dense",), task_examples=1, hidden_states=(0, 2, steps)),
+      arm=attention.name, size="tiny", seeds=(3,), attention=attention, model=config_lib.ModelConfig(**shape),
+      schedule=stages,
+      data=config_lib.DataConfig(source=f"files:{archive(tmp_path)}", context=T, global_batch=4, task_rows=1,
+                                 tasks=("mqar:pairs=4",), planted=0.9),
+      eval=config_lib.EvalConfig(sequences=1, batch=4, run_modes=("dense",), task_examples=1,
+                                 hidden_states=(0, 2, steps)),
       checkpoint=config_lib.CheckpointConfig(every=3), log_every=1)
 
 
@@ -134,10 +138,12 @@ def test_a_run_measures_at_its_steps(run):
   config, workdir = run
   assert sorted(p.name for p in (workdir / "hidden").iterdir()) == ["0.json", "2.json", "6.json"]
   first, early, last = (read(workdir, step) for step in (0, 2, 6))
-  assert first.keys() == records.HIDDEN_STATES.keys() and [s["run_mode"] for s in (first, early, last)] == ["dense", "dense", "sparse"]
+  assert first.keys() == records.HIDDEN_STATES.keys()
+  assert [s["run_mode"] for s in (first, early, last)] == ["dense", "dense", "sparse"]
   kinds = [snap["kind"] for snap in (first, early, last)]
   counts = {kind: kinds[0].count(kind) for kind in dict.fromkeys(kinds[0])}
-  assert counts == {"planted": 20, "held_out": 3, "ood": 3, "shuffled": 3, "recall": 20} and kinds[0] == kinds[1] == kinds[2]
+  assert counts == {"planted": 20, "held_out": 3, "ood": 3, "shuffled": 3, "recall": 20}
+  assert kinds[0] == kinds[1] == kinds[2]
   source = data.make(config.data, 3)
   assert first["planted"][:20] == [0] * 20
   assert last["planted"][:20] == [p.planted for p in source.planted(6)] and sum(last["planted"][:20]) == int(18 * 0.9)
@@ -149,10 +155,12 @@ def test_a_run_measures_at_its_steps(run):
       for measure, rows in of.items():
         rows = np.array(rows, float)
         assert rows.shape == (items, 3), (variant, measure)
-        assert np.isfinite(rows[:29]).all() and (np.isnan(rows[29:]).all() if measure.startswith("spectral") else np.isfinite(rows).all())
+        of_recall = np.isnan(rows[29:]) if measure.startswith("spectral") else np.isfinite(rows[29:])
+        assert np.isfinite(rows[:29]).all() and of_recall.all()
         assert (rows[:29] > 0).all() and (rows[:29] <= 1).all()
     assert set(snap["values"]["rotated"]) == set(hidden_states.MEASURES)
-    assert np.array(snap["entropy"]).shape == (items, 2) and all(0 < x < np.log(T) for row in snap["entropy"] for x in row)
+    entropy = np.array(snap["entropy"])
+    assert entropy.shape == (items, 2) and (entropy > 0).all() and (entropy < np.log(T)).all()
   assert first["captured_mass"][0] == [None, None] and 0 < last["captured_mass"][0][1] < 1
   # Untrained, a byte costs about what 320 ids do; shuffled text has the bytes of held-out text.
   assert np.mean(first["bits_per_byte"][:20]) == pytest.approx(np.log2(320), abs=1.5)
@@ -205,7 +213,8 @@ def test_measuring_changes_no_bit_of_training_and_nothing_is_measured_twice(run,
   plain.eval.hidden_states = ()
   train.train(plain, tmp_path / "plain", progress=False)
   assert not (tmp_path / "plain/hidden").exists()
-  numbers = lambda where: [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second", "mfu")}
+  clock = ("seconds", "tokens_per_second", "mfu")
+  numbers = lambda where: [{k: v for k, v in json.loads(line).items() if k not in clock}
                            for line in (where / "metrics.jsonl").read_text().splitlines()]
   assert numbers(tmp_path / "plain") == numbers(workdir)
   from nsa import evaluate

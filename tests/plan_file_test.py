@@ -116,6 +116,7 @@ def test_the_main_study_is_the_protocol():
   assert all(c.data.planted == 0.01 for c in main_study.get_config("tier=all,novels=a.tar.xz,code=b.tar.xz").arms)
   everything = main_study.get_config("tier=all")
   part = main_study.get_config("tier=3")  # another part of the same study is run
-  assert [c.arm for c in part.arms] == [c.arm for c in study.arms] and {n.rpartition("-")[2] for n in part.now} == {"L", "M8K"}
+  assert ([c.arm for c in part.arms] == [c.arm for c in study.arms]
+          and {n.rpartition("-")[2] for n in part.now} == {"L", "M8K"})
   assert {c.size for c in everything.arms} == {"S", "M", "L", "M8K"} and list(everything.tiers) == ["1", "2", "3"]
   assert {f"{c.arm}-{c.size}" for c in everything.arms} == {name for tier in everything.tiers.values() for name in tier}

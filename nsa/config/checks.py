@@ -174,6 +174,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
 
   need(o.name in ("adamw", "muon"), "optimizer.name", o.name, "adamw or muon")
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
+  need(e.sealed in {"", "val", "test", "ood"} - {e.split}, "eval.sealed", e.sealed,
+       "val, test or ood, but not eval.split; or none")
   for name in e.blocks:
     need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
   for where, mode in [(f"eval.{field}", mode) for field, modes in e.named.items() for mode in modes]:

@@ -158,6 +158,9 @@ class MeshConfig:
 class EvalConfig:
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
+  sealed: str = ""                # a further split, evaluated at the end in the arm's own run mode into
+                                  # eval/<step>-sealed.json, which no report reads before the study is opened
+                                  # (launch.report --open)
   sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents;
                                   # -1 = all of the split
   context: int = 0                # tokens; 0 = data.context

@@ -242,7 +242,8 @@ class Data:
     words = f"row {number}: {one.describe(row, context)}"
     held = self.planting and self.planting.of_row(number - int(self._tasks_before(number)), context)
     if held:
-      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + min(planting.SIZE, context)}"
+      end = held[2] + min(planting.SIZE, context)
+      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{end}"
     return words
 
   def planted(self, step: int) -> list[planting.Passage]:

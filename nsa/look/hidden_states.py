@@ -1,8 +1,8 @@
-"""How sparse hidden states are: five measures of a vector, one of a passage's vectors together, and what they are of noise.
+"""How sparse hidden states are: measures of a vector and of a passage's vectors together, and what noise has of them.
 
-Whether states are denser for what a model knows, and sparser for what is hard, is claimed by arXiv 2603.03415. A number of
-this kind says nothing alone: a Gaussian vector has its value too (`gaussian`), and all measures of single vectors depend on
-the basis, so each is taken again in a random one (`rotation`) and without the largest dimensions (`kept`).
+That states are denser for what a model knows, and sparser for what is hard, is claimed by arXiv 2603.03415. A number of
+this kind says nothing alone: a Gaussian vector has its value too (`gaussian`), and all measures of single vectors
+depend on the basis, so each is taken again in a random one (`rotation`) and without the largest dimensions (`kept`).
 """
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nsa import model as model_lib, sharding, step as step_lib
 import pallas_kernels as pk
 
 MEASURES = ("hoyer", "top_5", "top_10", "participation", "effective_rank")
-VARIANTS = ("own", "rotated", "trimmed")  # in the model's basis, in a random one, in its own without the largest dimensions
-TRIMMED = 0.01                            # share of the dimensions that count as largest
-DRAWS = 8                                 # passages of noise that `gaussian` draws
+VARIANTS = ("own", "rotated", "trimmed")  # the model's basis; a random one; its own without the largest dimensions
+TRIMMED = 0.01  # share of the dimensions that count as largest
+DRAWS = 8       # passages of noise that `gaussian` draws
 _KEY = 20_26
 
 
 def measures(x: Float[Array, "... D"]) -> Float[Array, "... M"]:
   """MEASURES of each vector, float32. With p = x^2 / sum x^2, the share of each dimension in the energy:
 
-  hoyer           (sqrt D - |x|_1 / |x|_2) / (sqrt D - 1): 0 all dimensions alike, 1 one alone (Hoyer 2004, eq. for sparseness)
+  hoyer           (sqrt D - |x|_1 / |x|_2) / (sqrt D - 1): 0 all dimensions alike, 1 one alone (Hoyer 2004, sec. 3.1)
   top_5, top_10   energy of the 5 and 10 % largest dimensions: .2791 and .44 of a Gaussian
   participation   1 / (D sum p^2): 1 all alike, 1 / D one alone; 1/3 of a Gaussian
   effective_rank  exp(entropy of p) / D, of the *squared* entries as in the code of arXiv 2603.03415; .482 of a Gaussian
@@ -40,14 +40,14 @@ def measures(x: Float[Array, "... D"]) -> Float[Array, "... M"]:
   largest = jax.lax.top_k(p, ten)[0]
   hoyer = (D ** 0.5 - jnp.sum(jnp.abs(x), -1) / jnp.sqrt(energy)) / (D ** 0.5 - 1)
   entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1)
-  return jnp.stack([hoyer, largest[..., :five].sum(-1), largest.sum(-1), 1 / (D * jnp.maximum(jnp.sum(p * p, -1), 1e-30)),
-                    jnp.exp(entropy) / D], -1)
+  participation = 1 / (D * jnp.maximum(jnp.sum(p * p, -1), 1e-30))
+  return jnp.stack([hoyer, largest[..., :five].sum(-1), largest.sum(-1), participation, jnp.exp(entropy) / D], -1)
 
 
 def spectral_participation(x: Float[Array, "B T D"]) -> Float[Array, "B"]:
-  """(tr C)^2 / (D tr C^2) of the vectors' covariance C: how many directions they fill, 1 = all alike. No basis changes it.
+  """(tr C)^2 / (D tr C^2) of the vectors' covariance C: how many directions they fill, 1 = all alike.
 
-  The effective rank of order 2; that of order 1 would take all eigenvalues.
+  No basis changes it. The effective rank of order 2; that of order 1 would take all eigenvalues.
   """
   x = x.astype(jnp.float32)
   x = x - x.mean(1, keepdims=True)
@@ -64,9 +64,10 @@ def rotation(width: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def gaussian(tokens: int, width: int) -> dict[str, np.ndarray]:
-  """What DRAWS passages of [tokens, width] independent normal numbers give, each passage's mean: "mean" and "sd" float[M + 1].
+  """What passages of [tokens, width] independent normal numbers give: "mean" and "sd" over DRAWS of them, float[M + 1].
 
-  The last one is spectral_participation. Rotated noise is noise: this is the null of VARIANTS of that width.
+  MEASURES are means over a passage, the last one is spectral_participation. Rotated noise is noise: this is the null of
+  all VARIANTS of that width.
   """
   noise = jax.random.normal(jax.random.key(_KEY + 1), (DRAWS, tokens, width))
   found = jax.jit(lambda x: jnp.concatenate([measures(x).mean(1), spectral_participation(x)[:, None]], -1))(noise)
@@ -84,8 +85,10 @@ def kept(square: np.ndarray) -> np.ndarray:
 
 
 def summary(x: Float[Array, "B T D"], weights: Float[Array, "B T"], turn: Float[Array, "D D"], keep: Int[Array, "R"]):
-  """Of each sequence: weighted means over its vectors, "measures" [B, V, M] and "square" [B, D], and "spectral" [B, 2] of all
-  its vectors, without and with the largest dimensions left out."""
+  """Of each sequence: weighted means over its vectors, "measures" [B, V, M] and "square" [B, D]; "spectral" [B, 2].
+
+  The latter is spectral_participation of all its vectors, and with the largest dimensions left out.
+  """
   x = x.astype(jnp.float32)
   left = jnp.take(x, keep, axis=-1)
   turned = jnp.einsum("btd,de->bte", x, turn, precision=jax.lax.Precision.HIGHEST)
@@ -98,10 +101,10 @@ def make(config, mode: str, selector: str, mesh=None):
   """(params, batch, turn, keep) -> what `summary` says of every layer and of the final norm, and the loss; see below.
 
   batch: "inputs", "targets" int32[B, T]; "weights" float32[B, T], of a sequence's vectors, sum 1. turn: `rotation`.
-  keep: int32[L + 1, D - trim(D)], of each point. To be jitted. Returns a dict of "points", as `summary` with a leading axis:
-  behind each layer, and behind the final norm; "nll" and "correct" [B, T]; "entropy", "captured_mass" float32[L, B]: of
-  dense attention over the tokens, nats, and its mass on the chosen blocks, NaN of a layer without; means over heads, and
-  over queries by `weights`.
+  keep: int32[L + 1, D - trim(D)], of each point. To be jitted. Returns a dict of "points", as `summary` with a leading
+  axis: behind each layer, and behind the final norm; "nll" and "correct" [B, T]; "entropy", "captured_mass"
+  float32[L, B]: of dense attention over the tokens, nats, and its mass on the chosen blocks, NaN of a layer without;
+  means over heads, and over queries by `weights`.
   """
   constrain = sharding.constrain(mesh) if mesh is not None else lambda x, axes: x
 
@@ -124,10 +127,10 @@ def make(config, mode: str, selector: str, mesh=None):
     def states(x, layer):
       return {"point": summary(x, weights, turn, keep[layer])}
 
-    out = model_lib.forward(config, params, batch["inputs"], mode=mode, selector=selector, key=jax.random.key(0), losses=False,
-                            observe=observe, states=states, constrain=constrain)
-    names = ("point", "entropy", "captured_mass")
-    layers = jax.tree.map(lambda *xs: jnp.concatenate(xs), *({name: stack[name] for name in names} for stack in out.layers))
+    out = model_lib.forward(config, params, batch["inputs"], mode=mode, selector=selector, key=jax.random.key(0),
+                            losses=False, observe=observe, states=states, constrain=constrain)
+    stacks = ({name: stack[name] for name in ("point", "entropy", "captured_mass")} for stack in out.layers)
+    layers = jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
     last = summary(out.hidden, weights, turn, keep[-1])
     points = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), layers.pop("point"), last)
     return {"points": points, "nll": step_lib.target_nll(out.logits, batch["targets"]),

@@ -1,9 +1,10 @@
 """Hidden states at chosen steps of a run: which text they are taken of, when, and where they are written.
 
-A run whose config has eval.hidden_states writes workdir/hidden/<step>.json at these steps, while its weights are at hand
-(records.HIDDEN_STATES has the schema). Every item stands alone in a row from its first place on, so that position and
-preceding text are the same for all: passages that training has planted 0 to 64 times, by then (data/planting.py), held-out
-text, other kinds of text, held-out text shuffled, and, where a run learns mqar, recall of one of 2 to 32 pairs by the last token.
+A run whose config has eval.hidden_states writes workdir/hidden/<step>.json at these steps, while its weights are at
+hand (records.HIDDEN_STATES has the schema). Every item stands alone in a row from its first place on, so that position
+and preceding text are the same for all: passages that training has planted 0 to 64 times, by then (data/planting.py),
+held-out text, other kinds of text, held-out text shuffled, and, where a run learns mqar, recall of one of 2 to 32 pairs
+by the last token.
 
 Cost: a forward pass over (planted + 12 x 4 per corpus + 80) items of 2,048 tokens; of the main study's 10M model, two
 corpora and 60 passages, 236 items or 0.48M tokens, as many as 15 training steps read.
@@ -66,8 +67,9 @@ def size(config) -> int:
 
 
 def items(config, source: data.Data, step: int) -> list[Item]:
-  """All items of a run's snapshot at a step, planted ones first; the same at every step but for how often each was planted.
+  """All items of a run's snapshot at a step, planted ones first.
 
+  They are the same at every step, but for how often each was planted by then.
   source: the training data of the run's seed.
   """
   T, out = size(config), []
@@ -80,8 +82,8 @@ def items(config, source: data.Data, step: int) -> list[Item]:
       continue
     held_out = _passages(config, corpus, text, "val", "held_out", T)
     out += held_out + _passages(config, corpus, text, "ood", "ood", T)
-    out += [dataclasses.replace(p, kind="shuffled", tokens=p.tokens[counter.permutation(counter.key("shuffled", i), T + 1)])
-            for i, p in enumerate(held_out)]
+    order = lambda i: counter.permutation(counter.key("shuffled", i), T + 1)
+    out += [dataclasses.replace(p, kind="shuffled", tokens=p.tokens[order(i)]) for i, p in enumerate(held_out)]
   if any(name.partition(":")[0] == "mqar" for name in config.data.tasks):
     out += [one for pairs in PAIRS for one in _recall(pairs, T)]
   return out
@@ -110,8 +112,8 @@ def _recall(pairs, T) -> list[Item]:
     example = task.example(_SEED, index, T + 1, "val")
     last = int(example.query.argmax())
     query = int(example.query[last])
-    out.append(Item(np.roll(example.tokens, T - 1 - query), "recall", "", f"mqar:pairs={pairs}", index, None, None, pairs,
-                    query - int(example.evidence[last, :, 1].max())))
+    out.append(Item(np.roll(example.tokens, T - 1 - query), "recall", "", f"mqar:pairs={pairs}", index, planted=None,
+                    pairs=pairs, distance=int(example.distances[last])))
   return out
 
 
@@ -134,14 +136,15 @@ def take(config, params, seed: int, step: int, source: data.Data | None = None, 
   run_mode = run_mode or mode_of(config, step)
   found = items(config, source, step)
   if not found:
-    raise ValueError(f"eval.hidden_states = {config.eval.hidden_states}: neither text nor mqar in data.tasks, nothing to measure")
+    raise ValueError(f"eval.hidden_states = {config.eval.hidden_states}: neither text nor mqar in data.tasks, nothing "
+                     "to measure")
   T, D, points = size(config), config.model.d_model, config.model.num_layers + 1
   run = _runner(config, run_mode, mesh)
   turn = hidden_states.rotation(D)
   anything = np.tile(np.arange(D - hidden_states.trim(D), dtype=np.int32), (points, 1))
   # First what the largest dimensions of held-out text are; without any, of what there is.
-  square = _measured(run, params, [i for i in found if i.kind == "held_out"] or found, config.eval.batch, T, turn, anything)["square"]
-  square = square.mean(1)  # [points, D]
+  reference = [i for i in found if i.kind == "held_out"] or found
+  square = _measured(run, params, reference, config.eval.batch, T, turn, anything)["square"].mean(1)  # [points, D]
   keep = hidden_states.kept(square)
   seen = _measured(run, params, found, config.eval.batch, T, turn, keep)
   gone = np.stack([np.setdiff1d(np.arange(D), one) for one in keep])
@@ -153,17 +156,19 @@ def take(config, params, seed: int, step: int, source: data.Data | None = None, 
   for i, variant in enumerate(("own", "trimmed")):  # a rotation leaves it as it is
     values[variant]["spectral_participation"] = spectral[..., i].T
   null = {variant: hidden_states.gaussian(T, width) for variant, width in (("own", D), ("trimmed", keep.shape[1]))}
-  column = lambda name: [getattr(i, name) for i in found]
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   return records.snapshot(
       seed=int(seed), arm=config.arm, size=config.size, step=int(step), run_mode=run_mode, tokens=T, width=D,
       points=[*range(points - 1), "norm"], trimmed=gone.tolist(),
       trimmed_energy=_rounded([square[p, gone[p]].sum() / square[p].sum() for p in range(points)]),
-      null={variant: {m: _rounded([x["mean"][i], x["sd"][i]]) for i, m in enumerate(names)} for variant, x in null.items()},
-      **{name: column(name) for name in ("kind", "corpus", "document", "start", "times", "planted", "pairs", "distance")},
+      null={variant: {m: _rounded([x["mean"][i], x["sd"][i]]) for i, m in enumerate(names)}
+            for variant, x in null.items()},
+      **{name: [getattr(i, name) for i in found]
+         for name in ("kind", "corpus", "document", "start", "times", "planted", "pairs", "distance")},
       bits_per_byte=_rounded([nll / step_lib.LN2 / (1 if i.last else token_bytes[i.tokens[1:]].sum() / T)
                               for i, nll in zip(found, seen["nll"])]),
-      correct=_rounded(seen["correct"]), entropy=_rounded(seen["entropy"].T), captured_mass=_rounded(seen["captured_mass"].T),
+      correct=_rounded(seen["correct"]), entropy=_rounded(seen["entropy"].T),
+      captured_mass=_rounded(seen["captured_mass"].T),
       values={variant: {m: _rounded(x) for m, x in of.items()} for variant, of in values.items()})
 
 
@@ -175,20 +180,24 @@ def _rounded(x):
 
 
 def _measured(run, params, found, batch, T, turn, keep) -> dict[str, np.ndarray]:
-  """What `hidden_states.make` returns, of all items: [points or layers, items, ...]; "nll" nats and "correct" float64[items]."""
+  """What `hidden_states.make` returns, of all items: [points or layers, items, ...].
+
+  "nll", nats, and "correct" are float64[items].
+  """
   parts, done = [], []
   for first in range(0, len(found), batch):
     mine = found[first:first + batch]
-    tokens = np.stack([i.tokens for i in mine + mine[-1:] * (batch - len(mine))]).astype(np.int32)
-    weights = np.stack([np.eye(1, T, T - 1)[0] if i.last else np.full(T, 1 / T) for i in mine + mine[-1:] * (batch - len(mine))])
+    full = mine + mine[-1:] * (batch - len(mine))
+    tokens = np.stack([i.tokens for i in full]).astype(np.int32)
+    weights = np.stack([np.eye(1, T, T - 1)[0] if i.last else np.full(T, 1 / T) for i in full])
     rows = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=weights.astype(np.float32))
-    done.append((run(params, rows, turn, keep), weights, len(mine)))  # read below: the device does not wait for the host
+    done.append((run(params, rows, turn, keep), weights, len(mine)))  # read below: the device does not wait
   for out, weights, count in done:
     out = jax.device_get(out)
     one = {name: np.sum(np.asarray(out[name], np.float64) * weights, 1)[:count] for name in ("nll", "correct")}
-    parts.append({**one, **{name: np.asarray(out[name], np.float64)[:, :count] for name in ("entropy", "captured_mass")},
-                  **{name: np.asarray(x, np.float64)[:, :count] for name, x in out["points"].items()}})
-  return {name: np.concatenate([p[name] for p in parts], axis=0 if name in ("nll", "correct") else 1) for name in parts[0]}
+    rest = {"entropy": out["entropy"], "captured_mass": out["captured_mass"], **out["points"]}
+    parts.append({**one, **{name: np.asarray(x, np.float64)[:, :count] for name, x in rest.items()}})
+  return {name: np.concatenate([p[name] for p in parts], axis=min(1, x.ndim - 1)) for name, x in parts[0].items()}
 
 
 def _runner(config, run_mode, mesh=None):
@@ -245,7 +254,7 @@ def path_of(workdir, step: int) -> epath.Path:
 
 
 def due(config, workdir, step: int) -> bool:
-  """Whether a run takes a snapshot when `step` steps are done: it is asked for, and not there yet. The same on all processes."""
+  """Whether a run takes a snapshot when `step` steps are done: asked for, and not there yet. Processes agree on it."""
   wanted = step in config.eval.hidden_states and bool(_seeds(config))
   there = wanted and path_of(workdir, step).exists()
   processes.agree(hidden_states=f"{step} {there}") if wanted else None

@@ -22,6 +22,33 @@ def verdict(study: Study, table: list[Row], found: Verdict) -> list:
   return blocks
 
 
+def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
+  """The declared comparisons by the sealed evaluations, beside those by which everything was chosen."""
+  if again is None:
+    return []
+  count = sum(bool(run.sealed) for run in study.finished)
+  split = next((run.sealed["settings"]["split"] for run in study.finished if run.sealed.get("settings")), "")
+  key = lambda c: (c.endpoint.metric, c.size, c.quantity, c.arm)
+  before, lines, many = {key(c): c for c in found.comparisons}, [], len(study.sizes) > 1
+  for c in again.comparisons:
+    if c.family in ("", "secondary") or c.judgement is None:
+      continue
+    i, old = c.judgement.interval, before[key(c)]
+    lines.append([c.name, c.metric.title] + [c.size] * many + [
+        c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
+        c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
+  title = f"On {split}, which nothing was chosen by"
+  if not lines:
+    return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
+                                    "evaluation.")]
+  return [Heading(title, 3), Table(
+      ["", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
+      lines,
+      f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
+      "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
+      "as above. Bold: another outcome", left=2 + many)]
+
+
 def gates(study: Study, table: list[Row], found: Verdict) -> list:
   """What each endpoint's controls show, and what a failed gate forbids."""
   if not found.admissions:

@@ -84,7 +84,8 @@ def text(study, plan: dict) -> str:
   per = lambda kind: sum(m.kind == kind and e["primary"] for m, e in metrics.values())
   tests = {(kind, size): per(kind) * sum(1 if q == "A" else count for q in plan["quantities"])
            for kind in kinds for size, count in of_size.items()}
-  alike = lambda kind: {n: [size for size in of_size if tests[kind, size] == n] for n in (tests[kind, s] for s in of_size)}
+  alike = lambda kind: {n: [size for size in of_size if tests[kind, size] == n]
+                        for n in (tests[kind, s] for s in of_size)}
   of_kind = lambda kind: " and ".join(f"{n} tests ({', '.join(sizes)})" for n, sizes in alike(kind).items())
   blocks += [Heading("Family of tests"), Text(
       f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: "

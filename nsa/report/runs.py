@@ -43,6 +43,7 @@ class Run:
   # what the last evaluation asked (nsa/held_out.py)
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   hidden: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # snapshots by step (records.HIDDEN_STATES)
+  sealed: dict[str, Any] = dataclasses.field(default_factory=dict)         # eval/<step>-sealed.json, as it lies there
 
   @property
   def name(self) -> str:
@@ -113,6 +114,7 @@ class Study:
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   # rows of the shortcut audit (nsa.tasks), as study.json has them
   audit: list[dict] = dataclasses.field(default_factory=list)
+  opened: bool = False             # whether the runs' sealed evaluations are reported
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -161,8 +163,10 @@ def load_run(path: Path, job: dict | None = None) -> Run:
   run = Run(path, config.get("arm") or job.get("arm") or first.get("arm", "unknown"),
             config.get("size") or job.get("size") or first.get("size", "unknown"),
             seeds, config, versions, curves, records, eval_step, status, error, problems,
-            of_kind["layer"], of_kind["language"], of_kind["task"], _paused(path), settings,
-            _read_hidden(path / "hidden", problems))
+            of_kind["layer"], of_kind["language"], of_kind["task"], _paused(path), settings)
+  if (path / f"eval/{eval_step}-sealed.json").exists():
+    run.sealed = _read_object(path / f"eval/{eval_step}-sealed.json", problems)
+  run.hidden = _read_hidden(path / "hidden", problems)
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -216,7 +220,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          at + "run", run, "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
-  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches")
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened")
            if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",

@@ -242,8 +242,9 @@ def sentence(study: Study, c: Comparison) -> str:
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
   if c.word in ("worse", "better"):
+    without = max(c.without_one, default=0.0)  # of 2 seeds there is none
     weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
-        f"without one of the seeds p = {p_text(max(c.without_one))}"] * (max(c.without_one, default=0.0) > 0.05)
+        f"without one of the seeds p = {p_text(without)}"] * (without > 0.05)
     text += f"; but {' and '.join(weak)}" if weak else ""
   return text + "."
 
@@ -263,9 +264,9 @@ def detectable(found: list[Comparison]) -> str:
               if effects[-1] > found[0].endpoint.margin else "."))
 
 
-def verdict(study: Study, table: list[Row]) -> Verdict:
-  """The first words of the report."""
-  admitted = gates.admissions(study, table)
+def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Verdict:
+  """The first words of the report. admitted: by which controls, where they are not in this table (gates.admissions)."""
+  admitted = gates.admissions(study, table) if admitted is None else admitted
   found = comparisons(study, table, admitted)
   failed = sum(r.status == "failed" for r in study.runs)
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
