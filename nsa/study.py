@@ -34,6 +34,7 @@ class Study:
   budgets: dict[str, float] = field(default_factory=dict)  # arm -> share of the steps after leaving dense
   controls: dict[str, str] = field(default_factory=dict)  # retrofit -> the dense arm with its tokens and rates, where not `dense`
   branches: dict[str, tuple[str, ...]] = field(default_factory=dict)  # arm -> shorter runs of it with a decay of their own
+  solved: float = 0.0              # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
   primary: tuple[str, ...] = ("second_half_bits_per_byte", "exact_match")
   secondary: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ def asked(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
           "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary} for m in (*study.primary, *study.secondary)],
           "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference, "dense_arm": study.dense,
-          "budgets": study.budgets, "controls": study.controls, "branches": {arm: list(b) for arm, b in study.branches.items()}}
+          "budgets": study.budgets, "controls": study.controls, "branches": {arm: list(b) for arm, b in study.branches.items()}, "solved": study.solved}
 
 
 def _directory(config) -> str:

@@ -105,6 +105,7 @@ class Study:
   budgets: dict[str, float] = dataclasses.field(default_factory=dict)
   controls: dict[str, str] = dataclasses.field(default_factory=dict)          # arm -> the dense arm with its tokens and rates
   branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)    # arm -> its decay branches, shorter runs of the same
+  solved: float = 0.0              # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   audit: list[dict] = dataclasses.field(default_factory=list)  # rows of the shortcut audit (nsa.tasks), as study.json has them
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
@@ -114,6 +115,11 @@ class Study:
   def primary(self) -> str:
     """The metric that figures show: the first primary endpoint."""
     return next((e.metric for e in self.endpoints if e.primary), self.endpoints[0].metric)
+
+  @property
+  def asked(self) -> tuple[str, ...]:
+    """The quantities that there can be: R alone where no arm is native."""
+    return ("R",) if self.reference == self.dense else ("R", "A", "Delta")
 
   @property
   def finished(self) -> list[Run]:
@@ -188,6 +194,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("controls", dict, "an object"), ("branches", dict, "an object"), ("jobs", list, "a list of objects"),
                             ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
+  solved = plan.get("solved") or 0
+  need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
   endpoints = []
   for i, one in enumerate(plan.get("endpoints") or ()):
     need(isinstance(one, dict), f"endpoints[{i}]", one, "an object with metric and margin")
@@ -207,7 +215,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
-  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches") if plan.get(name)}
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "solved")
+           if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True), arms=list(plan.get("arms") or []),
                reference=plan.get("reference_arm") or "", dense=plan.get("dense_arm") or "dense",
                budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},

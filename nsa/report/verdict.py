@@ -145,7 +145,7 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
     for size in study.sizes:
       if not e.primary and not any(r.size == size and math.isfinite(r[e.metric]) for r in table):
         continue
-      for quantity in QUANTITIES:
+      for quantity in study.asked:
         main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
           c = compare(study, table, quantity, arm, size, e)
