@@ -11,22 +11,25 @@ that do not fork inside a decay, a dense continuation for every budget on top.
 R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the trunk in its stable phase, with the tokens and the decay
 of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a decay of its own; its
 control is the dense model that goes on alike. The selector warms up for a stated number of steps at a rate that does not decay.
-4,096 bytes of context in blocks of 32; 20 of them are visible, 5/32: with 16 the oracle's blocks miss the gate for text by 0.0005
-bits per byte, with 8 by 0.012 (docs/results.md; sink + window
-and random blocks were not run with 20). Every batch of 8 rows has exactly one of tasks.
+4,096 bytes of context in blocks of 32; 24 of them are visible, 3/16: with 20 the oracle's blocks passed the gate for
+text in one run and missed it by 0.0004 bits per byte in another, with 16 they missed by 0.0005, with 8 by 0.012
+(docs/results.md). Every batch of 8 rows has exactly one of tasks.
 
 The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an endpoint and
 size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the
 margin is stated in it (2 points); their NLL stands beside it as a secondary endpoint. Sizes: S 3M (100 MB), M 10M
 (200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes.
-Decay branches of dense and native at a quarter and half of the bytes (M) are the byte axis, and what equal FLOPs are read off.
+Decay branches of dense and native at a quarter and half of the bytes (S and M) are the byte axis, and what equal FLOPs are read off.
 
-Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits and continuations at M and S;
+Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits, continuations and selector
+only at M and S;
 2: curricula, other selectors, mixed, memory at M; 3: L, and M8K.
 
-Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (1, 2, 3 or all), blocks=20, rate=1.5e-3
-(peak of every size until tuned: rate_s=, rate_l= override S and L), scale=1 (of all steps), selector_steps=60 (of warm-up),
-seeds=0 (at most so many of each arm; 0: all), plan= (directory of the plan; empty: experiments/results/main).
+Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is in no arm here.
+
+Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (1, 2, 3 or all), blocks=24,
+rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the last one is not tuned yet), scale=1 (of all steps), selector_steps=60 (of warm-up),
+seeds=0 (at most so many of each arm, from seed 1 on; 0: all), plan= (directory of the plan; empty: experiments/results/main).
 """
 
 from experiments import arguments
@@ -42,17 +45,20 @@ SIZES = {  # shape, bytes of training, seeds of dense and native, seeds of the r
     "L": (dict(num_layers=10, d_model=512, num_heads=8, num_kv_heads=2, mlp_dim=1408), 400e6, 4, 4),
     "M8K": (dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, mlp_dim=1024), 200e6, 3, 3),
 }
+SELECTOR_ONLY = (0.05, 0.25)
 BRANCHES = (0.25, 0.5)      # of the bytes: shorter runs of dense and native with a decay of their own
 CURRICULUM, OTHERS = 4, 3   # seeds of tier 2
 TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
-FREE = ("oracle", "random", "sink_window", "block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
+GATES = ("oracle", "random", "sink_window")  # of every dense model, on all of val; the others, and other numbers of blocks,
+FREE = ("block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
+MORE_SEEDS = (1, 2, 3)                       # of these seeds alone: each costs as much as 500 steps of training
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
 # SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits of 13 and 25 %.
 EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03, "recall Delta": 0.03}
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, novels="", code="", tier="1", blocks=20, rate=1.5e-3, rate_s=0.0, rate_l=0.0, scale=1.0,
+  a = arguments.parse(arg, novels="", code="", tier="1", blocks=24, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, scale=1.0,
                       selector_steps=60, seeds=0, plan="")
   if a.tier not in ("1", "2", "3", "all"):
     raise ValueError(f"experiment argument tier = {a.tier!r}: 1, 2, 3 or all")
@@ -62,7 +68,7 @@ def get_config(arg=None):
     mine = [one for size in {"1": "MS", "2": "M", "3": ("L", "M8K")}[tier] for one in _of_tier(a, tier, size)]
     tiers[tier] = tuple(f"{config.arm}-{config.size}" for config, _ in mine)
     for config, seeds in mine:
-      few[f"{config.arm}-{config.size}"] = tuple(range(min(seeds, a.seeds or seeds)))
+      few[f"{config.arm}-{config.size}"] = tuple(range(1, 1 + min(seeds, a.seeds or seeds)))
       names[f"{config.arm}-{config.size}"] = config
   for tier in wanted:
     for key in tiers[tier]:
@@ -74,7 +80,7 @@ def get_config(arg=None):
   two = bool(a.novels and a.code)
   of_retrofits = {**{f"within_{100 * b:g}": b for b in WITHIN}, **{f"after_{100 * b:g}": b for b in AFTER}}
   return Study(
-      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(max(len(few[f"{c.arm}-{c.size}"]) for c in arms))),
+      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=max((few[f"{c.arm}-{c.size}"] for c in arms), key=len),
       few={key: seeds for key, seeds in few.items() if key in {f"{c.arm}-{c.size}" for c in arms}}, vmap_seeds=False, dense="dense",
       reference="native", budgets={name: b for name, b in of_retrofits.items() if name in present},
       controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER if f"after_{100 * b:g}" in present},
@@ -94,7 +100,9 @@ def _of_tier(a, tier, size):
     return [(make.dense(), main), (make.native(), main), (make.within(0.25), main), (make.after(0.05), main), (make.continued(0.05), main)]
   out = [(make.dense(), main), (make.native(), main), (make.cold(), main)]
   out += [(make.within(b), rest) for b in WITHIN] + [(one(b), rest) for b in AFTER for one in (make.after, make.continued)]
-  return out + [(one(b), rest) for b in BRANCHES for one in (make.dense_branch, make.native_branch)] * (size == "M")
+  out += [(make.selector_only(b), rest) for b in SELECTOR_ONLY]
+  branches = (make.dense_branch, make.native_branch) if size in ("S", "M") else ()
+  return out + [(one(b), rest) for b in BRANCHES for one in branches]
 
 
 class Arms:
@@ -106,8 +114,7 @@ class Arms:
     self.context = 2 * CONTEXT if size == "M8K" else CONTEXT
     self.batch = BATCH * CONTEXT // self.context
     self.steps = max(100, round(a.scale * self.bytes / (BATCH * CONTEXT)))
-    rate = {"S": a.rate_s, "L": a.rate_l}.get(size) or a.rate
-    self.plan = dict(peak=rate, warmup=0.02, decay=0.2)
+    self.plan = dict(peak={"S": a.rate_s, "L": a.rate_l}.get(size, a.rate_m), warmup=0.02, decay=0.2)
     self.geometry = dict(block_size=BLOCK, num_blocks=a.blocks)
     self.msa = methods.MSA(index_dim=64, **self.geometry)
     self.warmup = max(1, round(0.02 * self.steps)) / self.steps
@@ -116,18 +123,20 @@ class Arms:
   def arm(self, name, attention, stages, fork=None, share=1.0, modes=None, short=0):
     dense = isinstance(attention, methods.Dense)
     wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest") for n in (8, 16)]
-    modes = modes or (("dense", *FREE, *wide) if dense else ("sparse", "dense", "oracle", "random", "sparse:num_blocks=8"))
+    more = () if modes else (*FREE, *wide) if dense else ("dense", "random", "sparse:num_blocks=8")
+    modes = modes or (("dense", *GATES) if dense else ("sparse", "oracle"))
+    own = round(stages.steps * share)  # of its steps: those behind its fork
     return Config(
         arm=name, size=self.size, attention=attention, schedule=stages,
         model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
         data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
-        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, tasks=TASKS[1:],
+        eval=EvalConfig(sequences=-1, task_examples=256, batch=16, run_modes=modes, more_modes=more, more_seeds=MORE_SEEDS, tasks=TASKS[1:],
                         blocks=self.geometry if dense else {},
                         near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
-                        every=max(1, round(stages.steps * share / 8)),
-                        during=("dense",) if dense else ("sparse", "dense", "oracle"), during_examples=64),
+                        every=round(own / 8) if own >= self.steps / 8 else 0,  # a short one is seen at its end alone
+                        during=("dense",) if dense else ("sparse", "dense"), during_examples=64, during_sequences=128),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=20)
 
   def dense(self):
@@ -148,6 +157,9 @@ class Arms:
     warmup = self.selector_steps(b) if attention.selector_losses else 0  # where the selector learns from a loss of its own
     stages = schedule.retrofit_after(self.steps, b, warmup_steps=warmup, **options, **self.plan)
     return self.arm(f"{name}_{100 * b:g}", attention, stages, ForkConfig("@dense", step=self.steps), b)
+
+  def selector_only(self, b):
+    return self.after(b, name="selector_only", train="selector")
 
   def continued(self, b):
     return self.arm(f"dense_after_{100 * b:g}", methods.Dense(), schedule.dense_continuation(self.steps, b, **self.plan),
@@ -187,7 +199,6 @@ class Arms:
            (self.arm("dense_double", methods.Dense(), double, modes=("dense",)), CURRICULUM),
            (self.arm("native_window", window, schedule.native(self.steps, selector_warmup=0, **self.plan),
                      modes=("sparse", "dense")), CURRICULUM),
-           *((self.after(b, name="selector_only", train="selector"), CURRICULUM) for b in (0.05, 0.25)),
            (self.arm("mixed", methods.SSA(**self.geometry), schedule.mixed(self.steps, **self.plan)), CURRICULUM),
            (self.arm("mixed_within_25", methods.SSA(**self.geometry), schedule.mixed_retrofit(self.steps, 0.25, **self.plan),
                      ForkConfig("@dense", step=round(0.75 * self.steps)), 0.25), CURRICULUM),

@@ -7,7 +7,7 @@ they stand there, one seed, at `rate`, at half and at twice that.
 Choose by text and recall of each arm's own run mode; a best value at the edge asks for another one beyond it.
 
 Arguments: novels=, code=, sizes=M+S, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the middle one of each size),
-factors=0.5+1+2, scale=1 (of all steps), blocks=20.
+factors=0.5+1+2, scale=1 (of all steps), blocks=24.
 """
 import types
 
@@ -17,7 +17,7 @@ from nsa.study import Study
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", sizes="M+S", rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, factors="0.5+1+2",
-                      scale=1.0, blocks=20)
+                      scale=1.0, blocks=24)
   sizes = a.sizes.split("+")
   if not set(sizes) <= {"S", "M", "L"}:
     raise ValueError(f"experiment argument sizes = {a.sizes!r}: S, M and L, joined by +")
@@ -25,13 +25,13 @@ def get_config(arg=None):
   for size in sizes:
     for factor in map(float, a.factors.split("+")):
       rate = factor * {"S": a.rate_s, "M": a.rate_m, "L": a.rate_l}[size]
-      main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate=rate, rate_s=rate,
-                                   rate_l=rate)
+      main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate_m=rate,
+                                   rate_s=rate, rate_l=rate)
       make = main_study.Arms(main, size)
       for one in (make.dense(), make.native()):
         one.arm += "" if factor == 1 else f"_rate_x{factor:g}".replace(".", "_")
         own = "sparse" if one.attention.has_sparse else "dense"
-        one.eval.run_modes, one.eval.during = (own,), (own,)
+        one.eval.run_modes, one.eval.more_modes, one.eval.during = (own,), (), (own,)
         arms.append(one)
   return Study(name="rates", question=__doc__.splitlines()[0], arms=arms, seeds=(0,), vmap_seeds=False, dense="dense",
                reference="native", primary=main_study.PRIMARY if a.novels and a.code else Study.primary)

@@ -153,13 +153,15 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
   context, windows, task_sets = asked.context, asked.windows, asked.tasks
   token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
-  for run_mode in e.during if short else e.run_modes:
+  for run_mode in e.during if short else e.modes(config.seeds):
     found = how(config, run_mode)
     if found is None:
       continue
     run_config, mode, selector = found
     run = _runner(_program(run_config, mode, selector), mesh)
     for replica, seed in enumerate(config.seeds):
+      if not short and run_mode not in e.modes((seed,)):
+        continue
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
       if isinstance(run_config.attention, methods.PromptMethod):
         one = model_lib.backbone(one)
@@ -167,7 +169,7 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
       rows = []
       for corpus, of_corpus in windows.items():
         of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back.get(corpus),
-                              () if short else e.context_gain)
+                              () if short or run_mode not in ("dense", "sparse") else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       scores.count_flops(rows, run_config, selector, context)
       decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
@@ -235,7 +237,7 @@ def compilations(config, mesh=None):
   """What the evaluations of a run compile: calls that take no arguments, for `programs.ahead`. On a mesh there are none."""
   if mesh is not None and mesh.size > 1:
     return
-  for run_mode in dict.fromkeys((*(config.eval.during if config.eval.every else ()), *config.eval.run_modes)):
+  for run_mode in dict.fromkeys((*(config.eval.during if config.eval.every else ()), *config.eval.modes(config.seeds))):
     if (found := how(config, run_mode)) is not None:
       yield functools.partial(_compiled, _program(*found), config.eval.batch, config.eval.context or config.data.context)
 

@@ -49,10 +49,11 @@ def declared(config, during: bool = False) -> dict:
   kind = config.data.tokenizer.partition(":")[0]  # a run may be moved: what it makes of the text is in windows_sha256
   return json.loads(json.dumps({
       "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
-      "sequences": e.sequences if _texts(config) else 0, "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "sequences": (short and e.during_sequences or e.sequences) if _texts(config) else 0,
+      "tasks": names, "task_examples": items if names else 0, "near": e.near,
       "decoded": e.decoded if names and not short else 0,
       "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
-      "run_modes": e.during if short else e.run_modes, "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
+      "run_modes": e.during if short else e.modes(config.seeds), "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
       "implementation": config.implementation}))
 
 
@@ -81,7 +82,9 @@ def _load(config, asked):
                          for document in data.load(source, e.split, data_dir=config.data.data_dir, tokens=tokens)]
   real = tokenizer.get(config.data.tokenizer).token_bytes
   for corpus in _texts(config) if asked["sequences"] else ():
-    windows[corpus] = data.eval_windows(config.data, e.split, e.sequences, context, corpus)
+    found = data.eval_windows(config.data, e.split, e.sequences, context, corpus)
+    few = asked["sequences"] if asked["sequences"] > 0 else len(found)  # on the way, some of the same
+    windows[corpus] = [found[i * len(found) // few] for i in range(few)] if few < len(found) else found
     if not any(real[window.targets].any() for window in windows[corpus]):
       raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} tokens of the "
                        f"split {e.split!r} hold special tokens alone, no byte to score; take text that does not spell them")

@@ -2,7 +2,8 @@
 
 Every arm is one `Config`. An arm may fork from another arm ("fork.workdir" = "@dense"): the
 trunk is trained once, keeps the checkpoints that forks need, and goes on to its own end.
-Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest.
+Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest. A study may go from machine to
+machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the same bits.
 """
 import copy
 import dataclasses
@@ -14,8 +15,8 @@ import traceback
 from absl import logging
 from etils import epath
 
-from nsa import config as config_lib, flops, lock, metrics, processes, programs, sharding, train
-from nsa.config import Config, ConfigError
+from nsa import checkpoint, config as config_lib, flops, lock, metrics, processes, programs, sharding, train
+from nsa.config import Config, ConfigError, EvalConfig
 from nsa.tasks import audit
 
 
@@ -61,6 +62,10 @@ class Job:
   trunk: str = ""                  # the job that has to be done first, "" for none
   status: str = "pending"          # pending | done | failed
   error: str = ""
+
+
+class Unlike(Exception):
+  """A finished trunk that was trained again has become another one."""
 
 
 def jobs(study: Study, directory) -> list[Job]:
@@ -153,7 +158,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   """Runs what is not done yet and writes study.json after every run. Returns the jobs.
 
   only: patterns of run names ("*-s0", "dense-*"); other runs are left to other processes that share the directory.
-    A fork's trunk has to be done, or among them.
+    A fork whose trunk is neither done nor among them is left for later.
 
   Raises ConfigError before anything is trained, and train.Preempted on SIGTERM (the same call
   goes on). Everything else that happens to a run is its own failure.
@@ -166,7 +171,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   if not todo:
     raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
   train.make_workdir(directory)
-  work = {job.run: _work(job) for job in todo}
+  work, known = {job.run: _work(job) for job in todo}, {job.run: job for job in todo + others}
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0
   with programs.ahead(_compilations(todo, directory)):
@@ -182,11 +187,11 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
       eta = f", about {_minutes(left * clock / trained)} of training left" if trained else ""
       on_job(f"[{position}/{len(todo)}] {job.run}{eta}")
       before = time.monotonic()
-      _run_one(job, todo, directory)
+      _run_one(job, known, directory)
       if job.status == "done":
         clock, trained = clock + time.monotonic() - before, trained + work[job.run]
       elif job.status == "pending":
-        on_job(f"[{position}/{len(todo)}] {job.run}: left to another process: {job.error}")
+        on_job(f"[{position}/{len(todo)}] {job.run}: left for later: {job.error}")
       else:
         on_job(f"[{position}/{len(todo)}] {job.run}: FAILED: {job.error.splitlines()[0]}")
         if len(job.config.seeds) > 1 and "not finite" in job.error:
@@ -212,19 +217,20 @@ def unfinished(study: Study, directory) -> list[str]:
   return [job.run for job in jobs(study, directory) if not any((directory / job.run / name).exists() for name in ("DONE", "FAILED"))]
 
 
-def _run_one(job: Job, todo: list[Job], directory) -> None:
-  workdir = directory / job.run
-  trunk = next((other for other in todo if other.run == job.trunk), None)
+def _run_one(job: Job, known: dict[str, Job], directory) -> None:
+  workdir, trunk = directory / job.run, known.get(job.trunk)
   try:
     if trunk is not None and trunk.status == "failed":
       raise RuntimeError(f"its trunk {trunk.run} failed")
-    if trunk is not None and trunk.status == "pending":
+    if trunk is not None and not (directory / trunk.run / "DONE").exists():
       raise lock.Busy(f"its trunk {trunk.run} is not done yet")
+    if trunk is not None:
+      _bring_back(trunk, job.config.fork.step, known, directory)
     train.train(job.config, workdir)
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
-  except lock.Busy as error:    # another process is at it: neither failed nor done
+  except (lock.Busy, Unlike) as error:    # another process is at it, or its trunk is not to be had: neither failed nor done
     job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
@@ -233,6 +239,46 @@ def _run_one(job: Job, todo: list[Job], directory) -> None:
       return
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
+
+
+def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None:
+  """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where they were.
+
+  It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the last bit.
+  """
+  workdir, name = directory / trunk.run, epath.Path(trunk.run).name
+  have = checkpoint.Checkpoints(workdir, read_only=True).steps()
+  if step in have or step < 0 and have:
+    return
+  if trunk.trunk in known:
+    _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory)
+  again = directory / "again" / name
+  logging.info("%s has no checkpoint to fork from: it is trained again", workdir)
+  config = copy.deepcopy(trunk.config)
+  config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
+  train.train(config, again)
+  with processes.together("putting checkpoints back"):
+    if processes.first():
+      _same_run(workdir, again)
+      (workdir / "checkpoints").mkdir(exist_ok=True)
+      for one in (again / "checkpoints").iterdir():
+        if not (workdir / "checkpoints" / one.name).exists():
+          one.rename(workdir / "checkpoints" / one.name)
+      again.rmtree()
+
+
+def _same_run(finished, again) -> None:
+  """Raises Unlike at the first step whose logged numbers differ, and where there is none to compare."""
+  logged = lambda path: {(r["step"], r.get("seed", 0)): r for r in metrics.read_jsonl(path / "metrics.jsonl")}
+  old, new = (logged(path) if (path / "metrics.jsonl").exists() else {} for path in (finished, again))
+  common = sorted(set(old) & set(new))
+  if not common:
+    raise Unlike(f"{finished} has logged nothing that {again} could be compared with: without its metrics.jsonl nothing can fork from it")
+  for at in common:
+    for name in sorted((set(old[at]) & set(new[at])) - {"tokens_per_second", "mfu", "seconds"}):
+      if old[at][name] != new[at][name]:
+        raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = {new[at][name]}, and "
+                     f"{old[at][name]} was logged; other devices or software? Take those that trained it, or train it and its forks anew")
 
 
 def _one_by_one(job: Job) -> list[Job]:

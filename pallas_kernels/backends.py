@@ -19,7 +19,8 @@ import jax
 
 logger = logging.getLogger("pallas_kernels")
 
-FASTEST = "fastest"  # as an implementation: what None gives but for reasons to avoid it, e.g. gradients of no fixed bits
+# as an implementation: what None gives but for reasons to avoid it, e.g. gradients of no fixed bits
+FASTEST = "fastest"
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
               "paged_attention", "index_kl", "block_top_k", "block_mass")

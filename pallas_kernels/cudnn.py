@@ -10,12 +10,13 @@ rounds it to bfloat16. cuDNN has no derivative of lse: where somebody asks for o
 adds up dQ in no fixed order, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true (5 % slower on one
 H200): without that flag equal inputs give almost equal gradients, and a call gets these kernels only by name. With it
 the backward pass takes a workspace of one dQ for every 128 keys (`workspace_bytes`), so it grows with the square of the
-length: past `WORKSPACE_LIMIT`, too, a call gets these kernels only by name, or by "fastest". Other calls get the forward
-pass alone, with other gradients (cudnn_triton.py).
+length: past `WORKSPACE_LIMIT`, too, a call gets these kernels only by name, or by "fastest". Other calls get the
+forward pass alone, with other gradients (cudnn_triton.py).
 
-Packed documents stay with Triton. cuDNN has sequence offsets, but on one H200, 8 rows of 4,096 tokens and 8/2 heads of 64, it
-took 0.44 ms forward and 1.60 with the gradient where there is room for 16 segments, 0.68 and 2.47 for 64, Triton 0.32 and
-1.43 (whole rows: cuDNN 0.37 and 1.41, Triton 0.34 and 1.55); and called through JAX as documented it gave wrong numbers.
+Packed documents stay with Triton. cuDNN has sequence offsets, but on one H200, 8 rows of 4,096 tokens and 8/2 heads of
+64, it took 0.44 ms forward and 1.60 with the gradient where there is room for 16 segments, 0.68 and 2.47 for 64, Triton
+0.32 and 1.43 (whole rows: cuDNN 0.37 and 1.41, Triton 0.34 and 1.55); and called through JAX as documented it gave
+wrong numbers.
 """
 from __future__ import annotations
 

@@ -25,8 +25,9 @@ def compressed_attention(q, k_cmp, v_cmp, **options):
 
 
 def _avoid(*, window=None, **_):
-  """On one H200, 64/4 heads of 128, forward ms with cuDNN and with Triton: dense, 16,384 tokens, 7.4 and 9.6; compressed
-  with its top-k, 65,536 tokens, 15.1 and 16.5. Over a window of 512, 3.0 and 3.4, but with cuDNN's own gradient."""
+  """On one H200, 64/4 heads of 128, forward ms with cuDNN and with Triton: dense, 16,384 tokens, 7.4 and 9.6;
+  compressed with its top-k, 65,536 tokens, 15.1 and 16.5. Over a window of 512, 3.0 and 3.4, but with cuDNN's own
+  gradient."""
   return None if window is None else f"window = {window}: not known to be faster"
 
 
@@ -35,4 +36,5 @@ for _name, _function, _of_cudnn, _of_triton in (
     ("compressed_attention", compressed_attention, cudnn.supports_compressed_attention,
      ranged.supports_compressed_attention)):
   backends.register(_name, "cudnn_triton", _function, platforms=("gpu",), avoid=_avoid,
-                    supports=functools.partial(lambda first, second, **a: first(**a) or second(**a), _of_cudnn, _of_triton))
+                    supports=functools.partial(lambda first, second, **a: first(**a) or second(**a), _of_cudnn,
+                                               _of_triton))

@@ -4,9 +4,9 @@ XLA's own passes are the slow twin, in whoever calls `heads`; results differ fro
 between the steps stay float32. The model asks for it with implementation="fastest" alone (nsa/model.py). On several
 devices XLA's passes serve: its partitioner cannot cut a kernel.
 
-On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled: the dense step 17.2 ms instead
-of 17.7, on the device 16.3 instead of 16.8; MSA 19.2 instead of 20.6, NSA 23.4 where the device alone was busy for 25.4.
-The queries' pass takes 29 us forward, twice what its bytes need, and 200 us backward, nine times that.
+On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled: the dense step 17.2 ms
+instead of 17.7, on the device 16.3 instead of 16.8; MSA 19.2 instead of 20.6, NSA 23.4 where the device alone was busy
+for 25.4. The queries' pass takes 29 us forward, twice what its bytes need, and 200 us backward, nine times that.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Head dims that kernels do not have, 80 or 96 for instance: padded with zeros, whose products change nothing.
 
-The padding is a copy of the arguments by XLA. Scores keep their scale, which is an argument of its own; gradients of the
-padding are cut off.
+The padding is a copy of the arguments by XLA. Scores keep their scale, which is an argument of its own; gradients of
+the padding are cut off.
 """
 from __future__ import annotations
 

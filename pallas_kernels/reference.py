@@ -264,5 +264,6 @@ def _over_queries(part, S, offset, window, *xs):
   for queries, keys in slices:
     f = functools.partial(part, keys)
     ys = jax.tree.map(lambda x: x[:, queries], xs)
-    results.append(f(*ys) if total <= masked.MAX_SCORES else masked.in_chunks(f, max(1, masked.MAX_SCORES // row(keys)), *ys))
+    results.append(f(*ys) if total <= masked.MAX_SCORES
+                   else masked.in_chunks(f, max(1, masked.MAX_SCORES // row(keys)), *ys))
   return results[0] if parts == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys, axis=1), *results)

@@ -296,6 +296,11 @@ def test_corpora_have_records_of_their_own(tmp_path):
   short = evaluate.records(config, params, 7, during=True)
   assert [r["index"] for r in of_kind(short, "task")] == [0, 1] and "answers" not in of_kind(short, "task")[0]
   assert of_kind(short, "task")[0]["exact_match"] == of_kind(rows, "task")[0]["exact_match"]
+  config.eval.during_sequences = 3
+  few = evaluate.records(config, params, 7, during=True)
+  asked = [(r["corpus"], r["start"]) for r in of_kind(few, "language")]
+  assert of_kind(few, "language") == [r for r in of_kind(short, "language") if (r["corpus"], r["start"]) in asked]
+  assert [corpus for corpus, _ in asked] == list("aaabbb")
 
 
 def test_a_dense_model_runs_under_training_free_selectors():
@@ -435,3 +440,19 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
   assert short == kept and {row["kind"] for row in short} == {"language", "position", "layer"}
   one_batch.eval.during = ()
   assert evaluate.records(one_batch, params, 7, during=True) == whole
+
+
+def test_more_run_modes_are_asked_of_some_seeds_alone():
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"), more_seeds=(1, 5),
+                       tasks=("copy:length=4",))
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
+  of = lambda rows: {(r["seed"], r["run_mode"]) for r in rows}
+  assert config.seeds == (3,) and of(evaluate.records(config, params, 7)) == {(3, "sparse")}
+  pair = dataclasses.replace(config, seeds=(3, 1))
+  both = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+  rows = evaluate.records(pair, both, 7)
+  assert of(rows) == {(3, "sparse"), (1, "sparse"), (1, "dense"), (1, "random")}
+  assert of(evaluate.records(pair, both, 7, during=True)) == of(rows)  # no modes of their own on the way
+  own = dataclasses.replace(config.eval, run_modes=("sparse", "dense", "random"), more_modes=())
+  one = dataclasses.replace(config, seeds=(1,), eval=own)
+  assert [r for r in rows if r["seed"] == 1] == evaluate.records(one, params, 7)

@@ -107,7 +107,7 @@ def test_the_main_study_is_the_protocol():
   half = by["dense_50", "M"]  # a decay branch: the trunk's rate up to the fork
   assert schedule.learning_rate(half.schedule, half.fork.step - 1) == schedule.learning_rate(
       m.schedule, half.fork.step - 1)
-  assert {c.attention.num_blocks for c in study.arms if c.attention.name == "msa"} == {20}
+  assert {c.attention.num_blocks for c in study.arms if c.attention.name == "msa"} == {24}
   everything = main_study.get_config("tier=all")
   assert {c.size for c in everything.arms} == {"S", "M", "L", "M8K"} and list(everything.tiers) == ["1", "2", "3"]
   assert {f"{c.arm}-{c.size}" for c in everything.arms} == {name for tier in everything.tiers.values() for name in tier}

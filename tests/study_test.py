@@ -1,10 +1,13 @@
-"""A study shared out over processes, and arms with fewer seeds; what is trained is not at issue here."""
+"""A study shared out over processes and machines, and arms with fewer seeds."""
 import json
+import shutil
 
 import pytest
 
-from nsa import methods, schedule, study as study_lib, train
+from experiments import quickstart
+from nsa import methods, metrics, schedule, study as study_lib, train
 from nsa.config import Config, ConfigError, ForkConfig
+from nsa.report import archive, endpoints, plan_file, verdict
 
 
 def make(**options):
@@ -26,6 +29,7 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
 
   monkeypatch.setattr(train, "train", fake)
   monkeypatch.setattr(train, "compilations", lambda *_: [])
+  monkeypatch.setattr(study_lib, "_bring_back", lambda *_: None)
   study = make(few={"cold": (0,)})
   quiet = dict(on_job=lambda line: None)
   study_lib.run(study, tmp_path, only=("*-s0",), **quiet)
@@ -70,3 +74,91 @@ def test_seeds_by_arm_and_size():
   study = make(few={"cold-base": (1,)})
   assert [study_lib.seeds_of(study, arm) for arm in study.arms] == [(0, 1), (0, 1), (1,), (0, 1)]
   assert [job.run for job in study_lib.jobs(study, "x") if "cold" in job.run] == ["runs/cold-base-s1"]
+
+
+# --- from machine to machine --------------------------------------------------------
+
+
+QUIET = dict(on_job=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory, quick_compiles):
+  """(study, directory of seed 0, of seed 1): two machines that trained one seed each, and their plan."""
+  root = tmp_path_factory.mktemp("slices")
+  study = quickstart.get_config("steps=20,seeds=2")
+  study.vmap_seeds, study.plan = False, str(root / "plan")
+  study.arms = [arm for arm in study.arms if arm.arm != "retrofit_msa_50"]
+  study.budgets = {"retrofit_msa_25": 0.25}
+  for arm in study.arms:
+    arm.model.num_layers, arm.model.d_model, arm.model.mlp_dim, arm.log_every = 1, 16, 32, 1
+    arm.data.global_batch, arm.eval.batch, arm.eval.task_examples, arm.eval.during_examples = 2, 2, 4, 2
+    arm.eval.every = 10 * (arm.arm == "dense")
+  plan_file.write(study, study.plan)
+  for seed in (0, 1):
+    study_lib.run(study, root / f"machine{seed}", only=(f"*-s{seed}",), **QUIET)
+  return study, root / "machine0", root / "machine1"
+
+
+def brought_home(machine, to, *without):
+  """Finished runs without their checkpoints, as they are brought home."""
+  for run in (machine / "runs").iterdir():
+    if run.name not in without:
+      shutil.copytree(run, to / "runs" / run.name, ignore=shutil.ignore_patterns("checkpoints", "LOCK"))
+
+
+def logged(run):
+  timing = ("tokens_per_second", "mfu", "seconds")
+  return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read_jsonl(run / "metrics.jsonl")]
+
+
+def test_slices_of_two_machines_are_one_study(slices, tmp_path, monkeypatch):
+  study, first, second = slices
+  brought_home(first, tmp_path)
+  brought_home(second, tmp_path)
+  monkeypatch.setattr(train, "train", lambda *_: pytest.fail("all is done"))
+  assert {job.status for job in study_lib.run(study, tmp_path, **QUIET)} == {"done"} and not study_lib.unfinished(study, tmp_path)
+  found = archive.load([tmp_path])
+  assert plan_file.deviations(found) == [] and not found.problems
+  table = endpoints.rows(found)
+  assert {(r.arm, r.seed) for r in table} == {(arm.arm, seed) for arm in study.arms for seed in (0, 1)}
+  judged = [c for c in verdict.verdict(found, table).comparisons if c.endpoint.metric == "exact_match" and c.family]
+  assert [(c.quantity, sorted(c.differences)) for c in judged] == [("R", [0, 1]), ("A", [0, 1]), ("Delta", [0, 1])]
+
+
+def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, tmp_path, monkeypatch):
+  study, first, _ = slices
+  retrofit = "retrofit_msa_25-0.1M-s0"
+  brought_home(first, tmp_path, retrofit)
+  trained, real = [], train.train
+
+  def counted(config, workdir):
+    trained.append(f"{workdir.parent.name}/{workdir.name}")
+    return real(config, workdir)
+
+  monkeypatch.setattr(train, "train", counted)
+  done = (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns
+  jobs = study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
+  assert {job.status for job in jobs} == {"done"} and trained == ["again/dense-0.1M-s0", f"runs/{retrofit}"]
+  assert logged(tmp_path / "runs" / retrofit) == logged(first / "runs" / retrofit)
+  of = lambda root: json.loads((root / "runs" / retrofit / "eval/20.json").read_text())["records"]
+  assert of(tmp_path) == of(first)
+  assert (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns == done and not list((tmp_path / "again").iterdir())
+  shutil.rmtree(tmp_path / "runs" / retrofit)  # another fork of it: its checkpoints are back
+  study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
+  assert trained[2:] == [f"runs/{retrofit}"]
+
+
+def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
+  study, first, _ = slices
+  retrofit = "retrofit_msa_25-0.1M-s0"
+  brought_home(first, tmp_path, retrofit)
+  log = tmp_path / "runs/dense-0.1M-s0/metrics.jsonl"
+  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  lines[6]["loss"] += 1e-7
+  log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  said = []
+  jobs = study_lib.run(study, tmp_path, only=("*-s0",), on_job=said.append)
+  assert [job.run for job in jobs if job.status != "done"] == [f"runs/{retrofit}"]
+  assert any("left for later: the trunk" in line and "is another one from step 7 on: loss =" in line for line in said)
+  assert not (tmp_path / "runs" / retrofit).exists() and not (tmp_path / "runs/dense-0.1M-s0/checkpoints").exists()

@@ -169,7 +169,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
   for name in e.blocks:
     need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
-  for where, mode in [("eval.run_modes", mode) for mode in e.run_modes] + [("eval.during", mode) for mode in e.during]:
+  for where, mode in [(f"eval.{field}", mode) for field, modes in e.named.items() for mode in modes]:
     try:
       name, options = methods.parse_run_mode(mode)
     except ValueError as error:
@@ -187,6 +187,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(e.during_sequences >= 0, "eval.during_sequences", e.during_sequences, "windows, 0 for as many as at the end")
   need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
   for tokens in e.context_gain:
     need(0 < tokens and tokens % d.align == 0, "eval.context_gain", e.context_gain,

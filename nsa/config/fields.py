@@ -157,6 +157,9 @@ class EvalConfig:
   run_modes: tuple[str, ...] = ("dense", "sparse")  # also the others of methods/run_modes.py, with options: "sparse:num_blocks=8"
   during: tuple[str, ...] = ()    # run modes at steps before the last, without heat maps; () = as at the end
   during_examples: int = 0        # examples per task at these; 0 = text alone
+  during_sequences: int = 0       # windows of each corpus at these, evenly spread among those of the end; 0 = as at the end
+  more_modes: tuple[str, ...] = ()  # further run modes at the end, of the seeds in more_seeds alone: what no verdict asks of every seed
+  more_seeds: tuple[int, ...] = ()
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks; "needle@512": examples of 512 tokens, not of the whole context
   task_examples: int = 32         # per task
@@ -164,9 +167,18 @@ class EvalConfig:
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence behind the first
                                   # and before the last; () = (context / 32, context / 8)
   ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at the end
-  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end
+  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end; dense, sparse
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
   diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take longer than the model
+
+  def modes(self, seeds: tuple[int, ...]) -> tuple[str, ...]:
+    """Run modes at the end that any of `seeds` is evaluated in."""
+    return tuple(dict.fromkeys((*self.run_modes, *(self.more_modes if set(seeds) & set(self.more_seeds) else ()))))
+
+  @property
+  def named(self) -> dict[str, tuple[str, ...]]:
+    """Field -> the run modes that it names."""
+    return {name: getattr(self, name) for name in ("run_modes", "more_modes", "during")}
 
 
 @dataclass

@@ -36,7 +36,7 @@ def from_dict(tree: dict) -> Config:
 
 def _classes(config: Config) -> set[type]:
   """The methods, controls and tasks that a config names."""
-  modes = [mode.partition(":")[0] for mode in (*config.eval.run_modes, *config.eval.during)]
+  modes = [mode.partition(":")[0] for mode in sum(config.eval.named.values(), ())]
   families = [re.split("[:@]", name)[0] for name in (*config.data.tasks, *config.eval.tasks)]
   named = [methods.registry.METHODS.get(name) for name in (*config.layers, *modes)]
   named += [tasks.TASKS.get(family) for family in families]

@@ -4,10 +4,11 @@
     print(report.verdict_table(Path("runs/study")))
 
 runs.py reads what lies on disk, archive.py what goes into a repository and comes back; endpoints.py reduces records
-(nsa/records.py) to one number per arm, seed, run mode and metric; gates.py says which endpoints count, verdict.py judges,
-analyses.py splits, plan_file.py compares with what was planned; answer.py, sections.py and plots.py say and show it,
-document.py writes it down; planning.py looks ahead.
-A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes stay.
+(nsa/records.py) to one number per arm, seed, run mode and metric; gates.py says which endpoints count, verdict.py
+judges, analyses.py splits, plan_file.py compares with what was planned; answer.py, sections.py and plots.py say and
+show it, document.py writes it down; planning.py looks ahead.
+A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes
+stay.
 """
 from __future__ import annotations
 
@@ -34,11 +35,12 @@ class ReportPaths:
 def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
   """Reports a study with what was published of it before, or one or several run directories, into the directory `out`.
 
-  publish: for a repository: small PNGs alone, no page, no path of this machine, and an archive from which the same report
-  can be written again (archive.py). `out` may be one of `paths` that was published: all is read before anything is written.
+  publish: for a repository: small PNGs alone, no page, no path of this machine, and an archive from which the same
+  report can be written again (archive.py). `out` may be one of `paths` that was published: all is read before anything
+  is written.
 
-  Raises ValueError for a path that is neither a run nor a study, for archives of another experiment, and where something in
-  `out` would be lost. Parts that are missing become lines of the report.
+  Raises ValueError for a path that is neither a run nor a study, for archives of another experiment, and where
+  something in `out` would be lost. Parts that are missing become lines of the report.
   """
   out = Path(out)
   study = archive.load([Path(p) for p in paths])
@@ -69,7 +71,8 @@ def _write(study, out, endings) -> ReportPaths:
   title = f"{'Study' if study.declared else 'Run' if len(study.runs) == 1 else 'Runs'}: {study.name}"
   page = "svg" in endings
   pictures = tuple(folder / f"{name}.{ending}" for name in gallery.names for ending in endings[::-1])
-  result = ReportPaths(out / "report.md", out / "report.html" if page else None, out / "results.csv", pictures, verdict.headline)
+  result = ReportPaths(out / "report.md", out / "report.html" if page else None, out / "results.csv", pictures,
+                       verdict.headline)
   endpoints.write_csv(table, result.csv)
   endpoints.write_layers(study, out / "layers.csv")
   result.markdown.write_text(document.markdown(title, blocks))
@@ -99,7 +102,8 @@ def verdict_table(*paths: Path) -> str:
         continue
       values = [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in metrics]
       words = [c.word for m in metrics for c in verdict.of(study.asked[-1], m, size) if c.arm == arm] if own else []
-      word = " | ".join(words if len(set(words)) > 1 else words[:1]) or ("reference" if own and arm == study.reference else "")
+      word = (" | ".join(words if len(set(words)) > 1 else words[:1])
+              or ("reference" if own and arm == study.reference else ""))
       lines.append([study.label(arm, mode)] + [size] * many + [str(len({r.seed for r in mine}))] + values + [word])
   widths = [max(len(row[i]) for row in [header] + lines) for i in range(len(header))]
   left = 1 + many
@@ -110,8 +114,8 @@ def verdict_table(*paths: Path) -> str:
             for r in study.runs if r.status == "failed"]
   body = "\n".join(text[:1] + rule + text[1:]) if lines else "(no evaluation yet)"
   wrap = lambda line, **kw: textwrap.fill(document.plain(line), 100, **kw)
-  return "\n".join([body, ""] + failed + [wrap(verdict.headline)] + [wrap(line, initial_indent="- ", subsequent_indent="  ")
-                                                                     for line in verdict.lines])
+  return "\n".join([body, ""] + failed + [wrap(verdict.headline)]
+                   + [wrap(line, initial_indent="- ", subsequent_indent="  ") for line in verdict.lines])
 
 
 def _short(name: str) -> str:

@@ -27,8 +27,8 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
   """A at equal tokens, FLOPs and device time, per seed.
 
   Both are taken at the cost of the one that ends cheaper; the other is read off the line through its own decay branches
-  (Study.branches: shorter runs with a decay of their own), linear in the logarithm of the cost. An evaluation before the
-  decay is no such point: it would count the decay against one side alone.
+  (Study.branches: shorter runs with a decay of their own), linear in the logarithm of the cost. An evaluation before
+  the decay is no such point: it would count the decay against one side alone.
   """
   out = []
   for basis, words in BASES.items():
@@ -47,7 +47,8 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
       for arm in seeds:
         points = sorted(curves[arm, seed])
         if at < points[0][0] * (1 - 0.005):
-          reasons.append(f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of its own")
+          reasons.append(f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of "
+                         "its own")
         values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
       differences[seed] = values[0] - values[1]
       costs.append(at)
@@ -59,9 +60,11 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
 
 
 def errors(study: Study, table: list[Row], metric: str, size: str) -> dict[str, dict[str, dict[int, float]]]:
-  """{arm: {"selector error": loss(own blocks) - loss(oracle blocks), "backbone error": loss(oracle blocks) - loss(dense)}}.
+  """{arm: {"selector error": loss(own blocks) - loss(oracle blocks), "backbone error": loss(oracle blocks) -
+  loss(dense)}}.
 
-  By seed, of the reference and the retrofits; above 0 is lost (of exact match: points lost). The dense arm is the trunk.
+  By seed, of the reference and the retrofits; above 0 is lost (of exact match: points lost). The dense arm is the
+  trunk.
   """
   m = endpoints.metric(metric)
   sign = 1.0 if m.lower_is_better else -1.0
@@ -88,7 +91,8 @@ def parts(study: Study, table: list[Row], metric: str, size: str) -> dict[str, t
 
 def limited(study: Study, table: list[Row], size: str) -> str:
   """Whether sparse attention was sparse: the share of the reference's queries that had blocks to leave out."""
-  shares = endpoints.finite((r for r in table if r.size == size and r.arm == study.reference and r.headline), "queries_limited")
+  shares = endpoints.finite((r for r in table if r.size == size and r.arm == study.reference and r.headline),
+                            "queries_limited")
   if not shares:
     return ""
   share = float(np.mean(shares))

@@ -1,4 +1,5 @@
-"""The first part of the report: the verdict, the gates that admit endpoints, deviations from the plan, and the quantities."""
+"""The first part of the report: the verdict, the gates that admit endpoints, deviations from the plan, and the
+quantities."""
 from __future__ import annotations
 
 import numpy as np
@@ -31,24 +32,27 @@ def gates(study: Study, table: list[Row], found: Verdict) -> list:
     title = endpoints.metric(metric).title + (f", by {m.title}" if m.name != metric else "")
     for gate in one.gates:
       lines.append([title] + [size] * many + [gate.control, gate.needs, m.text(gate.found, m.kind == "text"),
-                                              "passed" if gate.passed else "**not run**" if gate.found != gate.found else "**failed**"])
+                                              "passed" if gate.passed else "**not run**" if gate.found != gate.found
+                                              else "**failed**"])
       title = ""
   blocks = [Heading("Which endpoints count", 3)]
   for size in study.sizes if study.solved else ():
     can = endpoints.recall_of_dense(study, size)
     blocks.append(Table(["task", f"{study.dense}, exact match (%)", "counts"],
-                        [[task, f"{100 * share:.1f}", "yes" if share >= study.solved else "no"] for task, share in sorted(can.items())],
-                        f"Recall endpoints are means over the tasks of which {study.dense} answers {100 * study.solved:g} % or more"
-                        + _at(study, size), left=1))
+                        [[task, f"{100 * share:.1f}", "yes" if share >= study.solved else "no"]
+                         for task, share in sorted(can.items())],
+                        f"Recall endpoints are means over the tasks of which {study.dense} answers "
+                        f"{100 * study.solved:g} % or more" + _at(study, size), left=1))
   blocks += [Table(
       ["endpoint"] + ["size"] * many + ["control", "has to be", "found", "gate"], lines,
-      "Means over seeds. Of text: what the control loses to dense attention (dense: to the best arm). An endpoint with a failed gate, or "
-      "with a control that was not run, does not test selection here and supports no verdict", left=3 + many)]
+      "Means over seeds. Of text: what the control loses to dense attention (dense: to the best arm). An endpoint with "
+      "a failed gate, or with a control that was not run, does not test selection here and supports no verdict",
+      left=3 + many)]
   if study.audit:
     names = list(dict.fromkeys(name for row in study.audit for name in row))
     blocks.append(Table(names, [[_cell(row.get(name)) for name in names] for row in study.audit],
-                        "Shortcut audit, by counting and without a model: the share of answers whose evidence lies in blocks that every "
-                        "query has anyway", left=1))
+                        "Shortcut audit, by counting and without a model: the share of answers whose evidence lies in "
+                        "blocks that every query has anyway", left=1))
   return blocks + [Text(note) for size in study.sizes if (note := analyses.limited(study, table, size))]
 
 
@@ -72,9 +76,10 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
         continue
       figure = gallery.plots.budget_curve(study, found, e.metric, size)
       blocks.append(gallery.block(
-          "budget_" + e.metric.replace(":", "_"), figure, "R(b) and Delta(b), paired by seed. Small marks: seeds. Large: mean with 95 % t "
-          "interval. Line: A. Blue band: equivalence margin around 0. " + ("" if _admitted(found, e.metric, size) else
-          "This endpoint is not admitted by its controls"),
+          "budget_" + e.metric.replace(":", "_"), figure,
+          "R(b) and Delta(b), paired by seed. Small marks: seeds. Large: mean with 95 % t interval. Line: A. Blue "
+          "band: equivalence margin around 0. "
+          + ("" if _admitted(found, e.metric, size) else "This endpoint is not admitted by its controls"),
           "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
   return blocks
 
@@ -97,8 +102,9 @@ def costs_of_anchor(study, table, found) -> list:
           i = analyses.interval(one.differences)
           lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), ""])
       blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
-                          f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and time: at the end of the "
-                          "cheaper of the two, the other read off its decay branches. Exploratory but for equal tokens", left=1))
+                          f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
+                          "time: at the end of the cheaper of the two, the other read off its decay branches. "
+                          "Exploratory but for equal tokens", left=1))
   return blocks
 
 
@@ -109,17 +115,19 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
     m, parts = endpoints.metric(e.metric), analyses.errors(study, table, e.metric, size)
     if not parts:
       continue
-    lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()] for arm, by_part in parts.items()]
+    lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()]
+             for arm, by_part in parts.items()]
     blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
                         f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}, mean ± half-width (seeds). "
                         "Selector error: loss(own blocks) - loss(oracle blocks). Backbone error: loss(oracle blocks) - "
                         f"loss({study.dense}). Above 0 is lost"
                         + (" (points)" if not m.lower_is_better else "") + ". Exploratory"))
-    blocks.append(gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(study, e.metric, parts),
-                                "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
-                                "Selector error and backbone error", "Not drawn", size))
-  return blocks or [Text(f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and {study.dense} on common "
-                         "seeds.", "note")]
+    blocks.append(
+        gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(study, e.metric, parts),
+                      "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
+                      "Selector error and backbone error", "Not drawn", size))
+  return blocks or [Text(f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and "
+                         f"{study.dense} on common seeds.", "note")]
 
 
 def exploratory(study: Study, found: Verdict) -> list:
@@ -129,8 +137,9 @@ def exploratory(study: Study, found: Verdict) -> list:
     return []
   m, many = mine[0].metric, len(study.sizes) > 1
   return [Table(["arm"] + ["size"] * many + ["seeds", f"minus {study.reference} ({m.unit})", "95 % t interval"],
-                [[study.label(c.arm, c.run_mode)] + [c.size] * many + [str(c.judgement.interval.n), m.text(c.judgement.interval.mean, True),
-                                                                       m.between(c.judgement.interval)] for c in mine],
+                [[study.label(c.arm, c.run_mode)] + [c.size] * many
+                 + [str(c.judgement.interval.n), m.text(c.judgement.interval.mean, True),
+                    m.between(c.judgement.interval)] for c in mine],
                 f"Other arms and run modes: {m.title}. Exploratory: outside the family of tests", left=1 + many)]
 
 
@@ -145,12 +154,15 @@ def _comparison_table(study, found, mine, size):
                   m.text(i.mean, True), m.between(i)]
                  + ([m.between(c.documents)] if some else [])
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
-                    f"{p_text(min(without))} to {p_text(max(without))}" if without else "-", m.text(c.judgement.detectable)])
-  families = {c.family: (sum(o.family == c.family and o.judgement is not None for o in found.comparisons), c.alpha) for c in mine}
+                    f"{p_text(min(without))} to {p_text(max(without))}" if without else "-",
+                    m.text(c.judgement.detectable)])
+  families = {c.family: (sum(o.family == c.family and o.judgement is not None for o in found.comparisons), c.alpha)
+              for c in mine}
   tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
-  return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] + ["95 % bootstrap (seed, document)"] * some
-               + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips", "p, without one seed",
-                  "smallest detectable"], lines,
+  return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] 
+               + ["95 % bootstrap (seed, document)"] * some
+               + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips",
+                  "p, without one seed", "smallest detectable"], lines,
                f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}"
                + (f". Family {tests}; the first two p after Holm, the others as they are" if words
                   else ". **Not admitted by its controls: numbers without a verdict**"), left=3)
@@ -167,8 +179,9 @@ def _parts(study, table, metric, size) -> list:
                   m.text(float(np.mean(a)), True), sd(a),
                   f"{mean(tokens(arm))} - {mean(tokens(study.control(arm)))}",
                   f"{mean(tokens(study.dense))} - {mean(tokens(study.reference))}"])
-  return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD over seeds", "+ A", "SD over seeds", "tokens of R's sides",
-                 "tokens of A's sides"], lines, f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
+  return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD over seeds", "+ A", "SD over seeds",
+                 "tokens of R's sides", "tokens of A's sides"], lines,
+                f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
           ] if lines else []
 
 

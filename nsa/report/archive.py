@@ -1,6 +1,8 @@
 """What of a study goes into a repository beside its report: one archive that unpacks to a study directory.
 
-    tar -xJf study.tar.xz -C runs/again      # study.json, PLAN.md, runs/<name>/{config,versions}.json, metrics.jsonl, eval/, DONE
+    tar -xJf study.tar.xz -C runs/again
+
+It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/ and DONE.
 
 No checkpoints and no paths of the machine it ran on; windows and items condensed to documents and tasks
 (records.condense). A published report is written from its own archive, so that the same report comes out again.
@@ -37,8 +39,8 @@ def pack(study: Study) -> bytes:
   names = [run.name for run in study.runs]
   wrong = next((name for name in names if names.count(name) > 1 or name in ("", ".", "..")), None)
   if wrong is not None:
-    raise ValueError(f"run = {wrong!r}: what is published of a run is found by the name of its directory, and no other run may "
-                     "have it; rename one, or give its path from a directory above")
+    raise ValueError(f"run = {wrong!r}: what is published of a run is found by the name of its directory, and no other "
+                     "run may have it; rename one, or give its path from a directory above")
   from nsa.report import endpoints
   text = lambda tree: json.dumps(tree, separators=(",", ":")) + "\n"
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
@@ -60,10 +62,10 @@ def description(study: Study) -> dict:
   """study.json of the archive: what study.run writes, and what was not well with the runs when they were read."""
   return {"name": study.name, "question": study.question, "declared": study.declared, "arms": study.arms,
           "endpoints": [vars(e) for e in study.endpoints], "quantities": list(study.quantities), "alpha": study.alpha,
-          "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets, "controls": study.controls,
-          "branches": study.branches, "solved": study.solved, "plan": study.plan, "audit": study.audit,
-          "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds), "status": run.status,
-                    "error": bare(study, run.message) if run.status == "failed" else "",
+          "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
+          "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan, "audit": study.audit,
+          "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
+                    "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
                     "problems": [bare(study, p) for p in run.problems]} for run in study.runs]}
 
 
@@ -79,10 +81,12 @@ def _files(study, run: Run, text, drawn) -> dict[str, str]:
         name: float(x[i]) for name, x in curve.items() if name != "step" and x[i] == x[i]}})
         for seed, curve in run.curves.items() for i in range(len(curve["step"])))
   for step in run.text:
-    records = run.records if step == run.eval_step else run.text[step] + run.tasks.get(step, []) + run.layers.get(step, [])
+    records = (run.records if step == run.eval_step
+               else run.text[step] + run.tasks.get(step, []) + run.layers.get(step, []))
     settings = {"settings": run.settings} if step == run.eval_step and run.settings else {}
     files[f"eval/{step}.json"] = text({"step": step, "arm": run.arm, "size": run.size, **settings,
-                                       "records": record_lib.condense([r for r in records if r["kind"] != "heat" or id(r) in drawn])})
+                                       "records": record_lib.condense(
+                                           [r for r in records if r["kind"] != "heat" or id(r) in drawn])})
   if run.status == "done":
     files["DONE"] = text({"seconds_paused": run.paused})
   elif run.status == "failed" and files:
@@ -99,7 +103,8 @@ def bare(study: Study, text: str) -> str:
 
 
 def without_machine(config: dict, directories: dict[str, str]) -> dict:
-  """A copy of a run's config: of paths the last part, of a trunk its arm. `directories`: arms of the study's runs by name."""
+  """A copy of a run's config: of paths the last part, of a trunk its arm. `directories`: arms of the study's runs by
+  name."""
   def last_part(value):  # "tfds:name/config" has slashes and is no path
     kind, colon, path = value.partition(":")
     return value if kind == "tfds" else kind + colon + PurePath(path).name if colon else PurePath(value).name
@@ -143,12 +148,15 @@ def load(paths: list[Path]) -> Study:
   paths = [Path(p) for p in paths]
   if not paths:
     raise ValueError("paths = []: give at least one run directory or one study directory")
-  old = next((p for p in paths if (p / "report.md").is_file() and (p / "results.csv").is_file() and not (p / NAME).is_file()), None)
+  old = next((p for p in paths
+              if (p / "report.md").is_file() and (p / "results.csv").is_file() and not (p / NAME).is_file()), None)
   if old is not None:
-    raise ValueError(f"{old}: a report without records, to be read as it is; give the study's directory, or one with {NAME}")
+    raise ValueError(f"{old}: a report without records, to be read as it is; give the study's directory, or one with "
+                     f"{NAME}")
   live = [p for p in paths if (p / "study.json").is_file() and not (p / NAME).is_file()]
   if len(live) > 1:
-    raise ValueError(f"paths = {[str(p) for p in live]}: one report holds one study; give one each time, with what was published of it")
+    raise ValueError(f"paths = {[str(p) for p in live]}: one report holds one study; give one each time, with what was "
+                     "published of it")
   studies = [(p, run_lib.load_study(p, run_lib.read_plan(p))) for p in live]
   singles = []
   for path in paths:
@@ -176,7 +184,8 @@ def load(paths: list[Path]) -> Study:
       study.arms += [arm] if arm not in study.arms else []
     study.sizes += [run.size] if run.size not in study.sizes else []
     study.problems += [f"`{run.name}`: {p}" for p in run.problems]
-    study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out" for seed in run.diverged]
+    study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out"
+                       for seed in run.diverged]
   study.problems += comparable_lib.problems(study)
   return study
 
@@ -203,9 +212,11 @@ def merge(study: Study, other: Study, path: Path) -> None:
 
 
 def same_arms(study: Study, others: list[Run], path: Path) -> None:
-  """Raises ValueError where a run of `others` read another corpus, or is configured otherwise than its arm in `study`."""
+  """Raises ValueError where a run of `others` read another corpus, or is configured otherwise than its arm in
+  `study`."""
   directories, first = {run.name: run.arm for run in [*others, *study.runs]}, {}
-  corpora = [sorted({r.versions["corpus_sha256"] for r in of if "corpus_sha256" in r.versions}) for of in (study.runs, others)]
+  corpora = [sorted({r.versions["corpus_sha256"] for r in of if "corpus_sha256" in r.versions})
+             for of in (study.runs, others)]
   found = difference(*corpora, "versions.corpus_sha256") if all(corpora) else None
   for run in study.runs:
     if run.config:
@@ -234,14 +245,16 @@ def check_out(out: Path, study: Study, publishing: bool) -> None:
   lost = sorted(done(load([out])) - done(study))
   if lost:
     raise ValueError(f"out = {str(out)!r}: {len(lost)} finished seeds that were published there, the first of them "
-                     f"{' '.join(map(str, lost[0]))}, are not in this report; name the directory among the paths too, or delete it")
+                     f"{' '.join(map(str, lost[0]))}, are not in this report; name the directory among the paths too, "
+                     "or delete it")
 
 
 # --- comparing ----------------------------------------------------------------------
 
 
 def comparable(config: dict, directories: dict[str, str], corpus_known: bool) -> dict:
-  """A config without what may differ between runs of one arm; fields that it lacks, of a later version, have their defaults."""
+  """A config without what may differ between runs of one arm; fields that it lacks, of a later version, have their
+  defaults."""
   from nsa.report import endpoints
   parsed = endpoints.parsed(without_machine(config, directories))
   if parsed is not None:
@@ -253,7 +266,8 @@ def comparable(config: dict, directories: dict[str, str], corpus_known: bool) ->
   config["data"] = {name: value for name, value in config.get("data", {}).items() if name != "data_dir"}
   if corpus_known:  # by its hash: the file may have another name here
     config["data"]["source"] = config["data"].get("source", "").partition(":")[0]
-    config["data"]["corpora"] = {name: source.partition(":")[0] for name, source in (config["data"].get("corpora") or {}).items()}
+    config["data"]["corpora"] = {name: source.partition(":")[0]
+                                 for name, source in (config["data"].get("corpora") or {}).items()}
   return config
 
 
@@ -268,5 +282,5 @@ def difference(a, b, name: str):
 
 
 def _refuse(study, path, name, mine, its):
-  raise ValueError(f"{path}: {name} = {its!r}, and {mine!r} in {study.name!r}: not the same experiment, and its seeds cannot "
-                   "be added to these; report it alone")
+  raise ValueError(f"{path}: {name} = {its!r}, and {mine!r} in {study.name!r}: not the same experiment, and its seeds "
+                   "cannot be added to these; report it alone")

@@ -1,7 +1,8 @@
-"""Whether the runs of two arms were trained on the same documents and asked the same questions: else their difference says nothing.
+"""Whether the runs of two arms were trained on the same documents and asked the same questions: else their difference
+says nothing.
 
-eval/<step>.json says what was asked (nsa/held_out.py), versions.json what was read. Runs of before those had it are known by
-the documents, bytes and items of their records.
+eval/<step>.json says what was asked (nsa/held_out.py), versions.json what was read. Runs of before those had it are
+known by the documents, bytes and items of their records.
 """
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from pathlib import PurePath
 
 from nsa.report.runs import Run, Study
 
-# Settings that refuse a comparison where they differ, what is easier to understand first; and those that are only named.
+# Settings that refuse a comparison where they differ, what is easier to understand first; and those that are only
+# named.
 _ASKED = ("split", "context", "tokenizer", "sequences", "tasks", "task_examples", "near", "corpus_sha256",
           "windows_sha256", "examples_sha256")
 _NAMED = ("blocks", "implementation")
@@ -37,13 +39,15 @@ def _difference(a: Run, b: Run) -> str:
     found = _first(a.versions, b.versions, ("corpus_sha256",), a, b)
     if found:
       return "trained on other documents: " + found
-  found = _first(a.settings, b.settings, _ASKED, a, b) or _first(_of_records(a), _of_records(b), ("text", "items"), a, b)
+  found = (_first(a.settings, b.settings, _ASKED, a, b)
+           or _first(_of_records(a), _of_records(b), ("text", "items"), a, b))
   return "evaluated on other questions: " + found if found else ""
 
 
 def _first(a: dict, b: dict, names, one: Run, other: Run) -> str:
   # A dense arm states the geometry of its run modes, a sparse one has its method's: {} says nothing.
-  name = next((n for n in names if n in a and n in b and a[n] != b[n] and not (n == "blocks" and {} in (a[n], b[n]))), None)
+  name = next((n for n in names if n in a and n in b and a[n] != b[n] and not (n == "blocks" and {} in (a[n], b[n]))),
+              None)
   if name is None:
     return ""
   values = [_short(x[name], y[name]) for x, y in ((a, b), (b, a))]

@@ -1,4 +1,5 @@
-"""A document as a list of blocks, written as Markdown; the page is that Markdown through markdown-it, with its pictures inside."""
+"""A document as a list of blocks, written as Markdown; the page is that Markdown through markdown-it, with its pictures
+inside."""
 from __future__ import annotations
 
 import base64
@@ -76,7 +77,8 @@ def page(title: str, blocks: list, plots: Path) -> str:
 
   def picture(found):
     svg = plots / f"{found[1]}.svg"
-    return f'src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"' if svg.is_file() else found[0]
+    return (f'src="data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"' if svg.is_file()
+            else found[0])
 
   body = re.sub(r'src="plots/([^"/]+)\.png"', picture, body)
   return _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
@@ -113,7 +115,8 @@ h3 { font-size: 1rem; margin: 1.75rem 0 .5rem; }
 p, ul { max-width: 46rem; }
 li { margin: .25rem 0; }
 blockquote { margin: 0 0 1rem; color: #555; font-size: .92rem; }
-h2 + blockquote { background: #f3f6f9; border-left: 4px solid #0072b2; padding: .1rem 1.1rem; color: inherit; font-size: 1.02rem; }
+h2 + blockquote { background: #f3f6f9; border-left: 4px solid #0072b2; padding: .1rem 1.1rem; color: inherit;
+  font-size: 1.02rem; }
 p > em:only-child { color: #555; font-size: .9rem; font-style: normal; }
 .scroll { overflow-x: auto; margin: .25rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }

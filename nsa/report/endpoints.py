@@ -27,7 +27,8 @@ class Metric:
   """How an endpoint is written, and what its controls must show before it counts (gates.py).
 
   scale: turns the stored number into the written one. behind: what random blocks and sink + window must lose against
-  dense attention. near: how far from it the oracle's blocks may be. gated_by: the metric whose controls speak for this one.
+  dense attention. near: how far from it the oracle's blocks may be. gated_by: the metric whose controls speak for this
+  one.
   """
   name: str
   kind: str                        # text | recall
@@ -54,14 +55,16 @@ class Metric:
 METRIC = {m.name: m for m in (
     Metric("second_half_bits_per_byte", "text", "language", "bits/byte", "bits per byte, second half of the context"),
     Metric("bits_per_byte", "text", "language", "bits/byte", "bits per byte"),
-    Metric("ar_hit_nll", "text", "ar_hit", "nats/token", "NLL of tokens that complete an n-gram seen before", behind=0.1, near=0.02),
+    Metric("ar_hit_nll", "text", "ar_hit", "nats/token", "NLL of tokens that complete an n-gram seen before",
+           behind=0.1, near=0.02),
     Metric("exact_match", "recall", "task", "points", "exact match (mean over tasks, %)", False, 100.0, 1, near=0.02),
-    Metric("far_exact_match", "recall", "task", "points", "exact match where the evidence is far (mean over tasks, %)", False, 100.0, 1,
-           near=0.02),
-    Metric("greedy_exact_match", "recall", "task", "points", "exact match, decoded greedily with the KV cache (mean over tasks, %)", False,
-           100.0, 1, gated_by="exact_match"),
+    Metric("far_exact_match", "recall", "task", "points", "exact match where the evidence is far (mean over tasks, %)",
+           False, 100.0, 1, near=0.02),
+    Metric("greedy_exact_match", "recall", "task", "points",
+           "exact match, decoded greedily with the KV cache (mean over tasks, %)", False, 100.0, 1, gated_by="exact_match"),
     Metric("answer_nll", "recall", "task", "nats/token", "answer NLL", gated_by="exact_match"),
-    Metric("far_answer_nll", "recall", "task", "nats/token", "answer NLL where the evidence is far", gated_by="far_exact_match"),
+    Metric("far_answer_nll", "recall", "task", "nats/token", "answer NLL where the evidence is far",
+           gated_by="far_exact_match"),
 )}
 _FIELD = {"ar_hit_nll": "nll"}     # where a record calls it otherwise
 
@@ -73,7 +76,8 @@ def metric(name: str) -> Metric:
   found = METRIC[base]
   if not part:
     return found
-  return dataclasses.replace(found, name=name, title=f"{part}: {found.title}", gated_by=found.gated_by and f"{found.gated_by}:{part}")
+  return dataclasses.replace(found, name=name, title=f"{part}: {found.title}",
+                             gated_by=found.gated_by and f"{found.gated_by}:{part}")
 
 
 def is_metric(name) -> bool:
@@ -95,11 +99,13 @@ class Row:
   status: str                      # of the run: done | failed | unfinished
   split: str
   step: int
-  values: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics, means over layers, tokens, flops, seconds, speed
+  # metrics, means over layers, tokens, flops, seconds, speed
+  values: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def __getitem__(self, name: str) -> float:
-    """A metric, a mean over layers, or one of: bytes, windows, task_items; tokens and flops (training, cumulative, of this
-    seed), tokens_per_second and mfu (medians of the last stage), seconds (tokens at that speed). NaN = not measured."""
+    """A metric, a mean over layers, or one of: bytes, windows, task_items; tokens and flops (training, cumulative, of
+    this seed), tokens_per_second and mfu (medians of the last stage), seconds (tokens at that speed). NaN = not
+    measured."""
     return self.values.get(name, math.nan)
 
 
@@ -117,7 +123,8 @@ def rows(study: Study) -> list[Row]:
         study.problems.append(f"`{row.run}` and `{found[key].run}` both have {', '.join(map(str, key))}: "
                               "the first named counts")
       found[key] = row
-      if row["windows"] and not math.isfinite(row["bits_per_byte"]) and not math.isfinite(row["second_half_bits_per_byte"]):
+      if (row["windows"] and not math.isfinite(row["bits_per_byte"])
+          and not math.isfinite(row["second_half_bits_per_byte"])):
         study.problems.append(f"`{row.run}`: seed {row.seed}, run {row.run_mode}: bits per byte is not "
                               "finite, left out")
   order = {a: i for i, a in enumerate(study.arms)}
@@ -168,7 +175,8 @@ def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = 
 
 
 def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
-  """{(seed, step): bits per byte of the second half of held-out windows} of the arm's own run mode, at every evaluation."""
+  """{(seed, step): bits per byte of the second half of held-out windows} of the arm's own run mode, at every
+  evaluation."""
   out = {}
   for run in study.finished:
     if (run.arm, run.size) == (arm, size):
@@ -197,7 +205,8 @@ def own_text(run: Run, records: list[dict]) -> list[dict]:
 
 
 def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:
-  """(arm, record of selected blocks) to draw: the reference arm first, the same layer, head and document; at most three."""
+  """(arm, record of selected blocks) to draw: the reference arm first, the same layer, head and document; at most
+  three."""
   order = [a for a in [study.reference] + study.retrofits()[::-1] + study.arms if a in study.arms]
   chosen, same = [], None
   for arm in dict.fromkeys(order):
@@ -247,12 +256,13 @@ def write_csv(table: list[Row], path: Path) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(fixed + names)
     for row in table:
-      writer.writerow([getattr(row, n) for n in fixed] + ["" if math.isnan(row[n]) else f"{row[n]:.12g}" for n in names])
+      writer.writerow([getattr(row, n) for n in fixed]
+                      + ["" if math.isnan(row[n]) else f"{row[n]:.12g}" for n in names])
 
 
 def write_layers(study: Study, path: Path) -> None:
-  """layers.csv: the diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what it
-  would choose)."""
+  """layers.csv: the diagnostics of every layer at every evaluation, of each arm's own run mode (a dense arm's, and what
+  it would choose)."""
   with open(path, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("arm", "size", "seed", "step", "run_mode", "corpus", "layer") + LAYER)
@@ -326,14 +336,15 @@ def _run_rows(study: Study, run: Run, unsolved: set[str]) -> list[Row]:
     curve = run.curves.get(seed)
     if curve is not None and len(curve["step"]):
       tokens, rate = _last(curve["tokens"]), speed(curve, "tokens_per_second")
-      row.values |= {"tokens": tokens, "flops": _last(curve["flops"]), "seconds": tokens / rate, "tokens_per_second": rate,
-                     "mfu": speed(curve, "mfu")}
+      row.values |= {"tokens": tokens, "flops": _last(curve["flops"]), "seconds": tokens / rate,
+                     "tokens_per_second": rate, "mfu": speed(curve, "mfu")}
     out.append(row)
   return out
 
 
 def _metrics(study, kinds) -> dict[str, float]:
-  """Every metric that the records have, as a whole and by part where there are several, and those that the study asks for."""
+  """Every metric that the records have, as a whole and by part where there are several, and those that the study asks
+  for."""
   names, asked = [], [e.metric for e in study.endpoints]
   for name, m in METRIC.items():
     of_kind = [r for r in kinds[m.record] if r.get(_FIELD.get(name, name)) is not None]

@@ -1,9 +1,9 @@
 """Which endpoints count: one is admitted only if its controls behave, and no word is said of one that is not.
 
-The controls are ways to run the finished dense arm. On an endpoint that tests selection dense attention solves the task, the
-oracle's blocks lose next to nothing, and blocks that nobody selected (random ones, sink + window) lose much. Otherwise the
-endpoint is shown, named "does not test selection here", and supports no verdict. A control that was not run is a gate that
-failed. Means over seeds decide.
+The controls are ways to run the finished dense arm. On an endpoint that tests selection dense attention solves the
+task, the oracle's blocks lose next to nothing, and blocks that nobody selected (random ones, sink + window) lose much.
+Otherwise the endpoint is shown, named "does not test selection here", and supports no verdict. A control that was not
+run is a gate that failed. Means over seeds decide.
 """
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FORCED = ("random", "sink_window")
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """One control of one endpoint. `found` is in the metric's stored unit: a level for recall, what is lost to dense for text."""
+  """One control of one endpoint. `found` is in the metric's stored unit: a level for recall, what is lost to dense for
+  text."""
   control: str
   needs: str
   found: float
@@ -82,10 +83,10 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
     best, found = min(means.values(), default=math.nan), min(of_dense, default=math.nan)
     gates = [Gate(anchor, f"within {100 * BEST:g} % of the best arm", found - best, found <= best * (1 + BEST))]
     for mode in FORCED:
-      gates.append(Gate(f"{study.dense} -> {mode}", f"at least {m.text(m.behind, True)} {m.unit} from {study.dense}", lost(get(mode)),
-                        lost(get(mode)) >= m.behind - 1e-12))
-    gates.append(Gate(f"{study.dense} -> oracle", f"at most {m.text(m.near, True)} {m.unit} from {study.dense}", lost(oracle),
-                      lost(oracle) <= m.near + 1e-12))
+      gates.append(Gate(f"{study.dense} -> {mode}", f"at least {m.text(m.behind, True)} {m.unit} from {study.dense}",
+                        lost(get(mode)), lost(get(mode)) >= m.behind - 1e-12))
+    gates.append(Gate(f"{study.dense} -> oracle", f"at most {m.text(m.near, True)} {m.unit} from {study.dense}",
+                      lost(oracle), lost(oracle) <= m.near + 1e-12))
   return Admission(name, size, tuple(gates))
 
 

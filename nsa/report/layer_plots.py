@@ -1,4 +1,5 @@
-"""Figures of what layers select: attention mass, overlap, maps of blocks. As plots.py: a Figure, or None without data."""
+"""Figures of what layers select: attention mass, overlap, maps of blocks. As plots.py: a Figure, or None without
+data."""
 from __future__ import annotations
 
 import math

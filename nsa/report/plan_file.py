@@ -3,8 +3,8 @@
     write(study, directory)      # of a nsa.study.Study: launch.study --plan
     deviations(report_study)     # what ran and was not planned, what was planned and did not run
 
-study.run puts plan.json into study.json. The hash in both files is of everything the report judges by: the question, arms with
-their configs, endpoints, margins, gates, the family of tests, seeds and the rule to stop.
+study.run puts plan.json into study.json. The hash in both files is of everything the report judges by: the question,
+arms with their configs, endpoints, margins, gates, the family of tests, seeds and the rule to stop.
 """
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def make(study) -> dict:
   for arm in study.arms:
     config = json.loads(json.dumps(config_lib.to_dict(arm)))
     arms[f"{arm.arm}-{arm.size}"] = archive.comparable(config, {}, False)
-  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping, "tiers": {k: list(v) for k, v in study.tiers.items()},
-          "seeds": {f"{arm.arm}-{arm.size}": list(study_lib.seeds_of(study, arm)) for arm in study.arms}, "configs": arms}
+  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping,
+          "tiers": {k: list(v) for k, v in study.tiers.items()},
+          "seeds": {f"{arm.arm}-{arm.size}": list(study_lib.seeds_of(study, arm)) for arm in study.arms},
+          "configs": arms}
   return {**plan, "hash": digest(plan)}
 
 
@@ -44,14 +46,15 @@ def digest(plan: dict) -> str:
 
 
 def write(study, directory: Path) -> Path:
-  """PLAN.md and plan.json; returns the former. ValueError where another plan lies there: a plan is changed by hand, in git, with
-  its reason."""
+  """PLAN.md and plan.json; returns the former. ValueError where another plan lies there: a plan is changed by hand, in
+  git, with its reason."""
   directory, plan = Path(directory), make(study)
   old = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").is_file() else plan
   if old != plan:
-    field = archive.difference({k: v for k, v in old.items() if k != "hash"}, {k: v for k, v in plan.items() if k != "hash"}, "")
-    raise ValueError(f"{directory / 'plan.json'}: {field[0]} = {field[1]!r} was planned, and {field[2]!r} is asked for: delete both files "
-                     "to plan anew, and say so where the study is reported")
+    field = archive.difference({k: v for k, v in old.items() if k != "hash"},
+                               {k: v for k, v in plan.items() if k != "hash"}, "")
+    raise ValueError(f"{directory / 'plan.json'}: {field[0]} = {field[1]!r} was planned, and {field[2]!r} is asked "
+                     "for: delete both files to plan anew, and say so where the study is reported")
   directory.mkdir(parents=True, exist_ok=True)
   (directory / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
   (directory / "PLAN.md").write_text(text(study, plan))
@@ -59,27 +62,31 @@ def write(study, directory: Path) -> Path:
 
 
 def text(study, plan: dict) -> str:
-  """PLAN.md: the question, arms, endpoints, gates, margins, seeds, family of tests, power, and the cost of each tier."""
+  """PLAN.md: the question, arms, endpoints, gates, margins, seeds, family of tests, power, and the cost of each
+  tier."""
   from nsa.report import document
   Heading, Text, Bullets, Table = document.Heading, document.Text, document.Bullets, document.Table
   metrics = {e["metric"]: (endpoints.metric(e["metric"]), e) for e in plan["endpoints"]}
   kinds = list(dict.fromkeys(m.kind for m, e in metrics.values() if e["primary"]))
   blocks = [Text(plan["question"], "note"), Text(f"Plan hash: `{plan['hash']}`"), Heading("Arms"), Table(
-      ["arm", "size", "attention", "stages", "steps", "forks from", "tokens", "seeds"], [_arm(study, arm, plan) for arm in study.arms],
+      ["arm", "size", "attention", "stages", "steps", "forks from", "tokens", "seeds"],
+      [_arm(study, arm, plan) for arm in study.arms],
       "Configs in full: plan.json. Tokens: of the whole run, its trunk's included", left=4)]
   blocks += [Heading("Endpoints"), Table(["endpoint", "role", "margin"], [
       [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"]
       for m, e in metrics.values()],
-      "Text is measured on all of val, recall on 256 items per task and length, the same for all arms and seeds", left=2)]
-  blocks += [Heading("Gates"), Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
+      "Text is measured on all of val, recall on 256 items per task and length, the same for all arms and seeds",
+      left=2)]
+  blocks += [Heading("Gates"),
+             Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
   retrofits = len(plan["budgets"])
   per = sum(1 if q == "A" else retrofits for q in plan["quantities"])
   tests = {kind: per * sum(m.kind == kind and e["primary"] for m, e in metrics.values()) for kind in kinds}
   blocks += [Heading("Family of tests"), Text(
-      f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: {plan['dense_arm']} minus "
-      f"{plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests against the margin (a match) and a two-sided t test "
-      f"against 0, each under Holm within its family: "
+      f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: "
+      f"{plan['dense_arm']} minus {plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests "
+      f"against the margin (a match) and a two-sided t test against 0, each under Holm within its family: "
       + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g} at every size"
                   for kind, n in tests.items())
       + ". Sizes are families of their own; so are, together, secondary endpoints and the quantities not named"
@@ -94,7 +101,8 @@ def text(study, plan: dict) -> str:
 
 def _arm(study, arm, plan):
   from nsa import config as config_lib
-  stages = ", ".join(f"{s.mode} {last - first}" for s, (first, last) in zip(arm.schedule.stages, config_lib.steps_of(arm.schedule)))
+  stages = ", ".join(f"{s.mode} {last - first}"
+                     for s, (first, last) in zip(arm.schedule.stages, config_lib.steps_of(arm.schedule)))
   seeds = plan["seeds"][f"{arm.arm}-{arm.size}"]
   fork = f"{arm.fork.workdir} at {arm.fork.step}" if arm.fork.workdir else "-"
   return [arm.arm, arm.size, type(arm.attention).__name__, stages, str(arm.schedule.steps), fork,
@@ -112,7 +120,8 @@ def _power(study, plan, kinds, tests):
         if sd is None or not e["primary"] or "nll" in e["metric"]:
           continue
         of = {plan["dense_arm"], plan["reference_arm"]} if q == "A" else set(plan["budgets"])
-        n = min((len(plan["seeds"][k]) for k in plan["seeds"] if k.rpartition("-")[2] == size and k.rpartition("-")[0] in of), default=0)
+        n = min((len(plan["seeds"][k]) for k in plan["seeds"]
+                 if k.rpartition("-")[2] == size and k.rpartition("-")[0] in of), default=0)
         if n < 2:
           continue
         alpha = plan["alpha"] / len(kinds)
@@ -141,14 +150,16 @@ def _cost(study):
       first = max(arm.fork.step, 0) if arm.fork.workdir and not arm.fork.reset else 0
       work, seconds = planning.own_work(model_lib.Static(planning.bare(arm)), first, chip.kind)
       seeds = len(study_lib.seeds_of(study, arm))
-      cost += [seeds, seeds * work, seeds * work / study.flops_per_second / study.training_share / 3600, seeds * seconds / 3600]
+      cost += [seeds, seeds * work, seeds * work / study.flops_per_second / study.training_share / 3600,
+               seeds * seconds / 3600]
     total += cost
     if mine:
       lines.append([name, ", ".join(f"{arm.arm}-{arm.size}" for arm in mine), *_cost_cells(cost)])
   lines.append(["all", "", *_cost_cells(total)])
   return [document.Table(["tier", "arms", "runs", "training FLOPs", "device hours, expected", "hours, floor"], lines,
-                         f"One {chip.kind}. Expected: at {study.flops_per_second:.3g} FLOP/s of those that an arm needs, training being "
-                         f"{100 * study.training_share:.0f} % of the wall time. Floor: steps alone, by nsa/planning/forecast.py", left=2)]
+                         f"One {chip.kind}. Expected: at {study.flops_per_second:.3g} FLOP/s of those that an arm "
+                         f"needs, training being {100 * study.training_share:.0f} % of the wall time. Floor: steps "
+                         "alone, by nsa/planning/forecast.py", left=2)]
 
 
 def _cost_cells(cost):
@@ -160,7 +171,8 @@ def _cost_cells(cost):
 
 
 def deviations(study: Study) -> list[str] | None:
-  """Every difference between the plan and what ran, in lines; [] where there is none, None of a study without a plan."""
+  """Every difference between the plan and what ran, in lines; [] where there is none, None of a study without a
+  plan."""
   plan = study.plan
   if not plan:
     return None
@@ -168,7 +180,8 @@ def deviations(study: Study) -> list[str] | None:
   if plan.get("hash") != digest(plan):
     out.append("plan.json was changed after it was written: it gives the hash "
                f"{str(plan.get('hash'))[:12]}, its content has {digest(plan)[:12]}.")
-  asked = {name: value for name, value in archive.description(study).items() if name in plan and name not in ("arms", "plan", "name")}
+  asked = {name: value for name, value in archive.description(study).items()
+           if name in plan and name not in ("arms", "plan", "name")}
   asked = {**asked, "gates": GATES}
   for name, value in asked.items():
     found = archive.difference(plan[name], json.loads(json.dumps(value)), name)
@@ -177,7 +190,8 @@ def deviations(study: Study) -> list[str] | None:
   directories, seen, seeds = {run.name: run.arm for run in study.runs}, set(), {}
   for run in study.runs:
     key = f"{run.arm}-{run.size}"
-    seeds.setdefault(key, {}).update({s: run.status for s in run.seeds if run.status == "done" or s not in seeds.get(key, {})})
+    seeds.setdefault(key, {}).update(
+        {s: run.status for s in run.seeds if run.status == "done" or s not in seeds.get(key, {})})
     if key not in plan.get("configs", {}):
       out += [f"{key}: was not planned."] if key not in seen else []
     elif run.config:

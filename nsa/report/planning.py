@@ -115,11 +115,13 @@ def training_seconds(run: Run) -> float:
 def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   """(prices, FLOP/s of one device by arm, the device's kind): of the arms that have finished at the smallest size.
 
-  Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that trained
+  Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that
+  trained
   longest: ten steps between evaluations say little of speed.
   """
   from nsa import chips, flops, model as model_lib
-  runs = {arm: of_arm for arm in study.arms if (of_arm := [r for r in study.finished if (r.arm, r.size) == (arm, study.sizes[0])])}
+  runs = {arm: of_arm for arm in study.arms
+          if (of_arm := [r for r in study.finished if (r.arm, r.size) == (arm, study.sizes[0])])}
   known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
   own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
   configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.parsed(of_arm[0].config))}
@@ -154,7 +156,8 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
 
 
 def bare(config, **shape):
-  """What costs something in a config, at another shape of the model, and nothing else: equal for arms that cost the same."""
+  """What costs something in a config, at another shape of the model, and nothing else: equal for arms that cost the
+  same."""
   from nsa import config as config_lib
   return config_lib.Config(
       model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers,

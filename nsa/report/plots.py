@@ -26,22 +26,26 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
   budgets = sorted({c.budget for mine in groups.values() for c in mine})
   span = max(math.log(budgets[-1] / budgets[0]), 1.5)
   margin = next(iter(groups["R"] or groups["Delta"])).endpoint.margin * m.scale
-  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0, label=f"equivalence margin, ±{m.text(margin / m.scale)}")
+  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0,
+             label=f"equivalence margin, ±{m.text(margin / m.scale)}")
   ax.axhline(0, color="#888888", lw=1)
   for c in verdict.of("A", name, size):
     if c.judgement:
       i = c.judgement.interval
       ax.axhline(i.mean * m.scale, color="#0072b2", lw=1.6, label=f"A: {c.arm} minus {c.against}")
       if i.bounded:
-        ax.axhspan(i.low * m.scale, i.high * m.scale, facecolor="none", edgecolor="#0072b2", hatch="....", alpha=0.25, lw=0,
-                   label="95 % t interval of A")
-  styles = {"R": ("s", "#c4511f", -0.012, "R(b): minus its dense control"), "Delta": ("D", "#333333", 0.012, "Delta(b) = R(b) + A")}
+        ax.axhspan(i.low * m.scale, i.high * m.scale, facecolor="none", edgecolor="#0072b2", hatch="....", alpha=0.25,
+                   lw=0, label="95 % t interval of A")
+  styles = {"R": ("s", "#c4511f", -0.012, "R(b): minus its dense control"),
+            "Delta": ("D", "#333333", 0.012, "Delta(b) = R(b) + A")}
   for quantity, mine in groups.items():
     marker, color, shift, label = styles[quantity]
-    places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * (study.control(c.arm) != study.dense)) * span) for c in mine}
+    places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * (study.control(c.arm) != study.dense)) * span)
+              for c in mine}
     for k, c in enumerate(mine):
       y = np.array(list(c.differences.values())) * m.scale
-      x = places[c.arm] * np.exp(span * math.copysign(1, shift) * (0.02 + 0.02 * np.arange(len(y)) / len(y)))  # beside the mean
+      # beside the mean
+      x = places[c.arm] * np.exp(span * math.copysign(1, shift) * (0.02 + 0.02 * np.arange(len(y)) / len(y)))
       ax.plot(x, y, marker, mfc="none", mec=color, mew=0.8, ms=3.5, alpha=0.6, zorder=3)
       _with_interval(ax, places[c.arm], c.judgement.interval, m.scale, marker, color, None if k else label)
   ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g} %" for b in budgets])
@@ -99,7 +103,8 @@ def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
 
 
 def held_out(study: Study, look: Look, size: str) -> Figure | None:
-  """Held-out bits per byte over the model's training tokens, its trunk's included, and minus the reference at the same step."""
+  """Held-out bits per byte over the model's training tokens, its trunk's included, and minus the reference at the same
+  step."""
   values = {arm: found for arm in study.arms if (found := endpoints.over_training(study, arm, size))}
   if all(len({step for _, step in found}) < 2 for found in values.values()):
     return None
@@ -115,10 +120,11 @@ def held_out(study: Study, look: Look, size: str) -> Figure | None:
       steps = sorted({step for _, step in points})
       for seed in sorted({seed for seed, _ in points}):
         line = [step for step in steps if (seed, step) in points]
-        ax.plot([step * tokens for step in line], [points[seed, step] for step in line], color=look(arm)[0], lw=0.6, alpha=0.6,
-                marker=look(arm)[1], mfc="none", ms=3.5)
+        ax.plot([step * tokens for step in line], [points[seed, step] for step in line], color=look(arm)[0], lw=0.6,
+                alpha=0.6, marker=look(arm)[1], mfc="none", ms=3.5)
       means = [np.mean([v for (_, at), v in points.items() if at == step]) for step in steps]
-      ax.plot([step * tokens for step in steps], means, color=look(arm)[0], lw=1.7, label=arm if ax is axes[0] else None)
+      ax.plot([step * tokens for step in steps], means, color=look(arm)[0], lw=1.7,
+              label=arm if ax is axes[0] else None)
   for ax in axes:
     ax.set_xlabel("training tokens")
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
@@ -180,8 +186,8 @@ def recall_over_training(study: Study, look: Look, size: str) -> Figure | None:
     steps = sorted({step for _, step in found})
     for seed in sorted({seed for seed, _ in found}):
       line = [step for step in steps if (seed, step) in found]
-      ax.plot([step * tokens for step in line], [100 * found[seed, step] for step in line], color=color, lw=0.6, alpha=0.6,
-              marker=marker, mfc="none", ms=3.5)
+      ax.plot([step * tokens for step in line], [100 * found[seed, step] for step in line], color=color, lw=0.6,
+              alpha=0.6, marker=marker, mfc="none", ms=3.5)
     means = [100 * np.mean([v for (_, at), v in found.items() if at == step]) for step in steps]
     ax.plot([step * tokens for step in steps], means, color=color, lw=1.7, label=arm)
   ax.set_ylim(-3, 103)
@@ -271,7 +277,8 @@ def decomposition(study: Study, name: str, parts: dict) -> Figure | None:
 def far_context(study: Study, look: Look, size: str) -> Figure | None:
   """NLL of repeated n-grams by distance, and loss of the same bytes by the context before them."""
   panels = []
-  for kind, keys, value, weight in (("ar_hit", ("start",), "nll", "hits"), ("context_gain", ("context",), "bits_per_byte", "bytes")):
+  for kind, keys, value, weight in (("ar_hit", ("start",), "nll", "hits"),
+                                    ("context_gain", ("context",), "bits_per_byte", "bytes")):
     found = {}
     for arm in study.arms:
       records = endpoints.select(study, kind, arm, size, study.headline_mode(arm))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-LINES = 500                        # of metrics.jsonl per seed that are read at least; fewer than twice as many, and a few
+LINES = 500  # of metrics.jsonl per seed that are read at least; fewer than twice as many, and a few
 _CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "mfu", "seconds")
 
 
@@ -35,11 +35,13 @@ class Run:
   status: str                      # done | failed | unfinished | pending
   error: str = ""
   problems: list[str] = dataclasses.field(default_factory=list)
-  layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # records of layers by step, of all evaluations
+  # records of layers by step, of all evaluations
+  layers: dict[int, list[dict]] = dataclasses.field(default_factory=dict)
   text: dict[int, list[dict]] = dataclasses.field(default_factory=dict)    # records of held-out text, likewise
   tasks: dict[int, list[dict]] = dataclasses.field(default_factory=dict)   # records of tasks, likewise
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)       # what the last evaluation asked (nsa/held_out.py)
+  # what the last evaluation asked (nsa/held_out.py)
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -103,11 +105,15 @@ class Study:
   reference: str = ""
   dense: str = "dense"
   budgets: dict[str, float] = dataclasses.field(default_factory=dict)
-  controls: dict[str, str] = dataclasses.field(default_factory=dict)          # arm -> the dense arm with its tokens and rates
-  branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)    # arm -> its decay branches, shorter runs of the same
-  solved: float = 0.0              # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  # arm -> the dense arm with its tokens and rates
+  controls: dict[str, str] = dataclasses.field(default_factory=dict)
+  # arm -> its decay branches, shorter runs of the same
+  branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  solved: float = 0.0
   plan: dict | None = None         # what was planned before the data (plan_file.py)
-  audit: list[dict] = dataclasses.field(default_factory=list)  # rows of the shortcut audit (nsa.tasks), as study.json has them
+  # rows of the shortcut audit (nsa.tasks), as study.json has them
+  audit: list[dict] = dataclasses.field(default_factory=list)
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -190,8 +196,10 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
   def need(ok, name, value, fix):
     if not ok:
       raise ValueError(f"{path / 'study.json'}: {name} = {value!r}: {fix}")
-  for name, kind, words in (("endpoints", list, "a list of objects with metric and margin"), ("budgets", dict, "an object"),
-                            ("controls", dict, "an object"), ("branches", dict, "an object"), ("jobs", list, "a list of objects"),
+  for name, kind, words in (("endpoints", list, "a list of objects with metric and margin"),
+                            ("budgets", dict, "an object"),
+                            ("controls", dict, "an object"), ("branches", dict, "an object"),
+                            ("jobs", list, "a list of objects"),
                             ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
   solved = plan.get("solved") or 0
@@ -211,16 +219,18 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
     at = f"jobs[{i}]."
     need(isinstance(job, dict), at[:-1], job, "an object with run, arm, size and seeds")
     run = job.get("run")
-    need(isinstance(run, str) and run.strip("./") and not run.startswith("/") and ".." not in run.split("/"), at + "run", run,
-         "a directory inside the study's")
+    need(isinstance(run, str) and run.strip("./") and not run.startswith("/") and ".." not in run.split("/"),
+         at + "run", run, "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
   given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "solved")
            if plan.get(name)}
-  return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True), arms=list(plan.get("arms") or []),
-               reference=plan.get("reference_arm") or "", dense=plan.get("dense_arm") or "dense",
+  return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
+               arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
+               dense=plan.get("dense_arm") or "dense",
                budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},
-               quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")), **({"endpoints": endpoints} if endpoints else {}), **given)
+               quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")),
+               **({"endpoints": endpoints} if endpoints else {}), **given)
 
 
 def load_study(path: Path, plan: dict) -> Study:
@@ -299,7 +309,8 @@ def _read_metrics(path, problems):
 
 
 def _thinned(lines):
-  """Lines at even distances, the last one, and those around a change of stage: figures need no more, nor does an archive."""
+  """Lines at even distances, the last one, and those around a change of stage: figures need no more, nor does an
+  archive."""
   apart = len(lines) // LINES
   if apart < 2:
     return lines
@@ -310,7 +321,8 @@ def _thinned(lines):
 
 
 def _read_eval(folder, problems):
-  """Of the newest evaluation that can be read the records, step and settings; records of layers, text and tasks of all, by step."""
+  """Of the newest evaluation that can be read the records, step and settings; records of layers, text and tasks of all,
+  by step."""
   newest, of_kind, settings = ([], None), {"layer": {}, "language": {}, "task": {}}, {}
   files = [f for f in folder.glob("*.json") if f.stem.isdigit()] if folder.is_dir() else []
   for file in sorted(files, key=lambda f: int(f.stem), reverse=True):

@@ -15,18 +15,19 @@ from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 from nsa.report.verdict import Verdict
 
-PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
+# file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
+PICTURES = {
     "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
              "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
              "a dense and of a sparse stage come from different forward passes",
              "Training loss over tokens per arm", "no metrics.jsonl holds a loss"),
-    "held_out": ("held_out", "Held-out bits per byte of the second half of the context over training, each arm in its own run mode, "
-                 "and minus the reference at the same step (exploratory). Marks: seeds; thick: means. A difference that still "
-                 "shrinks is one of speed, not of what can be reached",
+    "held_out": ("held_out", "Held-out bits per byte of the second half of the context over training, each arm in its "
+                 "own run mode, and minus the reference at the same step (exploratory). Marks: seeds; thick: means. A "
+                 "difference that still shrinks is one of speed, not of what can be reached",
                  "Held-out bits per byte over training, and the difference from the reference",
                  "no evaluations on the way (eval.every was 0)"),
-    "learnt": ("recall_over_training", "Exact match over training, each arm in its own run mode; a retrofit begins where it leaves its "
-               "trunk. Thin: seeds; thick: means", "Exact match over training tokens per arm",
+    "learnt": ("recall_over_training", "Exact match over training, each arm in its own run mode; a retrofit begins "
+               "where it leaves its trunk. Thin: seeds; thick: means", "Exact match over training tokens per arm",
                "no evaluations of tasks on the way (eval.during_examples was 0)"),
     "position": ("positions", "Held-out bits per byte by position in the context (exploratory). Marks: "
                  "seeds; lines: means", "Bits per byte by position in the context",
@@ -42,9 +43,9 @@ PICTURES = {  # file name: (function in plots.py or layer_plots.py, caption, alt
                "have in common. Marks: seeds; lines: means",
                "Captured and oracle attention mass and overlap per layer",
                "no layer diagnostics (eval.diagnostics was off, or no arm is sparse)"),
-    "learning": ("masses_over_training", "Share of the attention mass that the chosen blocks hold (solid) and that as many best "
-                 "blocks would hold (dashed), per layer, over the tokens that the arm itself trained on: a retrofit "
-                 "begins where it leaves the trunk. Thin: seeds; thick: means",
+    "learning": ("masses_over_training", "Share of the attention mass that the chosen blocks hold (solid) and that as "
+                 "many best blocks would hold (dashed), per layer, over the tokens that the arm itself trained on: a "
+                 "retrofit begins where it leaves the trunk. Thin: seeds; thick: means",
                  "Captured and oracle attention mass per layer over training",
                  "no evaluations on the way (eval.every was 0, or eval.diagnostics off)"),
     "sharing": ("overlap_over_training", "Share of a query's blocks that the next query chose too, per layer, over the "
@@ -63,7 +64,8 @@ class Gallery:
 
   def __init__(self, study: Study, folder, endings=("svg", "png")):
     from nsa.report import layer_plots, plots, style  # here: the verdict alone needs no matplotlib
-    self.plots, self.layer_plots, self.style, self.study, self.folder, self.endings = plots, layer_plots, style, study, folder, endings
+    self.plots, self.layer_plots, self.style = plots, layer_plots, style
+    self.study, self.folder, self.endings = study, folder, endings
     self.look = style.Look(study)
     self.names = []
 
@@ -97,13 +99,15 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
   blocks += answer.exploratory(study, verdict)
-  for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"), ("Held-out loss over training", "held_out"),
+  for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"),
+                      ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),
                       ("Captured and oracle mass over training", "learning"),
                       ("What neighbouring queries share", locality), ("Which blocks one head selects", "blocks"),
                       ("Spread over seeds, and what another study could see", spread)):
-    if part == "context" and not any(r["kind"] in ("ar_hit", "context_gain") for run in study.runs for r in run.records):
+    if (part == "context"
+        and not any(r["kind"] in ("ar_hit", "context_gain") for run in study.runs for r in run.records)):
       continue  # not asked for
     blocks.append(Heading(title))
     for size in study.sizes:
@@ -122,8 +126,9 @@ def learnt(study: Study, size: str) -> list:
     if len({step for _, step in found}) < 2:
       continue
     seeds = sorted({seed for seed, _ in found})
-    first = lambda level: ", ".join(str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
-                                    for seed in seeds)
+    first = lambda level: ", ".join(
+        str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
+        for seed in seeds)
     rows.append([arm, first(0.5), first(0.9)])
   return [Table(["arm", "50 % at step", "90 % at step"], rows,
                 "The first evaluation that found so many answers right, by seed. Exploratory")]
@@ -139,7 +144,8 @@ def arms(study: Study, table: list[Row]) -> list:
   shown = [r for r in table if r.status == "done"] or table
   if shown and shown[0].status != "done":
     blocks.append(Text("No run has finished: these are the numbers of the latest evaluations.", "note"))
-  shown_metrics = list(dict.fromkeys(e.metric for e in study.endpoints if any(math.isfinite(r[e.metric]) for r in table)))
+  shown_metrics = list(
+      dict.fromkeys(e.metric for e in study.endpoints if any(math.isfinite(r[e.metric]) for r in table)))
   for size in study.sizes:
     lines = []
     for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in shown if r.size == size):
@@ -149,7 +155,8 @@ def arms(study: Study, table: list[Row]) -> list:
       shares = [share for r in study.arm_runs(arm, size)
                 if mine[0].headline and math.isfinite(share := endpoints.visible_share(r))]
       lines.append([study.label(arm, mode), str(len({r.seed for r in mine}))]
-                   + [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in shown_metrics]
+                   + [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False)
+                      for m in shown_metrics]
                    + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
                       f"{100 * shares[0]:.1f}" if shares else "-",
                       *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
@@ -159,8 +166,8 @@ def arms(study: Study, table: list[Row]) -> list:
                            "training FLOPs per seed", "visible share (%)",
                            "queries with more blocks than they take (%)", "tokens/s", "MFU (%)"], lines,
                           f"Size {size}. Visible share: what the last query of a full context attends to. Tokens/s per "
-                          "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last stage. "
-                          "\"arm -> mode\": the trained arm, run in another mode."))
+                          "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last "
+                          "stage. \"arm -> mode\": the trained arm, run in another mode."))
     else:
       blocks.append(Text(f"Size {size}: no evaluation yet.", "note"))
   lost = [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: "
@@ -200,24 +207,26 @@ def locality(study, table, size, gallery) -> list:
     mine = [r for r in table if (r.arm, r.size) == (arm, size) and r.headline and r.status == "done"]
     if not endpoints.finite(mine, "tile_union"):
       continue
-    by_layer = endpoints.group(endpoints.select(study, "layer", arm, size, study.headline_mode(arm)), ("layer",), "tile_union")
+    by_layer = endpoints.group(endpoints.select(study, "layer", arm, size, study.headline_mode(arm)), ("layer",),
+                               "tile_union")
     unions = list(by_layer.values())
     even = planning.union_break_even(next((run.config for run in study.arm_runs(arm, size) if run.config), {}))
     word = ("-" if not unions or not math.isfinite(even) else "union tiles" if max(unions) < even else
-            "KV-outer" if min(unions) > even else f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
-    lines.append([arm, _percent(mine, "overlap", ".1f"), _percent(mine, "tile_common", ".1f"), f"{_mean(mine, 'tile_union'):.2f}",
-                  f"{min(unions):.2f} to {max(unions):.2f}" if unions else "-",
+            "KV-outer" if min(unions) > even
+            else f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
+    lines.append([arm, _percent(mine, "overlap", ".1f"), _percent(mine, "tile_common", ".1f"),
+                  f"{_mean(mine, 'tile_union'):.2f}", f"{min(unions):.2f} to {max(unions):.2f}" if unions else "-",
                   "-" if math.isnan(even) else f"{even:.1f}", word])
   blocks = gallery.picture("sharing", size)
   if not lines:
     return blocks + [Text("No evaluation has measured what a tile of queries shares.", "note")]
   return blocks + [Table(
-      ["arm", "next query's blocks in common (%)", "choices on common blocks (%)", "union of a tile / one query", "over layers",
-       "break-even", "favours"], lines,
-      "At the end of training, of queries with more blocks than they take. A tile: 128 query rows, all heads that share a list. "
-      "Common: chosen by a third of its queries. Break-even: a tile that attends to the union of its blocks does that many "
-      "times the products, and saves the partial result that KV-outer writes and reads for each (query, block); forward "
-      "pass, both at the H200's data-sheet speed. Exploratory.")]
+      ["arm", "next query's blocks in common (%)", "choices on common blocks (%)", "union of a tile / one query",
+       "over layers", "break-even", "favours"], lines,
+      "At the end of training, of queries with more blocks than they take. A tile: 128 query rows, all heads that "
+      "share a list. Common: chosen by a third of its queries. Break-even: a tile that attends to the union of its "
+      "blocks does that many times the products, and saves the partial result that KV-outer writes and reads for each "
+      "(query, block); forward pass, both at the H200's data-sheet speed. Exploratory.")]
 
 
 def spread(study, table, size, gallery) -> list:
@@ -236,13 +245,14 @@ def spread(study, table, size, gallery) -> list:
     if lines:
       at = f"size {size}, " if len(study.sizes) > 1 else ""
       blocks.append(Table(
-          ["arm", "seeds", "mean", "SD over seeds", f"SD of paired difference from {study.reference or 'the reference'}",
-           "95 % interval of that SD"] + [f"smallest detectable, {n} seeds" for n in planning.SEEDS]
+          ["arm", "seeds", "mean", "SD over seeds",
+           f"SD of paired difference from {study.reference or 'the reference'}", "95 % interval of that SD"]
+          + [f"smallest detectable, {n} seeds" for n in planning.SEEDS]
           + [f"seeds to see {metric.text(margin)}"], lines,
-          f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired difference "
-          "found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
-          "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its interval is "
-          "too narrow."))
+          f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired "
+          "difference found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its "
+          "chi-square interval). Pooled as if the retrofits' differences were independent; they share the reference's "
+          "runs, so its interval is too narrow."))
   return blocks or [Text("No endpoint has a finished result.", "note")]
 
 
@@ -254,18 +264,20 @@ def costs(study: Study) -> list:
     return blocks + [Text("Not given: no finished run has logged tokens per second.", "note")]
   hours = lambda h: f"{h:.3g}"
   lines = [[p.size, f"{p.parameters / 1e6:.1f}M", _quantity(p.tokens), f"{p.ratio:.3g}"]
-           + [hours(n * p.measured) for n in planning.SEEDS] + [hours(n * p.forecast) for n in planning.SEEDS] for p in prices]
+           + [hours(n * p.measured) for n in planning.SEEDS] + [hours(n * p.forecast) for n in planning.SEEDS]
+           for p in prices]
   kinds = sorted({str(r.versions.get("device_kind", "?")) for r in study.finished})
   blocks.append(Table(
-      ["size", "parameters", "tokens per run", "per parameter"] + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
+      ["size", "parameters", "tokens per run", "per parameter"]
+      + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
       + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
       f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's "
       "context; parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
-      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/planning/forecast.py`, a floor. Without "
-      "compilation, evaluation and failures.", left=1))
+      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/planning/forecast.py`, a floor. "
+      "Without compilation, evaluation and failures.", left=1))
   shown = {r: arm for arm, r in reversed(rates.items())}  # arms that end alike share one
-  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs, of the longest run of each kind: " + ", ".join(
-      f"{arm} {r / 1e12:.3g}T" for r, arm in reversed(shown.items()))]))
+  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs, of the longest run of each kind: "
+                         + ", ".join(f"{arm} {r / 1e12:.3g}T" for r, arm in reversed(shown.items()))]))
   paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
   if paused:
     trained = sum(planning.training_seconds(run) for run in study.finished)

@@ -99,7 +99,8 @@ class Judgement:
 
 
 def judge(differences: Sequence[float], margin: float, alpha: float = 0.05) -> Judgement:
-  """The verdict on paired differences (one per seed): see the top of this file for the words. The interval is of 95 %."""
+  """The verdict on paired differences (one per seed): see the top of this file for the words. The interval is of
+  95 %."""
   interval = t_interval(differences)
   if interval.n < 2:
     return Judgement("no interval", interval, margin, math.nan, math.nan, math.nan)
@@ -133,7 +134,8 @@ def sign_flip(differences: Sequence[float]) -> float:
   if n < 2:
     return math.nan
   if n <= EXACT:
-    signs = 1.0 - 2.0 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1)  # one half: the other is its mirror image
+    # one half: the other is its mirror image
+    signs = 1.0 - 2.0 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1)
   else:
     signs = 1.0 - 2.0 * np.random.default_rng(0).integers(0, 2, (2 ** EXACT, n))
     signs[0] = 1.0

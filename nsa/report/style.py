@@ -57,7 +57,8 @@ class Look:
 
 
 def save(fig: Figure, folder, name: str, endings=("svg", "png")) -> None:
-  """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file. A PNG alone is small."""
+  """folder/name.svg and folder/name.png; no date inside, so that the same data give the same file. A PNG alone is
+  small."""
   if endings == ("png",):
     data = io.BytesIO()
     fig.savefig(data, dpi=130)

@@ -2,14 +2,15 @@
 
 Three quantities of every endpoint and size, paired by seed:
 
-  R(b)      a retrofit of budget b minus its dense control: the trunk, or a dense continuation with the same tokens and rates
+  R(b)      a retrofit of budget b minus its dense control: the trunk, or a dense continuation with its tokens and rates
   A         dense minus the reference (native), at equal tokens
   Delta(b)  R(b) + A: a retrofit against native
 
-The primary endpoints share alpha by kind (text, recall); within a kind and a size all declared quantities, budgets and endpoints
-are one family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints, and quantities that
-were not declared, are one family of their own.
-An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a word.
+The primary endpoints share alpha by kind (text, recall); within a kind and a size all declared quantities, budgets and
+endpoints are one family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints, and
+quantities that were not declared, are one family of their own.
+An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a
+word.
 """
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Comparison:
 
   @property
   def word(self) -> str:
-    """matches | better | worse | undecided, after Holm; cannot be judged; not admitted; "" of an exploratory comparison."""
+    """matches | better | worse | undecided, after Holm; cannot be judged; not admitted; "" of an exploratory
+    comparison."""
     if not self.family:
       return ""
     if not self.admitted:
@@ -104,7 +106,8 @@ def own(study: Study, table: list[Row], arm: str, size: str, metric: str) -> dic
 
 
 def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, endpoint: Endpoint) -> Comparison:
-  """One paired comparison; Delta of an arm with a control of its own is R + A over the seeds that have all four runs."""
+  """One paired comparison; Delta of an arm with a control of its own is R + A over the seeds that have all four
+  runs."""
   get = lambda a: own(study, table, a, size, endpoint.metric)
   against = {"R": study.control(arm), "A": study.reference, "Delta": study.reference}[quantity]
   out = Comparison(quantity, arm, study.headline_mode(arm), against, size, endpoint,
@@ -124,8 +127,8 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
     return out
   out.differences = dict(zip(seeds, map(float, d)))
   if not d.any():  # equality that says nothing: TOST would call it a match with p = 0
-    out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint cannot tell "
-                  "them apart")
+    out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint "
+                  "cannot tell them apart")
     return out
   out.judgement = statistics.judge(d, endpoint.margin)
   if endpoint.primary and (quantity != "Delta" or study.control(arm) == study.dense):
@@ -135,7 +138,8 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
 
 
 def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparison]:
-  """Every comparison of the declared family, and the exploratory ones: other arms, and other ways to run the dense arm."""
+  """Every comparison of the declared family, and the exploratory ones: other arms, and other ways to run the dense
+  arm."""
   out, retrofits = [], study.retrofits()
   if not study.reference:
     return out
@@ -173,12 +177,14 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
 
 
 def levels_off(study: Study, found: Iterable[Comparison]) -> tuple[bool, str]:
-  """Whether R(b) of one endpoint and size is shown to level off: its two largest budgets are equivalent within the margin.
+  """Whether R(b) of one endpoint and size is shown to level off: its two largest budgets are equivalent within the
+  margin.
 
-  A limit of large budgets is claimed only then, as the level of the largest budget that was run: Delta(b) goes to 0 as b
-  goes to 1 by construction, so that nothing is extrapolated.
+  A limit of large budgets is claimed only then, as the level of the largest budget that was run: Delta(b) goes to 0 as
+  b goes to 1 by construction, so that nothing is extrapolated.
   """
-  points = sorted((c for c in found if c.quantity == "R" and c.budget and len(c.differences) > 1), key=lambda c: c.budget)
+  points = sorted((c for c in found if c.quantity == "R" and c.budget and len(c.differences) > 1),
+                  key=lambda c: c.budget)
   if len({c.budget for c in points}) < 3:
     return False, "R(b) has fewer than 3 budgets with 2 seeds: no limit can be read from it"
   low, high = points[-2:]
@@ -186,10 +192,11 @@ def levels_off(study: Study, found: Iterable[Comparison]) -> tuple[bool, str]:
   p = statistics.tost(d, high.endpoint.margin) if len(d) > 1 else math.nan
   m, between = high.metric, f"between {percent(low.budget)} and {percent(high.budget)}"
   if not p <= 0.05:
-    return False, f"R(b) is not shown to level off {between} (both one-sided tests of the change: p = {p_text(p)}): no limit is claimed"
+    return False, (f"R(b) is not shown to level off {between} (both one-sided tests of the change: p = {p_text(p)}): "
+                   "no limit is claimed")
   i = statistics.t_interval(list(high.differences.values()))
-  return True, (f"R(b) levels off {between} (its change lies within ±{m.text(high.endpoint.margin)}, p = {p_text(p)}), at "
-                f"{m.text(i.mean, True)} {m.unit} (95 % t interval {m.between(i)})")
+  return True, (f"R(b) levels off {between} (its change lies within ±{m.text(high.endpoint.margin)}, p = "
+                f"{p_text(p)}), at {m.text(i.mean, True)} {m.unit} (95 % t interval {m.between(i)})")
 
 
 def counted(study: Study, table: list[Row], metric: str, size: str) -> list[str]:
@@ -216,15 +223,16 @@ def sentence(study: Study, c: Comparison) -> str:
   i = j.interval
   where = f"{m.text(i.mean, True)} {m.unit}"
   if not i.bounded:
-    return (f"{c.name}{size}: **{c.arm} against {c.against} cannot be judged**: 1 seed gives a difference of {where} and no interval "
-            "over seeds.")
+    return (f"{c.name}{size}: **{c.arm} against {c.against} cannot be judged**: 1 seed gives a difference of {where} "
+            "and no interval over seeds.")
   if c.word == "not admitted":
     return f"{c.name}{size}: {c.arm} minus {c.against} is {where} (95 % t interval {m.between(i)}); no verdict."
   verb = {"matches": "matches {}", "worse": "is worse than {}", "better": "is better than {}",
           "undecided": "against {} is undecided"}[c.word].format(c.against)
   p = (f"equivalence within ±{m.text(c.endpoint.margin)}, p = {p_text(c.p_tost)}" if c.word == "matches" else
        f"difference, p = {p_text(c.p_difference)}" if c.word in ("worse", "better") else
-       f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a difference")
+       f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a "
+       "difference")
   text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} seeds; after Holm {p})"
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
@@ -242,9 +250,10 @@ def detectable(found: list[Comparison]) -> str:
     return ""
   m, effects = found[0].metric, sorted(j.detectable for j in known)
   seeds = sorted({j.interval.n for j in known})
-  span, pairs = (" to ".join(dict.fromkeys(x)) for x in ((m.text(effects[0]), m.text(effects[-1])), (str(seeds[0]), str(seeds[-1]))))
-  return (f"With {pairs} paired seeds and the scatter found, the smallest effect a single comparison could have seen is {span} {m.unit} "
-          "(80 % power, 5 % two-sided, before Holm)" + (
+  span, pairs = (" to ".join(dict.fromkeys(x))
+                 for x in ((m.text(effects[0]), m.text(effects[-1])), (str(seeds[0]), str(seeds[-1]))))
+  return (f"With {pairs} paired seeds and the scatter found, the smallest effect a single comparison could have seen "
+          f"is {span} {m.unit} (80 % power, 5 % two-sided, before Holm)" + (
               ": more than the margin, so a difference as large as the margin could have been missed."
               if effects[-1] > found[0].endpoint.margin else "."))
 
@@ -279,8 +288,8 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   if gate is None:
     return [f"**{title}**: no result."]
   if not gate.admitted:
-    return [f"**{title} does not test selection here** ({gate.failures()}). Its numbers are shown; they support no verdict, in "
-            "neither direction."]
+    return [f"**{title} does not test selection here** ({gate.failures()}). Its numbers are shown; they support no "
+            "verdict, in neither direction."]
   lines = []
   mine = [c for q in QUANTITIES for c in result.of(q, e.metric, size)]
   for quantity in QUANTITIES:
@@ -292,9 +301,11 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   deltas = [c for c in mine if c.quantity == "Delta" and c.judgement]
   if len(deltas) > 1:
     words = {c.word for c in mine if c.quantity == "R"}
-    lines.append(f"The {len(deltas)} Delta(b) share the runs of {study.reference} and the one comparison A ({study.dense} minus "
-                 f"{study.reference}): they are one finding about {study.reference}, not {len(deltas)}"
-                 + (f", and with every R(b) a match they are A again, {len(deltas)} times." if words == {"matches"} else "."))
+    lines.append(f"The {len(deltas)} Delta(b) share the runs of {study.reference} and the one comparison A "
+                 f"({study.dense} minus {study.reference}): they are one finding about {study.reference}, not "
+                 f"{len(deltas)}"
+                 + (f", and with every R(b) a match they are A again, {len(deltas)} times." if words == {"matches"}
+                    else "."))
   if e.primary and study.budgets:
     lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
   groups = counted(study, table, e.metric, size)
@@ -332,7 +343,8 @@ def _headline(study, primary, admitted):
   many = f" in all {count} comparisons" if count > 1 else ""
   unjudged = f" ({len(kept) - count} more cannot be judged)" if count < len(kept) else ""
   if words == {"undecided"}:
-    return f"Undecided{many}{unjudged}{note}: the seeds show neither a difference from {against} nor a match within the margin."
+    return (f"Undecided{many}{unjudged}{note}: the seeds show neither a difference from {against} nor a match within "
+            "the margin.")
   if words == {"matches"}:
     margins = " and ".join(dict.fromkeys(f"{c.metric.text(c.endpoint.margin)} {c.metric.unit}" for c in judged))
     return f"{who} matches {against} within {margins}{many}{unjudged}{note}."

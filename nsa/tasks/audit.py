@@ -74,7 +74,7 @@ def geometries(config) -> list[Geometry]:
   from nsa import methods  # here: it brings JAX along
 
   found = set()
-  for mode in (*config.eval.run_modes, *config.eval.during):
+  for mode in sum(config.eval.named.values(), ()):
     name, options = methods.parse_run_mode(mode)
     own = config.attention if isinstance(config.attention, methods.blocks.BlockMethod) else None
     if name == "dense" or own is None and not config.eval.blocks:

@@ -8,8 +8,8 @@ the order of the units, so that equal inputs give equal bits. A block that every
 chose is many units that run side by side.
 
 The sums are kept transposed, [H, keys], where 64 divides H: then the 64 of a wgmma is H or the
-tile, and blocks of 32 keys waste nothing; else they are [keys, H]. The next tile is fetched while this one is worked on; P
-and dS take turns in one buffer and dQ leaves through that of dO, or two thread blocks
+tile, and blocks of 32 keys waste nothing; else they are [keys, H]. The next tile is fetched while this one is worked
+on; P and dS take turns in one buffer and dQ leaves through that of dO, or two thread blocks
 would not fit a multiprocessor at H = 128.
 """
 from __future__ import annotations

@@ -145,7 +145,8 @@ def _store(values, rows, column, out, width):
     column, base = ptx.wide(column.registers.item()), ptx.global_address(out)
     for value, row in zip(values.registers.flat, rows.registers.flat):
       value, row = map(_scalar, (value, row))
-      ptx.effect("st.global.f32 [$0], $1;", "l,f", ptx.byte(base, ptx.add(ptx.mul(ptx.wide(row), width), column), 4), value)
+      ptx.effect("st.global.f32 [$0], $1;", "l,f", ptx.byte(base, ptx.add(ptx.mul(ptx.wide(row), width), column), 4),
+                 value)
   do(values, rows, column, out)
 
 
@@ -181,11 +182,12 @@ def _index_top_k(q, first, end, position, k, *, block_size, choice, scale, block
 
 
 def avoid(*, q_idx, block_size, **_):
-  """On one H200, ms here and in triton/, 4 heads of 128: 131,072 tokens 13.3 and 18.8, 32,768 tokens 0.91 and 1.20, 8,192
-  tokens 0.115 and 0.122; 2 heads of 64, blocks of 32, 8 x 4,096 tokens 0.165 and 0.140."""
+  """On one H200, ms here and in triton/, 4 heads of 128: 131,072 tokens 13.3 and 18.8, 32,768 tokens 0.91 and 1.20,
+  8,192 tokens 0.115 and 0.122; 2 heads of 64, blocks of 32, 8 x 4,096 tokens 0.165 and 0.140."""
   H = q_idx.shape[3]
   if H < 128 or block_size < 64:
-    return f"q_idx has head dim {H}, block_size = {block_size}: triton is faster but for heads of 128 and blocks from 64 on"
+    return (f"q_idx has head dim {H}, block_size = {block_size}: triton is faster but for heads of 128 and blocks from "
+            "64 on")
   return None
 
 

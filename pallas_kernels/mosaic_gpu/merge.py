@@ -77,7 +77,8 @@ def combine(rows, lse, position, plan, *, scale=1.0, shared=None):
           head, token = ptx.rem(query, K), ptx.div(query, K)
           batch, token = ptx.div(token, T), ptx.rem(token, T)
           tokens = shared_blocks.tokens_of(plan)
-          tile = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), shared_blocks.tiles_of(plan)), ptx.div(token, tokens))
+          tile = ptx.add(ptx.mul(ptx.add(ptx.mul(batch, K), head), shared_blocks.tiles_of(plan)),
+                         ptx.div(token, tokens))
           row = ptx.add(ptx.mul(tile, shared_blocks.ROWS), ptx.mul(ptx.rem(token, tokens), G))
           sums.append(_load_f32(ptx.byte(addresses[4], ptx.add(row, member), 4)))
           empty = arith.cmpf(arith.CmpFPredicate.OEQ, sums[-1], none)

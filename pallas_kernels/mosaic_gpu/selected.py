@@ -175,7 +175,8 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     q, block_indices, first = args
     rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
     shared = None
-    if not interpret and shared_blocks.pays(plan, q.shape[-1]):  # the interpreter hangs on three warpgroups within a larger program
+    # the interpreter hangs on three warpgroups within a larger program
+    if not interpret and shared_blocks.pays(plan, q.shape[-1]):
       tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
     entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)

@@ -195,7 +195,8 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
     def _():
       _compute(at, wg, steps, blocks, rows, words, first, end, q, o, lse,
                q_s.at[wg], k_s, v_s, rows_s.at[wg], word_s.at[wg], first_s.at[wg], end_s.at[wg],
-               list_s.at[wg], nothing_s.at[wg], lse_s.at[wg], full_k, full_v, used_k, used_v, copied.at[wg], turn, weights_s)
+               list_s.at[wg], nothing_s.at[wg], lse_s.at[wg], full_k, full_v, used_k, used_v, copied.at[wg], turn,
+               weights_s)
 
     @pl.when(wg == 2)
     def _():

@@ -143,7 +143,8 @@ def from_blocks(plan, x):
 
 def seen_picks(plan, block_indices, segment_ids, query_offset):
   """int32[B, T, K, J]: the selection, -1 in place of what is padding, not there or out of the query's sight."""
-  first, end = (x[:, :, None, None] for x in spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset))
+  first, end = (x[:, :, None, None]
+                for x in spans.visible_keys(plan.batch, plan.queries, plan.keys, segment_ids, query_offset))
   start = block_indices * plan.block_size
   seen = (block_indices >= 0) & (block_indices < plan.blocks) & (start < end) & (start + plan.block_size > first)
   return jnp.where(seen, block_indices, -1).astype(jnp.int32)

@@ -1,7 +1,7 @@
 """Short convolution, RMSNorm per head and rotary embedding in one pass over memory, and their gradient in another.
 
-XLA makes a dozen passes of them: shifted copies for the convolution, a reduction and a pass for the norm, halves cut and
-joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here.
+XLA makes a dozen passes of them: shifted copies for the convolution, a reduction and a pass for the norm, halves cut
+and joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here.
 """
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def _call(kernel, name, y, taps, gain, cos, sin, first, more, outputs, eps, **co
   return call.kernel_call(
       kernel, (y, *(nothing if x is None else x for x in (taps, gain, cos, sin)), first, *more), outputs,
       grid=(B * N * -(-T // ROWS),), name=name, num_warps=4, num_stages=1, B=B, R=replicas, T=T, N=N, H2=H // 2,
-      W=0 if taps is None else taps.shape[1], NORM=gain is not None, ROPE=cos is not None, EPS=float(eps), ROWS=ROWS, **constants)
+      W=0 if taps is None else taps.shape[1], NORM=gain is not None, ROPE=cos is not None, EPS=float(eps), ROWS=ROWS,
+      **constants)
 
 
 def _forward(y, taps, gain, cos, sin, first, eps):
@@ -93,8 +94,8 @@ def _backward(y, taps, gain, cos, sin, first, do, eps):
     shares, W = B * -(-T // ROWS), 0 if taps is None else taps.shape[1]
     outputs = [jax.ShapeDtypeStruct(y.shape, y.dtype), jax.ShapeDtypeStruct((shares, max(W, 1), N, H), jnp.float32),
                jax.ShapeDtypeStruct((shares, N, H), jnp.float32)]
-    dy, dtaps, dgain = _call(heads_kernels.backward_kernel, "heads_backward", y, taps, gain, cos, sin, first, (do,), outputs, eps,
-                             REACH=max(W, 1))
+    dy, dtaps, dgain = _call(heads_kernels.backward_kernel, "heads_backward", y, taps, gain, cos, sin, first, (do,),
+                             outputs, eps, REACH=max(W, 1))
     return (dy, None if taps is None else dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1),
             None if gain is None else dgain.reshape(gain.shape[0], -1, H).sum(1))
 

@@ -1,9 +1,10 @@
-"""Triton kernels of what stands between a projection and attention: short convolution, RMSNorm per head, rotary embedding.
+"""Triton kernels of what stands between a projection and attention: short convolution, RMSNorm per head, rotary
+embedding.
 
 A tile is ROWS tokens of one head. Its H numbers per token come as two halves of H2 = H / 2, which the rotation turns
-against each other. What a token reaches back to is read again, from the chip's caches, so each array passes through memory
-once. `first` is the first token of each token's segment. Parameters, and shares of their gradients, have a row for each of
-R replicas of B / R sequences.
+against each other. What a token reaches back to is read again, from the chip's caches, so each array passes through
+memory once. `first` is the first token of each token's segment. Parameters, and shares of their gradients, have a row
+for each of R replicas of B / R sequences.
 """
 from __future__ import annotations
 

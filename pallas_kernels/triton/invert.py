@@ -61,7 +61,8 @@ def _entries(block_indices, first, end, *, plan):
       TILES=plan.tiles_per_unit, K=K, RANGES=plan.ranges, BLOCKS=plan.blocks, UNITS=plan.max_units, STEP=LISTS)
   padded = numbers(plan.entries + plan.unit_tokens)
   rows, spans_, position = call.kernel_call(
-      invert_kernels.scatter_kernel, (*inputs, words, before, bounds, tile_start), [padded, padded, numbers(B, T, K, J)],
+      invert_kernels.scatter_kernel, (*inputs, words, before, bounds, tile_start),
+      [padded, padded, numbers(B, T, K, J)],
       grid=(owners * chunks,), name="lists_scatter", num_warps=4, TOKENS=plan.tile_tokens, G=plan.group,
       TILE_ROWS=lists.TILE_ROWS, **tokens)
   return lists.Entries(rows, spans_, position, units, unit_start)

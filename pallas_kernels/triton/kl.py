@@ -160,7 +160,8 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   targets = targets if kept else jnp.zeros_like(_kept(q, 1, how[0]))
   dq, dk = call.kernel_call(
       kl_kernels.selected_backward_kernel, (*inputs, entries.rows, entries.spans, entries.units, targets),
-      [jax.ShapeDtypeStruct((places, HI), q_idx.dtype), jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
+      [jax.ShapeDtypeStruct((places, HI), q_idx.dtype),
+       jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
       grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, KEPT=kept,
       **constants)
   dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)

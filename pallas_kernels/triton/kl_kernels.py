@@ -2,7 +2,8 @@
 
 P, the mean over a group's heads of exp(score - lse), and the index scores are made for a tile of tokens and a block
 of keys at a time, head after head: so the tensor core has 64 tokens on one side at any group size, and the mean needs
-no exchange between threads. Scores are in base 2 for P (SCALE and the lse have a factor log2(e)), natural for the index.
+no exchange between threads. Scores are in base 2 for P (SCALE and the lse have a factor log2(e)), natural for the
+index.
 
 Over selected blocks a kernel keeps one block of keys and gathers the tokens that chose it (lists.py); over all
 visible tokens it keeps a tile of tokens (forward) or a block of keys (backward).
@@ -98,7 +99,8 @@ def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight,
                              TOKENS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr):
   """What a block of keys gives to dq_idx, [PLACES, HI], one row per entry, and dk_idx, float32[units, SIZE, HI].
 
-  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. P is read from `targets` if KEPT, else made again.
+  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. P is read from `targets` if KEPT, else made
+  again.
   """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)

@@ -24,7 +24,8 @@ def supports_selected_attention(*, q, k, v, block_indices, block_size, scale, **
   if block_size not in (16, 32, 64, 128):
     return f"block_size = {block_size}: the kernels take 16, 32, 64, 128"
   if block_size * q.shape[3] > MAX_BLOCK:
-    return f"q has head dim {q.shape[3]}: with block_size = {block_size} the kernels take up to {MAX_BLOCK // block_size}"
+    return (f"q has head dim {q.shape[3]}: with block_size = {block_size} the kernels take up to "
+            f"{MAX_BLOCK // block_size}")
   plan = _plan(q, k, block_indices.shape[3], block_size)
   if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {block_indices.shape} has more entries than int32 counts"

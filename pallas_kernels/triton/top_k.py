@@ -90,7 +90,8 @@ def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, 
   tuned = tuning.get("compressed_scores", head_dim=H, dtype=q.dtype)
   rows, block = sizes.rows(tuned.rows), max(tuned.block, call.next_power_of_2(ratio))
   tokens = rows // sizes.GP
-  width = line_width(max(-(-C // block) * (block // ratio) + 1, BLOCKS))  # what begins in a block may reach into one more
+  # what begins in a block may reach into one more
+  width = line_width(max(-(-C // block) * (block // ratio) + 1, BLOCKS))
   items = B * K * -(-T // tokens)
   splits = max(1, min(4 * call.processors() // items, C // (2 * block)))
   scores = call.kernel_call(
@@ -130,7 +131,8 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial, num_local,
   f = functools.partial(_index_top_k, SIZE=block_size, choice=(num_blocks, num_initial, num_local),
                         scale=float(scale))
   line = 4 * line_width(-(-k_idx.shape[1] // block_size))
-  return call.batched(functools.partial(in_chunks, f, B * call.next_power_of_2(K) * line))(q_idx, first, position, k_idx)
+  return call.batched(functools.partial(in_chunks, f, B * call.next_power_of_2(K) * line))(
+      q_idx, first, position, k_idx)
 
 
 def _index_top_k(q, first, position, k, *, SIZE, choice, scale):
