@@ -17,12 +17,12 @@ def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *
   return _generate(model_lib.Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)
 
 
-def answers(config, params: dict, tokens: Int[Array, "T"], begins: Int[Array, "Q"], num_tokens: int, *, mode: str = "sparse",
-            selector: str = "own", key: Any = None) -> Int[Array, "Q num_tokens"]:
+def answers(config, params: dict, tokens: Int[Array, "T"], begins: Int[Array, "Q"], num_tokens: int, *,
+            mode: str = "sparse", selector: str = "own", key: Any = None) -> Int[Array, "Q num_tokens"]:
   """Greedy continuations of several beginnings of one text: int32[Q, num_tokens].
 
-  The text goes through the model once and fills the cache. Each continuation begins behind position begins[q], writes its own
-  tokens over those of the text and sees none of what stands behind; tokens past the text's end mean nothing.
+  The text goes through the model once and fills the cache. Each continuation begins behind position begins[q], writes
+  its own tokens over those of the text and sees none of what stands behind; tokens past the text's end mean nothing.
   Of methods that attend to what lies in a cache by position: no neural memory, nothing that chooses once per prompt.
   """
   return _answers(model_lib.Static(config), params, tokens, begins, num_tokens, mode=mode, selector=selector, key=key)
@@ -33,9 +33,10 @@ def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
   config = config_box.value
   B, T = tokens.shape
   cache = model_lib.init_cache(config, params, B, T + num_tokens)
-  out = model_lib.forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache, prompt=T)
+  how = dict(mode=mode, selector=selector, key=key)
+  out = model_lib.forward(config, params, tokens, losses=False, cache=cache, prompt=T, **how)
   first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  return _steps(config, params, out.cache, first, T, num_tokens, mode=mode, selector=selector, key=key)
+  return _steps(config, params, out.cache, first, T, num_tokens, **how)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("mode", "selector"))

@@ -11,9 +11,9 @@ own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
 score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
 arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
-There, too, where the config asks for them: the answers of some examples decoded greedily with the KV cache in dense and sparse mode
-(eval.decoded; on one device, of models without a memory); the loss of what a model can know from far back (eval.ar_hits), and of the last quarter
-of a window given less and less before it (eval.context_gain).
+There, too, where the config asks for them: the answers of some examples decoded greedily with the KV cache in dense and
+sparse mode (eval.decoded; on one device, of models without a memory); the loss of what a model can know from far back
+(eval.ar_hits), and of the last quarter of a window given less and less before it (eval.context_gain).
 
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left

@@ -217,7 +217,10 @@ def retrofit_of_import(steps: int, *, warmup_steps: int, train: str = "all", ent
   Raises:
     ValueError: the warm-up is as long as the budget.
   """
-  stages = [Stage(1.0, "warmup", train="selector")] if train == "selector" else _adopt(steps, 0, warmup_steps, enter, hold=True)[1:]
+  if train == "selector":
+    stages = [Stage(1.0, "warmup", train="selector")]
+  else:
+    stages = _adopt(steps, 0, warmup_steps, enter, hold=True)[1:]
   return ScheduleConfig(steps, stages, LearningRate(**kw))
 
 

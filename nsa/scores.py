@@ -170,7 +170,8 @@ def _mean(answers, name):
 def task(run, params, name, examples, e, listed: bool, decode=None):
   """One record per example and one per range of distances; `listed`: the examples' answers one by one.
 
-  decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], for the first `e.decoded` examples.
+  decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], of the first `e.decoded`
+    examples.
   """
   count, length = examples["inputs"].shape
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)

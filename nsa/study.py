@@ -135,7 +135,8 @@ def asked(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
           "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary} for m in (*study.primary, *study.secondary)],
           "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference, "dense_arm": study.dense,
-          "budgets": study.budgets, "controls": study.controls, "branches": {arm: list(b) for arm, b in study.branches.items()}, "solved": study.solved}
+          "budgets": study.budgets, "controls": study.controls, "solved": study.solved,
+          "branches": {arm: list(b) for arm, b in study.branches.items()}}
 
 
 def _directory(config) -> str:

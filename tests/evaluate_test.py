@@ -216,15 +216,18 @@ def test_exact_match_is_what_greedy_decoding_gives():
   prompt = examples["inputs"][:, :begins[0] + 1]
   decoded = np.asarray(decoding.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
   run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
+  decode = functools.partial(evaluate._decoder(config, "dense"), params)
 
   def scored(answers):
-    """Exact match, and that of the evaluation's own decoding, which goes on with its own tokens and not with the right ones."""
+    """Exact match; that of the evaluation's own decoding, which goes on with its own tokens, is the same."""
     targets, inputs = examples["targets"].copy(), examples["inputs"].copy()
     targets[group >= 0] = answers.ravel()
     inputs[:, 1:] = targets[:, :-1]
-    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval,
-                        True)
-    return [row["exact_match"] for row in of_kind(found, "task")]
+    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets},
+                        dataclasses.replace(config.eval, decoded=2), True, decode)
+    exact, greedy = ([row.get(name) for row in of_kind(found, "task")] for name in ("exact_match", "greedy_exact_match"))
+    assert greedy == [*exact[:2], None]
+    return exact
 
   assert scored(decoded) == [1, 1, 1]
   for place in (0, 3, 5):
@@ -234,11 +237,12 @@ def test_exact_match_is_what_greedy_decoding_gives():
 
 
 @pytest.mark.parametrize("name, attention", [
-    ("dense", methods.Dense()), ("msa", methods.MSA(index_dim=4, **BLOCKS)), ("seer", methods.Seer(gate_dim=4, **BLOCKS)),
+    ("dense", methods.Dense()), ("msa", methods.MSA(index_dim=4, **BLOCKS)),
+    ("seer", methods.Seer(gate_dim=4, **BLOCKS)),
     ("dsa", methods.DSA(index_dim=4, **BLOCKS)), ("gated", methods.Gated(index_dim=4, **BLOCKS)),
     ("quest", methods.Quest(**BLOCKS)), ("block_topk", methods.BlockTopK(**BLOCKS))])
 def test_answers_in_the_middle_of_a_text_are_decoded_as_if_nothing_came_after_them(name, attention):
-  """Against the whole pass over each beginning, token by token: what stands behind in the cache is not seen, nor by block summaries."""
+  """Against the whole pass over each beginning, token by token: blocks' summaries do not see what stands behind either."""
   config = make_config(attention, sequences=0)
   mode = "dense" if name == "dense" else "sparse"
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))

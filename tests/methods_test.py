@@ -9,7 +9,17 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, decoding, layers, methods, model as model_lib, optim, schedule, sharding, step as step_lib
+from nsa import (
+  config as config_lib,
+  decoding,
+  layers,
+  methods,
+  model as model_lib,
+  optim,
+  schedule,
+  sharding,
+  step as step_lib,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -26,5 +26,5 @@ from nsa.config.fields import (
 from nsa.config.serial import from_dict, to_dict
 
 __all__ = ("CheckpointConfig", "Config", "ConfigError", "DataConfig", "EvalConfig", "ForkConfig", "LearningRate",
-           "MeshConfig", "ModelConfig", "OptimizerConfig", "Restart", "RopeScaling", "ScheduleConfig", "Stage", "from_dict", "remarks",
-           "steps_of", "to_dict", "validate")
+           "MeshConfig", "ModelConfig", "OptimizerConfig", "Restart", "RopeScaling", "ScheduleConfig", "Stage",
+           "from_dict", "remarks", "steps_of", "to_dict", "validate")

@@ -47,7 +47,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(not strange and len(set(m.no_rope_layers)) == len(m.no_rope_layers), "model.no_rope_layers", m.no_rope_layers,
        f"different layers of 0 to {m.num_layers - 1}")
   need(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "above 0")
-  need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier, "above 0, or 0 for sqrt(d_model)")
+  need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier,
+       "above 0, or 0 for sqrt(d_model)")
   need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "RoPE rotates pairs: take an even number")
   need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
   need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
@@ -58,7 +59,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   selector_losses = {loss for method in config.methods for loss in method.selector_losses}
   enters = {name for method in config.methods for name in method.enters}
   if d.tokenizer == "bytes":
-    need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size, "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
+    need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size,
+         "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
   else:
     try:
       size = tokenizer.get(d.tokenizer).vocab_size
@@ -70,7 +72,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
   need(0 <= d.task_share <= 1, "data.task_share", d.task_share, "a share between 0 and 1")
   for length in d.task_lengths:
-    need(0 < length <= d.context, "data.task_lengths", d.task_lengths, f"lengths of 1 to data.context = {d.context} tokens")
+    need(0 < length <= d.context, "data.task_lengths", d.task_lengths,
+         f"lengths of 1 to data.context = {d.context} tokens")
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
@@ -83,10 +86,12 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(not d.planted or d.task_share == 0, "data.task_share", d.task_share,
        "tasks drawn row by row would take the place of planted passages: use data.task_rows")
   need(0 <= d.task_loss < 1, "data.task_loss", d.task_loss, "a share from 0 to below 1")
-  need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss, "is the share of a fixed number of rows: set data.task_rows")
+  need(not d.task_loss or d.task_rows, "data.task_loss", d.task_loss,
+       "is the share of a fixed number of rows: set data.task_rows")
   need(d.source != "tasks" or d.corpora or d.task_share == 1, "data.task_share", d.task_share,
        'data.source = "tasks" has no text: set data.task_share = 1')
-  for where, source in [("data.source", d.source)] * (not d.corpora) + [(f"data.corpora[{n}]", x) for n, x in d.corpora.items()]:
+  corpora = {f"data.corpora[{name}]": source for name, source in d.corpora.items()}
+  for where, source in (corpora or {"data.source": d.source}).items():
     need(source == "stdlib" or source == "tasks" and not d.corpora
          or source.split(":", 1)[0] in ("files", "tfds") and ":" in source,
          where, source, 'take "stdlib", "files:PATH", "tfds:NAME"' + (' or "tasks"' if not d.corpora else ""))
@@ -101,8 +106,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
         if where == "eval.tasks":
           tasks.length_of(name, e.context or d.context)
         else:
-          need("@" not in name, where, name, "data.task_lengths says how long the examples of training are: name it without @")
-        need(task.trainable or where != "data.tasks", where, name, "is held out of training: name it in eval.tasks alone")
+          need("@" not in name, where, name,
+               "data.task_lengths says how long the examples of training are: name it without @")
+        need(task.trainable or where != "data.tasks", where, name,
+             "is held out of training: name it in eval.tasks alone")
         need(task.in_words or d.tokenizer == "bytes", where, name,
              f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
         need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size,
@@ -143,18 +150,21 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
            f"{config.attention.name} has no memory")
     if stage.context:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
-           f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay the same")
+           f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay "
+           "the same")
       contexts.add(stage.context)
   lr = s.learning_rate
   need(lr.plan in ("wsd", "cosine", "constant"), "schedule.learning_rate.plan", lr.plan, "wsd, cosine or constant")
   need(lr.peak > 0, "schedule.learning_rate.peak", lr.peak, "must be above 0")
   need(0 <= lr.warmup < 1, "schedule.learning_rate.warmup", lr.warmup, "a share of the steps, 0 to below 1")
-  need(0 <= lr.decay <= 1 - lr.warmup, "schedule.learning_rate.decay", lr.decay, "warm-up and decay together take at most 1")
+  need(0 <= lr.decay <= 1 - lr.warmup, "schedule.learning_rate.decay", lr.decay,
+       "warm-up and decay together take at most 1")
   again = s.restart
   need(0 <= again.step < s.steps, "schedule.restart.step", again.step,
        f"from 0 (no second plan) to below schedule.steps = {s.steps}")
   need(0 < again.peak <= 1, "schedule.restart.peak", again.peak, "a share of schedule.learning_rate.peak, above 0 to 1")
-  need(0 <= again.warmup < 1, "schedule.restart.warmup", again.warmup, "a share of the steps after the restart, 0 to below 1")
+  need(0 <= again.warmup < 1, "schedule.restart.warmup", again.warmup,
+       "a share of the steps after the restart, 0 to below 1")
   need(0 <= again.decay <= 1 - again.warmup, "schedule.restart.decay", again.decay,
        "warm-up and decay together take at most 1")
 
@@ -220,14 +230,17 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     for i, (first, end) in enumerate(steps_of(s)):
       need(end > first or s.stages[i].fraction == 0, f"schedule.stages[{i}].fraction", s.stages[i].fraction,
            f"rounds to no step of schedule.steps = {s.steps}: take more steps, a larger share, or leave the stage out")
-  need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds, "one or more different seeds")
+  need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds,
+       "one or more different seeds")
   need(not config.profile or len(config.profile) == 2 and 0 <= config.profile[0] <= config.profile[1], "profile",
        config.profile, "(first step, last step)")
   names = {"", "reference", backends.FASTEST} | {name for listed in backends.BACKENDS.values() for name, _ in listed}
   need(config.implementation in names, "implementation", config.implementation,
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
-  need(config.unroll >= 0, "unroll", config.unroll, "layers per turn of the loop over layers, 0 for the measured default")
-  need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step, f"must lie before schedule.steps = {s.steps}")
+  need(config.unroll >= 0, "unroll", config.unroll,
+       "layers per turn of the loop over layers, 0 for the measured default")
+  need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step,
+       f"must lie before schedule.steps = {s.steps}")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")
   every, period = config.checkpoint.every, config.checkpoint.keep_period
@@ -280,8 +293,9 @@ def remarks(config: Config) -> list[str]:
     method, where = config.method_of(name), name if name == "attention" else f"others.{name}"
     size, number = getattr(method, "block_size", 0), getattr(method, "num_blocks", 0)
     if contexts and size and number >= -(-max(contexts) // size):
-      out.append(f"{where}.num_blocks = {number}: the longest context, {max(contexts)} tokens, has {-(-max(contexts) // size)} blocks "
-                 f"of {where}.block_size = {size}: nothing is left out, which is dense attention")
+      out.append(f"{where}.num_blocks = {number}: the longest context, {max(contexts)} tokens, has "
+                 f"{-(-max(contexts) // size)} blocks of {where}.block_size = {size}: nothing is left out, which is "
+                 "dense attention")
   return out
 
 

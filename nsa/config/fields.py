@@ -63,9 +63,11 @@ class Stage:
   context: int = 0                # tokens per sequence; 0 = data.context. Tokens per step stay the same
   learning_rate: float = 1.0      # factor on the schedule's learning rate
   dense_share: float = 0.5        # mixed only: share of the steps that run dense
-  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = the method's default, 1 or its paper's
+  loss_weights: dict[str, float] = field(default_factory=dict)  # auxiliary losses by name; absent = the method's
+                                                                # default, 1 or its paper's
   enter: str = ""                 # what happens to the weights at the first step, e.g. "copy_kv" (see nsa/schedule.py)
-  hold_selector: bool = False     # selectors learn at the plan's peak x optimizer.selector_learning_rate, wherever the plan stands
+  hold_selector: bool = False     # selectors learn at the plan's peak x optimizer.selector_learning_rate, wherever the
+                                  # plan stands
 
 
 @dataclass
@@ -81,7 +83,8 @@ class LearningRate:
 @dataclass
 class Restart:
   """A second plan for what is done to a finished model: warm up again, hold, decay linearly to `LearningRate.final`."""
-  step: int = 0                   # optimizer steps of the finished model; the first plan is over then; 0 = no second plan
+  step: int = 0                   # optimizer steps of the finished model; the first plan is over then; 0 = no second
+                                  # plan
   peak: float = 0.5               # share of learning_rate.peak
   warmup: float = 0.1             # share of the steps that are left
   decay: float = 0.2              # share of the steps that are left
@@ -99,7 +102,8 @@ class ScheduleConfig:
 class DataConfig:
   source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
   tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD | hf:PATH: a tokenizer.json or its folder (extra `hf`)
-  corpora: dict[str, str] = field(default_factory=dict)  # name -> source: a mixture in place of `source`; each has endpoints of its own
+  corpora: dict[str, str] = field(default_factory=dict)  # name -> source: a mixture in place of `source`; each has
+                                                         # endpoints of its own
   weights: dict[str, float] = field(default_factory=dict)  # of the corpora, rows of text; absent = 1
   data_dir: str = ""              # tfds only: where the builder's files lie; "" = TFDS's own default
   context: int = 1024             # T, tokens per sequence
@@ -107,11 +111,13 @@ class DataConfig:
   align: int = 64                 # packed documents begin at multiples of this; the same in all arms that are compared
   task_share: float = 0.0         # share of the sequences that are synthetic tasks, each drawn for itself, 0 to 1
   task_rows: int = 0              # instead of a share: so many of every `global_batch` sequences, in every batch
-  task_loss: float = 0.0          # with task_rows: share of a batch's loss weight on tasks; 0 = as answer_weight makes it
+  task_loss: float = 0.0          # with task_rows: share of a batch's loss weight on tasks; 0 = as answer_weight makes
+                                  # it
   tasks: tuple[str, ...] = ()     # e.g. ("mqar", "needle:keys=4"); drawn with equal probability
   task_lengths: tuple[int, ...] = ()  # tokens: a task's row is packed with examples of a length drawn from those
                                       # of these that it fits into; () = context
-  planted: float = 0.0            # share of the text that is passages planted a known number of times (data/planting.py)
+  planted: float = 0.0            # share of the text that is passages planted a known number of times
+                                  # (data/planting.py)
   answer_weight: float = 5.0      # loss weight of a task's answer tokens
   filler_weight: float = 1.0      # loss weight of a task's other tokens; 0 = learn from answers alone
 
@@ -135,7 +141,8 @@ class OptimizerConfig:
   weight_decay: float = 0.1       # decoupled; matrices only
   clip: float = 1.0               # global gradient norm of the backbone; 0 = no clipping
   selector_clip: float = 1.0      # the same for the selector's own parameters, clipped apart
-  selector_learning_rate: float = 1.0  # factor on the selector's learning rate; see experiments/methods.py for retrofits
+  selector_learning_rate: float = 1.0  # factor on the selector's learning rate; see experiments/methods.py for
+                                       # retrofits
 
 
 @dataclass
@@ -151,25 +158,33 @@ class MeshConfig:
 class EvalConfig:
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
-  sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents; -1 = all of the split
+  sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents;
+                                  # -1 = all of the split
   context: int = 0                # tokens; 0 = data.context
   batch: int = 8                  # sequences per device call
-  run_modes: tuple[str, ...] = ("dense", "sparse")  # also the others of methods/run_modes.py, with options: "sparse:num_blocks=8"
+  run_modes: tuple[str, ...] = ("dense", "sparse")  # also the others of methods/run_modes.py, with options:
+                                                    # "sparse:num_blocks=8"
   during: tuple[str, ...] = ()    # run modes at steps before the last, without heat maps; () = as at the end
   during_examples: int = 0        # examples per task at these; 0 = text alone
-  during_sequences: int = 0       # windows of each corpus at these, evenly spread among those of the end; 0 = as at the end
-  more_modes: tuple[str, ...] = ()  # further run modes at the end, of the seeds in more_seeds alone: what no verdict asks of every seed
+  during_sequences: int = 0       # windows of each corpus at these, evenly spread among those of the end; 0 = as at the
+                                  # end
+  more_modes: tuple[str, ...] = ()  # further run modes at the end, of the seeds in more_seeds alone: what no verdict
+                                    # asks of every seed
   more_seeds: tuple[int, ...] = ()
-  blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32}; {} = the method's
+  blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32};
+                                                        # {} = the method's
   tasks: tuple[str, ...] = ()     # () = data.tasks; "needle@512": examples of 512 tokens, not of the whole context
   task_examples: int = 32         # per task
   decoded: int = 0                # of so many examples per task the answers are also decoded greedily, at the end
-  near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence behind the first
-                                  # and before the last; () = (context / 32, context / 8)
-  ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at the end
-  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the end; dense, sparse
+  near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence
+                                  # behind the first and before the last; () = (context / 32, context / 8)
+  ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at
+                                  # the end
+  context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the
+                                      # end; dense, sparse
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
-  diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take longer than the model
+  diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take
+                                  # longer than the model
 
   def modes(self, seeds: tuple[int, ...]) -> tuple[str, ...]:
     """Run modes at the end that any of `seeds` is evaluated in."""
@@ -202,12 +217,14 @@ class Config:
   arm: str = "dense"              # name of the arm, a column of every record
   size: str = "base"              # name of the model size, a column of every record
   seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program
-  modules: tuple[str, ...] = ()   # what defines methods, tasks and controls outside of the package, by import name or file:
-                                  # config.json names it by itself (nsa/origins.py)
+  modules: tuple[str, ...] = ()   # what defines methods, tasks and controls outside of the package, by import name or
+                                  # file: config.json names it by itself (nsa/origins.py)
   model: ModelConfig = field(default_factory=ModelConfig)
   attention: Any = field(default_factory=lambda: methods.get("dense")())  # a method's own dataclass
-  layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name; () = attention in all
-  others: dict[str, Any] = field(default_factory=dict)  # options of the other methods in `layers`, by name; absent = their defaults
+  layers: tuple[str, ...] = ()    # method of each layer: "attention" (the field above) or a method's name;
+                                  # () = attention in all
+  others: dict[str, Any] = field(default_factory=dict)  # options of the other methods in `layers`, by name;
+                                                        # absent = their defaults
   schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
   data: DataConfig = field(default_factory=DataConfig)
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -220,7 +237,8 @@ class Config:
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
   implementation: str = ""        # of the attention operations; "" = the best one for the platform;
                                   # "fastest" lets last bits differ between runs
-  unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured (step.layers_per_turn)
+  unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured
+                                  # (step.layers_per_turn)
   peak_tflops: float = 0.0        # of one device, for MFU; 0 = looked up by device kind, absent if unknown
 
   def method_of(self, name: str) -> methods.Method:

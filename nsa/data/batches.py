@@ -88,7 +88,8 @@ class Data:
     if config.has_tasks and config.tokenizer != "bytes":
       names = {name: {d.name for d in documents} for name, documents in loaded.items()}
       self.haystack = [document for name, source in config.texts.items()
-                       for document in sources.load(source, "train", data_dir=config.data_dir) if document.name in names[name]]
+                       for document in sources.load(source, "train", data_dir=config.data_dir)
+                       if document.name in names[name]]
     self.check_context(config.context)
 
   @functools.cached_property
@@ -133,7 +134,8 @@ class Data:
         one, row = self._text_of(number)
         one.row(row, inputs[i], targets[i], weights[i], segment_ids[i])
         if self.planting:
-          self.planting.plant(number - int(self._tasks_before(number)), inputs[i], targets[i], weights[i], segment_ids[i])
+          self.planting.plant(number - int(self._tasks_before(number)), inputs[i], targets[i], weights[i],
+                              segment_ids[i])
       else:
         self._task_row(number, kind, inputs[i], targets[i], weights[i], segment_ids[i])
     return dict(inputs=inputs, targets=targets, weights=weights, segment_ids=segment_ids, index=numbers)
@@ -143,11 +145,12 @@ class Data:
     batch = self._shape(context, None)[1]
     config = self.config
     if self.planting and (context < planting.SIZE or config.planted * context > planting.SIZE):
-      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row of "
-                       f"data.context = {context}")
+      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a "
+                       f"row of data.context = {context}")
     if config.task_rows and config.task_rows * batch % config.global_batch:
-      raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of {config.global_batch} "
-                       f"rows are no whole number of a batch of {batch}; take another context or another number of rows")
+      raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of "
+                       f"{config.global_batch} rows are no whole number of a batch of {batch}; take another context or "
+                       "another number of rows")
     if config.has_tasks and config.tokenizer == "bytes":
       for task in self.tasks:
         task.check_length(self._task_lengths(context, task)[-1] + 1)
@@ -210,7 +213,8 @@ class Data:
     length = self._task_length(number, context, task)
     for j, begin in enumerate(self._begins(length, context)):
       at = slice(begin, begin + length)
-      # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they are.
+      # Numbers are the row's own where examples fill it, so that lists of lengths leave those of one length as they
+      # are.
       example = self._render(task, config.tokenizer, self.seed, number + (j << 40), length + 1, "train", self.haystack)
       inputs[at], targets[at] = example.tokens[:-1], example.tokens[1:]
       weights[at] = np.where(example.answer_mask[1:], config.answer_weight, config.filler_weight)

@@ -7,7 +7,8 @@ PERIOD = 1000  # rows after which the pattern repeats: weights count in steps of
 
 
 class Mixture:
-  """Row number -> (corpus, row of the corpus), a fixed pattern: of any rows 0 .. n each corpus has its share to within one row.
+  """Row number -> (corpus, row of the corpus), a fixed pattern: of any rows 0 .. n each corpus has its share to within
+  one row.
 
   Raises ValueError unless all weights are above 0 (at least 1/1000 of their sum).
   """

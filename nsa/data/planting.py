@@ -1,9 +1,10 @@
-"""Passages of text planted in training a known number of times, drawn by seed: familiarity that is randomised, not observed.
+"""Passages of text planted in training a known number of times, drawn by seed: familiarity that is randomised, not
+observed.
 
-Documents are set aside for it by a hash of their names and nowhere else in training. Passages of 2,048 tokens come in sets
-of five, planted 0, 1, 4, 16 and 64 times; which passage gets which number is drawn by seed. `SETS` sets are planted
-together, their plantings shuffled, and then the next ones: a deck. (Design: is a network's state denser for what it
-knows? Claims on hidden states of arXiv 2603.03415 compare familiar with unfamiliar *kinds* of text.)
+Documents are set aside for it by a hash of their names and nowhere else in training. Passages of 2,048 tokens come in
+sets of five, planted 0, 1, 4, 16 and 64 times; which passage gets which number is drawn by seed. `SETS` sets are
+planted together, their plantings shuffled, and then the next ones: a deck. (Design: is a network's state denser for
+what it knows? Claims on hidden states of arXiv 2603.03415 compare familiar with unfamiliar *kinds* of text.)
 """
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _DECK = SETS * sum(TIMES)     # plantings of a deck
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-  """A passage: its document's corpus and name, its first token there, how often a deck plants it, how often it was so far."""
+  """A passage: its document's corpus and name, its first token there, how often a deck plants it, how often it was so
+  far."""
   corpus: str
   document: str
   start: int
@@ -33,7 +35,8 @@ class Passage:
 
 
 def set_aside(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-  """(documents to train on, documents for passages): by the CRC-32 of the name, that of the smallest where none qualifies."""
+  """(documents to train on, documents for passages): by the CRC-32 of the name, that of the smallest where none
+  qualifies."""
   aside = [d for d in documents if zlib.crc32(d.name.encode()) % ASIDE == 0 and len(d.tokens) > SIZE]
   if not aside:
     long = [d for d in documents if len(d.tokens) > SIZE]
@@ -60,8 +63,9 @@ class Planting:
     pool = [(corpus, document, start) for corpus, documents in aside.items() for document in documents
             for start in range(0, len(document.tokens) - SIZE, SIZE)]
     if len(pool) < SETS * len(TIMES):
-      raise ValueError(f"data.planted = {share}: one document in {ASIDE} is set aside for passages, which gives {len(pool)} of "
-                       f"{SIZE} tokens; {SETS * len(TIMES)} are needed: take a larger corpus, or 0 for none")
+      raise ValueError(f"data.planted = {share}: one document in {ASIDE} is set aside for passages, which gives "
+                       f"{len(pool)} of {SIZE} tokens; {SETS * len(TIMES)} are needed: take a larger corpus, or 0 "
+                       "for none")
     self._pool = [pool[i] for i in counter.permutation(counter.key("passages", seed), len(pool))]
     self._entries = np.repeat(np.arange(SETS * len(TIMES)), np.tile(TIMES, SETS))  # of a deck, before it is shuffled
 
@@ -78,8 +82,8 @@ class Planting:
   def _numbers(self, deck):
     number = deck * SETS * len(TIMES) + np.arange(SETS * len(TIMES))
     if number[-1] >= len(self._pool):
-      raise ValueError(f"data.planted = {self.share}: {len(self._pool)} passages are set aside, and the run needs more; take a "
-                       "smaller share")
+      raise ValueError(f"data.planted = {self.share}: {len(self._pool)} passages are set aside, and the run needs "
+                       "more; take a smaller share")
     return number
 
   def of_row(self, row: int, context: int) -> tuple[str, Document, int, int] | None:
@@ -92,13 +96,15 @@ class Planting:
     return (*self._pool[self._passage(before)], at)
 
   def plant(self, row: int, inputs, targets, weights, segment_ids) -> None:
-    """Writes the passage of a row of text over it, as a document of its own; what follows it in the row is another one."""
+    """Writes the passage of a row of text over it, as a document of its own; what follows it in the row is another
+    one."""
     found = self.of_row(row, len(inputs))
     if found is None:
       return
     _, document, start, first = found
     at, last = slice(first, first + SIZE), int(segment_ids.max())
-    inputs[at], targets[at], weights[at] = document.tokens[start:start + SIZE], document.tokens[start + 1:start + SIZE + 1], 1
+    inputs[at], targets[at], weights[at] = (document.tokens[start:start + SIZE],
+                                            document.tokens[start + 1:start + SIZE + 1], 1)
     behind = segment_ids[first + SIZE:]
     behind[behind > 0] += last + 1
     segment_ids[at] = last + 1

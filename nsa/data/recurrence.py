@@ -1,10 +1,11 @@
 """Tokens that a model can know from far back: they complete an n-gram seen before in the window and rare in training.
 
-"AR hits" of Arora et al. 2023, "Zoology" (arXiv:2312.04927), section 3.1, which takes bigrams of words. For bytes an n-gram
-is 12 long and at most 4 times in training. Counted on val of longdoc-v1 and longcode-v1 (80 MB of training each, windows of
-4,096 bytes, the nearest copy at least 512 back): 2.7 of 1,000 bytes of novels are such hits and 54.7 of code; with 8 bytes
-3.6 and 36.9, with 16 bytes 1.1 and 57.9; with no limit of rarity 12 bytes give 6.3 and 94.9. Longer ones are too few in
-novels; shorter ones, or common ones, a model knows from training. Tokens of other tokenizers are 4 to an n-gram.
+"AR hits" of Arora et al. 2023, "Zoology" (arXiv:2312.04927), section 3.1, which takes bigrams of words. For bytes an
+n-gram is 12 long and at most 4 times in training. Counted on val of longdoc-v1 and longcode-v1 (80 MB of training each,
+windows of 4,096 bytes, the nearest copy at least 512 back): 2.7 of 1,000 bytes of novels are such hits and 54.7 of
+code; with 8 bytes 3.6 and 36.9, with 16 bytes 1.1 and 57.9; with no limit of rarity 12 bytes give 6.3 and 94.9. Longer
+ones are too few in novels; shorter ones, or common ones, a model knows from training. Tokens of other tokenizers are 4
+to an n-gram.
 """
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def distances(targets: np.ndarray, inputs: np.ndarray, train: list[Document], *,
     least: nor those whose last copy is nearer than this.
 
   Returns:
-    int32[windows, T], tokens from the copy's last one to the target; 0 where there is no copy in the window, or none that counts.
+    int32[windows, T], tokens from the copy's last one to the target; 0 where the window has none, or none that
+    counts.
   """
   whole = np.concatenate([inputs[:, :1], targets], axis=1)  # input 0 and every target
   found = np.zeros(targets.shape, np.int32)
@@ -46,7 +48,8 @@ def distances(targets: np.ndarray, inputs: np.ndarray, train: list[Document], *,
     order = np.argsort(mine, kind="stable")
     again = np.flatnonzero(mine[order[1:]] == mine[order[:-1]])
     later, earlier = order[again + 1], order[again]
-    found[row, later + ngram - 2] = later - earlier  # n-gram i ends at token i + n - 1 of `whole`, which is target i + n - 2
+    # n-gram i ends at token i + n - 1 of `whole`, which is target i + n - 2
+    found[row, later + ngram - 2] = later - earlier
   found[found < least] = 0
   row, at = np.nonzero(found)
   mine = hashes[row, at - ngram + 2]

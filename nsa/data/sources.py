@@ -35,7 +35,8 @@ ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document: its name within the source and its tokens, read-only, no BOS or EOS: uint16[length] (bytes) or uint32.
+  """One document: its name within the source and its tokens, read-only, no BOS or EOS: uint16[length] (bytes) or
+  uint32.
 
   prefix: bytes of its first token that are no text of it, a space that the tokenizer put before it.
   """
@@ -100,10 +101,10 @@ def _compare_bytes(source, split, tokens, texts, counted):
   other = [name for name, text in texts.items() if counted[name] != len(text)]
   if other:
     logging.warning(
-        "data.source = %r, split %s: %s makes %d bytes of %d of its %d documents that have %d (first %s): bits per byte are per byte "
-        "that it makes. Text that is no UTF-8 or not in the form NFC, or that spells a special token, is not what it gives back; "
-        "convert such files to compare with other tokenizers", source, split, tokens, sum(counted[name] for name in other), len(other),
-        len(texts), sum(len(texts[name]) for name in other), other[0])
+        "data.source = %r, split %s: %s makes %d bytes of %d of its %d documents that have %d (first %s): bits per "
+        "byte are per byte that it makes. Text that is no UTF-8 or not in the form NFC, or that spells a special "
+        "token, is not what it gives back; convert such files to compare with other tokenizers", source, split, tokens,
+        sum(counted[name] for name in other), len(other), len(texts), sum(len(texts[name]) for name in other), other[0])
 
 
 def _document(name, tokens, prefix=0):
@@ -201,8 +202,8 @@ def _hidden(parts):
 def _lost(source, split, lost: dict[str, str]):
   """The error for documents that cannot be read: {name: why}."""
   name, why = next(iter(lost.items()))
-  return ValueError(f"data.source = {source!r}: {len(lost)} document{'s' * (len(lost) > 1)} of the split {split!r} cannot be read, "
-                    f"first {name}: {why}; mend or remove {'them' if len(lost) > 1 else 'it'}")
+  return ValueError(f"data.source = {source!r}: {len(lost)} document{'s' * (len(lost) > 1)} of the split {split!r} "
+                    f"cannot be read, first {name}: {why}; mend or remove {'them' if len(lost) > 1 else 'it'}")
 
 
 def _folder(source, path, split):
@@ -306,7 +307,8 @@ def _inside(name) -> tuple[str, ...]:
 
 
 def _resolve(path, links, texts) -> dict[str, str]:
-  """Reads what `links`, {document: path inside the archive}, point to into `texts`; {document: why not} of the others."""
+  """Reads what `links`, {document: path inside the archive}, point to into `texts`; {document: why not} of the
+  others."""
   if not links:
     return {}
   files, chain = set(), {}

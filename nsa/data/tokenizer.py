@@ -47,8 +47,8 @@ class Bytes:
 
 
 class HuggingFace:
-  """A tokenizer.json, read by the package `tokenizers` (extra `hf`); `path` is the file or its folder. `files` holds the
-  bytes of what was read, by name.
+  """A tokenizer.json, read by the package `tokenizers` (extra `hf`); `path` is the file or its folder. `files` holds
+  the bytes of what was read, by name.
 
   BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
   (Qwen), as such models were trained. `prefix` is 1 where a space is put before a text (Llama 2), which is no
@@ -70,8 +70,8 @@ class HuggingFace:
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode("utf-8"))
     except Exception as error:  # the package has no class of its own
-      raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no tokenizer of the package tokenizers ({error}); fetch "
-                       "it again") from None
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no tokenizer of the package tokenizers ({error}); "
+                       "fetch it again") from None
     self._special = {token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
     self.token_bytes = self._count_bytes(tree)
     self.vocab_size = len(self.token_bytes)
@@ -91,7 +91,8 @@ class HuggingFace:
     except (ValueError, RecursionError) as error:
       raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no JSON ({error}); fetch it again") from None
     if not isinstance(tree, dict):
-      raise ValueError(f"data.tokenizer = {self.name!r}: {file} holds a {type(tree).__name__}, no object; fetch it again")
+      raise ValueError(f"data.tokenizer = {self.name!r}: {file} holds a {type(tree).__name__}, no object; fetch it "
+                       "again")
     return tree
 
   def _id(self, names, key, file):
@@ -129,12 +130,13 @@ class HuggingFace:
     return out
 
   def _spaces(self) -> int:
-    """Bytes put before a text. Raises ValueError where letters and spaces do not stand for a byte each: a vocabulary without
-    its own sign for a space spells it in three bytes, and bits per byte would be too low by all the spaces."""
+    """Bytes put before a text. Raises ValueError where letters and spaces do not stand for a byte each: a vocabulary
+    without its own sign for a space spells it in three bytes, and bits per byte would be too low by all the spaces."""
     one, two = (int(self.token_bytes[self.encode(text)].sum()) - len(text) for text in ("a", "a b"))
     if one not in (0, 1) or two != one:
-      raise ValueError(f"data.tokenizer = {self.name!r}: its tokens of 'a b', 3 bytes, stand for {two + 3} (of 'a' for {one + 1}), so "
-                       "that bits per byte cannot be counted: a space or a letter is no token of it; take bytes or another tokenizer")
+      raise ValueError(f"data.tokenizer = {self.name!r}: its tokens of 'a b', 3 bytes, stand for {two + 3} (of 'a' for "
+                       f"{one + 1}), so that bits per byte cannot be counted: a space or a letter is no token of it; "
+                       "take bytes or another tokenizer")
     return one
 
   def encode(self, text: str | bytes) -> np.ndarray:
@@ -148,7 +150,8 @@ class HuggingFace:
     out = []
     for first in range(0, len(texts), _AT_A_TIME):  # what the package keeps of a text is many times its size
       decoded = [text.decode("utf-8", errors="replace") for text in texts[first:first + _AT_A_TIME]]
-      out += [np.array(found.ids, np.uint32) for found in self._tokenizer.encode_batch(decoded, add_special_tokens=False)]
+      found = self._tokenizer.encode_batch(decoded, add_special_tokens=False)
+      out += [np.array(one.ids, np.uint32) for one in found]
     return out
 
   def decode(self, tokens) -> str:
@@ -194,5 +197,6 @@ def _file(path) -> epath.Path:
   folder = epath.Path(path).expanduser()
   file = folder / "tokenizer.json" if folder.is_dir() else folder
   if not file.exists() or file.is_dir():
-    raise FileNotFoundError(f"data.tokenizer = {f'hf:{path}'!r}: there is no {file}; give a tokenizer.json or its folder")
+    raise FileNotFoundError(f"data.tokenizer = {f'hf:{path}'!r}: there is no {file}; give a tokenizer.json or its "
+                            "folder")
   return file

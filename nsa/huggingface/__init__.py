@@ -15,9 +15,9 @@
 | runs | import and export of run directories |
 
 Nothing of a model's forward pass is ignored: a key of config.json or of the metadata that this code does not know, or a
-value that the model here cannot compute, is an error that names the key, the value and what to do; so is a tensor that is
-left over. Weights become float32 and keep their values; matrices are transposed (theirs are [out, in]) and heads split,
-and that is all. Export writes the dtype that the model had, so that an import and an export change no bit.
+value that the model here cannot compute, is an error that names the key, the value and what to do; so is a tensor that
+is left over. Weights become float32 and keep their values; matrices are transposed (theirs are [out, in]) and heads
+split, and that is all. Export writes the dtype that the model had, so that an import and an export change no bit.
 
 Needs the extra `hf`, GGUF files the extra `gguf`.
 """

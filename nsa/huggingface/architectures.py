@@ -91,8 +91,8 @@ def model_of(tree: dict, path) -> ModelConfig:
   """The model of a config.json's content; `path` is for messages."""
   need = _Needs(path)
   kind = tree.get("model_type")
-  if not need(isinstance(kind, str) and kind in FAMILIES, "model_type", kind, f"known are {', '.join(FAMILIES)}; add its "
-              "differences to nsa/huggingface/architectures.py"):
+  if not need(isinstance(kind, str) and kind in FAMILIES, "model_type", kind,
+              f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/architectures.py"):
     raise ConfigError(need.problems)
   family = FAMILIES[kind]
   known = _IRRELEVANT | _READ | (_NOPE if family.nope else set())
@@ -131,9 +131,9 @@ def model_of(tree: dict, path) -> ModelConfig:
     raise ConfigError(need.problems)
   return ModelConfig(
       vocab_size=tree["vocab_size"], num_layers=tree["num_hidden_layers"], d_model=tree["hidden_size"], num_heads=heads,
-      num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=tree["intermediate_size"], rope_theta=theta, rope_scaling=scaling,
-      no_rope_layers=without, norm_eps=float(eps), embedding_multiplier=1.0, qkv_bias=family.qkv_bias,
-      qk_norm=family.qk_norm, tie_embeddings=tied, dtype=dtype)
+      num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=tree["intermediate_size"], rope_theta=theta,
+      rope_scaling=scaling, no_rope_layers=without, norm_eps=float(eps), embedding_multiplier=1.0,
+      qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, tie_embeddings=tied, dtype=dtype)
 
 
 def _check_windows(tree, family, need):
@@ -172,7 +172,8 @@ _NEEDED = {"default": {}, "linear": {"factor": "factor"},
            "llama3": {"factor": "factor", "original_max_position_embeddings": "context",
                       "low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"},
            "yarn": {"factor": "factor", "original_max_position_embeddings": "context"}}
-_OPTIONAL = {"yarn": {"beta_slow": "low_frequency", "beta_fast": "high_frequency", "attention_factor": "attention_factor"}}
+_OPTIONAL = {"yarn": {"beta_slow": "low_frequency", "beta_fast": "high_frequency",
+                      "attention_factor": "attention_factor"}}
 _YARN = dict(low_frequency=1.0, high_frequency=32.0)
 
 
@@ -194,7 +195,8 @@ def _rope(tree, family, need) -> tuple[float, RopeScaling]:
   bases = {key: theta for key, theta in {"rope_theta": tree.get("rope_theta"), **bases}.items() if theta is not None}
   for key, theta in bases.items():
     need(is_number(theta) and theta > 0, key, theta, "a number above 0 is needed")
-  need(len(set(bases.values())) < 2, " and ".join(bases), list(bases.values()), "they have to be the same: which is right?")
+  need(len(set(bases.values())) < 2, " and ".join(bases), list(bases.values()),
+       "they have to be the same: which is right?")
   theta = next(iter(bases.values()), family.theta)
   scaling = next((scaling for _, scaling in found.values()), RopeScaling())
   return float(theta) if is_number(theta) else family.theta, scaling
@@ -248,8 +250,8 @@ def write_config(model: ModelConfig, dtype: str, base: dict[str, Any] | None = N
   traits = (model.qkv_bias, model.qk_norm, bool(model.no_rope_layers))
   fitting = [name for name, f in FAMILIES.items() if (f.qkv_bias, f.qk_norm, f.nope) == traits]
   if not fitting:
-    problems.append(("model.qkv_bias, qk_norm, no_rope_layers", traits, "no family has these together: this model cannot "
-                     "be exported"))
+    problems.append(("model.qkv_bias, qk_norm, no_rope_layers", traits,
+                     "no family has these together: this model cannot be exported"))
   if problems:
     raise ConfigError(problems)
   kind = (base or {}).get("model_type")

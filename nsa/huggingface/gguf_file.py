@@ -1,10 +1,10 @@
 """A GGUF file: its metadata and its tensors.
 
-The header is read here and not by the package `gguf`, whose reader loops over whatever count a damaged header claims and
-names no field; the package unpacks the tensors' blocks (`gguf.quants`). Format, versions 2 and 3, little-endian:
+The header is read here and not by the package `gguf`, whose reader loops over whatever count a damaged header claims
+and names no field; the package unpacks the tensors' blocks (`gguf.quants`). Format, versions 2 and 3, little-endian:
 
   "GGUF", uint32 version, uint64 tensors, uint64 pairs,
-  pairs:   string key, uint32 type, value;   an array is uint32 type, uint64 count, values; a string uint64 length, bytes
+  pairs:   string key, uint32 type, value (an array: uint32 type, uint64 count, values; a string: uint64 length, bytes)
   tensors: string name, uint32 dimensions, uint64 sizes (innermost first), uint32 type, uint64 offset
   padding to general.alignment (32), then the tensors' bytes at their offsets
 """
@@ -87,8 +87,8 @@ class GGUF:
   # --- the header ---------------------------------------------------------------
 
   def _damaged(self, field, what):
-    return ConfigError([(f"{self.path}: {field}", f"{what}", f"the file of {len(self._data):,} bytes is cut or damaged: "
-                         "fetch it again")])
+    return ConfigError([(f"{self.path}: {field}", f"{what}",
+                         f"the file of {len(self._data):,} bytes is cut or damaged: fetch it again")])
 
   def _take(self, size: int, field: str) -> bytes:
     if size > len(self._data) - self._at:
@@ -140,8 +140,8 @@ class GGUF:
     try:
       kind = self._gguf.GGMLQuantizationType(kind)
     except ValueError:
-      raise ConfigError([(f"{self.path}: {name}'s type", kind, "not known to the package gguf: update it, or take another "
-                          "file of the model")]) from None
+      fix = "not known to the package gguf: update it, or take another file of the model"
+      raise ConfigError([(f"{self.path}: {name}'s type", kind, fix)]) from None
     block, width = self._gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
       raise self._damaged(f"{name}'s shape", f"{shape}, rows that are no multiple of {kind.name}'s blocks of {block}")
@@ -162,6 +162,6 @@ class GGUF:
     try:
       values = self._gguf.quants.dequantize(rows, kind)
     except NotImplementedError:
-      raise ConfigError([(f"{self.path}: {name}'s type", kind.name, "the package gguf cannot unpack it: take another file "
-                          "of the model, of F32, F16, BF16, Q8_0 or a K-quant")]) from None
+      fix = "the package gguf cannot unpack it: take another file of the model, of F32, F16, BF16, Q8_0 or a K-quant"
+      raise ConfigError([(f"{self.path}: {name}'s type", kind.name, fix)]) from None
     return np.asarray(values, np.float32).reshape(shape)

@@ -1,9 +1,9 @@
 """The model in a GGUF file: its metadata as a ModelConfig, its tensors under their Hugging Face names and layout.
 
-Files of the architectures llama and smollm3 hold the rows of q and k in the order of interleaved rotary embedding, pairs
-side by side; here, as in the Hugging Face format, the halves of a head are rotated with one another, so the rows are put
-back. A GGUF file does not say whether its model was trained with a sliding window (Mistral 7B v0.1), nor which layers of
-a SmolLM3 have no rotary embedding: every fourth, as in all released ones.
+Files of the architectures llama and smollm3 hold the rows of q and k in the order of interleaved rotary embedding,
+pairs side by side; here, as in the Hugging Face format, the halves of a head are rotated with one another, so the rows
+are put back. A GGUF file does not say whether its model was trained with a sliding window (Mistral 7B v0.1), nor which
+layers of a SmolLM3 have no rotary embedding: every fourth, as in all released ones.
 """
 from __future__ import annotations
 
@@ -87,10 +87,12 @@ class Model:
     if not need(isinstance(kind, str) and kind in FAMILIES, "general.architecture", kind,
                 f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/gguf_model.py"):
       raise ConfigError(problems)
-    need(meta.get("split.count", 1) in (0, 1), "split.count", meta.get("split.count"), "one part of a model: join its files")
+    need(meta.get("split.count", 1) in (0, 1), "split.count", meta.get("split.count"),
+         "one part of a model: join its files")
     own = {key[len(kind) + 1:]: value for key, value in meta.items() if key.startswith(kind + ".")}
     size = {}
-    for ours, key in (("num_layers", "block_count"), ("d_model", "embedding_length"), ("mlp_dim", "feed_forward_length"),
+    for ours, key in (("num_layers", "block_count"), ("d_model", "embedding_length"),
+                      ("mlp_dim", "feed_forward_length"),
                       ("num_heads", "attention.head_count")):
       size[ours] = own.pop(key, None)
       need(architectures.is_size(size[ours]) and (ours != "num_layers" or size[ours] <= architectures.MOST_LAYERS),
@@ -126,9 +128,9 @@ class Model:
       raise ConfigError(problems)
     family = architectures.FAMILIES[FAMILIES[kind].hugging_face]
     model = ModelConfig(
-        vocab_size=rows, **size, num_kv_heads=kv_heads, head_dim=head_dim, rope_theta=float(theta), rope_scaling=scaling,
-        no_rope_layers=tuple(range(3, size["num_layers"], 4)) if family.nope else (), norm_eps=_shortest(eps),
-        embedding_multiplier=1.0, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
+        vocab_size=rows, **size, num_kv_heads=kv_heads, head_dim=head_dim, rope_theta=float(theta),
+        rope_scaling=scaling, no_rope_layers=tuple(range(3, size["num_layers"], 4)) if family.nope else (),
+        norm_eps=_shortest(eps), embedding_multiplier=1.0, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
         tie_embeddings="output.weight" not in self._file.tensors, dtype=_compute_dtype(embedding.kind.name))
     return self._with_factors(model)
 
@@ -144,7 +146,8 @@ class Model:
     fine = need(architectures.is_number(factor) and factor > 0, f"{at}.factor", factor, "a number above 0 is needed")
     if name == "linear":
       return RopeScaling("linear", factor=float(factor)) if fine else RopeScaling()
-    if not need(architectures.is_size(original), f"{at}.original_context_length", original, "yarn needs it") or not fine:
+    if (not need(architectures.is_size(original), f"{at}.original_context_length", original, "yarn needs it")
+        or not fine):
       return RopeScaling()
     return RopeScaling("yarn", factor=float(factor), context=original, low_frequency=1.0, high_frequency=32.0)
 
@@ -157,8 +160,8 @@ class Model:
     plain = model.rope_theta ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
     if model.rope_scaling.kind or found.shape != plain.shape or not scaling.factor > 1 or not np.allclose(
         plain / found, layers.scale_frequencies(plain, scaling, model.rope_theta), rtol=1e-5):
-      raise ConfigError([(f"{self.path}: {ROPE_FACTORS}", found.tolist(), "not the factors of Llama 3.x (a context of 8,192, "
-                          "frequencies 1 and 4): take its safetensors")])
+      fix = "not the factors of Llama 3.x (a context of 8,192, frequencies 1 and 4): take its safetensors"
+      raise ConfigError([(f"{self.path}: {ROPE_FACTORS}", found.tolist(), fix)])
     return dataclasses.replace(model, rope_scaling=scaling)
 
 
@@ -168,7 +171,8 @@ def _hugging_face_name(name: str) -> str | None:
   block, _, rest = name.partition(".")
   number, _, rest = rest.partition(".")
   part, _, what = rest.partition(".")
-  if block != "blk" or number != str(int(number) if number.isdecimal() else "") or part not in _BLOCK or what not in ("weight", "bias"):
+  if (block != "blk" or number != str(int(number) if number.isdecimal() else "") or part not in _BLOCK
+      or what not in ("weight", "bias")):
     return None
   return f"model.layers.{int(number)}.{_BLOCK[part]}.{what}"
 

@@ -69,7 +69,8 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
   _refuse_content(workdir, "--workdir")
   opened = _open_gguf(source) if source.is_file() else _open_folder(source)
   config = Config(arm="dense", size=opened.name or "imported", model=opened.model, attention=methods.Dense(),
-                  data=DataConfig(data_source, tokenizer="bytes", context=context), eval=EvalConfig(run_modes=("dense",)))
+                  data=DataConfig(data_source, tokenizer="bytes", context=context),
+                  eval=EvalConfig(run_modes=("dense",)))
   if opened.method:
     config.attention, config.layers, config.others = opened.method
     config.arm, config.eval.run_modes = config.attention.name, ("dense", "sparse")
@@ -83,8 +84,8 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
     elif opened.write_tokenizer(workdir / rundir.FOLDER):
       config.data.tokenizer = f"hf:{workdir / rundir.FOLDER}"
     else:
-      raise ConfigError([("--tokenizer", "", f"{source} has none that is read here: give --tokenizer=hf:PATH, or bytes for a "
-                          "model that was trained on bytes")])
+      raise ConfigError([("--tokenizer", "", f"{source} has none that is read here: give --tokenizer=hf:PATH, or bytes "
+                          "for a model that was trained on bytes")])
     config_lib.validate(config)
     params = weights.load_params(opened.weights, opened.model)
     if opened.method:
@@ -130,8 +131,8 @@ def _open_folder(source: Path) -> _Opened:
 def _open_gguf(source: Path) -> _Opened:
   with open(source, "rb") as f:
     if f.read(4) != gguf_file.MAGIC:
-      raise ConfigError([("--source", str(source), f"{safetensors_files.pointer(source) or 'no GGUF file'}; of safetensors "
-                          "give the folder, with config.json in it")])
+      found = safetensors_files.pointer(source) or "no GGUF file"
+      raise ConfigError([("--source", str(source), f"{found}; of safetensors give the folder, with config.json in it")])
   found = gguf_model.Model(source)
 
   def write_tokenizer(folder):
@@ -231,7 +232,8 @@ def _origin(workdir, config):
 
 
 def _method_leaves(params: dict, config):
-  """(name of layer i's tensor, its stack's leaf, number of the layer in it, a way to set it) of all that methods added."""
+  """(name of layer i's tensor, its stack's leaf, number of the layer in it, a way to set it) of all that methods
+  added."""
   first = 0
   for i, (_, count) in enumerate(model_lib.layout(config)):
     def walk(node, path):

@@ -16,14 +16,15 @@ from nsa.config import ConfigError
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # What tokenizers of other kinds leave behind: a model with one of them has a tokenizer that is not read here.
-_OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "tokenizer.tiktoken")
+_OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json",
+           "tokenizer.tiktoken")
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _NORMAL, _CONTROL, _USER = 1, 3, 4  # tokenizer.ggml.token_type
 _PREFIX = "tokenizer.ggml."
-_KNOWN = {"model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token", "add_space_prefix",
-          "add_sep_token"}
+_KNOWN = {"model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token",
+          "add_space_prefix", "add_sep_token"}
 
 
 def copy(source: Path, target: epath.Path) -> bool:
@@ -31,8 +32,9 @@ def copy(source: Path, target: epath.Path) -> bool:
   if not (source / TOKENIZER).is_file():
     others = [name for name in _OTHERS if (source / name).is_file()]
     if others:
-      raise ConfigError([("source", str(source), f"its tokenizer is in {', '.join(others)}, and there is no {TOKENIZER}: save "
-                          "it with transformers (AutoTokenizer, save_pretrained), or give --tokenizer")])
+      raise ConfigError([("source", str(source), f"its tokenizer is in {', '.join(others)}, and there is no "
+                          f"{TOKENIZER}: save it with transformers (AutoTokenizer, save_pretrained), or give "
+                          "--tokenizer")])
   for name in FILES:
     if (source / name).is_file():
       (target / name).write_bytes((source / name).read_bytes())
@@ -74,7 +76,8 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> dict[str, str]:
     need(not odd, _PREFIX + "merges", _shown(odd), "two tokens with a space between them")
     if texts(tokens) and not odd:
       known = set(tokens)
-      lost = [merge for merge in merges if merge.replace(" ", "") not in known or not known.issuperset(merge.split(" "))]
+      lost = [merge for merge in merges
+              if merge.replace(" ", "") not in known or not known.issuperset(merge.split(" "))]
       need(not lost, _PREFIX + "merges", _shown(lost), f"merges of what is not in {_PREFIX}tokens")
   if problems:
     raise ConfigError(problems)
@@ -82,7 +85,8 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> dict[str, str]:
   beside = {"bos_token": at("bos"), "eos_token": at("eos"), "add_bos_token": bool(get("add_bos_token"))}
   if isinstance(metadata.get("tokenizer.chat_template"), str):
     beside["chat_template"] = metadata["tokenizer.chat_template"]
-  return {TOKENIZER: _byte_level(tokens, merges, kinds, get("pre")), "tokenizer_config.json": json.dumps(beside, indent=2) + "\n"}
+  return {TOKENIZER: _byte_level(tokens, merges, kinds, get("pre")),
+          "tokenizer_config.json": json.dumps(beside, indent=2) + "\n"}
 
 
 def _shown(x) -> str:

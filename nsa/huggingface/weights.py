@@ -17,9 +17,12 @@ _BLOCK = {
     ("attention", "q", "weight"): ("self_attn.q_proj.weight", "dnh"),
     ("attention", "k", "weight"): ("self_attn.k_proj.weight", "dkh"),
     ("attention", "v", "weight"): ("self_attn.v_proj.weight", "dkh"),
-    ("attention", "q", "bias"): ("self_attn.q_proj.bias", "nh"), ("attention", "k", "bias"): ("self_attn.k_proj.bias", "kh"),
-    ("attention", "v", "bias"): ("self_attn.v_proj.bias", "kh"), ("attention", "out"): ("self_attn.o_proj.weight", "nhd"),
-    ("attention", "q", "norm"): ("self_attn.q_norm.weight", "h"), ("attention", "k", "norm"): ("self_attn.k_norm.weight", "h"),
+    ("attention", "q", "bias"): ("self_attn.q_proj.bias", "nh"),
+    ("attention", "k", "bias"): ("self_attn.k_proj.bias", "kh"),
+    ("attention", "v", "bias"): ("self_attn.v_proj.bias", "kh"),
+    ("attention", "out"): ("self_attn.o_proj.weight", "nhd"),
+    ("attention", "q", "norm"): ("self_attn.q_norm.weight", "h"),
+    ("attention", "k", "norm"): ("self_attn.k_norm.weight", "h"),
     ("mlp", "gate"): ("mlp.gate_proj.weight", "df"), ("mlp", "up"): ("mlp.up_proj.weight", "df"),
     ("mlp", "down"): ("mlp.down_proj.weight", "fd")}
 _TOP = {("embed",): ("model.embed_tokens.weight", "vd"), ("norm",): ("model.norm.weight", "d"),
@@ -83,7 +86,8 @@ def load_params(source: Source | str | Path, model: ModelConfig) -> dict:
   for path, layer, name, here, _, transposed in _tensors(model):
     x = source.read(name)
     if not np.isfinite(x).all():
-      raise ConfigError([(f"source: {source.place(name)}", "NaN or infinite", "the weights are damaged: fetch them again")])
+      raise ConfigError(
+          [(f"source: {source.place(name)}", "NaN or infinite", "the weights are damaged: fetch them again")])
     x = (x.T if transposed else x).reshape(here)
     node = params if layer is None else params.setdefault("stacks", {}).setdefault("stack0", {})
     for part in path[:-1]:
@@ -98,8 +102,8 @@ def load_params(source: Source | str | Path, model: ModelConfig) -> dict:
   if model.tie_embeddings and HEAD in source.shapes and (
       source.shapes[HEAD] != params["embed"].shape or not np.array_equal(source.read(HEAD), params["embed"])):
     raise ConfigError([(f"source: {source.place(HEAD)}", source.shapes[HEAD],
-                        f"is not {EMBEDDING}, though config.json has tie_word_embeddings = true: set it to false if the "
-                        "model has a head of its own")])
+                        f"is not {EMBEDDING}, though config.json has tie_word_embeddings = true: set it to false "
+                        "if the model has a head of its own")])
   return params
 
 

@@ -53,6 +53,7 @@ def by_scope(times: dict[str, float], program: str, scopes: tuple[str, ...]) -> 
   total = collections.Counter()
   for name, milliseconds in times.items():
     path = where.get(name, "")
-    rest = "other, backward" if "transpose(jvp" in path else "other, forward" if "jvp(" in path else "optimizer and the rest"
+    rest = ("other, backward" if "transpose(jvp" in path else "other, forward" if "jvp(" in path
+            else "optimizer and the rest")
     total[next((scope for scope in scopes if scope in path), rest)] += milliseconds
   return dict(total.most_common())

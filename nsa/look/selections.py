@@ -51,9 +51,11 @@ def collect(config, params, *, step: int, layers: tuple[int, ...], windows: int,
     seen = [x for stack in jax.device_get(run(params, window.inputs[None], window.segment_ids[None])) for x in stack]
     if not seen:
       raise ValueError(f"run_mode = {run_mode!r}: no layer of {config.arm} returned block lists")
-    lists.append([np.sort(np.where(seen[layer][0] < 0, np.iinfo(np.int16).max, seen[layer][0]), axis=-1) for layer in layers])
+    lists.append([np.sort(np.where(seen[layer][0] < 0, np.iinfo(np.int16).max, seen[layer][0]), axis=-1)
+                  for layer in layers])
   stacked = np.asarray(lists).swapaxes(0, 1).astype(np.int16)
-  meta = {"block_size": run_config.attention.block_size, "T": context, "method": run_config.attention.name, "arm": config.arm,
+  meta = {"block_size": run_config.attention.block_size, "T": context, "method": run_config.attention.name,
+          "arm": config.arm,
           "step": step, "run_mode": run_mode, "split": config.eval.split, "documents": [w.document for w in text]}
   return {"block_indices": np.where(stacked == np.iinfo(np.int16).max, -1, stacked).astype(np.int16),
           "layers": np.asarray(layers, np.int16), "meta": np.asarray(json.dumps(meta))}

@@ -21,15 +21,15 @@
 | xattention | nothing; once per prompt, adaptive | no training | 2 N H t / stride | nothing | 2503.16428 |
 | snapkv | nothing; evicts at the prompt's end | no training | 2 N H W | nothing | 2404.14469 |
 | window | nothing (the last tokens) | - | - | nothing | 2004.05150 |
-| mag, mal | an MLP's initial weights, their gates, q, k, v of its own | LM loss through its updates | - | memory | 2501.00663 |
+| mag, mal | an MLP's first weights, gates, q, k, v of its own | LM loss through its updates | - | memory | 2501.00663 |
 | mac | the same, and keys and values of what it recalls | LM loss through its updates | - | memory | 2501.00663 |
 | lmm | an MLP's initial weights, gates; no attention | LM loss through its updates | - | memory | 2501.00663 |
 
 Letters as in pallas_kernels; Hi, HI, dI, d are the methods' own widths and strides. FLOPs are per query and layer,
 forward, t being the tokens that the query may see; the attention over what was selected costs 4 N H J block besides,
 dense attention 4 N H t. "A retrofit adds" names the parameter group that a dense trunk lacks (interface.GROUPS): it
-keeps its initial values until the fork. Sources are arXiv numbers. What chooses once per prompt (with its last W queries)
-runs trained models and does not train: prompt/base.py says why.
+keeps its initial values until the fork. Sources are arXiv numbers. What chooses once per prompt (with its last W
+queries) runs trained models and does not train: prompt/base.py says why.
 """
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ from nsa.methods.titans.mal import MAL
 from nsa.methods.training_free import BlockTopK, Oracle, Quest, RandomBlocks, SinkWindow, TrainingFree
 from nsa.methods.window import Window
 
-for _method in (Dense, MSA, Gated, SharedMSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow, RandomBlocks, Oracle, Quest,
-                MInferenceBlocks, VerticalSlash, FlexPrefill, XAttention, SnapKV, Window, MAG, MAL, MAC, LMM):
+for _method in (Dense, MSA, Gated, SharedMSA, NSA, DSA, Seer, MoBA, InfLLMV2, SSA, BlockTopK, SinkWindow, RandomBlocks,
+                Oracle, Quest, MInferenceBlocks, VerticalSlash, FlexPrefill, XAttention, SnapKV, Window, MAG, MAL, MAC,
+                LMM):
   registry.add(_method)

@@ -56,7 +56,8 @@ class BlockMethod(interface.Method):
   def costs(self, model, context, mode):
     if mode != "sparse":
       return super().costs(model, context, mode)
-    return {"selected": Cost(selected_flops(self, model, context), kind="selected"), **self.selection_costs(model, context)}
+    return {"selected": Cost(selected_flops(self, model, context), kind="selected"),
+            **self.selection_costs(model, context)}
 
   def selection_costs(self, model, context: int) -> dict[str, Cost]:
     """Of choosing the blocks, in sparse mode; a warm-up's scores belong to its loss."""
@@ -101,7 +102,8 @@ class BlockLayer(interface.Layer):
     return {}
 
   def choose(self, index, x, streams, call) -> tuple[Int[Array, "B T R J"], int]:
-    """The chosen lists and the tokens of an entry: the layer's own, or those of the control that `call.selector` names."""
+    """The chosen lists and the tokens of an entry: the layer's own, or those of the control that `call.selector`
+    names."""
     if call.selector == "own":
       return checkpoint_name(self.select(index, x, streams, call), interface.CHOSEN), self.unit
     control = registry.get(call.selector)

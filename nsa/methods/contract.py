@@ -35,7 +35,8 @@ def check(cls: type) -> None:
 
   need(isinstance(cls, type) and issubclass(cls, interface.Method), "class", cls, "derive it from interface.Method")
   need("__dataclass_fields__" in vars(cls), "class", cls, "put @dataclasses.dataclass under @methods.register")
-  need(isinstance(cls.name, str) and cls.name.isidentifier(), "name", cls.name, "a name of its own: letters, digits and _")
+  need(isinstance(cls.name, str) and cls.name.isidentifier(), "name", cls.name,
+       "a name of its own: letters, digits and _")
   need(cls.name not in RESERVED, "name", cls.name, "means something else in configs")
   hints = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
@@ -45,9 +46,11 @@ def check(cls: type) -> None:
        f"a tuple of {', '.join(interface.GROUPS[1:])}")
   for name, loss in cls.losses.items():
     need(isinstance(loss, interface.Loss), f"losses[{name!r}]", loss, "an interface.Loss")
-    need(loss.trains in ("backbone", *cls.groups), f"losses[{name!r}].trains", loss.trains, f"backbone, or one of groups = {cls.groups}")
+    need(loss.trains in ("backbone", *cls.groups), f"losses[{name!r}].trains", loss.trains,
+         f"backbone, or one of groups = {cls.groups}")
   need(isinstance(cls.enters, tuple), "enters", cls.enters, "a tuple of names")
-  need(not cls.enters or cls.enter is not interface.Method.enter, "enters", cls.enters, "define enter(), which performs it")
+  need(not cls.enters or cls.enter is not interface.Method.enter, "enters", cls.enters,
+       "define enter(), which performs it")
   options = {field.name for field in dataclasses.fields(cls)} | set(vars(cls))
   need(not cls.grid or hasattr(cls, cls.grid) or cls.grid in options, "grid", cls.grid, "names one of its options")
 
@@ -65,7 +68,8 @@ def probe(cls: type[interface.Method]) -> None:
         if not isinstance(cost, interface.Cost) or not cost.flops >= 0:
           raise ContractError(cls, field, cost, "an interface.Cost with FLOPs of 0 or more")
         if cost.kind not in ("", "dense", "selected") or cost.trains not in interface.GROUPS:
-          raise ContractError(cls, field, cost, f'kind is "dense", "selected" or "", trains one of {", ".join(interface.GROUPS)}')
+          raise ContractError(cls, field, cost,
+                              f'kind is "dense", "selected" or "", trains one of {", ".join(interface.GROUPS)}')
   for field, value in (("reads", sum(options.reads(model, _PROBE_CONTEXT).values())),
                        ("tokens_visible", options.tokens_visible(_PROBE_CONTEXT))):
     if not value >= 0:
@@ -75,7 +79,8 @@ def probe(cls: type[interface.Method]) -> None:
     layer = build(options, layers.Init(jax.random.key(0), group=""), model)
     x = lambda *shape: jnp.zeros((1, 1) + shape, model.dtype)
     heads = lambda count: x(count, model.head_dim)
-    inputs = interface.Inputs(x(model.d_model), heads(model.num_heads), heads(model.num_heads), heads(model.num_kv_heads))
+    inputs = interface.Inputs(x(model.d_model), heads(model.num_heads), heads(model.num_heads),
+                              heads(model.num_kv_heads))
     return layer.streams(inputs, interface.Call(losses=False))
 
   found = {name: x.size for name, x in jax.eval_shape(streams).items() if name not in ("k", "v")}
@@ -89,15 +94,16 @@ def build(options: interface.Method, init, model) -> interface.Layer:
   try:
     layer = options.layer(init, model)
   except NameError as error:
-    raise ContractError(type(options), "layer", error.name, "not defined yet: a method is checked where it is registered, "
-                        "put its layer's class above it") from None
+    raise ContractError(type(options), "layer", error.name,
+                        "not defined yet: a method is checked where it is registered, put its layer's class above it"
+                        ) from None
   if not isinstance(layer, interface.Layer):
     raise ContractError(type(options), "layer", layer, "returns an interface.Layer")
   _, state = nnx.split(layer)
   for path, leaf in nnx.to_flat_state(state):
     group = getattr(leaf, "group", None)
     if group not in options.groups:
-      raise ContractError(type(options), "groups", options.groups, f"parameter {'.'.join(map(str, path))} is of the group "
-                          f"{group!r}: create it with init.child(name, group=...), init.param or init.normal, and declare "
-                          "the group")
+      raise ContractError(type(options), "groups", options.groups,
+                          f"parameter {'.'.join(map(str, path))} is of the group {group!r}: create it with "
+                          "init.child(name, group=...), init.param or init.normal, and declare the group")
   return layer

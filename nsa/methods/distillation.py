@@ -1,4 +1,5 @@
-"""What the losses and choices of selectors that no operation computes share: chunks of queries, and the cost of a teacher.
+"""What the losses and choices of selectors that no operation computes share: chunks of queries, and the cost of a
+teacher.
 
 Their scores, probabilities and losses are those of pallas_kernels/masked.py. Scores of queries against keys exist for
 one chunk of queries at a time, forward and backward: memory grows with T and S, not with T * S.

@@ -4,8 +4,8 @@ MSA's index branch chooses the blocks (msa.py); over the chosen tokens the main 
 
   softmax_s( <q, k_s> / sqrt(H) + log g_s ),    log g_s = gain <q_idx, k_idx_s> / sqrt(Hi)
 
-after SAS (arXiv 2609.13141), whose gate is one number per block, normalised over blocks. A normaliser is the same for all
-tokens of a query and cancels in the softmax, so g may stay unnormalised. Here the gate is one number per token: an
+after SAS (arXiv 2609.13141), whose gate is one number per block, normalised over blocks. A normaliser is the same for
+all tokens of a query and cancels in the softmax, so g may stay unnormalised. Here the gate is one number per token: an
 unfinished block then needs no score that knows its later tokens, and the sum is a product of longer vectors,
 <[q, gain q_idx], [k, k_idx]>, which every attention kernel computes as it is.
 

@@ -32,9 +32,12 @@ CHOSEN = "block_indices"
 class Cost(NamedTuple):
   """What one part of a layer costs: forward FLOPs per token, a mean over the queries of a causal sequence."""
   flops: float
-  gradient: bool = True    # whether the backward pass goes through it, at twice the FLOPs; not through what a top-k is taken of
-  causal: bool = False     # whether it grows with the query's position, so that the last shard of a sequence has the most
-  kind: str = ""           # "dense" | "selected": attention whose efficiency plans know; of "selected" evaluation measures the tokens
+  gradient: bool = True    # whether the backward pass goes through it, at twice the FLOPs; not through what a top-k is
+                           # taken of
+  causal: bool = False     # whether it grows with the query's position, so that the last shard of a sequence has the
+                           # most
+  kind: str = ""           # "dense" | "selected": attention whose efficiency plans know; of "selected" evaluation
+                           # measures the tokens
   trains: str = "backbone"  # "selector": a loss that still learns when the selector alone does
 
 
@@ -45,7 +48,8 @@ class Loss(NamedTuple):
 
 
 class Stream(NamedTuple):
-  """What attention reads of every earlier token besides k and v, in warm-up and sparse mode: [heads, width] in the compute dtype."""
+  """What attention reads of every earlier token besides k and v, in warm-up and sparse mode: [heads, width] in the
+  compute dtype."""
   heads: int
   width: int
   cached: bool = True      # False: copies that a training step makes (`Layer.streams` does not return them)
@@ -62,13 +66,16 @@ class Call:
   losses: bool = True                 # whether auxiliary losses are computed
   implementation: str | None = None   # of the attention operations
   rope: Callable[..., Array] = lambda x, offset=0, stride=1: x  # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
-  fused: Callable[[int], Any] | None = None  # head dim -> cos and sin of these tokens, float32[T, H / 2]: pallas_kernels/fused.py serves
+  fused: Callable[[int], Any] | None = None  # head dim -> cos and sin of these tokens, float32[T, H / 2]:
+                                             # pallas_kernels/fused.py serves
   prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods of prompt/
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
-  state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new document
+  state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new
+                                      # document
   layer: Any = 0                      # number of the layer, from 0: int or traced int32
   handed: Any = None                  # what the layer below of the same method chose, for methods with `handed_up`
-  counted: Any = None                 # bool[B, T]: the tokens that auxiliary losses are means over, no padding; None = all
+  counted: Any = None                 # bool[B, T]: the tokens that auxiliary losses are means over, no padding;
+                                      # None = all
 
   @property
   def ops(self) -> dict:
@@ -76,7 +83,8 @@ class Call:
     return dict(segment_ids=self.segment_ids, query_offset=self.offset, implementation=self.implementation)
 
   def mean(self, x: Float[Array, "B T ..."]) -> Float[Array, ""]:
-    """The mean over the tokens that count; 0 without any. Padding would dilute a loss and teach a selector to find padding."""
+    """The mean over the tokens that count; 0 without any. Padding would dilute a loss and teach a selector to find
+    padding."""
     if self.counted is None:
       return jnp.mean(x)
     rows = self.counted.reshape(self.counted.shape + (1,) * (x.ndim - 2))
@@ -95,7 +103,8 @@ class Inputs(NamedTuple):
   q: Float[Array, "B T N H"]          # after norm, convolution and RoPE
   q_raw: Float[Array, "B T N H"]      # before RoPE
   k_raw: Float[Array, "B T K H"]      # before RoPE
-  gate: Float[Array, "B T N"] | None = None  # the output gate, float32, that multiplies the method's output; None = none
+  gate: Float[Array, "B T N"] | None = None  # the output gate, float32, that multiplies the method's output;
+                                             # None = none
 
 
 class Result(NamedTuple):
@@ -103,15 +112,16 @@ class Result(NamedTuple):
   losses: dict                        # name -> float32 scalar, a mean over queries (`Call.mean`) and KV heads
   block_indices: Int[Array, "B T K J"] | None = None
   state: dict | None = None           # the new state, like `Layer.initial_state`; needed only with a cache
-  measured: dict | None = None        # name -> float32[B, K], what the layer measured of itself: means over its sparse queries
+  measured: dict | None = None        # name -> float32[B, K], what the layer measured of itself: means over its sparse
+                                      # queries
 
 
 class Layer(nnx.Module):
   """The method's part of one attention layer. This base class is dense attention: it adds nothing."""
 
   def streams(self, x: Inputs, call: Call) -> dict[str, Array]:
-    """What later queries need of these tokens besides k and v, as `Method.streams` declares it: [B, T, heads, width] or,
-    of one head, [B, T, width], kept in the KV cache. A "k" or "v" among them takes the place of the model's own."""
+    """What later queries need of these tokens besides k and v, as `Method.streams` declares it: [B, T, heads, width]
+    or, of one head, [B, T, width], kept in the KV cache. A "k" or "v" among them takes the place of the model's own."""
     return {}
 
   def initial_state(self, batch: int, dtype) -> dict:
@@ -136,7 +146,8 @@ class Method:
   Options are int, float, bool or str and have defaults: they are written to config.json, and to command lines.
   """
   name: ClassVar[str] = ""                   # in configs, records and reports; unique
-  groups: ClassVar[tuple[str, ...]] = ()     # of the parameters that its layers may have; each names its own: layers.Init
+  groups: ClassVar[tuple[str, ...]] = ()     # of the parameters that its layers may have; each names its own:
+                                             # layers.Init
   losses: ClassVar[dict[str, Loss]] = {}     # auxiliary losses that its layers return
   enters: ClassVar[tuple[str, ...]] = ()     # weight surgery that a stage may ask for on entry: see `enter`
   grid: ClassVar[str] = ""                   # its option that packed documents have to begin at multiples of
@@ -170,8 +181,8 @@ class Method:
     return 0
 
   def handed_up(self, model, batch: int, queries: int) -> Int[Array, "B T K J"] | None:
-    """What the lowest of consecutive layers of this method gets as `Call.handed`, where layers hand their chosen blocks to
-    the next; None where they do not."""
+    """What the lowest of consecutive layers of this method gets as `Call.handed`, where layers hand their chosen blocks
+    to the next; None where they do not."""
     return None
 
   def costs(self, model, context: int, mode: str) -> dict[str, Cost]:
@@ -189,7 +200,8 @@ class Method:
   def measured_flops(self, model, context: int, visible: float) -> float:
     """FLOPs of a sparse query that was measured to attend to `visible` tokens, all parts."""
     parts = self.costs(model, context, "sparse").values()
-    return 4.0 * model.num_heads * model.head_dim * visible + sum(cost.flops for cost in parts if cost.kind != "selected")
+    rest = sum(cost.flops for cost in parts if cost.kind != "selected")
+    return 4.0 * model.num_heads * model.head_dim * visible + rest
 
   def reads(self, model, context: int) -> dict[str, float]:
     """Vectors of one KV head that the token at position `context` reads at decode, per branch.

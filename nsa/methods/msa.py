@@ -107,5 +107,6 @@ class MSALayer(blocks.BlockLayer):
     return pk.index_top_k(q_idx, streams["k_idx"], **self.options.geometry, **call.ops)
 
   def losses(self, q_idx, x, streams, lse, lists, call):
-    kl = pk.index_kl(x.q, streams["k"], lse, q_idx, streams["k_idx"], lists, block_size=self.options.block_size, **call.ops)
+    kl = pk.index_kl(x.q, streams["k"], lse, q_idx, streams["k_idx"], lists, block_size=self.options.block_size,
+                     **call.ops)
     return {"index_kl": call.mean(kl)}

@@ -1,7 +1,8 @@
 """MSA with an index that several layers share: every `period`-th layer chooses, those above it take its blocks.
 
 After LongCat LSA (arXiv 2608.01662), which shares DeepSeek's token index between neighbouring layers; here it is MSA's
-block index (msa.py). Layers are counted from 0: the layers 0, period, 2 period, ... have an index, the others its choice:
+block index (msa.py). Layers are counted from 0: the layers 0, period, 2 period, ... have an index, the others its
+choice:
 
   I_l = TopK(index scores of layer period * floor(l / period))
 

@@ -75,7 +75,8 @@ class NSA(blocks.BlockMethod):
     branch = dict(attention["method"]["branch"])
     for source, targets in (("k", ("k_cmp", "k_win")), ("v", ("v_cmp", "v_win"))):
       for target in targets:
-        branch[target] = {name: jnp.copy(attention[source][name]) for name in branch[target]}  # a step donates each leaf
+        # a step donates each leaf
+        branch[target] = {name: jnp.copy(attention[source][name]) for name in branch[target]}
     if "k_cmp_norm" in branch:
       branch["k_cmp_norm"] = jnp.copy(attention["k"]["norm"])
     return {**attention, "method": {**attention["method"], "branch": branch}}
@@ -110,7 +111,8 @@ class Compression(nnx.Module):
     K, H, length = model.num_kv_heads, model.head_dim, options.compress_len
     hidden = 2 * H
     self.position = init.normal("position", (length, H), (None, None), fan_in=H, decay=False)
-    each = dict(axes=("kv_heads", None, None), matrix=(1,), tokens=False)  # once per compressed block: NSA.costs has them
+    # once per compressed block: NSA.costs has them
+    each = dict(axes=("kv_heads", None, None), matrix=(1,), tokens=False)
     self.inner = init.normal("inner", (K, length * H, hidden), fan_in=length * H, **each)
     self.outer = init.normal("outer", (K, hidden, H), fan_in=hidden, **each)
 
@@ -159,7 +161,8 @@ class NSALayer(blocks.BlockLayer):
 
   def streams(self, x, call):
     b = self.branch
-    return {name: layers.project(getattr(b, name), x.h, call, rotated=name == "k_win") for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
+    return {name: layers.project(getattr(b, name), x.h, call, rotated=name == "k_win")
+            for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
 
   def index(self, x, streams, call):
     """The compressed branch: its keys, its output and its log normaliser."""

@@ -33,6 +33,6 @@ def register(cls: type[Method]) -> type[Method]:
 def get(name: str) -> type[Method]:
   """The options dataclass of a method. Raises ValueError for an unknown name."""
   if name not in METHODS:
-    raise ValueError(f"attention method = {name!r}: no such method; known are {', '.join(sorted(METHODS))}. One of your "
-                     "own is known once its file has been imported: name it in config.modules")
+    raise ValueError(f"attention method = {name!r}: no such method; known are {', '.join(sorted(METHODS))}. One of "
+                     "your own is known once its file has been imported: name it in config.modules")
   return METHODS[name]

@@ -3,10 +3,10 @@
 | selector | blocks it takes (forced ones included in J) | source |
 |---|---|---|
 | sink_window | the first blocks and the latest ones | StreamingLLM, arXiv 2309.17453, in blocks |
-| block_topk | best <sum of the group's queries, mean key of the block> | MoBA without training, arXiv 2502.13189 eq. 6, one set per group |
+| block_topk | best <sum of the group's queries, mean key of the block> | MoBA, arXiv 2502.13189 eq. 6, per group |
 | oracle | most true attention mass | the ceiling of any frozen backbone |
 | random | uniform | the floor, and the proof that sparsity is on |
-| quest | largest bound of <q, k> over the block's keys, summed over the group's queries | Quest, arXiv 2406.10774, eq. 2 |
+| quest | largest bound of <q, k> over the block's keys, summed over the group | Quest, arXiv 2406.10774, eq. 2 |
 
 None has parameters, so each can be trained through (gradient flows in the chosen blocks) or
 put on any model that has q, k and v. All are causal: a query chooses by itself, from blocks that lie
@@ -32,8 +32,10 @@ class TrainingFree(blocks.BlockMethod):
   """Base of the selections that are scores of blocks and nothing else: a subclass says which (`scores`)."""
   least_initial: ClassVar[int] = 0         # first blocks forced whatever `num_initial` says
 
-  def scores(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], call: interface.Call) -> Float[Array, "B T K blocks"]:
-    """float32 scores of the blocks of `block_size` keys, of which each query takes the best; after RoPE, no gradient."""
+  def scores(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"],
+             call: interface.Call) -> Float[Array, "B T K blocks"]:
+    """float32 scores of the blocks of `block_size` keys, of which each query takes the best; after RoPE, no
+    gradient."""
     raise NotImplementedError
 
   def choose(self, q, k, call) -> Int[Array, "B T K J"]:
@@ -67,7 +69,8 @@ class BlockTopK(TrainingFree):
   def scores(self, q, k, call):
     (B, T, N, H), K = q.shape, k.shape[2]
     group = q.astype(jnp.float32).reshape(B, T, K, N // K, H).sum(axis=3)
-    return jnp.einsum("btkh,bckh->btkc", group, blocks.mean_keys(k, self.block_size), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("btkh,bckh->btkc", group, blocks.mean_keys(k, self.block_size),
+                      precision=jax.lax.Precision.HIGHEST)
 
   def selection_costs(self, model, context):
     return {"scores": mean_key_cost(model, context, self.block_size)}

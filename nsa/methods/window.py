@@ -26,7 +26,8 @@ class Window(interface.Method):
   def costs(self, model, context, mode):
     if mode != "sparse":
       return super().costs(model, context, mode)
-    return {"window": interface.Cost(4.0 * model.num_heads * model.head_dim * blocks.mean_visible(self.window, context))}
+    visible = blocks.mean_visible(self.window, context)
+    return {"window": interface.Cost(4.0 * model.num_heads * model.head_dim * visible)}
 
   def reads(self, model, context):
     return {"window": self.tokens_visible(context)}

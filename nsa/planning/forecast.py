@@ -50,7 +50,8 @@ class Forecast:
 def mesh_shape(config, devices: int) -> dict[str, int]:
   m = config.mesh
   fixed = m.fsdp * m.context * m.tensor
-  return {"data": devices // fixed if m.data == -1 else m.data, "fsdp": m.fsdp, "context": m.context, "tensor": m.tensor}
+  return {"data": devices // fixed if m.data == -1 else m.data, "fsdp": m.fsdp, "context": m.context,
+          "tensor": m.tensor}
 
 
 def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inactive: float = 0.0) -> Forecast:
@@ -70,7 +71,8 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   width = jax.numpy.dtype(m.dtype).itemsize
   abstract = sharding.abstract_mesh(config, devices)
   state = step_lib.abstract_state(config, abstract)
-  local = lambda tree: float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+  local = lambda tree: float(
+      sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
   parameters = local(state.params)
   remat = m.remat == "layer"
   K, N, F = m.num_kv_heads / mesh["tensor"], m.num_heads / mesh["tensor"], m.mlp_dim / mesh["tensor"]
@@ -116,7 +118,8 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   # What a device receives. Weights in the compute dtype, their gradients in float32.
   shards = mesh["fsdp"] * mesh["context"]
   part = lambda n: (n - 1) / n
-  gathers = (2 if remat else 1) + 1                           # forward, backward (and what is recomputed is gathered then)
+  # forward, backward (and what is recomputed is gathered then)
+  gathers = (2 if remat else 1) + 1
   weights = layer * layers / mesh["tensor"] + ends
   collectives = {
       "weights (fsdp, context)": gathers * width * weights * part(shards),
@@ -138,14 +141,17 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
 
 
 def _streams(config, mode: str, copies: bool = False) -> float:
-  """Arrays of [S, K, H] that attention reads per layer: k, v and the method's `streams`; or what it makes `copies` of."""
+  """Arrays of [S, K, H] that attention reads per layer: k, v and the method's `streams`; or what it makes `copies`
+  of."""
   extra = 0.0
   for method, count in model_lib.layout(config) if mode != "dense" else ():
     extra += count * sum(s.heads * s.width for s in method.streams(config.model).values() if s.cached != copies)
-  return (0.0 if copies else 2.0) + extra / (config.model.num_layers * config.model.num_kv_heads * config.model.head_dim)
+  return ((0.0 if copies else 2.0)
+          + extra / (config.model.num_layers * config.model.num_kv_heads * config.model.head_dim))
 
 
-def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int, used: float, inactive: float = 0.0) -> str:
+def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int, used: float,
+                   inactive: float = 0.0) -> str:
   """The smallest change that, by the forecast, brings `used` bytes under the chip's memory."""
   ratio = used / of_step(config, step, chip, devices, inactive).bytes  # what a compiler finds beyond the arithmetic
   tries = []
@@ -171,7 +177,8 @@ def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int
       for axis in ("data", "fsdp"):
         have = data if axis == "data" else mesh.fsdp
         if have % factor == 0:
-          fields = {"mesh__context": mesh.context * factor} | ({"mesh__fsdp": mesh.fsdp // factor} if axis == "fsdp" else {})
+          fields = {"mesh__context": mesh.context * factor}
+          fields |= {"mesh__fsdp": mesh.fsdp // factor} if axis == "fsdp" else {}
           attempt(f"mesh.context={mesh.context * factor} in place of {mesh.context}, taken from {axis}", **fields)
     if m.num_kv_heads % (mesh.tensor * factor) == 0 and mesh.fsdp % factor == 0:
       attempt(f"mesh.tensor={mesh.tensor * factor} in place of {mesh.tensor}, taken from fsdp",

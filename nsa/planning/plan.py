@@ -41,8 +41,8 @@ def describe(config) -> str:
     first, end = config_lib.steps_of(config.schedule)[step.stage]
     parts = flops.training(config, step)
     total = sum(parts.values())
-    lines.append(f"\nstage {step.stage}: steps {first} to {end - 1}, {step.mode}, {step.batch} x {step.context} tokens, "
-                 f"{', '.join(step.groups)} learn")
+    lines.append(f"\nstage {step.stage}: steps {first} to {end - 1}, {step.mode}, {step.batch} x {step.context} "
+                 f"tokens, {', '.join(step.groups)} learn")
     lines.append(f"  training FLOPs per token: {total:,.0f} = "
                  + " + ".join(f"{name} {100 * cost / total:.1f} %" for name, cost in parts.items()))
     with capacity.told(config, "a training step"):
@@ -59,10 +59,11 @@ def describe(config) -> str:
 
 
 def describe_study(study, workdir) -> str:
-  """The runs of a study in their order, with steps and FLOPs, and what its tasks could be answered from without selection.
+  """The runs of a study in their order, with steps and FLOPs, and what its tasks could be answered from without
+  selection.
 
-  Raises ConfigError where that is more than half, unless the study says so on purpose, and what reading the data of training
-  and evaluations raises.
+  Raises ConfigError where that is more than half, unless the study says so on purpose, and what reading the data of
+  training and evaluations raises.
   """
   lines, read = [f"study {study.name}: {study.question}"], set()
   for job in study_lib.jobs(study, workdir):
@@ -143,15 +144,18 @@ def ahead(config, topology: topology_lib.Topology, *, compile_steps: bool = True
     runs["retrofit" if "dense" in per_step else "as scheduled"] = planned
   tokens = steps * config.data.global_batch * config.data.context
   counts = flops.parameters(config)
-  return {"topology": topology.name, "chips": topology.chips, "devices": topology.devices, "arm": config.arm, "size": config.size,
-          "mesh": forecast.mesh_shape(config, topology.devices), "parameters": counts["total"], "inactive_parameters": inactive,
+  return {"topology": topology.name, "chips": topology.chips, "devices": topology.devices, "arm": config.arm,
+          "size": config.size,
+          "mesh": forecast.mesh_shape(config, topology.devices), "parameters": counts["total"],
+          "inactive_parameters": inactive,
           "tokens": tokens, "jax": jax.__version__, "steps": rows, "chip_hours": runs}
 
 
 def check_fits(made: dict) -> None:
   """Raises ConfigError naming the next thing to change, for each step that does not fit its device."""
   problems = [(f"{row['mode']} step on {made['topology']}", f"{row['bytes'] / 1e9:.1f} GB per device",
-               f"does not fit: the next thing to change is {row['change']}") for row in made["steps"] if not row["fits"]]
+               f"does not fit: the next thing to change is {row['change']}") for row in made["steps"]
+              if not row["fits"]]
   if problems:
     raise config_lib.ConfigError(problems)
 
@@ -170,8 +174,8 @@ def report(made: dict) -> str:
               f"  by arithmetic: {listed(row['memory_bytes'], gb)}"]
     if "compiled" in row:
       c = row["compiled"]
-      lines.append(f"  compiled in {row['seconds_to_compile']} s: state and batch {gb(c['arguments_bytes'])}, temporaries "
-                   f"{gb(c['temporaries_bytes'])}; received per step: {listed(c['collectives_bytes'], gb)}")
+      lines.append(f"  compiled in {row['seconds_to_compile']} s: state and batch {gb(c['arguments_bytes'])}, "
+                   f"temporaries {gb(c['temporaries_bytes'])}; received per step: {listed(c['collectives_bytes'], gb)}")
     lines += [f"  received per step, by arithmetic: {listed(row['collectives_bytes'], gb)}",
               f"  FLOPs per device: {total:.3g} = " + ", ".join(f"{part} {100 * cost / total:.1f} %" for part, cost in
                                                                 row["flops"].items()),

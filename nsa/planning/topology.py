@@ -80,7 +80,8 @@ def compile_step(config, step: schedule.Step, topology: Topology) -> Compiled | 
         raise
       raise DoesNotFit(needed) from None
   memory = program.memory_analysis()
-  total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes)
   return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, total, collectives(program.as_text()))
 
 
@@ -108,8 +109,8 @@ def lower(config, step: schedule.Step, mesh, platform: str):
 # --- compiled text ------------------------------------------------------------------
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8,
-          "u64": 8}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
+          "s64": 8, "u64": 8}
 
 
 def collectives(text: str) -> dict[str, float]:
@@ -156,7 +157,8 @@ def _received(kind, line) -> float:
   sizes = [_BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
            for dtype, shape in re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]", result)]
   # An asynchronous start names its operands and its results; of several arrays in one all-reduce all count.
-  whole = (sum(sizes) / 2 if kind == "all-reduce" else max(sizes)) if "-start(" in line and len(sizes) > 1 else sum(sizes)
+  whole = ((sum(sizes) / 2 if kind == "all-reduce" else max(sizes)) if "-start(" in line and len(sizes) > 1
+           else sum(sizes))
   groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
   explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
@@ -167,4 +169,5 @@ def _received(kind, line) -> float:
     n = int(groups[2]) if groups else len(explicit[1].split(",")) if explicit else 2
   if kind == "reduce-scatter":
     whole *= n
-  return whole * {"all-gather": (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}.get(kind, 1.0)
+  return whole * {"all-gather": (n - 1) / n, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n}.get(
+      kind, 1.0)

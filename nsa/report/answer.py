@@ -77,8 +77,8 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
       figure = gallery.plots.budget_curve(study, found, e.metric, size)
       blocks.append(gallery.block(
           "budget_" + e.metric.replace(":", "_"), figure,
-          "R(b) and Delta(b), paired by seed. Small marks: seeds. Large: mean with 95 % t interval. Line: A. Blue "
-          "band: equivalence margin around 0. "
+          ("R(b) and Delta(b), paired by seed. Line: A. " if native else "R(b), paired by seed. ")
+          + "Small marks: seeds. Large: mean with 95 % t interval. Blue band: equivalence margin around 0. "
           + ("" if _admitted(found, e.metric, size) else "This endpoint is not admitted by its controls"),
           "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
   return blocks

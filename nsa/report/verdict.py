@@ -118,8 +118,9 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
     ours = {s: ours[s] - extra[0][s] + extra[1][s] for s in ours if all(s in e for e in extra)}
   seeds, d = statistics.paired_differences(ours, theirs)
   if not seeds:
-    out.reason = (f"no finished result of {against}" if not theirs else f"no finished result of {arm}"
-                  if not ours else f"no seed of {arm} in common with {against}")
+    none = lambda one: (f"{one} has no {out.metric.title}" if any(run.arm == one for run in study.finished) else
+                        f"no finished result of {one}")
+    out.reason = none(against) if not theirs else none(arm) if not ours else f"no seed of {arm} in common with {against}"
     return out
   four = (arm, against, study.control(arm), study.dense) if quantity == "Delta" else (arm, against)
   out.reason = next((found for other in four[1:] if (found := comparable.reason(study, arm, other, size))), "")

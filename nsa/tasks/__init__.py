@@ -31,7 +31,8 @@ TASKS: dict[str, type[Task]] = {
 
 
 def register(cls: type[Task]) -> type[Task]:
-  """Makes a task of a user's file known by its family's name; usable as a decorator over @dataclasses.dataclass(frozen=True).
+  """Makes a task of a user's file known by its family's name; usable as a decorator over
+  @dataclasses.dataclass(frozen=True).
 
   Raises ValueError that names the task and what is wrong with it: its first example of each split is made here.
   """
@@ -43,7 +44,8 @@ def register(cls: type[Task]) -> type[Task]:
   name = getattr(cls, "family", "")
   need(name.isidentifier(), f"family = {name!r}", "a name of its own: letters, digits and _")
   known = TASKS.get(name, cls)
-  need(known.__qualname__ == cls.__qualname__, f"family = {name!r}", f"taken by {known.__module__}.{known.__qualname__}")
+  need(known.__qualname__ == cls.__qualname__, f"family = {name!r}",
+       f"taken by {known.__module__}.{known.__qualname__}")
   fields = {f.name: f.default for f in dataclasses.fields(cls)}
   need(dataclasses.MISSING not in fields.values(), f"fields {', '.join(fields)}", "give each parameter a default")
   need(set(getattr(cls, "sizes", ())) <= set(fields), "sizes", f"names of parameters: {', '.join(fields)}")
@@ -68,8 +70,8 @@ def get(name: str) -> Task:
   """
   family, _, text = name.partition("@")[0].partition(":")
   if family not in TASKS:
-    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its file "
-                     "has been imported: name it in config.modules")
+    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its "
+                     "file has been imported: name it in config.modules")
   cls = TASKS[family]
   defaults = {f.name: f.default for f in dataclasses.fields(cls)}
   parameters = {}
@@ -104,7 +106,8 @@ def check_trainable(names: tuple[str, ...]) -> None:
   """Raises ValueError for a task that is held out of training, or has a length of its own."""
   for name in names:
     if "@" in name:
-      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without @ there")
+      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without @ "
+                       "there")
     if not get(name).trainable:
       raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in "
                        "eval.tasks alone")

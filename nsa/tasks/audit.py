@@ -16,6 +16,7 @@ from nsa.data.sources import Document
 
 SEED = 20_26   # of evaluation: the same examples
 EXAMPLES = 64  # that are counted
+TOKEN = 4      # bytes that a token of an imported tokenizer is taken for
 LIMIT = 0.5    # above it an endpoint does not test selection
 
 
@@ -49,24 +50,29 @@ class Row:
 
 
 @functools.lru_cache(maxsize=256)
-def row(task_name: str, length: int, geometry: Geometry, split: str = "val") -> Row:
-  """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents."""
-  return _count(task_name, length, geometry, split, None)
+def row(task_name: str, length: int, geometry: Geometry, split: str = "val", token_bytes: int = 1) -> Row:
+  """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents.
+
+  token_bytes: bytes that a token is taken for; a text of so many times the length stands for one in another's tokens.
+  """
+  return _count(task_name, length, geometry, split, None, token_bytes)
 
 
-def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack: list[Document] | None) -> Row:
-  task, g = tasks.get(task_name), geometry
+def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack: list[Document] | None,
+           token_bytes: int = 1) -> Row:
+  task, g, size = tasks.get(task_name), geometry, length * token_bytes + 1
   held = {name: [] for name in ("first", "local", "forced", "window")}
   for index in range(EXAMPLES):
-    example = task.example(SEED, index, length + 1, split, haystack)
-    block = np.arange(length + 1) // g.block_size
+    example = task.example(SEED, index, size, split, haystack)
+    block = np.arange(size) // (g.block_size * token_bytes)
     for answer in range(len(example.query)):
-      own = (int(np.argmax(example.answer_group == answer)) - 1) // g.block_size  # of the token that predicts it
+      own = block[int(np.argmax(example.answer_group == answer)) - 1]  # of the token that predicts it
       first, local = block < g.num_initial, (block > own - g.num_local) & (block <= own)
       window = (block == 0) | (block > own - (g.num_blocks - 1)) & (block <= own)
       for name, visible in (("first", first), ("local", local), ("forced", first | local), ("window", window)):
         held[name].append(task.answerable(example, answer, visible))
-  return Row(task_name, length, geometry, **{name: float(np.mean(x)) for name, x in held.items()}, answers=len(held["first"]))
+  return Row(task_name, length, geometry, **{name: float(np.mean(x)) for name, x in held.items()},
+             answers=len(held["first"]))
 
 
 def geometries(config) -> list[Geometry]:
@@ -87,8 +93,9 @@ def geometries(config) -> list[Geometry]:
 
 def of_config(config) -> list[Row]:
   """Every task of a run's evaluation, at its length, in every geometry of its run modes."""
-  length = config.eval.context or config.data.context
-  return [row(name, length, geometry) for name in config.eval.tasks or config.data.tasks for geometry in geometries(config)]
+  context, token_bytes = config.eval.context or config.data.context, 1 if config.data.tokenizer == "bytes" else TOKEN
+  return [row(name, tasks.length_of(name, context), geometry, token_bytes=token_bytes)
+          for name in config.eval.tasks or config.data.tasks for geometry in geometries(config)]
 
 
 def of_study(study) -> list[Row]:
@@ -97,21 +104,24 @@ def of_study(study) -> list[Row]:
 
 
 def problems(study) -> list[tuple[str, object, str]]:
-  """(field, value, fix) of every task that a window of equal size answers more than half of, unless `study.shortcuts`."""
+  """(field, value, fix) of every task that a window of equal size answers more than half of, unless
+  `study.shortcuts`."""
   if study.shortcuts:
     return []
   return [("eval.tasks", one.task,
-           f"{100 * one.window:.0f} % of its answers at {one.length} tokens lie in the first block or a window of {one.geometry} "
-           "tokens: it does not test selection. Scatter the evidence, take a longer context or fewer blocks, or set the study's "
-           "shortcuts = True on purpose") for one in of_study(study) if one.window > LIMIT]
+           f"{100 * one.window:.0f} % of its answers at {one.length} tokens lie in the first block or a window of "
+           f"{one.geometry} tokens: it does not test selection. Scatter the evidence, take a longer context or fewer "
+           "blocks, or set the study's shortcuts = True on purpose") for one in of_study(study) if one.window > LIMIT]
 
 
 def text(rows: list[Row]) -> str:
   """The rows as a table: one line per task, length and geometry, % of the answers."""
   wide = max([28, *(len(one.task) for one in rows)])
-  lines = ["% of answers that need no selection: their evidence lies in the forced first or latest blocks, in both, in a window",
+  lines = ["% of answers that need no selection: their evidence lies in the forced first or latest blocks, in both, in "
+           "a window",
            f"{'task':{wide}s} {'length':>7s} {'blocks':>9s} {'first':>6s} {'local':>6s} {'forced':>7s} {'window':>7s}"]
   for one in rows:
-    lines.append(f"{one.task:{wide}s} {one.length:7d} {one.geometry!s:>9s} {100 * one.first:6.1f} {100 * one.local:6.1f} "
-                 f"{100 * one.forced:7.1f} {100 * one.window:7.1f}" + "  no test of selection" * (one.window > LIMIT))
+    lines.append(f"{one.task:{wide}s} {one.length:7d} {one.geometry!s:>9s} {100 * one.first:6.1f} "
+                 f"{100 * one.local:6.1f} {100 * one.forced:7.1f} {100 * one.window:7.1f}"
+                 + "  no test of selection" * (one.window > LIMIT))
   return "\n".join(lines)

@@ -90,7 +90,8 @@ class Task(abc.ABC):
     """
 
   def answerable(self, example: Example, answer: int, visible: np.ndarray) -> bool:
-    """Whether `visible` tokens, bool[L], alone hold what answer number `answer` has to be read from: all its evidence."""
+    """Whether `visible` tokens, bool[L], alone hold what answer number `answer` has to be read from: all its
+    evidence."""
     pieces = example.evidence[answer]
     return all(visible[first:last + 1].all() for first, last in pieces[pieces[:, 0] >= 0])
 

@@ -23,7 +23,8 @@ TEMPLATES = (  # (statement, question)
 
 @dataclasses.dataclass(frozen=True)
 class Recall(frame.Task):
-  """`pairs` facts about things ("quiet harbor") and a number each; every one is asked for, answered by its latest number."""
+  """`pairs` facts about things ("quiet harbor") and a number each; every one is asked for, answered by its latest
+  number."""
   family: ClassVar[str] = "recall"
   sizes: ClassVar[tuple[str, ...]] = ("pairs", "updates", "distractors")
   pairs: int = 8            # things that are asked for
@@ -91,8 +92,8 @@ class Ledger(frame.Task):
 
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
-    words = frame.draw_strings(draws, lambda n: _word(n, self.letters), 26 ** min(self.letters, 10), 2 * self.entries, split,
-                               f"task ledger: entries = {self.entries}")
+    words = frame.draw_strings(draws, lambda n: _word(n, self.letters), 26 ** min(self.letters, 10), 2 * self.entries,
+                               split, f"task ledger: entries = {self.entries}")
     entries = []
     for owner, (key, value) in enumerate(zip(words[::2], words[1::2])):
       line = fill(b'"{key}": "{value}", ', key=key, value=value)
@@ -108,7 +109,8 @@ def _relative(draws, key, turn, used, split):
   """A new thing of the split with the same adjective (even turns) or noun (odd ones) as `key`."""
   adjective, noun = key.split()
   while True:
-    words = (ADJECTIVES[draws.integer(len(ADJECTIVES))], noun) if turn % 2 else (adjective, NOUNS[draws.integer(len(NOUNS))])
+    words = ((ADJECTIVES[draws.integer(len(ADJECTIVES))], noun) if turn % 2
+             else (adjective, NOUNS[draws.integer(len(NOUNS))]))
     other = " ".join(words)
     if other not in used and frame.in_bucket(other, split):
       return other

@@ -26,8 +26,8 @@ def example(task: frame.Task, tokens: str, seed: int, index: int, length: int, s
   if tokens == "bytes":
     return task.example(seed, index, length, split, haystack)
   if not task.in_words:
-    raise ValueError(f"task {task.family}: has token ids of its own, data.tokenizer is {tokens}; take recall, tracking, needle "
-                     "or another one that is written in words")
+    raise ValueError(f"task {task.family}: has token ids of its own, data.tokenizer is {tokens}; take recall, "
+                     "tracking, needle or another one that is written in words")
   kind = tokenizer.get(tokens)
   room = length - 2
   best, size = None, max(task.min_length, 3 * length)
@@ -51,7 +51,8 @@ def example(task: frame.Task, tokens: str, seed: int, index: int, length: int, s
   if best is None:
     raise ValueError(f"data.context = {length - 1}: task {task.family} with "
                      + ", ".join(f"{name}={getattr(task, name)}" for name in task.sizes)
-                     + f" has more tokens of {tokens} than that; take a larger context or a smaller " + " or ".join(task.sizes))
+                     + f" has more tokens of {tokens} than that; take a larger context or a smaller "
+                     + " or ".join(task.sizes))
   return _mapped(kind, *best, counter.Draws(task.identity, "front", seed, index, split), room, haystack)
 
 
@@ -60,8 +61,8 @@ def _mapped(kind, written, body, ids, draws, room, haystack):
   ends = np.cumsum(kind.token_bytes[ids])
   surplus = int(ends[-1]) - len(body)
   if surplus not in (0, 1):  # 1: a space before the first word, which some tokenizers add
-    raise ValueError(f"data.tokenizer = {kind.name!r}: its tokens stand for {int(ends[-1])} bytes of a text of {len(body)}; "
-                     "take documents without the names of special tokens")
+    raise ValueError(f"data.tokenizer = {kind.name!r}: its tokens stand for {int(ends[-1])} bytes of a text of "
+                     f"{len(body)}; take documents without the names of special tokens")
   missing = room - len(ids)
   front = kind.encode(_valid(frame.filler(draws, 16 * missing + 64, haystack)))[:missing]
   if len(front) < missing:  # of very long tokens

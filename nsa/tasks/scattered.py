@@ -1,4 +1,5 @@
-"""Statements and questions anywhere in a text: every question behind the statements that its answer has to be read from."""
+"""Statements and questions anywhere in a text: every question behind the statements that its answer has to be read
+from."""
 from __future__ import annotations
 
 import dataclasses
@@ -67,7 +68,8 @@ def lay_out(draws: counter.Draws, entries: list[Entry], length: int, haystack: l
 
 
 def assemble(body: bytes, asked: list[tuple[int, int, int, list[tuple[int, int]]]]) -> frame.Example:
-  """BOS + body + EOS. asked: (query's first byte, answer's first byte, its end, [(first, end) of each piece of evidence])."""
+  """BOS + body + EOS. asked: (query's first byte, answer's first byte, its end, [(first, end) of each piece of
+  evidence])."""
   tokens = np.empty(len(body) + 2, np.int32)
   tokens[0], tokens[1:-1], tokens[-1] = tokenizer.BOS, np.frombuffer(body, np.uint8), tokenizer.EOS
   group = np.full(len(tokens), -1, np.int32)

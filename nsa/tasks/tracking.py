@@ -22,7 +22,8 @@ LETTERS = 3  # of a name
 
 @dataclasses.dataclass(frozen=True)
 class Tracking(frame.Task):
-  """`chains` of `hops` statements: a name gets a number, the next name gets the name before. The last names are asked for."""
+  """`chains` of `hops` statements: a name gets a number, the next name gets the name before. The last names are asked
+  for."""
   family: ClassVar[str] = "tracking"
   sizes: ClassVar[tuple[str, ...]] = ("chains", "hops")
   chains: int = 8
@@ -42,7 +43,8 @@ class Tracking(frame.Task):
 
   @property
   def min_length(self):
-    statement, question = (max(len(pair[i]) for pair in TEMPLATES) + LETTERS + max(LETTERS, self.digits) for i in (0, 1))
+    statement, question = (max(len(pair[i]) for pair in TEMPLATES) + LETTERS + max(LETTERS, self.digits)
+                           for i in (0, 1))
     return 2 + self.chains * (self.hops * statement + question)
 
   def example(self, seed, index, length, split="train", haystack=None):

@@ -79,7 +79,8 @@ class PromptMethod(interface.Method):
     if mode != "sparse":
       return dense
     visible = blocks.mean_visible(self.budget(context), context)
-    attention = dense if self.phase == "decode" else {"selected": Cost(attention_flops(model, visible), kind="selected")}
+    attention = (dense if self.phase == "decode"
+                 else {"selected": Cost(attention_flops(model, visible), kind="selected")})
     return {**attention, **self.selection_costs(model, context)}
 
   def measured_flops(self, model, context, visible):

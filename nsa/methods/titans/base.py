@@ -1,10 +1,11 @@
-"""What the Titans methods share (arXiv 2501.00663, section 4): the memory's options and cost, persistent tokens, the gate.
+"""What the Titans methods share (arXiv 2501.00663, section 4): the memory's options and cost, persistent
+tokens, the gate.
 
 | method | section | output |
 |---|---|---|
 | mag | 4.2 memory as a gate | attention (window or dense) and memory side by side, joined by a gate |
 | mal | 4.3 memory as a layer | attention over what the memory returned |
-| mac | 4.1 memory as context | attention in segments, over what the memory recalls for them too; its output is written |
+| mac | 4.1 memory as context | attention in segments, over what the memory recalls too; its output is written |
 | lmm | 4.4 memory alone | the memory on the attention's own q, k and v |
 
 A dense or warm-up stage runs dense attention and leaves the memory alone, so that a trunk, a native and a retrofitted
@@ -65,7 +66,8 @@ class Titans(interface.Method):
       problems.append(("max_step", self.max_step, "above 0, or the memory learns nothing"))
     if self.clip < 0:
       problems.append(("clip", self.clip, "cannot be negative; 0 for no clipping"))
-    for name, known in (("gradient", ("chunk", "document")), ("backprop", ("local", "full")), ("read", ("token", "chunk"))):
+    for name, known in (("gradient", ("chunk", "document")), ("backprop", ("local", "full")),
+                        ("read", ("token", "chunk"))):
       if getattr(self, name) not in known:
         problems.append((name, getattr(self, name), " or ".join(known)))
     if self.heads < 0 or self.heads and model.num_heads * model.head_dim % self.heads:
@@ -90,7 +92,8 @@ class Titans(interface.Method):
     kept = 2 * 2 * weights + 3 * 2 * weights / self.chunk            # outer products into M and S; their decay
     read = 2 * 2 * weights + (self.chunk + 1) * edges if self.read == "token" else 2 * weights
     mixing = 2 * self.chunk ** 2                                     # decay(1 - alpha) decay(eta), per token
-    return {"memory_write": Cost(heads * float(inner + kept + mixing)), "memory_read": Cost(heads * group * float(read))}
+    return {"memory_write": Cost(heads * float(inner + kept + mixing)),
+            "memory_read": Cost(heads * group * float(read))}
 
   def attention_costs(self, model, context: int) -> dict[str, Cost]:
     """Of the window, or dense, branch and its persistent tokens."""

@@ -10,7 +10,8 @@ The paper recalls for the whole segment and then lets token i see all of it, r_j
 memory after the whole segment's update: both would let a token see the future in language modelling. Here token i sees
 r_j up to its own, and reads the memory after its own write. r_j takes the position of its token in RoPE.
 
-Segments follow one another in a scan. A call with a cache goes token by token, prompts too: right, and slow for long ones.
+Segments follow one another in a scan. A call with a cache goes token by token, prompts too: right, and slow for long
+ones.
 """
 import dataclasses
 from typing import ClassVar
@@ -54,7 +55,8 @@ class MAC(base.Titans):
   def reads(self, model, context):
     seen = self.tokens_visible(context)
     # Four copies: the memory at the segment's beginning is a state as well.
-    return {"segment": seen, "recalled": seen, "memory": self.memory_reads(model) * 4 / 3, "persistent": float(self.persistent)}
+    return {"segment": seen, "recalled": seen, "memory": self.memory_reads(model) * 4 / 3,
+            "persistent": float(self.persistent)}
 
   def tokens_visible(self, context):
     return float((context - 1) % self.segment + 1)
@@ -65,19 +67,23 @@ class MACLayer(interface.Layer):
   def __init__(self, init, model, options: MAC):
     self.options = options
     init, width = init.child("memory", group="memory"), model.num_heads * model.head_dim
-    mem = self.memory = memory.Memory(init, model, options, inputs=width)  # of y: keys, values, queries of the last read
+    # of y: keys, values, queries of the last read
+    mem = self.memory = memory.Memory(init, model, options, inputs=width)
     heads, group, head_width = options.memory_shape(model)
-    mem.ask = layers.HeadProjection(init.child("ask"), model.d_model, heads * group, head_width, axis="heads", taps=model.short_conv)
+    mem.ask = layers.HeadProjection(init.child("ask"), model.d_model, heads * group, head_width, axis="heads",
+                                    taps=model.short_conv)
     mem.k_recalled = layers.HeadProjection(init.child("k_recalled"), width, model.num_kv_heads, model.head_dim,
                                            axis="kv_heads", norm=model.qk_norm)
-    mem.v_recalled = layers.HeadProjection(init.child("v_recalled"), width, model.num_kv_heads, model.head_dim, axis="kv_heads")
+    mem.v_recalled = layers.HeadProjection(init.child("v_recalled"), width, model.num_kv_heads, model.head_dim,
+                                           axis="kv_heads")
     mem.join = base.Join(init.child("join"), model, options.join)
     if options.persistent:
       mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
     self.kv, self.tail = (model.num_kv_heads, model.head_dim), (max(model.short_conv - 1, 0), width)
 
   def initial_state(self, batch, dtype):
-    """The memory, what it was when the segment began, the segment's recalled keys and values, the convolution's tail."""
+    """The memory, what it was when the segment began, the segment's recalled keys and values, the convolution's
+    tail."""
     state = self.memory.begin(batch)
     recalled = jnp.zeros((batch, self.options.segment) + self.kv, dtype)
     return {"memory": state, "recall": list(state["now"]), "k": recalled, "v": jnp.copy(recalled),

@@ -20,11 +20,12 @@ with decay(x)[t, j] = x_{j+1} ... x_t. Reading a_t W_t is then two products with
 weighted attention over the chunk per matrix. The result equals the recurrence token by token (tests/memory_oracle.py).
 
 What keeps it finite, by construction and for any weights and any length:
-* theta_t = max_step * sigmoid(.) * (1 - eta_t): S is a weighted mean of single steps, so |S| <= max_step * clip * sqrt(d);
+* theta_t = max_step * sigmoid(.) * (1 - eta_t): S is a weighted mean of single steps, so
+  |S| <= max_step * clip * sqrt(d);
 * the gradient of one token over all matrices is rescaled to a norm of at most clip * sqrt(d), d the width (per token,
   hence causal; public code clips whole chunks, or nothing);
-* norm = True: every matrix is followed by `bounded`, an RMS norm above one, and the MLP by a residual, M(x) = x + gain *
-  bounded(...): outputs are bounded for any weights, and gradients fall as these grow. False is the paper's plain MLP;
+* norm = True: every matrix is followed by `bounded`, an RMS norm above one, and the MLP by a residual, M(x) = x +
+  gain * bounded(...): outputs are bounded for any weights, and gradients fall as these grow. False: the paper's MLP;
 * every matrix acts on its input divided by sqrt(fan in), so that all matrices get gradients of one size;
 * log(1 - alpha) and log(eta) are log-sigmoids, and decays are exponentials of their sums: nothing is divided by;
 * backprop = "full" differentiates everything when the model is trained, as the paper and public code do: a chain of
@@ -35,8 +36,8 @@ All of it is float32, with full-precision products.
 Measured, depth 4. (a) Forward alone: 512 tokens of 20 repeated keys, width 16, theta about 1/4: the plain MLP without
 clipping is NaN between tokens 128 and 256; with clipping it stays finite, but there a plain RMS norm in place of
 `bounded` let a difference of 1e-4 grow to order one. (b) 10,000 AdamW steps at 3e-3 on recall of 8 pairs in 64 tokens
-(the set-up of tests/memory_test.py's program, one seed, CPU): as it is finite, loss 0.121 nats, largest gradient norm of
-the memory 7.7; local finite, 0.166, 7.5; plain without clipping finite as well, 0.121, 24.
+(the set-up of tests/memory_test.py's program, one seed, CPU): as it is finite, loss 0.121 nats, largest gradient norm
+of the memory 7.7; local finite, 0.166, 7.5; plain without clipping finite as well, 0.121, 24.
 So at that length the guards cost nothing and are not yet needed; public code is known to fail at 8,000 steps and
 longer sequences. Local backprop learns later (1.24 against 0.64 at step 2,000): it is no default.
 
@@ -85,8 +86,9 @@ class Memory(nnx.Module):
     if options.norm:
       self.gain = init.constant((heads, width), ("heads", None), 1.0)
     sizes = options.memory_sizes(model)
-    self.initial = nnx.Dict({f"w{i}": init.normal(f"w{i}", (heads, fan_in, fan_out), ("heads", None, None), fan_in=1, decay=False)
-                             for i, (fan_in, fan_out) in enumerate(sizes)})
+    self.initial = nnx.Dict(
+        {f"w{i}": init.normal(f"w{i}", (heads, fan_in, fan_out), ("heads", None, None), fan_in=1, decay=False)
+         for i, (fan_in, fan_out) in enumerate(sizes)})
 
   def weights(self) -> list[Float[Array, "R I O"]]:
     """The memory that every document begins with."""
@@ -135,7 +137,8 @@ class Memory(nnx.Module):
 
     mask = live[..., None].astype(jnp.float32)
     xs = {"q": place(unit(q)), "k": place(unit(k)), "v": place(jax.nn.silu(v)), "live": mask[..., 0],
-          "keep": place(gates.log_keep) * mask, "momentum": place(gates.log_momentum) * mask, "step": place(gates.step) * mask}
+          "keep": place(gates.log_keep) * mask, "momentum": place(gates.log_momentum) * mask,
+          "step": place(gates.step) * mask}
     xs = {**jax.tree.map(split, xs), "fresh": fresh[:, ::width].T,
           "complete": (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]}
     state = self.begin(B) if state is None else state
@@ -166,7 +169,8 @@ class Memory(nnx.Module):
       step = step * jnp.sqrt(limit) * jax.lax.rsqrt(jnp.maximum(squared, limit))
 
     keep, momentum = (jnp.cumsum(jnp.moveaxis(x[name], 2, 1), -1) for name in ("keep", "momentum"))
-    gained = _decays(keep) * x["live"][:, None, None, :]                         # a slot without a token adds no surprise
+    # a slot without a token adds no surprise
+    gained = _decays(keep) * x["live"][:, None, None, :]
     writes = _decays(momentum) * step[:, :, None, :]                             # [B, R, t, i], of S
     mixing = _dot("brtj,brji->brti", gained, writes)                             # C
     beta, gamma = jnp.exp(keep), _dot("brtj,brj->brt", gained, jnp.exp(momentum))
@@ -224,8 +228,8 @@ def unit(x):
 
 
 def bounded(z):
-  """z / sqrt(1 + mean(z^2)): an RMS norm that leaves small vectors small, lest it blows up what is left of a memory that
-  was forgotten. Its RMS stays below 1 and no difference grows."""
+  """z / sqrt(1 + mean(z^2)): an RMS norm that leaves small vectors small, lest it blows up what is left of a memory
+  that was forgotten. Its RMS stays below 1 and no difference grows."""
   return z * jax.lax.rsqrt(1 + jnp.mean(z * z, -1, keepdims=True))
 
 
