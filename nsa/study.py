@@ -50,6 +50,7 @@ class Study:
   nll_margin: float = 0.05         # of answers' NLL, nats per token
   # The plan (nsa/report/plan_file.py): where its files lie, and what power and cost are reckoned from.
   plan: str = ""                   # directory of PLAN.md and plan.json; "" = no plan
+  notes: tuple[str, ...] = ()       # what a reader of the plan has to know of the arms and of what they are compared by
   stopping: str = ("Every listed seed runs once; a run that diverges or fails is counted, not repeated with another "
                    "seed.")
   # name -> arms, or arm-size, in the order in which they run
