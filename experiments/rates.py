@@ -1,6 +1,7 @@
 """Which peak learning rate for dense and for native, at each size?
 
-    python -m launch.study --config=experiments/rates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz --workdir=runs/rates
+    python -m launch.study --config=experiments/rates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz \\
+        --workdir=runs/rates
 
 Chosen on val, before the main study and at its full length. Dense and native arms of `experiments/main_study.py` as
 they stand there, one seed, at `rate`, at half and at twice that.
@@ -31,7 +32,7 @@ def get_config(arg=None):
       for one in (make.dense(), make.native()):
         one.arm += "" if factor == 1 else f"_rate_x{factor:g}".replace(".", "_")
         own = "sparse" if one.attention.has_sparse else "dense"
-        one.eval.run_modes, one.eval.more_modes, one.eval.during = (own,), (), (own,)
+        one.eval.run_modes, one.eval.more_modes, one.eval.during, one.eval.sealed = (own,), (), (own,), ""
         arms.append(one)
   return Study(name="rates", question=__doc__.splitlines()[0], arms=arms, seeds=(0,), vmap_seeds=False, dense="dense",
                reference="native", primary=main_study.PRIMARY if a.novels and a.code else Study.primary)

@@ -9,22 +9,22 @@
 SmolLM2-135M-Instruct, or any run directory of `launch.import_hf`: 8,192 tokens in blocks of 64, of which a query sees
 16 (1/8; a few arms 8), novels and code half each in the model's own tokenizer. Every arm forks from the imported model.
 Its control is the dense model that goes on with the same tokens, batches and rates. A budget is given as a share of the
-largest, 32 million tokens; the model itself had 2 trillion. The selector learns at `rate`, the backbone at a fortieth of
-it or a fifth (arms "_5to1"). First the output stays dense for `selector_steps` steps, or half of a small budget. Seeds
-are orders of the data (and the selector's first weights).
+largest, 32 million tokens; the model itself had 2 trillion. The selector learns at `rate`, the backbone at a fortieth
+of it or a fifth (arms "_5to1"). First the output stays dense for `selector_steps` steps, or half of a small budget.
+Seeds are orders of the data (and the selector's first weights).
 
-Recall is in words at 1,024 to 8,192 tokens: teacher-forced, which is what greedy decoding gives but for rounding, and on
-some examples decoded. The endpoint is a mean over the tasks of which the imported model answers half; the dense arm runs
-first, and the report's first table has it. With 16 blocks nothing is left out of 1,024 tokens: the endpoint is far
-answers (evidence behind the first block, and more than 1,024 tokens before the question).
+Recall is in words at 1,024 to 8,192 tokens: teacher-forced, which is what greedy decoding gives but for rounding, and
+on some examples decoded. The endpoint is a mean over the tasks of which the imported model answers half: the dense arm
+runs first, and the report's first table has it. With 16 blocks nothing is left out of 1,024 tokens: far answers
+(evidence behind the first block, and more than 1,024 tokens before the question) are the endpoint.
 
-Tiers, in this order, so that a cut study is still a study; training tokens in millions, of which one H200 makes some 0.1
-a second (MSA: 0.076 measured):
+Tiers, in this order, so that a cut study is still a study; training tokens in millions, of which one H200 makes some
+0.1 a second (MSA: 0.076 measured):
 
 | tier | arms | tokens |
 |---|---|---|
-| 1 | as imported with every training-free selection; MSA and continuation: 2 and 8 in three orders, 0.5; selector only | 71 |
-| 2 | MSA and continuation with 32; both at 5:1 with 2 and 8 | 84 |
+| 1 | as imported, with what needs no training; MSA and control with 2, 8 (three orders), 0.5; selector only | 71 |
+| 2 | MSA and control with 32; both at 5:1 with 2 and 8 | 84 |
 | 3 | Seer, DSA, gated with 0.5, 2 and 8 | 31 |
 | 4 | 8 blocks, or the first three layers dense, with 2 and 8 | 20 |
 | 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |

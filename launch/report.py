@@ -5,8 +5,9 @@
     python -m launch.report experiments/results/pilot --out=DIR        # the same report, from what was published
     python -m launch.report runs/pilot experiments/results/pilot --out=experiments/results/pilot --publish
 
-The last takes the runs that runs/pilot has not finished from what was published before.
-What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
+The last takes the runs that runs/pilot has not finished from what was published before. With --open the report has what
+the sealed evaluations (eval.sealed) say, too: once, when all runs are there; a published report that was opened stays
+so. What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
 """
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from absl import flags
 from launch import cli
 
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: report/ inside the first path.")
+_OPEN = flags.DEFINE_bool("open", False, "Report the sealed evaluations too, of the split that nothing was chosen by.")
 _PUBLISH = flags.DEFINE_bool("publish",
                              False, "For a repository: no HTML, small PNGs, configs and records without this "
                              "machine's paths.")
@@ -26,7 +28,7 @@ def main(arguments):
   if not paths:
     raise ValueError("name at least one run or study: python -m launch.report RUN_OR_STUDY... [--out=DIR]")
   table = report.verdict_table(*paths)  # before anything is written: DIR may be one of the paths
-  written = report.write(paths, Path(_OUT.value) if _OUT.value else paths[0] / "report", _PUBLISH.value)
+  written = report.write(paths, Path(_OUT.value) if _OUT.value else paths[0] / "report", _PUBLISH.value, _OPEN.value)
   print(table)
   print("\nreport: " + "\n        ".join(str(path) for path in (written.html, written.markdown, written.csv) if path))
 

@@ -6,6 +6,7 @@ arithmetic here. Dense-equivalent FLOPs are never what MFU divides by.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from nsa import config as config_lib, methods, model as model_lib, optim, schedule
 
@@ -41,9 +42,18 @@ def forward(config, context: int, mode: str) -> dict[str, float]:
 
 def _projections(config, group: str) -> float:
   """2 FLOPs per weight of the matrices of one parameter group."""
+  return _weights(model_lib.Static(model_lib.architecture(config))).get(group, 0.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(static) -> dict[str, float]:
+  """`_projections` of all groups: asked for every run of a study and every record of a run."""
+  config, out = static.value, {}
   groups, each_token = optim.groups_of(config), optim.by_path(model_lib.param_metadata(config, "tokens"))
-  return sum(2.0 * leaf.size for path, leaf in optim.by_path(model_lib.abstract_params(config)).items()
-             if groups[path] == group and each_token[path])
+  for path, leaf in optim.by_path(model_lib.abstract_params(config)).items():
+    if each_token[path]:
+      out[groups[path]] = out.get(groups[path], 0.0) + 2.0 * leaf.size
+  return out
 
 
 def training_costs(config, step: schedule.Step) -> list[tuple[str, methods.Cost]]:
@@ -54,7 +64,8 @@ def training_costs(config, step: schedule.Step) -> list[tuple[str, methods.Cost]
   """
   parts = costs(config, step.context, step.mode, step.losses)
   if step.groups == ("selector",):
-    return [(part, cost._replace(flops=cost.flops * (3.0 if cost.trains == "selector" else 1.0))) for part, cost in parts]
+    return [(part, cost._replace(flops=cost.flops * (3.0 if cost.trains == "selector" else 1.0)))
+            for part, cost in parts]
   both = [(part, cost._replace(flops=cost.flops * (3.0 if cost.gradient else 1.0))) for part, cost in parts]
   if step.groups == ("memory",):
     # Gradient passes through the frozen backbone, to memories below, but none is taken of its matrices.
@@ -114,13 +125,16 @@ def equal_window(config, context: int) -> int:
   The whole context if that costs less. Raises ValueError if a window of one token costs more.
   """
   target = sum(forward(config, context, "sparse").values())
+  plain = dataclasses.replace(config, attention=methods.Window(1), layers=())
+  fixed = sum(cost.flops for _, cost in costs(plain, context, "sparse")[:2])  # a window has no parameters of its own
 
   def cost(window):
-    plain = dataclasses.replace(config, attention=methods.Window(window), layers=())
-    return sum(forward(plain, context, "sparse").values())
+    window = methods.Window(window).costs(config.model, context, "sparse")
+    return fixed + config.model.num_layers * sum(part.flops for part in window.values())
 
   if not cost(1) <= target:
-    raise ValueError(f"a window of 1 token costs {cost(1):,.0f} FLOPs per token, more than the {target:,.0f} to be matched")
+    raise ValueError(f"a window of 1 token costs {cost(1):,.0f} FLOPs per token, more than the {target:,.0f} to be "
+                     "matched")
   low, high = 1, context
   while low < high:
     middle = (low + high + 1) // 2

@@ -1,4 +1,5 @@
-"""From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a batch."""
+"""From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a
+batch."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -27,7 +28,8 @@ def _batches(arrays: dict[str, np.ndarray], size: int):
 def text(run, params, windows, e, context, method, token_bytes, back=None, gain=()) -> list[dict]:
   """Records of the windows of one corpus: each window, by position, by layer, and what far context is worth.
 
-  back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not asked.
+  back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not
+  asked.
   gain: tokens of context before the last quarter of a window that its loss is measured with, beside all there are.
   """
   if not windows:
@@ -193,8 +195,9 @@ def task(run, params, name, examples, e, listed: bool, decode=None):
     size = np.bincount(group[at])
     right = np.bincount(group[at], correct[i, at]) == size
     loss = np.bincount(group[at], nll[i, at]) / size
-    mine = [_Answer(*one) for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
-                                         loss.tolist())]
+    mine = [_Answer(*one)
+            for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
+                           loss.tolist())]
     answers += mine
     more = {}
     if of_far := [a for a in mine if a.far]:
@@ -208,7 +211,8 @@ def task(run, params, name, examples, e, listed: bool, decode=None):
       more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
     out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
                                answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
-                               depth=float(examples["depth"][i]), evidence_distance=int(examples["evidence_distance"][i]), **more))
+                               depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i]), **more))
   return out + _answer_records(name, answers, length)
 
 

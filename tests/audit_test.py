@@ -38,7 +38,7 @@ class Planted(frame.Task):
 
 def test_every_piece_has_to_be_in_sight(monkeypatch):
   monkeypatch.setattr(audit.tasks, "get", lambda name: Planted())
-  count = lambda **g: audit._count("planted", 64, audit.Geometry(**g), "val", None)
+  count = lambda **g: audit.row.__wrapped__("planted", 64, audit.Geometry(**g))
   # Blocks of 8; the tokens that predict are 41, 50 and 60: blocks 5, 6 and 7.
   a = count(block_size=8, num_blocks=5, num_initial=1, num_local=3)
   assert (a.first, a.local, a.forced) == (1 / 3, 0, 2 / 3)  # 5; none; 5, and 1 with 40 (block 5 of 5 to 7)

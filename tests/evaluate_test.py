@@ -225,7 +225,8 @@ def test_exact_match_is_what_greedy_decoding_gives():
     inputs[:, 1:] = targets[:, :-1]
     found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets},
                         dataclasses.replace(config.eval, decoded=2), True, decode)
-    exact, greedy = ([row.get(name) for row in of_kind(found, "task")] for name in ("exact_match", "greedy_exact_match"))
+    exact, greedy = ([row.get(name) for row in of_kind(found, "task")]
+                     for name in ("exact_match", "greedy_exact_match"))
     assert greedy == [*exact[:2], None]
     return exact
 
@@ -242,7 +243,7 @@ def test_exact_match_is_what_greedy_decoding_gives():
     ("dsa", methods.DSA(index_dim=4, **BLOCKS)), ("gated", methods.Gated(index_dim=4, **BLOCKS)),
     ("quest", methods.Quest(**BLOCKS)), ("block_topk", methods.BlockTopK(**BLOCKS))])
 def test_answers_in_the_middle_of_a_text_are_decoded_as_if_nothing_came_after_them(name, attention):
-  """Against the whole pass over each beginning, token by token: blocks' summaries do not see what stands behind either."""
+  """Against the whole pass over each beginning, token by token: summaries of blocks do not see what stands behind."""
   config = make_config(attention, sequences=0)
   mode = "dense" if name == "dense" else "sparse"
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
@@ -447,8 +448,8 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
 
 
 def test_more_run_modes_are_asked_of_some_seeds_alone():
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"), more_seeds=(1, 5),
-                       tasks=("copy:length=4",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"),
+                       more_seeds=(1, 5), tasks=("copy:length=4",))
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
   of = lambda rows: {(r["seed"], r["run_mode"]) for r in rows}
   assert config.seeds == (3,) and of(evaluate.records(config, params, 7)) == {(3, "sparse")}

@@ -93,6 +93,26 @@ def test_an_evaluation_by_hand_leaves_the_runs_own_alone(tmp_path, corpus, monke
   assert len(after) == 9 and {name: after[name] for name in before} == before
 
 
+def test_the_sealed_split_is_evaluated_once_at_the_end_in_the_arms_own_mode(tmp_path, corpus, monkeypatch):
+  config = make_config(corpus)
+  config.eval = dataclasses.replace(config.eval, sealed="test", run_modes=("dense", "sparse"), more_modes=("random",),
+                                    more_seeds=(0,), diagnostics=True)
+  train(config, tmp_path / "run")
+  assert files(tmp_path / "run").keys() == {"2.json", "4.json", "4-sealed.json"}
+  plain, sealed = (metrics.read_json(tmp_path / "run/eval" / name) for name in ("4.json", "4-sealed.json"))
+  assert {r["run_mode"] for r in plain["records"]} == {"dense", "sparse", "random"}
+  assert {(r["run_mode"], r["split"]) for r in sealed["records"] if r["kind"] == "language"} == {("sparse", "test")}
+  assert {r["kind"] for r in sealed["records"]} == {"language", "position"}
+  read = metrics.read_json(tmp_path / "run/versions.json")["held_out_sha256"]
+  assert read == {s["settings"]["split"]: s["settings"]["corpus_sha256"] for s in (plain, sealed)} and len(read) == 2
+  by_hand(tmp_path / "run", split="test", run_modes=("sparse",), more_modes=(), diagnostics=False)
+  (hand,) = (tmp_path / "run/eval").glob("4-*split=test*.json")
+  text = lambda rows: [r for r in rows if r["kind"] == "language"]
+  assert text(metrics.read_json(hand)["records"]) == text(sealed["records"])
+  with pytest.raises(config_lib.ConfigError, match="eval.sealed = 'val': val, test or ood, but not eval.split"):
+    config_lib.validate(make_config(corpus, eval=dataclasses.replace(config.eval, sealed="val")))
+
+
 def test_a_run_makes_its_own_evaluation_whatever_was_made_by_hand(tmp_path, corpus, monkeypatch):
   train(make_config(corpus), tmp_path / "calm")
   with monkeypatch.context() as patch:

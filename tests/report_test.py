@@ -168,6 +168,34 @@ def test_an_endpoint_whose_controls_do_not_behave_supports_no_word(costs, missin
     assert "worse" in {c.word for c in found.comparisons if c.endpoint.metric == other}
 
 
+def test_an_arm_of_more_tokens_does_not_measure_dense(tmp_path):
+  arms = {**with_retrofit(0.0), "dense_double": (-0.1, 0.0, None)}
+  root = write_study(tmp_path, arms, rich=False)
+  (gate, *_) = judged(root).admissions[planted.TEXT, "tiny"].gates
+  assert not gate.passed and gate.found == pytest.approx(0.1, abs=0.01) and gate.needs == "within 2 % of the best arm"
+  (log,) = (root / "runs").glob("dense_double-*/metrics.jsonl")
+  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  log.write_text("".join(json.dumps({**line, "tokens": 2 * line["tokens"]}) + "\n" for line in lines))
+  (gate, *_) = judged(root).admissions[planted.TEXT, "tiny"].gates
+  assert gate.passed and abs(gate.found) < 0.01
+
+
+def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):
+  root = write_study(tmp_path, with_retrofit(0.03), seeds=range(5), noise=0.001, rich=False)
+  of = lambda: {c.name: c for c in judged(root).comparisons if c.family == "text"}
+  whole, plan = of(), json.loads((root / "study.json").read_text())
+  plan["arms"].append("retrofit_msa_50")
+  plan["budgets"]["retrofit_msa_50"] = 0.5
+  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny", "seeds": [0],
+                       "status": "pending"})
+  (root / "study.json").write_text(json.dumps(plan))
+  cut = of()
+  assert ((len(whole), len(cut)) == (3, 5) and cut["R(50 %)"].word == "cannot be judged"
+          and np.isnan(cut["R(50 %)"].p_difference))
+  first = min(whole, key=lambda name: whole[name].p_difference)
+  assert cut[first].p_difference == pytest.approx(whole[first].p_difference * 5 / 3)
+
+
 def test_a_study_without_an_admitted_endpoint_says_no_word_anywhere(tmp_path, quick):
   root = planted.write_case(tmp_path, planted.CASES["neither"], draw=0)
   text = words(root)
@@ -251,6 +279,13 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   at = 0.02 + (0.06 - 0.02) * np.log(7.4 / 6.2) / np.log(2)
   assert (np.mean(list(flops.differences.values())) == pytest.approx(at, abs=1e-4)
           and flops.cost == pytest.approx(8.192e6 * 6.2e6))
+  # A seed without a branch is left out, and said.
+  (log,) = (root / "runs").glob("dense_half-*/metrics.jsonl")
+  log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["seed"] != 2))
+  flops = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[1]
+  assert (sorted(flops.differences) == [0, 1]
+          and flops.reason.startswith("seeds 2: needs a decay branch of dense that ends at 5.08e+13"))
+  assert flops.cost == pytest.approx(8.192e6 * 6.2e6)
 
 
 def test_a_limit_is_claimed_only_where_the_curve_levels_off(tmp_path):

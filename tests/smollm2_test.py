@@ -26,9 +26,9 @@ def arguments(tmp_path, monkeypatch):
     for split in ("train", "val"):
       (tmp_path / corpus / split).mkdir(parents=True)
       (tmp_path / corpus / split / "a.py").write_text(Path(module.__file__).read_text())
-  return (f"model={tmp_path}/model,novels={tmp_path}/novels,code={tmp_path}/code,plan={tmp_path}/plan,context=256,batch=2,"
-          "budgets=0.001+0.002+0.003+0.004,selector_steps=2,block=16,blocks=4,tasks=needle:digits=3,lengths=250,windows=2,"
-          "examples=2,decoded=1,eval_batch=2,remat=none")
+  return (f"model={tmp_path}/model,novels={tmp_path}/novels,code={tmp_path}/code,plan={tmp_path}/plan,context=256,"
+          "batch=2,budgets=0.001+0.002+0.003+0.004,selector_steps=2,block=16,blocks=4,tasks=needle:digits=3,"
+          "lengths=250,windows=2,examples=2,decoded=1,eval_batch=2,remat=none")
 
 
 def test_every_tier_is_what_its_docstring_says(arguments):

@@ -87,3 +87,25 @@ def test_what_may_not_be_read_is_an_error(tmp_path, monkeypatch):
 
   monkeypatch.setattr(data.sources.pathlib.Path, "read_bytes", closed)  # root may read everything
   refused(tmp_path, "3 documents of the split 'train' cannot be read, first .: Permission denied")
+
+
+def test_an_archive_is_unpacked_once_for_all_its_splits(tmp_path, monkeypatch):
+  unpacked = []
+  whole = data.sources._read_archive
+  monkeypatch.setattr(data.sources, "_read_archive", lambda path: unpacked.append(path.name) or whole(path))
+  path = archive(tmp_path / "a.tar.xz", ("train/t", b"ttt"), ("val/v", b"vv"), ("val/w", "v", tarfile.SYMTYPE),
+                 ("test/gone", "x", tarfile.SYMTYPE))
+  (tmp_path / "b.tar").write_bytes(b"no archive" * 100)
+  data.read_ahead(["stdlib", f"files:{path}", f"files:{tmp_path / 'b.tar'}", f"files:{tmp_path / 'c.tar'}"])
+  of = lambda split: {d.name: bytes(d.tokens.astype("uint8")) for d in data.load(f"files:{path}", split)}
+  assert of("val") == {"v": b"vv", "w": b"vv"} and of("train") == {"t": b"ttt"}
+  refused(tmp_path / "b.tar", "the archive is damaged")
+  with pytest.raises(ValueError, match="1 document of the split 'test' cannot be read"):
+    of("test")
+  assert unpacked.count("a.tar.xz") == 1
+  data.sources._load.cache_clear()
+  # its text was not kept beside its documents
+  assert of("val") == {"v": b"vv", "w": b"vv"} and unpacked.count("a.tar.xz") == 2
+  archive(path, ("val/v", b"other"))
+  data.sources._load.cache_clear()
+  assert of("val") == {"v": b"other"}

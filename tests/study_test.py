@@ -43,6 +43,11 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
   assert sorted(trained[4:]) == sorted(n for n in {p.name for p in (tmp_path / "runs").iterdir()} if n.endswith("s1"))
   plan = json.loads((tmp_path / "study.json").read_text())
   assert {job["status"] for job in plan["jobs"]} == {"done"} and not study_lib.unfinished(study, tmp_path)
+  study.now = ("dense-base", "native-base")  # the others are listed all the same
+  assert [job.run for job in study_lib.run(study, tmp_path / "part", only=("*-s0",), **quiet)] == [
+      "runs/dense-base-s0", "runs/native-base-s0"]
+  assert len(json.loads((tmp_path / "part/study.json").read_text())["jobs"]) == 7
+  study.now = ()
   with pytest.raises(ConfigError, match="--only = 'ntive-.': no run has such a name; there are runs/dense-"):
     study_lib.run(study, tmp_path, only=("ntive-*",), **quiet)
 
@@ -117,7 +122,8 @@ def test_slices_of_two_machines_are_one_study(slices, tmp_path, monkeypatch):
   brought_home(first, tmp_path)
   brought_home(second, tmp_path)
   monkeypatch.setattr(train, "train", lambda *_: pytest.fail("all is done"))
-  assert {job.status for job in study_lib.run(study, tmp_path, **QUIET)} == {"done"} and not study_lib.unfinished(study, tmp_path)
+  assert ({job.status for job in study_lib.run(study, tmp_path, **QUIET)} == {"done"}
+          and not study_lib.unfinished(study, tmp_path))
   found = archive.load([tmp_path])
   assert plan_file.deviations(found) == [] and not found.problems
   table = endpoints.rows(found)

@@ -158,6 +158,9 @@ class MeshConfig:
 class EvalConfig:
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
+  sealed: str = ""                # a further split, evaluated at the end in the arm's own run mode into
+                                  # eval/<step>-sealed.json, which no report reads before the study is opened
+                                  # (launch.report --open)
   sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents;
                                   # -1 = all of the split
   context: int = 0                # tokens; 0 = data.context
@@ -182,6 +185,9 @@ class EvalConfig:
                                   # the end
   context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the
                                       # end; dense, sparse
+  hidden_states: tuple[int, ...] = ()  # optimizer steps at which hidden states are measured, 0 = the initial weights
+                                       # (nsa/look/snapshots.py)
+  hidden_seeds: tuple[int, ...] = ()   # of these seeds alone; () = of all
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
   diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take
                                   # longer than the model

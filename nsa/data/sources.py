@@ -5,6 +5,8 @@ without BOS or EOS. Loaded documents stay in memory and are read-only.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +16,7 @@ import os
 import pathlib
 import sysconfig
 import tarfile
+import threading
 import zlib
 
 from absl import logging
@@ -63,6 +66,16 @@ def load(source: str, split: str, *, data_dir: str = "", tokens: str = "bytes") 
   if split not in SPLITS:
     raise ValueError(f"split = {split!r}: unknown; the splits are {', '.join(SPLITS)}")
   return list(_load(source, split, data_dir, tokens))
+
+
+def read_ahead(listed: Iterable[str]) -> None:
+  """Begins to read the archives among these sources, each in a thread of its own; `load` waits for them and says what
+  is wrong."""
+  for source in listed:
+    kind, _, rest = source.partition(":")
+    path = pathlib.Path(rest).expanduser()
+    if kind == "files" and path.name.endswith(ARCHIVES) and path.is_file():
+      threading.Thread(target=lambda path=path: _contents(path).exception(), daemon=True).start()
 
 
 @functools.lru_cache(maxsize=16)
@@ -246,38 +259,78 @@ class _Member(tarfile.TarInfo):
       raise tarfile.ReadError(f"{error} at byte {archive.offset}: it was cut, or bytes of it were changed") from None
 
 
+@dataclasses.dataclass
+class _Split:
+  """What an archive has of one split, by the document's name: its text, or the path that it links to, or why it is
+  lost."""
+  texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
+  links: dict[str, str] = dataclasses.field(default_factory=dict)
+  twice: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+_archives: dict[tuple, concurrent.futures.Future] = {}  # (path, time, size) -> {split: _Split}, of splits that nobody
+                                                        # loaded yet
+_archives_lock = threading.Lock()
+
+
 def _archive(source, path, split):
   """Reads one split of a tar archive: `train/...`, `./train/...` or `<one folder>/train/...`."""
-  texts, found, links, twice = {}, set(), {}, {}
-  origin = {}                            # document -> the member that it came from
   try:
-    for member, read in _members(path):
-      parts = _inside(member.name)
-      if not parts:
-        continue
-      found.add(parts[0])
-      name = "/".join(parts[1:])
-      if parts[0] != split or _hidden(parts) or member.isdir():
-        continue
-      if member.isfile() or member.islnk() or member.issym():
-        where = _plain(member.name)
-        if origin.setdefault(name, where) != where:
-          twice[name] = f"{origin[name]} and {where} would have one name"
-        links.pop(name, None)            # of two members of one path the later counts, as when it is unpacked
-        texts.pop(name, None)
-        if member.isfile():
-          texts[name] = read()
-        else:
-          links[name] = _target(member)
-    lost = {**twice, **_resolve(path, links, texts)}
+    contents = _contents(path).result()
+    if split in contents and contents[split] is None:  # loaded before, and dropped since
+      contents = _read_archive(path)
+    found = contents.get(split)
+    lost = {} if found is None else {**found.twice, **_resolve(path, found.links, found.texts)}
   except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
     raise ValueError(f"data.source = {source!r}: the archive is damaged ({type(error).__name__}: {error}); "
                      "fetch or pack it again") from error
-  if split not in found:
-    raise _missing_split(source, split, found)
+  if found is None:
+    raise _missing_split(source, split, contents)
   if lost:
     raise _lost(source, split, lost)
-  return texts
+  contents[split] = None  # the documents are kept, not the text beside them
+  return found.texts
+
+
+def _contents(path) -> concurrent.futures.Future:
+  """{split: _Split} of an archive, read once: unpacking it for one split unpacks it for all."""
+  about = path.stat()
+  key = os.path.realpath(path), about.st_mtime_ns, about.st_size
+  with _archives_lock:
+    mine = key not in _archives
+    future = _archives.setdefault(key, concurrent.futures.Future())
+  if mine:
+    try:
+      future.set_result(_read_archive(path))
+    except BaseException as error:
+      with _archives_lock:
+        del _archives[key]  # it may be mended
+      future.set_exception(error)
+  return future
+
+
+def _read_archive(path) -> dict[str, _Split]:
+  splits = {}
+  origin = {}                            # (split, document) -> the member that it came from
+  for member, read in _members(path):
+    parts = _inside(member.name)
+    if not parts:
+      continue
+    split = splits.setdefault(parts[0], _Split())
+    name = "/".join(parts[1:])
+    if _hidden(parts) or member.isdir():
+      continue
+    if member.isfile() or member.islnk() or member.issym():
+      where = _plain(member.name)
+      if origin.setdefault((parts[0], name), where) != where:
+        split.twice[name] = f"{origin[parts[0], name]} and {where} would have one name"
+      split.links.pop(name, None)        # of two members of one path the later counts, as when it is unpacked
+      split.texts.pop(name, None)
+      if member.isfile():
+        split.texts[name] = read()
+      else:
+        split.links[name] = _target(member)
+  return splits
 
 
 def _members(path):

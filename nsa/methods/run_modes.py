@@ -6,6 +6,7 @@ method that chooses once per prompt, put on the model's dense attention; with op
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 
 from nsa.methods import blocks, registry
@@ -22,7 +23,11 @@ def names() -> tuple[str, ...]:
 def run_mode_fields(name: str) -> dict[str, type]:
   """The options that a run mode takes, and their types: a prompt method's own, or the geometry of blocks."""
   cls = registry.METHODS.get(name)
-  cls = cls if cls is not None and issubclass(cls, PromptMethod) else blocks.BlockMethod
+  return dict(_fields(cls if cls is not None and issubclass(cls, PromptMethod) else blocks.BlockMethod))
+
+
+@functools.cache
+def _fields(cls):
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

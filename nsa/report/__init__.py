@@ -32,18 +32,20 @@ class ReportPaths:
   headline: str
 
 
-def write(paths: list[Path], out: Path, publish: bool = False) -> ReportPaths:
+def write(paths: list[Path], out: Path, publish: bool = False, opened: bool = False) -> ReportPaths:
   """Reports a study with what was published of it before, or one or several run directories, into the directory `out`.
 
   publish: for a repository: small PNGs alone, no page, no path of this machine, and an archive from which the same
   report can be written again (archive.py). `out` may be one of `paths` that was published: all is read before anything
   is written.
+  opened: whether the sealed evaluations (eval.sealed) are reported, from now on: once, when all runs are there.
 
   Raises ValueError for a path that is neither a run nor a study, for archives of another experiment, and where
   something in `out` would be lost. Parts that are missing become lines of the report.
   """
   out = Path(out)
   study = archive.load([Path(p) for p in paths])
+  study.opened |= opened
   archive.check_out(out, study, publish)
   if (out / "NOTES.md").is_file():
     study.notes = (out / "NOTES.md").read_text()
@@ -65,15 +67,18 @@ def _write(study, out, endings) -> ReportPaths:
   folder.mkdir(parents=True, exist_ok=True)
   table = endpoints.rows(study)
   verdict = verdict_lib.verdict(study, table)
+  opened = archive.unsealed(study) if study.opened else None
+  rows = endpoints.rows(opened) if opened else []
+  again = verdict_lib.verdict(opened, rows, verdict.admissions) if opened else None
   with matplotlib.rc_context(style.STYLE):
     gallery = sections.Gallery(study, folder, endings)
-    blocks = sections.all_sections(study, table, verdict, gallery)
+    blocks = sections.all_sections(study, table, verdict, gallery, again)
   title = f"{'Study' if study.declared else 'Run' if len(study.runs) == 1 else 'Runs'}: {study.name}"
   page = "svg" in endings
   pictures = tuple(folder / f"{name}.{ending}" for name in gallery.names for ending in endings[::-1])
   result = ReportPaths(out / "report.md", out / "report.html" if page else None, out / "results.csv", pictures,
                        verdict.headline)
-  endpoints.write_csv(table, result.csv)
+  endpoints.write_csv(table + rows, result.csv)
   endpoints.write_layers(study, out / "layers.csv")
   result.markdown.write_text(document.markdown(title, blocks))
   if page:

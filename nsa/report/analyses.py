@@ -16,7 +16,7 @@ BASES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "dev
 
 @dataclasses.dataclass(frozen=True)
 class EqualCost:
-  """dense minus the reference where both have had as much of `basis`; or `reason` why there is none."""
+  """dense minus the reference where both have had as much of `basis`; `reason`: why no seed, or not all, has one."""
   basis: str
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   cost: float = math.nan           # at which they are compared, mean over seeds
@@ -40,22 +40,23 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
         for seed in set(cost) & set(value):
           curves.setdefault((arm, seed), []).append((cost[seed], value[seed]))
       seeds[arm] = {s for a, s in curves if a == arm}
-    differences, costs, reasons = {}, [], []
+    differences, costs, reasons = {}, [], {}
     for seed in sorted(set.intersection(*seeds.values())):
       at = min(max(x for x, _ in curves[arm, seed]) for arm in seeds)
       values = []
       for arm in seeds:
         points = sorted(curves[arm, seed])
         if at < points[0][0] * (1 - 0.005):
-          reasons.append(f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of "
-                         "its own")
+          reasons[seed] = (f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of "
+                           "its own")
         values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
-      differences[seed] = values[0] - values[1]
-      costs.append(at)
-    if reasons or not differences:
-      out.append(EqualCost(basis, reason=reasons[0] if reasons else f"no seed with {words} of both"))
-    else:
-      out.append(EqualCost(basis, differences, float(np.mean(costs))))
+      if seed not in reasons:
+        differences[seed] = values[0] - values[1]
+        costs.append(at)
+    reason = next(iter(reasons.values()), "" if differences else f"no seed with {words} of both")
+    if reasons and differences:
+      reason = f"seeds {', '.join(map(str, reasons))}: {reason}"
+    out.append(EqualCost(basis, differences, float(np.mean(costs)) if differences else math.nan, reason))
   return out
 
 

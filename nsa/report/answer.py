@@ -22,6 +22,33 @@ def verdict(study: Study, table: list[Row], found: Verdict) -> list:
   return blocks
 
 
+def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
+  """The declared comparisons by the sealed evaluations, beside those by which everything was chosen."""
+  if again is None:
+    return []
+  count = sum(bool(run.sealed) for run in study.finished)
+  split = next((run.sealed["settings"]["split"] for run in study.finished if run.sealed.get("settings")), "")
+  key = lambda c: (c.endpoint.metric, c.size, c.quantity, c.arm)
+  before, lines, many = {key(c): c for c in found.comparisons}, [], len(study.sizes) > 1
+  for c in again.comparisons:
+    if c.family in ("", "secondary") or c.judgement is None:
+      continue
+    i, old = c.judgement.interval, before[key(c)]
+    lines.append([c.name, c.metric.title] + [c.size] * many + [
+        c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
+        c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
+  title = f"On {split}, which nothing was chosen by"
+  if not lines:
+    return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
+                                    "evaluation.")]
+  return [Heading(title, 3), Table(
+      ["", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
+      lines,
+      f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
+      "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
+      "as above. Bold: another outcome", left=2 + many)]
+
+
 def gates(study: Study, table: list[Row], found: Verdict) -> list:
   """What each endpoint's controls show, and what a failed gate forbids."""
   if not found.admissions:
@@ -96,11 +123,11 @@ def costs_of_anchor(study, table, found) -> list:
       lines = []
       for one in rows:
         words = analyses.BASES[one.basis]
-        if one.reason:
+        if not one.differences:
           lines.append([words, "-", "-", "-", "-", one.reason])
         else:
           i = analyses.interval(one.differences)
-          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), ""])
+          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), one.reason])
       blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
                           f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
                           "time: at the end of the cheaper of the two, the other read off its decay branches. "
@@ -156,8 +183,7 @@ def _comparison_table(study, found, mine, size):
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-",
                     m.text(c.judgement.detectable)])
-  families = {c.family: (sum(o.family == c.family and o.judgement is not None for o in found.comparisons), c.alpha)
-              for c in mine}
+  families = {c.family: (sum(o.family == c.family for o in found.comparisons), c.alpha) for c in mine}
   tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
   return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] 
                + ["95 % bootstrap (seed, document)"] * some

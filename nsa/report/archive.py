@@ -2,7 +2,7 @@
 
     tar -xJf study.tar.xz -C runs/again
 
-It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/ and DONE.
+It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE.
 
 No checkpoints and no paths of the machine it ran on; windows and items condensed to documents and tasks
 (records.condense). A published report is written from its own archive, so that the same report comes out again.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import lzma
@@ -63,7 +64,9 @@ def description(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "declared": study.declared, "arms": study.arms,
           "endpoints": [vars(e) for e in study.endpoints], "quantities": list(study.quantities), "alpha": study.alpha,
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
-          "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan, "audit": study.audit,
+          "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
+          "audit": study.audit,
+          **({"opened": True} if study.opened else {}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
                     "problems": [bare(study, p) for p in run.problems]} for run in study.runs]}
@@ -87,6 +90,11 @@ def _files(study, run: Run, text, drawn) -> dict[str, str]:
     files[f"eval/{step}.json"] = text({"step": step, "arm": run.arm, "size": run.size, **settings,
                                        "records": record_lib.condense(
                                            [r for r in records if r["kind"] != "heat" or id(r) in drawn])})
+  for step, snapshots in run.hidden.items():
+    files[f"hidden/{step}.json"] = text({"step": step, "snapshots": snapshots})
+  if run.sealed:
+    files[f"eval/{run.eval_step}-sealed.json"] = text({
+        **run.sealed, "records": record_lib.condense(run.sealed.get("records", []))})
   if run.status == "done":
     files["DONE"] = text({"seconds_paused": run.paused})
   elif run.status == "failed" and files:
@@ -207,6 +215,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
     elif run.status == "done" and study.runs[at].status != "done":
       study.runs[at] = run
   study.arms += [arm for arm in other.arms if arm not in study.arms]
+  study.opened |= other.opened
   study.budgets = {**other.budgets, **study.budgets}
   study.controls = {**other.controls, **study.controls}
 
@@ -247,6 +256,13 @@ def check_out(out: Path, study: Study, publishing: bool) -> None:
     raise ValueError(f"out = {str(out)!r}: {len(lost)} finished seeds that were published there, the first of them "
                      f"{' '.join(map(str, lost[0]))}, are not in this report; name the directory among the paths too, "
                      "or delete it")
+
+
+def unsealed(study: Study) -> Study:
+  """The study as the sealed evaluations of its runs have it: each in its arm's own run mode, nothing on the way."""
+  runs = [dataclasses.replace(run, records=run.sealed.get("records", []), settings=run.sealed.get("settings", {}),
+                              layers={}, text={}, tasks={}) for run in study.runs]
+  return dataclasses.replace(study, runs=runs, problems=[])
 
 
 # --- comparing ----------------------------------------------------------------------

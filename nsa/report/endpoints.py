@@ -61,7 +61,8 @@ METRIC = {m.name: m for m in (
     Metric("far_exact_match", "recall", "task", "points", "exact match where the evidence is far (mean over tasks, %)",
            False, 100.0, 1, near=0.02),
     Metric("greedy_exact_match", "recall", "task", "points",
-           "exact match, decoded greedily with the KV cache (mean over tasks, %)", False, 100.0, 1, gated_by="exact_match"),
+           "exact match, decoded greedily with the KV cache (mean over tasks, %)", False, 100.0, 1,
+           gated_by="exact_match"),
     Metric("answer_nll", "recall", "task", "nats/token", "answer NLL", gated_by="exact_match"),
     Metric("far_answer_nll", "recall", "task", "nats/token", "answer NLL where the evidence is far",
            gated_by="far_exact_match"),
@@ -112,7 +113,8 @@ class Row:
 def rows(study: Study) -> list[Row]:
   """All rows of all runs that have an evaluation; of two runs with the same key the later one counts."""
   found = {}
-  unsolved = {size: {task for task, share in recall_of_dense(study, size).items() if share < study.solved} for size in study.sizes}
+  unsolved = {size: {task for task, share in recall_of_dense(study, size).items() if share < study.solved}
+              for size in study.sizes}
   for run in study.runs:
     for row in _run_rows(study, run, unsolved.get(run.size, set())):
       key = (row.arm, row.size, row.seed, row.run_mode)
@@ -141,8 +143,8 @@ def series(table: Iterable[Row], arm: str, size: str, run_mode: str, metric: str
 
 def recall_of_dense(study: Study, size: str) -> dict[str, float]:
   """{task: exact match} of the dense arm, a mean over its seeds and items."""
-  return {task: share for (task,), share in group(select(study, "task", study.dense, size, study.headline_mode(study.dense)), ("task",),
-                                                  "exact_match").items()}
+  records = select(study, "task", study.dense, size, study.headline_mode(study.dense))
+  return {task: share for (task,), share in group(records, ("task",), "exact_match").items()}
 
 
 def documents(study: Study, arm: str, size: str, run_mode: str, name: str) -> dict:

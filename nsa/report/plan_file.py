@@ -17,7 +17,7 @@ import numpy as np
 from nsa.report import archive, endpoints, gates, statistics
 from nsa.report.runs import Study
 
-GATES = {"dense exact match at least": gates.SOLVED, "or within, of the best arm": gates.BEST,
+GATES = {"dense exact match at least": gates.SOLVED, "or within, of the best arm of no more tokens": gates.BEST,
          "random blocks and sink + window, exact match at most": gates.HALF,
          **{f"{name}: random blocks and sink + window behind dense at least": m.behind
             for name, m in endpoints.METRIC.items() if m.kind == "text"},
@@ -32,7 +32,7 @@ def make(study) -> dict:
   for arm in study.arms:
     config = json.loads(json.dumps(config_lib.to_dict(arm)))
     arms[f"{arm.arm}-{arm.size}"] = archive.comparable(config, {}, False)
-  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping,
+  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping, "notes": list(study.notes),
           "tiers": {k: list(v) for k, v in study.tiers.items()},
           "seeds": {f"{arm.arm}-{arm.size}": list(study_lib.seeds_of(study, arm)) for arm in study.arms},
           "configs": arms}
@@ -80,23 +80,33 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Gates"),
              Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
-  retrofits = len(plan["budgets"])
-  per = sum(1 if q == "A" else retrofits for q in plan["quantities"])
-  tests = {kind: per * sum(m.kind == kind and e["primary"] for m, e in metrics.values()) for kind in kinds}
+  of_size = {size: sum(arm.size == size and arm.arm in plan["budgets"] for arm in study.arms) for size in _sizes(study)}
+  per = lambda kind: sum(m.kind == kind and e["primary"] for m, e in metrics.values())
+  tests = {(kind, size): per(kind) * sum(1 if q == "A" else count for q in plan["quantities"])
+           for kind in kinds for size, count in of_size.items()}
+  alike = lambda kind: {n: [size for size in of_size if tests[kind, size] == n]
+                        for n in (tests[kind, s] for s in of_size)}
+  of_kind = lambda kind: " and ".join(f"{n} tests ({', '.join(sizes)})" for n, sizes in alike(kind).items())
   blocks += [Heading("Family of tests"), Text(
       f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: "
       f"{plan['dense_arm']} minus {plan['reference_arm']}; Delta = R + A), paired by seed. Two one-sided t tests "
       f"against the margin (a match) and a two-sided t test against 0, each under Holm within its family: "
-      + ", ".join(f"{kind}, {n} tests at alpha {plan['alpha'] / len(kinds):g} at every size"
-                  for kind, n in tests.items())
-      + ". Sizes are families of their own; so are, together, secondary endpoints and the quantities not named"
-      + ". Beside them, without a verdict: exact sign flips, leave-one-out, a bootstrap over (seed, document), counts "
-      "where seeds fall into two groups. A limit of large budgets is claimed only where the two largest budgets are "
-      "equivalent within the margin. All else is exploratory."),
+      + "; ".join(f"{kind}, alpha {plan['alpha'] / len(kinds):g}, {of_kind(kind)}" for kind in kinds)
+      + ". A planned test whose runs are missing counts as one that failed. Sizes are families of their own; so are, "
+      "together, secondary endpoints and the quantities not named. Beside them, without a verdict: exact sign flips, "
+      "leave-one-out, a bootstrap over (seed, document), counts where seeds fall into two groups. A limit of large "
+      "budgets is claimed only where the two largest budgets are equivalent within the margin. All else is "
+      "exploratory."),
       Heading("Seeds, and when it stops"), Text(plan["stopping"])]
+  if plan["notes"]:
+    blocks += [Heading("Notes"), Bullets(plan["notes"])]
   blocks += [Heading("Power"), *_power(study, plan, kinds, tests)]
   blocks += [Heading("Cost"), *_cost(study)]
   return document.markdown(f"Plan: {plan['name']}", blocks)
+
+
+def _sizes(study) -> list[str]:
+  return list(dict.fromkeys(arm.size for arm in study.arms))
 
 
 def _arm(study, arm, plan):
@@ -114,7 +124,7 @@ def _power(study, plan, kinds, tests):
   lines = []
   for e in plan["endpoints"]:
     m = endpoints.metric(e["metric"])
-    for size in dict.fromkeys(arm.size for arm in study.arms):
+    for size in _sizes(study):
       for q in plan["quantities"]:
         sd = study.expected_sd.get(f"{m.kind} {q} {size}", study.expected_sd.get(f"{m.kind} {q}"))
         if sd is None or not e["primary"] or "nll" in e["metric"]:
@@ -125,7 +135,7 @@ def _power(study, plan, kinds, tests):
         if n < 2:
           continue
         alpha = plan["alpha"] / len(kinds)
-        first = alpha / max(tests[m.kind], 1)
+        first = alpha / max(tests[m.kind, size], 1)
         seen = [m.text(statistics.smallest_detectable_effect(sd, n, alpha=a)) for a in (alpha, first)]
         equal = [f"{100 * statistics.tost_power(sd, n, e['margin'], a):.0f} %" for a in (alpha, first)]
         lines.append([m.title, size, q, f"{sd * m.scale:g}", str(n), " / ".join(seen), " / ".join(equal)])

@@ -88,10 +88,12 @@ class Gallery:
     return Picture(name, caption + at, alt)
 
 
-def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gallery) -> list:
+def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gallery,
+                 opened: Verdict | None = None) -> list:
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
-  blocks += answer.verdict(study, table, verdict) + answer.gates(study, table, verdict)
+  blocks += answer.verdict(study, table, verdict) + answer.opened(study, verdict, opened)
+  blocks += answer.gates(study, table, verdict)
   if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
     blocks.append(Heading("When recall is learnt"))
     for size in study.sizes:

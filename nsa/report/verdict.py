@@ -7,7 +7,8 @@ Three quantities of every endpoint and size, paired by seed:
   Delta(b)  R(b) + A: a retrofit against native
 
 The primary endpoints share alpha by kind (text, recall); within a kind and a size all declared quantities, budgets and
-endpoints are one family under Holm, the tests of equivalence and those of a difference each. Secondary endpoints, and
+endpoints are one family under Holm, the tests of equivalence and those of a difference each; a test of runs that are
+missing counts as one that failed, so that a study that was cut is judged no more gently. Secondary endpoints, and
 quantities that were not declared, are one family of their own.
 An endpoint whose controls do not behave (gates.py) gets no word. Everything else is exploratory: an interval, never a
 word.
@@ -120,7 +121,8 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
   if not seeds:
     none = lambda one: (f"{one} has no {out.metric.title}" if any(run.arm == one for run in study.finished) else
                         f"no finished result of {one}")
-    out.reason = none(against) if not theirs else none(arm) if not ours else f"no seed of {arm} in common with {against}"
+    out.reason = (none(against) if not theirs else none(arm) if not ours else
+                  f"no seed of {arm} in common with {against}")
     return out
   four = (arm, against, study.control(arm), study.dense) if quantity == "Delta" else (arm, against)
   out.reason = next((found for other in four[1:] if (found := comparable.reason(study, arm, other, size))), "")
@@ -153,16 +155,20 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
       for quantity in study.asked:
         main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
+          if study.arm_runs(arm) and not study.arm_runs(arm, size):
+            continue  # no run of this size was meant
           c = compare(study, table, quantity, arm, size, e)
           c.family = "secondary" if not main else family if len(study.sizes) == 1 else f"{family}, size {size}"
           c.alpha = study.alpha / len(kinds) if main else study.alpha
           c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
           out.append(c)
-  for family in dict.fromkeys(c.family for c in out):  # what is not admitted counts in the family, and gets no word
-    mine = [c for c in out if c.family == family and c.judgement]
-    for c, p, q in zip(mine, statistics.holm([c.judgement.p_tost for c in mine]),
-                       statistics.holm([c.judgement.p_difference for c in mine])):
-      c.p_tost, c.p_difference = float(p), float(q)
+  for family in dict.fromkeys(c.family for c in out):  # what is not admitted, or not to be judged, counts too
+    mine = [c for c in out if c.family == family]
+    known = lambda c: c.judgement is not None and math.isfinite(c.judgement.p_tost)
+    tests = lambda name: statistics.holm([getattr(c.judgement, name) if known(c) else 1.0 for c in mine])
+    for c, p, q in zip(mine, tests("p_tost"), tests("p_difference")):
+      if known(c):
+        c.p_tost, c.p_difference = float(p), float(q)
   first = study.endpoints[0]
   for size in study.sizes:
     for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in table if r.size == size):
@@ -238,8 +244,9 @@ def sentence(study: Study, c: Comparison) -> str:
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
   if c.word in ("worse", "better"):
+    without = max(c.without_one, default=0.0)  # of 2 seeds there is none
     weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
-        f"without one of the seeds p = {p_text(max(c.without_one))}"] * (max(c.without_one, default=0.0) > 0.05)
+        f"without one of the seeds p = {p_text(without)}"] * (without > 0.05)
     text += f"; but {' and '.join(weak)}" if weak else ""
   return text + "."
 
@@ -259,9 +266,9 @@ def detectable(found: list[Comparison]) -> str:
               if effects[-1] > found[0].endpoint.margin else "."))
 
 
-def verdict(study: Study, table: list[Row]) -> Verdict:
-  """The first words of the report."""
-  admitted = gates.admissions(study, table)
+def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Verdict:
+  """The first words of the report. admitted: by which controls, where they are not in this table (gates.admissions)."""
+  admitted = gates.admissions(study, table) if admitted is None else admitted
   found = comparisons(study, table, admitted)
   failed = sum(r.status == "failed" for r in study.runs)
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)

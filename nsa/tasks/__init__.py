@@ -106,8 +106,8 @@ def check_trainable(names: tuple[str, ...]) -> None:
   """Raises ValueError for a task that is held out of training, or has a length of its own."""
   for name in names:
     if "@" in name:
-      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without @ "
-                       "there")
+      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without "
+                       "@ there")
     if not get(name).trainable:
       raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in "
                        "eval.tasks alone")

@@ -12,7 +12,6 @@ import functools
 import numpy as np
 
 from nsa import tasks
-from nsa.data.sources import Document
 
 SEED = 20_26   # of evaluation: the same examples
 EXAMPLES = 64  # that are counted
@@ -53,18 +52,12 @@ class Row:
 def row(task_name: str, length: int, geometry: Geometry, split: str = "val", token_bytes: int = 1) -> Row:
   """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents.
 
-  token_bytes: bytes that a token is taken for; a text of so many times the length stands for one in another's tokens.
+  token_bytes: bytes that a token is taken for: a text of so many times the length stands for one in others' tokens.
   """
-  return _count(task_name, length, geometry, split, None, token_bytes)
-
-
-def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack: list[Document] | None,
-           token_bytes: int = 1) -> Row:
-  task, g, size = tasks.get(task_name), geometry, length * token_bytes + 1
+  task, g = tasks.get(task_name), geometry
   held = {name: [] for name in ("first", "local", "forced", "window")}
-  for index in range(EXAMPLES):
-    example = task.example(SEED, index, size, split, haystack)
-    block = np.arange(size) // (g.block_size * token_bytes)
+  for example in _examples(task, length * token_bytes, split):
+    block = np.arange(length * token_bytes + 1) // (g.block_size * token_bytes)
     for answer in range(len(example.query)):
       own = block[int(np.argmax(example.answer_group == answer)) - 1]  # of the token that predicts it
       first, local = block < g.num_initial, (block > own - g.num_local) & (block <= own)
@@ -73,6 +66,12 @@ def _count(task_name: str, length: int, geometry: Geometry, split: str, haystack
         held[name].append(task.answerable(example, answer, visible))
   return Row(task_name, length, geometry, **{name: float(np.mean(x)) for name, x in held.items()},
              answers=len(held["first"]))
+
+
+@functools.lru_cache(maxsize=32)
+def _examples(task, length, split):
+  """The same for all geometries."""
+  return [task.example(SEED, index, length + 1, split) for index in range(EXAMPLES)]
 
 
 def geometries(config) -> list[Geometry]:
