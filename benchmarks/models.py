@@ -65,51 +65,66 @@ def floor_ms(config, what, device_kind: str) -> float | None:
   return len(config.seeds) * (flops.per_step(config, what) / flop_rate + LEARNING_BYTES * learning / byte_rate) * 1e3
 
 
-def measure(config, *, steps: int, repeats: int, profile: bool = False) -> dict:
-  """The columns of a row."""
-  import jax
-  import numpy as np
+class Row:
+  """One row: traced when it is made, compiled by whoever calls `compile`, timed by `measure`."""
 
-  from nsa import flops, metrics, schedule, sharding, step as step_lib
-  mesh = sharding.make_mesh(config)
-  what = schedule.at(config, config.schedule.steps // 2)
-  seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
-  function, arguments, options = step_lib.program(config, what, mesh)
-  began = time.perf_counter()
-  lowered = jax.jit(function, **options).lower(*arguments)
-  program = lowered.compile()
-  compile_seconds = time.perf_counter() - began
-  rate = np.float32(what.learning_rate)
-  state = step_lib.compile_init(config, mesh)(seeds)
+  def __init__(self, config, profile: bool = False):
+    import jax
 
-  def run(program, state, times):
-    for _ in range(times):
-      state, values = program(state, batch, rate, seeds)
-    return state, jax.block_until_ready(values)
-
-  state, values = run(program, state, 3)
-  groups = []
-  for _ in range(repeats):
+    from nsa import schedule, sharding, step as step_lib
+    self.config, self.profile = config, profile
+    self.mesh = sharding.make_mesh(config)
+    self.what = schedule.at(config, config.schedule.steps // 2)
+    function, arguments, options = step_lib.program(config, self.what, self.mesh)
     began = time.perf_counter()
-    state, values = run(program, state, steps)
-    groups.append((time.perf_counter() - began) / steps * 1e3)
-  ms, device = statistics.median(groups), jax.devices()[0]
-  useful = flops.per_step(config, what) * len(config.seeds)
-  peak, floor = metrics.peak_tflops(device.device_kind), floor_ms(config, what, device.device_kind)
-  memory = program.memory_analysis()
-  row = dict(ms=ms, ms_of_groups=groups, tokens_per_second=what.batch * what.context * len(config.seeds) / ms * 1e3,
-             useful_tflop=useful / 1e12, mfu=peak and metrics.mfu(useful / ms * 1e3, peak, jax.device_count()),
-             floor_ms=floor, of_floor=floor and floor / ms, compile_seconds=compile_seconds,
-             temporary_bytes=memory and memory.temp_size_in_bytes, loss=float(np.mean(values["loss"])), mode=what.mode,
-             device=device.device_kind, jax=jax.__version__)
-  if profile:
-    # Kernels in a command buffer have no times of their own.
-    apart = program
-    if device.platform == "gpu":
-      apart = lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
-    state, _ = run(apart, state, 2)
-    with tempfile.TemporaryDirectory() as directory:
-      with jax.profiler.trace(directory):
-        run(apart, state, 3)
-      row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
-  return row
+    self.lowered = jax.jit(function, **options).lower(*arguments)
+    self.seconds = time.perf_counter() - began
+
+  def compile(self):
+    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python."""
+    import jax
+    began = time.perf_counter()
+    program = self.lowered.compile()
+    seconds, apart = time.perf_counter() - began, program if self.profile else None
+    if self.profile and jax.default_backend() == "gpu":  # kernels in a command buffer have no times of their own
+      apart = self.lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
+    return program, apart, self.seconds + seconds
+
+  def measure(self, compiled, *, steps: int, repeats: int) -> dict:
+    """The columns of a row."""
+    import jax
+    import numpy as np
+
+    from nsa import flops, metrics, step as step_lib
+    program, apart, compile_seconds = compiled
+    config, what, mesh = self.config, self.what, self.mesh
+    seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
+    state = step_lib.compile_init(config, mesh)(seeds)
+
+    def run(program, state, times):
+      for _ in range(times):
+        state, values = program(state, batch, what.rates, seeds)
+      return state, jax.block_until_ready(values)
+
+    state, values = run(program, state, 3)
+    groups = []
+    for _ in range(repeats):
+      began = time.perf_counter()
+      state, values = run(program, state, steps)
+      groups.append((time.perf_counter() - began) / steps * 1e3)
+    ms, device = statistics.median(groups), jax.devices()[0]
+    useful = flops.per_step(config, what) * len(config.seeds)
+    peak, floor = metrics.peak_tflops(device.device_kind), floor_ms(config, what, device.device_kind)
+    memory = program.memory_analysis()
+    row = dict(ms=ms, ms_of_groups=groups, tokens_per_second=what.batch * what.context * len(config.seeds) / ms * 1e3,
+               useful_tflop=useful / 1e12, mfu=peak and metrics.mfu(useful / ms * 1e3, peak, jax.device_count()),
+               floor_ms=floor, of_floor=floor and floor / ms, compile_seconds=compile_seconds,
+               temporary_bytes=memory and memory.temp_size_in_bytes, loss=float(np.mean(values["loss"])),
+               mode=what.mode, device=device.device_kind, jax=jax.__version__)
+    if apart is not None:
+      state, _ = run(apart, state, 2)
+      with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+          run(apart, state, 3)
+        row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
+    return row

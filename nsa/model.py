@@ -391,27 +391,3 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
       entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), dtype)
     cache.append(entry)
   return cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
-def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
-  config = config_box.value
-  B, T = tokens.shape
-  cache = init_cache(config, params, B, T + num_tokens)
-  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache, prompt=T)
-
-  def step(carry, i):
-    cache, token = carry
-    out = forward(config, params, token[:, None], mode=mode, selector=selector, key=key, losses=False,
-                  cache=cache, offset=T + i)
-    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)), token
-
-  first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  _, produced = jax.lax.scan(step, (out.cache, first), jnp.arange(num_tokens))
-  return produced.T
-
-
-def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *, mode: str = "sparse",
-             selector: str = "own", key: Any = None) -> Int[Array, "B num_tokens"]:
-  """Greedy continuation with the KV cache: int32[B, num_tokens]."""
-  return _generate(Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)

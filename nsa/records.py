@@ -88,6 +88,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "task": _key("name with parameters"),
         "index": _item("number of the item"),
         "exact_match": Field("share of the answers with all tokens right", weight="items"),
+        "greedy_exact_match": Field("share of the answers that greedy decoding with the cache writes", weight="items"),
         "answer_nll": Field("nats per answer token", weight="items"),
         "far_exact_match": Field("exact match of the far answers", weight="far_answers"),
         "far_answer_nll": Field("nats per token of the far answers", weight="far_answers"),

@@ -103,6 +103,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     for name in names:
       try:
         task = tasks.get(name)
+        if where == "eval.tasks":
+          tasks.length_of(name, e.context or d.context)
+        else:
+          need("@" not in name, where, name,
+               "data.task_lengths says how long the examples of training are: name it without @")
         need(task.trainable or where != "data.tasks", where, name,
              "is held out of training: name it in eval.tasks alone")
         need(task.in_words or d.tokenizer == "bytes", where, name,
@@ -206,6 +211,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
        "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
+  need(e.decoded >= 0, "eval.decoded", e.decoded, "examples, 0 for none")
+  remembers = [method.name for method in config.methods if "memory" in method.groups]
+  need(not (e.decoded and remembers), "eval.decoded", e.decoded,
+       f"{', '.join(remembers)} cannot go back to an answer in the middle of a text: 0 is needed")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
   for name in dict.fromkeys(("attention", *config.layers)):

@@ -176,8 +176,9 @@ class EvalConfig:
   more_seeds: tuple[int, ...] = ()
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32};
                                                         # {} = the method's
-  tasks: tuple[str, ...] = ()     # () = data.tasks
+  tasks: tuple[str, ...] = ()     # () = data.tasks; "needle@512": examples of 512 tokens, not of the whole context
   task_examples: int = 32         # per task
+  decoded: int = 0                # of so many examples per task the answers are also decoded greedily, at the end
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence
                                   # behind the first and before the last; () = (context / 32, context / 8)
   ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at

@@ -64,7 +64,8 @@ def description(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "declared": study.declared, "arms": study.arms,
           "endpoints": [vars(e) for e in study.endpoints], "quantities": list(study.quantities), "alpha": study.alpha,
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
-          "controls": study.controls, "branches": study.branches, "plan": study.plan, "audit": study.audit,
+          "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
+          "audit": study.audit,
           **({"opened": True} if study.opened else {}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
@@ -200,7 +201,7 @@ def load(paths: list[Path]) -> Study:
 def merge(study: Study, other: Study, path: Path) -> None:
   """Adds the runs of `other`, published in `path`, that `study` has not finished; ValueError for another experiment."""
   asked = lambda s: {name: value for name, value in description(s).items() if name in (
-      "name", "endpoints", "quantities", "alpha", "reference_arm", "dense_arm")}
+      "name", "endpoints", "quantities", "alpha", "reference_arm", "dense_arm", "solved")}
   found = difference(asked(study), asked(other), "")
   common = study.budgets.keys() & other.budgets.keys()
   found = found or difference(*({arm: s.budgets[arm] for arm in sorted(common)} for s in (study, other)), "budgets")

@@ -111,6 +111,8 @@ class Study:
   controls: dict[str, str] = dataclasses.field(default_factory=dict)
   # arm -> its decay branches, shorter runs of the same
   branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  solved: float = 0.0
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   # rows of the shortcut audit (nsa.tasks), as study.json has them
   audit: list[dict] = dataclasses.field(default_factory=list)
@@ -122,6 +124,11 @@ class Study:
   def primary(self) -> str:
     """The metric that figures show: the first primary endpoint."""
     return next((e.metric for e in self.endpoints if e.primary), self.endpoints[0].metric)
+
+  @property
+  def asked(self) -> tuple[str, ...]:
+    """The quantities that there can be: R alone where no arm is native."""
+    return ("R",) if self.reference == self.dense else ("R", "A", "Delta")
 
   @property
   def finished(self) -> list[Run]:
@@ -201,6 +208,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("jobs", list, "a list of objects"),
                             ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
+  solved = plan.get("solved") or 0
+  need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
   endpoints = []
   for i, one in enumerate(plan.get("endpoints") or ()):
     need(isinstance(one, dict), f"endpoints[{i}]", one, "an object with metric and margin")
@@ -220,7 +229,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          at + "run", run, "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
-  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened")
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened",
+                                       "solved")
            if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
