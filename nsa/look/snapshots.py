@@ -153,8 +153,10 @@ def take(config, params, seed: int, step: int, source: data.Data | None = None, 
   gone = np.stack([np.setdiff1d(np.arange(D), one) for one in keep])
   text = np.array([not i.last for i in found])
   spectral = np.where(text[None, :, None], seen["spectral"], np.nan)
+  kept = text[None, :] | (np.arange(points)[:, None] >= points - 2)  # of recall the last layer and the final norm
+  measured = np.where(kept[..., None, None], seen["measures"], np.nan)
   names = (*hidden_states.MEASURES, "spectral_participation")
-  values = {variant: {m: seen["measures"][:, :, v, i].T for i, m in enumerate(hidden_states.MEASURES)}
+  values = {variant: {m: measured[:, :, v, i].T for i, m in enumerate(hidden_states.MEASURES)}
             for v, variant in enumerate(hidden_states.VARIANTS)}
   for i, variant in enumerate(("own", "trimmed")):  # a rotation leaves it as it is
     values[variant]["spectral_participation"] = spectral[..., i].T
