@@ -23,6 +23,7 @@ Tiers, in this order, so that a cut study is still a study; training tokens in m
 
 | tier | arms | tokens |
 |---|---|---|
+| 0 | as imported, dense, asked all that ASKED names: which recall tasks can be used (a --workdir of its own) | 0 |
 | 1 | as imported, with what needs no training; MSA and control with 2, 8 (three orders), 0.5; selector only | 71 |
 | 2 | MSA and control with 32; both at 5:1 with 2 and 8 | 84 |
 | 3 | Seer, DSA, gated with 0.5, 2 and 8 | 31 |
@@ -30,11 +31,11 @@ Tiers, in this order, so that a cut study is still a study; training tokens in m
 | 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |
 
 Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
-(archives or folders; none: the standard library's source), tier=1 (1 to 5 or all; a tier brings the dense arms along
-that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3, context=8192,
-batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48 (of each
-corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, remat=layer (or none), plan= (its
-directory; empty: experiments/results/smollm2).
+(archives or folders; none: the standard library's source), tier=1 (0 to 5, or all of 1 to 5; a tier brings the dense
+arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
+context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
+(of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, remat=layer (or none), plan=
+(its directory; empty: experiments/results/smollm2).
 """
 import dataclasses
 
@@ -48,9 +49,12 @@ OTHERS = ("seer", "dsa", "gated")
 FIRST = 3                          # layers that stay dense in the arms "_first3", as in the released M3
 BLOCKS = ("oracle", "random", "sink_window", "block_topk", "quest")
 ONCE = ("vertical_slash", "flexprefill", "xattention", "snapkv")  # chosen once per prompt
-# Needles, one among others, key-value lists, variables: which of them the model can do is measured, not assumed.
-TASKS = ("needle:digits=4", "needle:keys=4,digits=4", "phonebook:entries=10,digits=6", "recall:pairs=4",
-         "ledger:entries=4", "tracking:chains=4,hops=1")
+# What tier 0 asks of the model: needles, one among others, key-value lists, facts, variables.
+ASKED = ("needle:digits=4", "needle:keys=2,digits=4", "needle:keys=4,digits=4", "phonebook:entries=10,digits=6",
+         "phonebook", "ledger:entries=2", "ledger:entries=4", "recall:pairs=1", "recall:pairs=4",
+         "tracking:chains=1,hops=1", "tracking:chains=4,hops=1")
+# What SmolLM2-135M can do of it (docs/huggingface.md): the tasks of all other tiers.
+TASKS = ("needle:digits=4", "needle:keys=2,digits=4", "phonebook")
 
 
 def get_config(arg=None):
@@ -59,8 +63,10 @@ def get_config(arg=None):
                       windows=48, examples=32, decoded=8, eval_batch=4, remat="layer", plan="")
   make = Arms(a)
   tiers = {str(number): make.tier(number) for number in range(1, 6)}
+  if a.tier == "0":
+    make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
   if a.tier not in (*tiers, "all"):
-    raise ValueError(f"experiment argument tier = {a.tier!r}: {', '.join(tiers)} or all")
+    raise ValueError(f"experiment argument tier = {a.tier!r}: 0, {', '.join(tiers)} or all")
   wanted = {tier: arms for tier, arms in tiers.items() if a.tier in (tier, "all")}
   known = {one.arm: one for of_tier in tiers.values() for one in of_tier}
   asked = [one.arm for of_tier in wanted.values() for one in of_tier]
@@ -90,13 +96,15 @@ class Arms:
     self.main = self.millions[1:3]
     self.geometry = dict(block_size=a.block, num_blocks=a.blocks)
     self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
-    names = a.tasks.split("+") if a.tasks else TASKS
-    self.tasks = tuple(f"{name}@{length}" for name in names for length in a.lengths.split("+"))
+    self.tasks = self.at_lengths(a.tasks.split("+") if a.tasks else TASKS)
     self.model, self.tokenizer = retrofit_hf.SHAPE, "bytes"
     if a.model:
       trunk = rundir.read_config(a.model, field="experiment argument model")
       self.model, self.tokenizer = trunk.model, trunk.data.tokenizer
     self.size = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
+
+  def at_lengths(self, names):
+    return tuple(f"{name}@{length}" for name in names for length in self.a.lengths.split("+"))
 
   def method(self, name, blocks=0):
     geometry = dict(self.geometry, num_blocks=blocks or self.a.blocks)
@@ -126,11 +134,11 @@ class Arms:
                         diagnosed=8),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=ForkConfig(a.model, reset=bool(a.model)), log_every=5)
 
-  def imported(self):
-    """The model as it came, with every training-free selection."""
+  def imported(self, free=True):
+    """The model as it came, and with every training-free selection."""
     half = [f"{mode}:num_blocks={self.a.blocks // 2}" for mode in BLOCKS]
     return self.arm("dense", self.method("dense"), schedule.as_it_is(), RATIOS[""], ("dense",),
-                    (*BLOCKS, *ONCE, *half), decoded=True)
+                    (*BLOCKS, *ONCE, *half) if free else (), decoded=True)
 
   def continued(self, millions, rates=""):
     """The control: dense to the end, with the tokens and the rates of the retrofits."""

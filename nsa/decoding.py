@@ -28,6 +28,18 @@ def answers(config, params: dict, tokens: Int[Array, "T"], begins: Int[Array, "Q
   return _answers(model_lib.Static(config), params, tokens, begins, num_tokens, mode=mode, selector=selector, key=key)
 
 
+def steps(config, params, cache, first, offset, num_tokens, **how):
+  """The tokens `first` int32[B], written at position `offset` behind what the cache holds, and what follows greedily:
+  int32[B, num_tokens]. Part of a program; `how` is mode, selector and key of `model.forward`."""
+  def step(carry, i):
+    cache, token = carry
+    out = model_lib.forward(config, params, token[:, None], losses=False, cache=cache, offset=offset + i, **how)
+    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(token.dtype)), token
+
+  _, produced = jax.lax.scan(step, (cache, first), jnp.arange(num_tokens))
+  return produced.T
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
 def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
   config = config_box.value
@@ -36,7 +48,7 @@ def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
   how = dict(mode=mode, selector=selector, key=key)
   out = model_lib.forward(config, params, tokens, losses=False, cache=cache, prompt=T, **how)
   first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  return _steps(config, params, out.cache, first, T, num_tokens, **how)
+  return steps(config, params, out.cache, first, T, num_tokens, **how)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("mode", "selector"))
@@ -46,16 +58,5 @@ def _answers(config_box, params, tokens, begins, num_tokens, *, mode, selector, 
   cache = model_lib.init_cache(config, params, 1, tokens.shape[0])
   out = model_lib.forward(config, params, tokens[None], losses=False, cache=cache, **how)
   first = jnp.argmax(model_lib.unembed(config, params, out.hidden[0, begins]), -1).astype(tokens.dtype)
-  one = lambda x: _steps(config, params, out.cache, x[0][None], x[1] + 1, num_tokens, **how)[0]
+  one = lambda x: steps(config, params, out.cache, x[0][None], x[1] + 1, num_tokens, **how)[0]
   return jax.lax.map(one, (first, begins))
-
-
-def _steps(config, params, cache, first, offset, num_tokens, **how):
-  """int32[B, num_tokens]: the tokens `first` [B], written at position `offset`, and what follows."""
-  def step(carry, i):
-    cache, token = carry
-    out = model_lib.forward(config, params, token[:, None], losses=False, cache=cache, offset=offset + i, **how)
-    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(token.dtype)), token
-
-  _, produced = jax.lax.scan(step, (cache, first), jnp.arange(num_tokens))
-  return produced.T

@@ -55,7 +55,7 @@ def test_every_tier_is_what_its_docstring_says(arguments):
     assert one.optimizer.selector_learning_rate == (5 if "5to1" in one.arm else 40)
   assert arms["msa_0.002M_first2"].layers == ("dense", "dense", "attention")
   assert arms["msa_0.002M_j2"].attention.num_blocks == 2
-  with pytest.raises(ValueError, match="tier = '6': 1, 2, 3, 4, 5 or all"):
+  with pytest.raises(ValueError, match="tier = '6': 0, 1, 2, 3, 4, 5 or all"):
     smollm2.get_config("tier=6")
 
 
