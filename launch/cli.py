@@ -193,7 +193,8 @@ def compilation_cache(directory: str | None) -> None:
   import jax
   if directory:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.__version_info__ < (0, 11):  # it would make the directory's name a part of what a program is found by
       jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

@@ -133,7 +133,6 @@ def test_a_row_of_a_step_counts_useful_work(monkeypatch):
       models.config_of(*bad, 1, 1024)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_row_of_a_step_runs():
   row = models.Row(models.config_of("tiny", "dense", 2, 64))
   measured = row.measure(row.compile(), steps=2, repeats=3)

@@ -147,7 +147,7 @@ checkpoints.save(400, t.make_state(400, explicit), wait=True)
 
 def test_other_mesh_and_other_device_count(workdir):
   """Saved on 1 device, restored on 8, saved on 8, restored and inspected here."""
-  run_python(RESHARD, workdir, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+  run_python(RESHARD, workdir, env={"JAX_NUM_CPU_DEVICES": "8"})
   checkpoints = Checkpoints(workdir, read_only=True)
   assert checkpoints.steps() == [100, 200, 300, 400]
   for step in (300, 400):

@@ -1,34 +1,28 @@
-"""What the test modules share."""
+"""What the test modules share, and how programs are compiled for them."""
+import atexit
+import os
+import shutil
 import sys
+import tempfile
 
-import jax
 import pytest
 
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-  """Compiling takes most of these tests' time: without most of XLA's optimizations it takes half."""
-  old = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", old)
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-  """A directory of compiled programs, for this process and for others that are told of it."""
-  from jax.experimental.compilation_cache import compilation_cache as cache
-  path = str(tmp_path_factory.mktemp("compiled"))
-  settings = {"jax_compilation_cache_dir": path, "jax_persistent_cache_min_compile_time_secs": 0.0,
-              "jax_persistent_cache_min_entry_size_bytes": -1}
-  old = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  cache.reset_cache()
-  yield path
-  for name, value in old.items():
-    jax.config.update(name, value)
-  cache.reset_cache()
+# Compiling takes most of these tests' time. On a CPU it takes a seventh without most of XLA's optimizations, with the
+# older of its two emitters of loops and with one module for LLVM. Programs are kept for all processes of a session.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
+if os.environ.get("JAX_PLATFORMS") == "cpu" and os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+  assert "jax" not in sys.modules, "jax has read its environment"
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  if not any("xla_backend_extra_options" in flag for flag in flags):  # a worker inherits what is set here
+    flags += ["--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+              "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nsa-compiled-")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from nsa.data import recurrence
 from nsa.methods import blocks
 import pallas_kernels as pk
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 T = 64
 BLOCKS = dict(block_size=8, num_blocks=3)
 MODES = ("dense", "sparse", "oracle", "random", "block_topk", "sink_window")

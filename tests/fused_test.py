@@ -66,7 +66,6 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
   assert_close(both(fused.heads), both(heads_by_xla))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("method", [methods.MSA(block_size=8, num_blocks=2, index_dim=16),
                                     methods.NSA(block_size=8, num_blocks=4, compress_len=8, compress_stride=4,
                                                 window=8)],

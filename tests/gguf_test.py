@@ -17,8 +17,6 @@ from nsa.huggingface import gguf_file
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODEL = config_lib.ModelConfig(
     vocab_size=384, num_layers=5, d_model=32, num_heads=4, num_kv_heads=2, head_dim=12, mlp_dim=64, rope_theta=500.0,
     norm_eps=1e-5, embedding_multiplier=1.0, qk_norm=False)

@@ -15,9 +15,6 @@ from nsa import config as config_lib, data, methods, model as model_lib, records
 from nsa.data import counter, planting
 from nsa.look import hidden_states, snapshots
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 # --- measures ---
 
 

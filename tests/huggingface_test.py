@@ -19,8 +19,6 @@ import pytest
 from nsa import checkpoint, config as config_lib, huggingface, methods, metrics, model as model_lib, rundir, train
 
 safetensors = pytest.importorskip("safetensors.numpy")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROOT = Path(__file__).resolve().parent.parent
 V, D, F, L, N, K, H, T = 288, 32, 48, 3, 4, 2, 12, 40
 SHAPE = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,

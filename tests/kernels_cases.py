@@ -10,13 +10,11 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import kernels_oracle as oracle
 import numpy as np
 
 from pallas_kernels import arg_specs, masked, reference
 
 on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
-QUICK = oracle.QUICK if jax.default_backend() == "cpu" else None
 RESULTS = {operation: ("o", "lse", "dq", "dk", "dv")
            for operation in ("attention", "compressed_attention", "selected_attention")}
 RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
@@ -181,7 +179,7 @@ def with_gradients(f, **options):
 
 def _with_static_offset(both):
   """Jitted, with a query_offset that is an int and ids that are None left as they are."""
-  @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+  @functools.partial(jax.jit, static_argnums=0)
   def run(static, inputs):
     return both(inputs._replace(rest={**inputs.rest, **dict(static)}))
 

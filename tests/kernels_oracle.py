@@ -6,9 +6,6 @@ import numpy as np
 
 NEG = -np.inf
 
-# Compiler options of tests that compile many small programs: the values are the same, compiling takes half.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def positions(T, query_offset, b):
   offset = int(query_offset[b] if np.ndim(query_offset) else query_offset)

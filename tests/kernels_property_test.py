@@ -10,12 +10,11 @@ import numpy as np
 import pallas_kernels as pk
 
 H, HI, BLOCK = 8, 4, 8
-jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)
 few = functools.partial(settings, deadline=None, database=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
 
-@functools.partial(jit, static_argnames=("op", "options"))
+@functools.partial(jax.jit, static_argnames=("op", "options"))
 def run(args, rest, do, dlse, *, op="selected_attention", options=(("block_size", BLOCK),)):
   """o, lse, (dq, dk, dv) of an operation; `rest` are keyword arguments that may be traced."""
   f = lambda q, k, v: getattr(pk, op)(q, k, v, **rest, **dict(options))
@@ -23,7 +22,7 @@ def run(args, rest, do, dlse, *, op="selected_attention", options=(("block_size"
   return *out, vjp((do, dlse))
 
 
-@jit
+@jax.jit
 def kl_and_grads(q, k, v, indices):
   """Loss and gradients of an index that is the single-headed attention, and the loss of its opposite."""
   _, lse = pk.selected_attention(q, k, v, indices, block_size=BLOCK)
@@ -144,7 +143,7 @@ def test_index_top_k_of_any_packing(seed, sizes, packed, coarse):
   segment_ids = draw_segments(seed, 29) if packed else None
   f = functools.partial(pk.index_top_k, block_size=BLOCK, num_blocks=num_blocks, num_initial=num_initial,
                         num_local=num_local)
-  indices = np.asarray(jit(f)(q_idx, k_idx, segment_ids=segment_ids))
+  indices = np.asarray(jax.jit(f)(q_idx, k_idx, segment_ids=segment_ids))
   scores = oracle.index_block_scores(q_idx, k_idx, BLOCK, segment_ids)
   oracle.check_selection(indices, scores, num_blocks, num_initial, num_local, BLOCK)
   if coarse and num_initial == num_local == 0:  # exact scores: the lowest index wins every tie
@@ -213,26 +212,26 @@ def test_decoding_equals_the_parallel_pass():
   """One query at a time over a preallocated cache, at another position in each sequence."""
   T, S = 27, 40
   x = layer_inputs(1, T)
-  want = jit(lambda x: layer(**with_compressed(x)))(x)
+  want = jax.jit(lambda x: layer(**with_compressed(x)))(x)
   cache = {n: np.pad(a, [(0, 0), (0, S - T)] + [(0, 0)] * (a.ndim - 2), constant_values=7.0)
            for n, a in with_compressed(x).items() if not n.startswith("q")}
-  step = jit(lambda queries, offset: layer(**queries, **cache, query_offset=offset))
+  step = jax.jit(lambda queries, offset: layer(**queries, **cache, query_offset=offset))
   for positions in ([0, 26], [8, 7], [15, 16], [23, 11]):
     at = lambda a: np.stack([a[b, p:p + 1] for b, p in enumerate(positions)])
     got = step({n: at(x[n]) for n in ("q", "q_idx")}, np.int32(positions))
     assert_close(got, {n: at(np.asarray(a)) for n, a in want.items()})
   # A static offset and several queries: prefill in chunks.
-  chunk = jit(lambda queries: layer(**queries, **cache, query_offset=9))
+  chunk = jax.jit(lambda queries: layer(**queries, **cache, query_offset=9))
   assert_close(chunk({n: x[n][:, 9:20] for n in ("q", "q_idx")}), {n: a[:, 9:20] for n, a in want.items()})
 
 
 def test_packed_equals_separate():
   lengths = (16, 16, 13)  # all but the last are whole blocks
-  separate = jit(lambda x: layer(**with_compressed(x)))
+  separate = jax.jit(lambda x: layer(**with_compressed(x)))
   docs = [layer_inputs(10 + i, T, B=1) for i, T in enumerate(lengths)]
   packed = {n: np.concatenate([d[n] for d in docs], axis=1) for n in docs[0]}
   segment_ids = np.repeat(np.int32([3, 1, 2]), lengths)[None]
-  got = jit(lambda x: layer(**with_compressed(x), segment_ids=segment_ids))(packed)
+  got = jax.jit(lambda x: layer(**with_compressed(x), segment_ids=segment_ids))(packed)
   begin = 0
   for doc, T in zip(docs, lengths):
     want = dict(separate(doc))
@@ -244,7 +243,7 @@ def test_packed_equals_separate():
 
 def test_heads_do_not_mix():
   x = with_compressed(layer_inputs(2, 24))
-  f = jit(lambda x: layer(**x))
+  f = jax.jit(lambda x: layer(**x))
   want = f(x)
   for r in range(2):  # the shard of one KV head
     of_group, of_head = (lambda a: a[:, :, 2 * r:2 * r + 2]), (lambda a: a[:, :, r:r + 1])

@@ -15,7 +15,6 @@ import pallas_kernels as pk
 from pallas_kernels import api, arg_specs, backends, masked, reference
 
 B, K, H, HI = 2, 2, 8, 4
-jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)
 CLOSE = dict(rtol=1e-5, atol=2e-5)
 
 
@@ -32,7 +31,7 @@ def value_and_vjp(f, args, cotangents):
     out, vjp = jax.vjp(f, *args)
     return out, vjp(cotangents)
 
-  return jit(run)(args, cotangents)
+  return jax.jit(run)(args, cotangents)
 
 
 def segments(S):
@@ -163,7 +162,7 @@ def test_compressed_top_k_matches_the_oracle(case):
   where = {n: case[n] for n in ("segment_ids", "query_offset") if n in case}
   q *= 3  # peaked
 
-  @jit
+  @jax.jit
   def select(q, k_cmp):
     _, lse = pk.compressed_attention(q, k_cmp, k_cmp, block_len=case["block_len"],
                                      block_stride=case["block_stride"], **where)
@@ -200,7 +199,7 @@ def test_index_top_k_matches_the_oracle(case):
     case["segment_ids"] = segments(S)
   where = {n: case[n] for n in ("segment_ids", "query_offset") if n in case}
   q_idx, k_idx = normal(0, B, T, K, HI), normal(1, B, S, HI)
-  indices = np.asarray(jit(functools.partial(pk.index_top_k, **case))(q_idx, k_idx))
+  indices = np.asarray(jax.jit(functools.partial(pk.index_top_k, **case))(q_idx, k_idx))
   scores = oracle.index_block_scores(q_idx, k_idx, 8, **where)
   oracle.check_selection(indices, scores, case["num_blocks"], case["num_initial"], case["num_local"], 8,
                          where.get("query_offset", 0))
@@ -212,7 +211,7 @@ def test_block_top_k_takes_given_scores(packed):
   segment_ids = segments(S) if packed else None
   given = normal(0, B, S, K, 5)
   f = functools.partial(pk.block_top_k, block_size=8, num_blocks=2, num_initial=1, num_local=1, keys=S)
-  indices = np.asarray(jit(f)(given, segment_ids=segment_ids))
+  indices = np.asarray(jax.jit(f)(given, segment_ids=segment_ids))
   zeros = np.zeros((B, S, K, HI), np.float32)
   visible = np.isfinite(oracle.index_block_scores(zeros, zeros[:, :, 0], 8, segment_ids))
   oracle.check_selection(indices, np.where(visible, given, -np.inf), 2, 1, 1, 8)
@@ -221,7 +220,7 @@ def test_block_top_k_takes_given_scores(packed):
 def test_block_mass_matches_the_softmax():
   S = 29
   q, k, v = make(S, S)
-  mass, entropy = jit(lambda q, k, v: pk.block_mass(q, k, pk.attention(q, k, v)[1], block_size=8))(q, k, v)
+  mass, entropy = jax.jit(lambda q, k, v: pk.block_mass(q, k, pk.attention(q, k, v)[1], block_size=8))(q, k, v)
   assert mass.shape == (B, S, K, 4)
   for t in (0, 8, 28):
     for n in (0, 2):  # KV head n // 2 has the heads n and n + 1
@@ -236,7 +235,7 @@ def test_ties_go_to_the_lower_block_and_masking_precedes_pooling():
   q_idx = np.ones((1, 32, 1, 1), np.float32)
   k_idx = np.zeros((1, 32, 1), np.float32)
   k_idx[0, :8] = -0.0  # minus zero ties with zero
-  choose = jit(functools.partial(pk.index_top_k, block_size=8, num_blocks=2, num_local=0))
+  choose = jax.jit(functools.partial(pk.index_top_k, block_size=8, num_blocks=2, num_local=0))
   assert set(np.asarray(choose(q_idx, k_idx))[0, 31, 0]) == {0, 1}
   k_idx[0, 30] = 5.0  # query 29 does not see it: its block must not win by it
   indices = np.asarray(choose(q_idx, k_idx))[0, :, 0]
@@ -262,7 +261,7 @@ def test_index_kl_matches_the_oracle(case):
     sets = oracle.selected_sets(indices, 8, S, **where)
     main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8,
                              scale=case.get("scale"), **where)
-  _, lse = jit(main)(q, k, v)
+  _, lse = jax.jit(main)(q, k, v)
   dloss = normal(6, B, T, K)
   want, want_dq, want_dk = oracle.index_kl(q, k, q_idx, k_idx, sets, case.get("scale", H ** -0.5),
                                            case.get("index_scale", HI ** -0.5), dloss)
@@ -310,7 +309,7 @@ def outputs_and_grads(f=everything):
 @pytest.fixture(scope="module")
 def expected():
   args = floats()
-  return args, jit(outputs_and_grads())(*args)
+  return args, jax.jit(outputs_and_grads())(*args)
 
 
 def assert_close(got, want):
@@ -322,7 +321,7 @@ def test_chunks_and_parts_change_nothing(monkeypatch, expected, max_scores, part
   args, want = expected
   monkeypatch.setattr(masked, "MAX_SCORES", max_scores)
   monkeypatch.setattr(reference, "PART_QUERIES", part_queries)
-  assert_close(jit(outputs_and_grads())(*args), want)
+  assert_close(jax.jit(outputs_and_grads())(*args), want)
 
 
 def test_chunks_bound_memory():
@@ -335,7 +334,7 @@ def test_chunks_bound_memory():
 def test_vmap_over_seeds(expected):
   args, want = expected
   two = jax.tree.map(lambda x, y: np.stack([x, y]), floats(seed=50), args)
-  assert_close(jax.tree.map(lambda x: x[1], jit(jax.vmap(outputs_and_grads()))(*two)), want)
+  assert_close(jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(outputs_and_grads()))(*two)), want)
 
 
 @pytest.mark.parametrize("max_scores", [2**25, 2500], ids=["plain", "chunks"])
@@ -345,19 +344,19 @@ def test_shard_map_over_the_batch(monkeypatch, expected, max_scores):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
   spec = jax.sharding.PartitionSpec("data")
   sharded = jax.shard_map(lambda *a: everything(*a), mesh=mesh, in_specs=spec, out_specs=spec)
-  assert_close(jit(outputs_and_grads(sharded))(*args), want)
+  assert_close(jax.jit(outputs_and_grads(sharded))(*args), want)
 
 
 def test_top_k_passes_no_gradient():
   q_idx, k_idx = normal(0, B, 20, K, HI), normal(1, B, 20, HI)
   f = lambda q, k: pk.index_top_k(q * k.sum(), k, block_size=8, num_blocks=2).astype(jnp.float32).sum()
-  assert not any(np.any(g) for g in jit(jax.grad(f, argnums=(0, 1)))(q_idx, k_idx))
+  assert not any(np.any(g) for g in jax.jit(jax.grad(f, argnums=(0, 1)))(q_idx, k_idx))
 
 
 def test_bfloat16_inputs_are_accumulated_in_float32():
   q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in make(29, 29))
   indices = random_indices(3, 29, 4, 4)
-  o, lse = jit(functools.partial(pk.selected_attention, block_size=8))(q, k, v, indices)
+  o, lse = jax.jit(functools.partial(pk.selected_attention, block_size=8))(q, k, v, indices)
   want_o, want_lse = oracle.attend(q, k, v, oracle.selected_sets(indices, 8, 29), H ** -0.5)
   assert o.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(o, np.float64), want_o, rtol=2 ** -8, atol=1e-5)  # one rounding
@@ -512,7 +511,7 @@ def test_specs_have_inputs():
     x = arg_specs.arrays(spec)
     assert x["q"].shape == (spec.B, spec.T, spec.N, spec.H) and x["q"].dtype == jnp.dtype(spec.dtype)
     assert x["k_cmp"].shape[1] == spec.num_compressed and spec.G * spec.K == spec.N
-    sparse = jit(functools.partial(pk.selected_attention, block_size=spec.block_size))
+    sparse = jax.jit(functools.partial(pk.selected_attention, block_size=spec.block_size))
     o, _ = sparse(x["q"], x["k"], x["v"], arg_specs.stripes(spec))
     assert np.isfinite(np.asarray(o, np.float32)).all()
   with pytest.raises(ValueError, match="headline_g16"):

@@ -1,25 +1,20 @@
 """The entry points as a user meets them: commands, messages, exit codes; nothing lost on the way."""
-import atexit
 import json
 import os
 from pathlib import Path
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = tempfile.mkdtemp(prefix="nsa-compiled-")  # these tests compile the same few programs again and again
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32",
         "--config.data.context=64", "--config.data.global_batch=2", "--config.eval.task_examples=2",
         "--config.eval.batch=2", "--config.eval.every=0", "--config.log_every=1",
-        "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={CACHE}"]
+        "--config.data.tasks=('mqar:pairs=4',)"]
 
 
 def start(module, *args, **kw):
@@ -176,13 +171,13 @@ def get_config(arg=None):
   return study
 """)
   work = tmp_path / "study"
-  out, _ = run("study", f"--config={experiment}", "--workdir", work, f"--compilation_cache={CACHE}", code=5)
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, code=5)
   assert "diverges" in out and "FAILED" in out and "2 of 5 runs done" in out  # both seeds are tried alone
   status = {job["run"]: job["status"] for job in json.loads((work / "study.json").read_text())["jobs"]}
   assert sorted(status.values()) == ["done"] * 2 + ["failed"] * 3
   text = (work / "report/report.md").read_text()
   assert "diverges" in text and "retrofit_msa_25" in text
   first = (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text()
-  out, _ = run("study", f"--config={experiment}", "--workdir", work, f"--compilation_cache={CACHE}", code=5)
+  out, _ = run("study", f"--config={experiment}", "--workdir", work, code=5)
   assert out.count("done before") == 2
   assert (work / "runs/retrofit_msa_25-0.1M-s0_1/metrics.jsonl").read_text() == first

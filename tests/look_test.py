@@ -9,8 +9,6 @@ import pytest
 from nsa import config as config_lib, evaluate, methods, model as model_lib, tasks
 from nsa.look import pictures, profile, selections, views
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 T = 64
 
 

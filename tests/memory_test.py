@@ -31,8 +31,6 @@ from nsa import (
 )
 from nsa.methods.titans import memory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, R, G, H = 2, 11, 2, 2, 4
 GATES = ("alpha", "eta", "theta")
 VARIANTS = {

@@ -12,8 +12,6 @@ import pytest
 from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
 from pallas_kernels import masked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, V, D, N, K, H = 2, 48, 32, 12, 4, 2, 4
 INDEX = dict(block_size=8, num_blocks=2, index_heads=3, index_dim=6)
 VARIANTS = {

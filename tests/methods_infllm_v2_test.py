@@ -12,8 +12,6 @@ import pytest
 from nsa import config as config_lib, flops, layers, methods, model as model_lib
 from pallas_kernels import masked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, D, N, K, H = 2, 60, 12, 6, 2, 4  # the last block has 4 tokens of 8
 BLOCKS = dict(block_size=8, num_blocks=4)
 VARIANTS = {

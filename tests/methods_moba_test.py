@@ -13,8 +13,6 @@ from nsa import config as config_lib, evaluate, flops, layers, methods, model as
 from nsa.methods import blocks
 from pallas_kernels import masked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, V, D, N, K, H = 2, 44, 32, 12, 4, 2, 4  # the last block has 4 tokens of 8
 VARIANTS = {"plain": methods.MoBA(block_size=8, num_blocks=2),
             "conv": methods.MoBA(block_size=8, num_blocks=2, key_conv=3)}

@@ -12,8 +12,6 @@ import pytest
 from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
 from pallas_kernels import masked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, V, D, N, K, H = 2, 44, 32, 12, 6, 2, 4  # the last block has 4 tokens of 8
 VARIANTS = {
     "seer": methods.Seer(block_size=8, num_blocks=3, gate_dim=6),

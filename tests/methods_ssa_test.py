@@ -10,8 +10,6 @@ import pytest
 
 from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule, sharding, step as step_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, V, D, N, K, H = 2, 44, 320, 12, 4, 2, 4  # the last block has 4 tokens of 8
 OPTIONS = methods.SSA(block_size=8, num_blocks=2)
 PACKED = np.searchsorted((16, 24, T), np.arange(T), side="right") * np.ones((B, 1), int)

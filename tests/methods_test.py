@@ -21,8 +21,6 @@ from nsa import (
   step as step_lib,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, V = 2, 64, 32
 KEY = jax.random.key(7)
 SMALL = dict(block_size=8, num_blocks=3)

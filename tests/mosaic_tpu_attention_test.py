@@ -18,7 +18,6 @@ FUNCTIONS = dict(attention=attention.attention, compressed_attention=compressed_
                  compressed_top_k=compressed_top_k.compressed_top_k, index_top_k=index_top_k.index_top_k)
 H = 16
 COMPRESSED = dict(block_len=8, block_stride=4)
-jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)
 few = functools.partial(settings, deadline=None, database=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
@@ -91,8 +90,9 @@ SELECTIONS = {  # block_size, num_blocks, num_initial, num_local
 def test_index_top_k_is_the_references(name):
   block_size, num_blocks, num_initial, num_local = SELECTIONS[name]
   options = dict(block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local)
-  kernel = jit(functools.partial(index_top_k.index_top_k, **options, tiles=(128, 8 * block_size, 1), interpret=True))
-  truth = jit(functools.partial(reference.index_top_k, **options))
+  kernel = jax.jit(functools.partial(index_top_k.index_top_k, **options, tiles=(128, 8 * block_size, 1),
+                                     interpret=True))
+  truth = jax.jit(functools.partial(reference.index_top_k, **options))
 
   @few(max_examples=5)
   @given(seeds, st.booleans())
@@ -124,8 +124,8 @@ def test_compressed_top_k_is_the_references(name):
   options = dict(lengths, block_size=block_size, num_blocks=num_blocks, num_initial=1, num_local=1)
   S = 90
   C = (S - block_len) // block_stride + 1
-  attend = jit(functools.partial(reference.compressed_attention, **lengths))
-  kernel = jit(functools.partial(compressed_top_k.compressed_top_k, **options,
+  attend = jax.jit(functools.partial(reference.compressed_attention, **lengths))
+  kernel = jax.jit(functools.partial(compressed_top_k.compressed_top_k, **options,
                                  tiles=(128, 8 * block_size // block_stride), interpret=True))
 
   @few(max_examples=3)
@@ -147,8 +147,8 @@ def test_no_mass_anywhere_goes_to_the_lower_blocks():
   options = dict(COMPRESSED, block_size=4, num_blocks=2, num_initial=0, num_local=0)
   lse = jnp.full(q.shape[:3], -jnp.inf)
   kernel = functools.partial(compressed_top_k.compressed_top_k, tiles=(128, 16), interpret=True, **options)
-  got = jit(kernel)(q, k, lse)
-  np.testing.assert_array_equal(got, jit(functools.partial(reference.compressed_top_k, **options))(q, k, lse))
+  got = jax.jit(kernel)(q, k, lse)
+  np.testing.assert_array_equal(got, jax.jit(functools.partial(reference.compressed_top_k, **options))(q, k, lse))
   assert np.asarray(got)[:, 4:].tolist() == [[[[0, 1]] * 2] * 3] * 2
 
 
@@ -159,7 +159,7 @@ def strictly(function, *args, **options):
   """The result under the interpreter that simulates copies, memory that begins as NaN, and watches for races."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
   params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
-  got = jax.block_until_ready(jit(functools.partial(function, interpret=params, **options))(*args))
+  got = jax.block_until_ready(jax.jit(functools.partial(function, interpret=params, **options))(*args))
   assert not interpret_pallas_call.races.races_found
   return got
 
@@ -175,7 +175,7 @@ def test_attention_does_not_race():
 def test_selections_do_not_race():
   q, k, v, *_, ids, _ = draw(0, T=40, S=200, N=2, K=1, C=49, B=1)
   options = dict(block_size=8, num_blocks=2, num_initial=0, num_local=1, segment_ids=ids, query_offset=150)
-  truth = lambda f, **options: jit(functools.partial(f, **options))
+  truth = lambda f, **options: jax.jit(functools.partial(f, **options))
   _, lse = truth(reference.compressed_attention, **COMPRESSED, segment_ids=ids, query_offset=150)(q, k, v)
   got = strictly(compressed_top_k.compressed_top_k, q, k, lse, **COMPRESSED, **options, tiles=(128, 16))
   want = truth(reference.compressed_top_k, **COMPRESSED, **options)(q, k, lse)

@@ -20,7 +20,6 @@ from pallas_kernels.mosaic_tpu import aot, kl, selected, union
 
 # On_wait: a copy moves data when it is waited for, so that reading too early reads NaN.
 CAREFUL = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 needs_libtpu = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 
 

@@ -22,7 +22,6 @@ def test_every_notebook_is_tested():
 @pytest.mark.parametrize("name", TOY)
 def test_runs(name, tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = read(name)
   at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))

@@ -10,8 +10,6 @@ from nsa import checkpoint, config as config_lib, evaluate, methods, metrics, sc
 from nsa.data import sources
 from nsa.planning import plan
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "compilation_cache")
-
 
 @pytest.fixture
 def corpus(tmp_path):

@@ -25,7 +25,6 @@ except ImportError:
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 interprets = pytest.mark.skipif(call is None or not call.INTERPRET or torch is None,
                                 reason="needs TRITON_INTERPRET=1, triton and torch")
-jit = functools.partial(jax.jit, compiler_options=oracle.QUICK)
 
 # Sequences of length `lengths` after the T tokens of this call; tables of `table` pages, some of them of nothing.
 CASES = {
@@ -87,7 +86,7 @@ def check(got, arguments, sets, **tolerance):
 @pytest.mark.parametrize("name", CASES)
 def test_reference_matches_the_oracle(name):
   arguments, options, sets = make(**CASES[name])
-  got = jit(functools.partial(pk.paged_attention, implementation="reference", **options))(*arguments)
+  got = jax.jit(functools.partial(pk.paged_attention, implementation="reference", **options))(*arguments)
   check(got, arguments, sets, rtol=1e-5, atol=2e-5)
 
 
@@ -97,7 +96,7 @@ def test_pages_in_order_are_a_contiguous_cache():
   names = jnp.arange(B * table, dtype=jnp.int32).reshape(B, table)
   flat = [x[:B * table].reshape(B, table * 16, *x.shape[2:]) for x in (k, v)]
   where = dict(query_offset=options["query_offset"])
-  same = lambda f, g: np.testing.assert_allclose(jit(f)()[0], jit(g)()[0], rtol=1e-6, atol=1e-6)
+  same = lambda f, g: np.testing.assert_allclose(jax.jit(f)()[0], jax.jit(g)()[0], rtol=1e-6, atol=1e-6)
   same(lambda: pk.paged_attention(q, k, v, names, window=50, **where),
        lambda: pk.attention(q, *flat, window=50, **where))
   blocks = options["block_indices"]

@@ -41,12 +41,6 @@ def trouble(step, event):
       os.kill(os.getpid(), signal.SIGKILL)
   step_lib.Batches.at, checkpoint.Checkpoints.save = at, saved
 
-keep = cli.compilation_cache
-def keep_all(directory):
-  keep(directory)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-cli.compilation_cache = keep_all
-
 for line in sys.stdin:
   children = []
   for environment, arguments, log in json.loads(line):
@@ -72,7 +66,7 @@ class Cluster:
 
   def __init__(self, directory):
     self._directory, self._port = directory, 20_000 + os.getpid() % 20_000
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     self._server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     cwd=ROOT, env=env, text=True)
 

@@ -15,8 +15,6 @@ from nsa import config as config_lib, decoding, evaluate, methods, model as mode
 from nsa.methods.prompt import base as prompt_lib
 from pallas_kernels import masked
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, N, K, H, V = 2, 48, 4, 2, 4, 32
 G = N // K
 PROMPT = np.array([40, 29], np.int32)

@@ -10,8 +10,6 @@ import pytest
 from nsa import config as config_lib, methods, model as model_lib, optim, schedule
 from nsa.config import LearningRate, ScheduleConfig, Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ALL = ("backbone", "selector", "branch", "memory")
 
 

@@ -114,8 +114,8 @@ print(json.dumps(out))
 
 
 def steps(pairs, *more):
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8",
+         "PYTHONPATH": str(ROOT)}
   jobs = [(method, mesh, MESHES[mesh]) for method, mesh in pairs]
   done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(jobs), *more], capture_output=True, text=True,
                         env=env, timeout=3600)

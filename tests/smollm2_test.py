@@ -11,7 +11,6 @@ from nsa import checkpoint, huggingface, metrics, model as model_lib, report, st
 
 pytest.importorskip("safetensors.numpy")
 pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ QUIET = dict(on_job=lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def slices(tmp_path_factory, quick_compiles):
+def slices(tmp_path_factory):
   """(study, directory of seed 0, of seed 1): two machines that trained one seed each, and their plan."""
   root = tmp_path_factory.mktemp("slices")
   study = quickstart.get_config("steps=20,seeds=2")

@@ -30,8 +30,6 @@ from nsa import (
 from nsa.config import Stage
 from pallas_kernels import backends
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "compilation_cache")
-
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).with_name("golden.json")
 ATTENTION = {
@@ -235,23 +233,20 @@ for line in sys.stdin:
 """
 
 
-def environment(compilation_cache):
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-          "JAX_COMPILATION_CACHE_DIR": compilation_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-          "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def resumable():
   return make_config("msa", schedule.native(12, 0.4), checkpoint=config_lib.CheckpointConfig(every=3))
 
 
-def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path, compilation_cache):
+def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path):
   calm, cut = tmp_path / "calm", tmp_path / "cut"
   kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
   # Before the first checkpoint; in the warm-up; after a save that may be under way; SIGTERM; to the end.
   jobs = [(-1, kill, calm), (2, kill, cut), (5, kill, cut), (7, kill, cut), (9, term, cut), (-1, kill, cut)]
   done = subprocess.run([sys.executable, "-c", KILLER], input="".join("%d %d %s\n" % job for job in jobs),
-                        text=True, capture_output=True, env=environment(compilation_cache), timeout=600)
+                        text=True, capture_output=True, env=ENVIRONMENT, timeout=600)
   assert [int(x) for x in done.stdout.split()] == [0, -kill, -kill, -kill, 3, 0], done.stderr[-3000:]
   assert_same_bits(checkpoint.load_params(cut), checkpoint.load_params(calm))
   assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
@@ -290,14 +285,14 @@ def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
       assert (work / f"eval/{step}.json").read_text() == (tmp_path / f"calm/eval/{step}.json").read_text()
 
 
-def test_a_kill_loses_at_most_one_logging_interval(tmp_path, compilation_cache):
+def test_a_kill_loses_at_most_one_logging_interval(tmp_path):
   """SIGKILL while the batch of step 9 is made: step 8 runs, and what was logged by then is in the file."""
   code = ("import os, train_test\nfrom nsa import schedule, step, train\nreal = step.Batches.at\n"
           "def at(self, index):\n  if index == 9: os.kill(os.getpid(), 9)\n  return real(self, index)\n"
           "step.Batches.at = at\n"
           f"train.train(train_test.make_config('dense', schedule.dense(12), log_every=3), {str(tmp_path)!r}, "
           "progress=False)")
-  done = subprocess.run([sys.executable, "-c", code], env=environment(compilation_cache), capture_output=True,
+  done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True,
                         text=True)
   assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
   assert [r["step"] for r in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [3, 6]
