@@ -11,8 +11,10 @@ own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
 score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of
 what any arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last
-evaluation one by one. There, too, where the config asks for them: the loss of what a model can know from far back
-(eval.ar_hits), and of the last quarter of a window given less and less before it (eval.context_gain).
+evaluation one by one. There, too, where the config asks for them: the answers of some examples decoded greedily with
+the KV cache in dense and sparse mode (eval.decoded; on one device, of models without a memory); the loss of what a
+model can know from far back (eval.ar_hits), and of the last quarter of a window given less and less before it
+(eval.context_gain).
 
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
@@ -43,6 +45,7 @@ import numpy as np
 from nsa import (
   checkpoint,
   config as config_lib,
+  decoding,
   held_out,
   methods,
   metrics,
@@ -184,8 +187,9 @@ def records(config, params, step: int, mesh=None, during: bool = False,
                               () if short or run_mode not in ("dense", "sparse") else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       scores.count_flops(rows, run_config, selector, context)
+      decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
       for name, examples in task_sets.items():
-        rows += scores.task(run, one, name, examples, e, not short)
+        rows += scores.task(run, one, name, examples, e, not short, decode and functools.partial(decode, one))
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -225,6 +229,12 @@ def how(config, run_mode: str):
     return None
   run.attention = attention
   return run, "sparse", selector
+
+
+def _decoder(config, mode: str):
+  """(params, tokens, first positions, tokens per answer) -> the answers, decoded greedily: `decoding.answers`."""
+  architecture = model_lib.architecture(config)
+  return lambda params, tokens, begins, count: decoding.answers(architecture, params, tokens, begins, count, mode=mode)
 
 
 def _program(config, mode: str, selector: str) -> model_lib.Static:

@@ -54,6 +54,7 @@ def declared(config, during: bool = False) -> dict:
       "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
       "sequences": (short and e.during_sequences or e.sequences) if _texts(config) else 0,
       "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "decoded": e.decoded if names and not short else 0,
       "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
       "run_modes": e.during if short else e.modes(config.seeds), "blocks": e.blocks,
       "diagnostics": e.diagnostics and e.diagnosed,

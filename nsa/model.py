@@ -249,7 +249,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
             counted: Bool[Array, "B T"] | None = None,
             cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0,
             prompt: Int[Array, "B"] | int | None = None,
-            observe: Callable | None = None, constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
+            observe: Callable | None = None, states: Callable | None = None,
+            constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
   """Logits for the next token at every position.
 
   Args:
@@ -264,6 +265,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
       (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
+    states: (x [B, T, D], layer) -> dict of arrays of what a layer leaves in the residual stream, gathered with those.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
     unroll: layers that one turn of the loop over the layers of a stack holds. More cost compilation; in training they
       save stacking what the backward pass needs of each layer.
@@ -328,6 +330,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
                                 handed=handed)
       x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
+      if states is not None:
+        observed = {**observed, **states(x, index)}
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
               (loss, observed, None if layer_cache is None else streams))
 
@@ -387,27 +391,3 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
       entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), dtype)
     cache.append(entry)
   return cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
-def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
-  config = config_box.value
-  B, T = tokens.shape
-  cache = init_cache(config, params, B, T + num_tokens)
-  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache, prompt=T)
-
-  def step(carry, i):
-    cache, token = carry
-    out = forward(config, params, token[:, None], mode=mode, selector=selector, key=key, losses=False,
-                  cache=cache, offset=T + i)
-    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)), token
-
-  first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  _, produced = jax.lax.scan(step, (out.cache, first), jnp.arange(num_tokens))
-  return produced.T
-
-
-def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *, mode: str = "sparse",
-             selector: str = "own", key: Any = None) -> Int[Array, "B num_tokens"]:
-  """Greedy continuation with the KV cache: int32[B, num_tokens]."""
-  return _generate(Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)

@@ -88,6 +88,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "task": _key("name with parameters"),
         "index": _item("number of the item"),
         "exact_match": Field("share of the answers with all tokens right", weight="items"),
+        "greedy_exact_match": Field("share of the answers that greedy decoding with the cache writes", weight="items"),
         "answer_nll": Field("nats per answer token", weight="items"),
         "far_exact_match": Field("exact match of the far answers", weight="far_answers"),
         "far_answer_nll": Field("nats per token of the far answers", weight="far_answers"),
@@ -131,6 +132,34 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "heat": Field("[query block][key block], share of the queries", digits=3),
     },
 }
+# What hidden/<step>.json holds, a list of it under "snapshots": one snapshot of one seed (nsa/look/snapshots.py).
+# Columns have one entry for each item; [item][point] lists have a row for each, and in it a number for each point, null
+# for none.
+HIDDEN_STATES: dict[str, str] = {
+    "seed": "of the run", "arm": "of the run", "size": "of the model", "step": "optimizer steps done",
+    "run_mode": "how attention ran, as in eval.run_modes",
+    "tokens": "of every item: each stands alone in a row",
+    "width": "D, dimensions of a state",
+    "points": "where states were taken: behind which layer, 0 = first; \"norm\" = behind the final norm",
+    "trimmed": "[point][dimension]: which were left out as the largest, by mean squares over the held-out passages",
+    "trimmed_energy": "[point]: their share of the energy there",
+    "null": "variant -> {measure: [mean, SD over passages]}: independent normal numbers of the same shape",
+    "kind": "column: planted (in training) | held_out (split val) | ood (split ood) | shuffled (tokens of held_out) | "
+            "recall (mqar)",
+    "corpus": "column: name of the source, as data.corpora has it; \"\" of one alone, and of recall",
+    "document": "column: name of the document; of recall the task",
+    "start": "column: first token in it; of recall the number of the example",
+    "times": "column: of planted ones how often their deck plants them, null of others",
+    "planted": "column: of planted ones how often they had been by then, 0 of other text, null of recall",
+    "pairs": "column: of recall how many, null of others",
+    "distance": "column: of recall tokens from the evidence to the last token, null of others",
+    "bits_per_byte": "column: loss of the whole item; of recall bits of the answer alone",
+    "correct": "column: share of its tokens that were guessed right; of recall of the answer",
+    "entropy": "[item][layer]: of dense attention, nats, mean over heads and queries; of recall of the last query",
+    "captured_mass": "[item][layer]: of dense attention on the chosen blocks; null where none are chosen",
+    "values": "variant -> {measure: [item][point]}: means over the item's states; of recall of the last one, behind "
+              "the last layer and the final norm",
+}
 LAYER = tuple(name for name, field in SCHEMA["layer"].items() if field.role == "mean")
 
 
@@ -145,6 +174,14 @@ def make(kind: str, **fields: Any) -> dict:
         f"field {unknown[0]!r} is not in nsa/records.py; add a line there" if unknown
         else f"field {missing[0]!r} is missing"))
   return {"kind": kind, **fields}
+
+
+def snapshot(**fields: Any) -> dict:
+  """A snapshot of hidden states. Raises ValueError unless its fields are those of HIDDEN_STATES."""
+  wrong = fields.keys() ^ HIDDEN_STATES.keys()
+  if wrong:
+    raise ValueError(f"snapshot of hidden states: {sorted(wrong)[0]!r} is missing, or not in nsa/records.py")
+  return fields
 
 
 def number(value: Any) -> float:

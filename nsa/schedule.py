@@ -208,6 +208,29 @@ def dense_continuation(steps: int, budget: float, *, restart: Restart | None = N
   return ScheduleConfig(total, [Stage()], LearningRate(**kw), dataclasses.replace(restart or Restart(), step=steps))
 
 
+def retrofit_of_import(steps: int, *, warmup_steps: int, train: str = "all", enter: str = "", **kw) -> ScheduleConfig:
+  """A retrofit of a checkpoint from elsewhere, which has no steps of ours (fork.reset): all `steps` are the budget.
+
+  Its control is `dense(steps)` at the same plan. The selector's rate neither warms up nor decays in its warm-up.
+
+  warmup_steps: those in which the output stays dense and the selector learns; 0 for none.
+  train: "all", or "selector": the backbone stays frozen, all steps are selector warm-up and `warmup_steps` is unused.
+
+  Raises:
+    ValueError: the warm-up is as long as the budget.
+  """
+  if train == "selector":
+    stages = [Stage(1.0, "warmup", train="selector")]
+  else:
+    stages = _adopt(steps, 0, warmup_steps, enter, hold=True)[1:]
+  return ScheduleConfig(steps, stages, LearningRate(**kw))
+
+
+def as_it_is() -> ScheduleConfig:
+  """One dense step at a rate of 0: a forked model is evaluated as an arm, not a bit of it changed."""
+  return ScheduleConfig(1, [Stage(learning_rate=0.0)])
+
+
 def _more(steps, budget):
   more = round(budget * steps)
   if more < 1:

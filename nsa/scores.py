@@ -169,8 +169,12 @@ def _mean(answers, name):
   return float(np.mean([getattr(a, name) for a in answers]))
 
 
-def task(run, params, name, examples, e, listed: bool):
-  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
+def task(run, params, name, examples, e, listed: bool, decode=None):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one.
+
+  decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], of the first `e.decoded`
+    examples.
+  """
   count, length = examples["inputs"].shape
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
@@ -180,6 +184,7 @@ def task(run, params, name, examples, e, listed: bool):
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
   first, last = e.near or (length // 32, length // 8)
+  longest = max(int(np.bincount(group[group >= 0]).max()) for group in examples["answer_group"])
   out, answers = [], []
   for i in range(count):
     group = examples["answer_group"][i]
@@ -197,6 +202,11 @@ def task(run, params, name, examples, e, listed: bool):
     more = {}
     if of_far := [a for a in mine if a.far]:
       more = dict(far_exact_match=_mean(of_far, "right"), far_answer_nll=_mean(of_far, "nll"))
+    if decode is not None and i < e.decoded:
+      begins = np.array([np.argmax(group == query) for query in range(len(size))], np.int32)
+      written = np.asarray(decode(examples["inputs"][i], begins, longest))
+      want = [examples["targets"][i, begin:begin + n] for begin, n in zip(begins, size)]
+      more["greedy_exact_match"] = float(np.mean([(got[:len(its)] == its).all() for got, its in zip(written, want)]))
     if listed:
       more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
     out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),

@@ -40,6 +40,8 @@ class Study:
                                                           # not `dense`
   # arm -> shorter runs of it with a decay of their own
   branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+  # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  solved: float = 0.0
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
   primary: tuple[str, ...] = ("second_half_bits_per_byte", "exact_match")
   secondary: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class Study:
   nll_margin: float = 0.05         # of answers' NLL, nats per token
   # The plan (nsa/report/plan_file.py): where its files lie, and what power and cost are reckoned from.
   plan: str = ""                   # directory of PLAN.md and plan.json; "" = no plan
+  notes: tuple[str, ...] = ()       # what a reader of the plan has to know of the arms and of what they are compared by
   stopping: str = ("Every listed seed runs once; a run that diverges or fails is counted, not repeated with another "
                    "seed.")
   # name -> arms, or arm-size, in the order in which they run
@@ -150,7 +153,7 @@ def asked(study: Study) -> dict:
           "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary}
                         for m in (*study.primary, *study.secondary)],
           "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference,
-          "dense_arm": study.dense, "budgets": study.budgets, "controls": study.controls,
+          "dense_arm": study.dense, "budgets": study.budgets, "controls": study.controls, "solved": study.solved,
           "branches": {arm: list(b) for arm, b in study.branches.items()}}
 
 

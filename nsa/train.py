@@ -2,7 +2,8 @@
 
     train(config, workdir) -> the step it reached, with workdir holding
     config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE; LOCK while it
-    runs; planted.json, where data.planted: which passages, and how often the whole run plants each
+    runs; planted.json, where data.planted: which passages, and how often the whole run plants each;
+    hidden/<step>.json, where eval.hidden_states names steps: measures of hidden states
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh. With several processes each
@@ -48,6 +49,7 @@ from nsa import (
   sharding,
   step as step_lib,
 )
+from nsa.look import snapshots
 from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
@@ -159,6 +161,10 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
         evaluate.write(config, state.params, workdir, start, mesh, during=start < total, own=True)
+    ours = not start or start in checkpoints.steps()  # not the trunk's state, which a fork begins with
+    if ours and snapshots.due(config, workdir, start):
+      with bar.pause("hidden states"):
+        snapshots.write(config, state.params, workdir, start, batches.sources, mesh)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
@@ -185,7 +191,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       stop = preempted(done)
       evaluating = _evaluates(config, done)
       saving = done == total or checkpoints.should_save(done)
-      if stop or evaluating or saving:
+      looking = not stop and snapshots.due(config, workdir, done)
+      if stop or evaluating or saving or looking:
         log.step(*pending, batches, checkpoints)    # a state that is not finite is never saved
         pending = None
       if stop or saving:
@@ -201,6 +208,10 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
         watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
           evaluate.write(config, state.params, workdir, done, mesh, during=done < total, own=True)
+      if looking:
+        watchdog.expect(f"the hidden states at step {done}")
+        with bar.pause("hidden states"):
+          snapshots.write(config, state.params, workdir, done, batches.sources, mesh)
     bar.close()
     watchdog.expect("the last checkpoint")
     checkpoints.close()
@@ -338,6 +349,7 @@ def compilations(config, mesh, start: int = 0):
   yield functools.partial(step_lib.compile_init, config, mesh)
   for step in schedule.programs(config, start):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
+  yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
 
 

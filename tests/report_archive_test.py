@@ -70,11 +70,15 @@ def test_a_published_report_is_written_again_to_the_byte(tmp_path):
   (run("retrofit_msa_25") / "DONE").unlink()
   with open(run("retrofit_msa_5") / "metrics.jsonl", "a") as file:
     file.write(json.dumps({"step": 1010, "seed": 1, "loss": "nan", "tokens": 1, "tokens_per_second": "nan"}) + "\n{")
+  snapshots = {"step": 500, "snapshots": [{"seed": 0, "step": 500, "values": {"own": {"hoyer": [[0.12345, None]]}}}]}
+  (run("dense") / "hidden").mkdir()
+  (run("dense") / "hidden/500.json").write_text(json.dumps(snapshots))
   before = report.write([root], tmp_path / "live").markdown.read_text()
   first = contents(published([root], tmp_path / "first"))
   with archive.unpacked(tmp_path / "first" / archive.NAME) as folder:
     names = {p.name for p in folder.rglob("dense*/**/*") if p.is_file()}
     assert names == {"config.json", "versions.json", "metrics.jsonl", "1000.json", "500.json", "DONE"}
+    assert json.loads(next(folder.rglob("hidden/500.json")).read_text()) == snapshots
     assert (folder / "study.json").is_file() and json.loads(
         (folder / "runs/retrofit_msa_5-tiny-0_1_2/config.json").read_text())[
         "fork"]["workdir"] == "@dense"

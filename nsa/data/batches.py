@@ -144,9 +144,10 @@ class Data:
     """Raises the ValueError that `batch_at` would raise at this context: call it before training begins."""
     batch = self._shape(context, None)[1]
     config = self.config
-    if self.planting and (context < planting.SIZE or config.planted * context > planting.SIZE):
-      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a "
-                       f"row of data.context = {context}")
+    short = context < planting.SIZE and planting.SIZE % context
+    if self.planting and (short or config.planted * context > planting.SIZE):
+      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row; "
+                       f"data.context = {context} is neither longer nor a part of that, or holds more")
     if config.task_rows and config.task_rows * batch % config.global_batch:
       raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of "
                        f"{config.global_batch} rows are no whole number of a batch of {batch}; take another context or "
@@ -241,7 +242,8 @@ class Data:
     words = f"row {number}: {one.describe(row, context)}"
     held = self.planting and self.planting.of_row(number - int(self._tasks_before(number)), context)
     if held:
-      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + planting.SIZE}"
+      end = held[2] + min(planting.SIZE, context)
+      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{end}"
     return words
 
   def planted(self, step: int) -> list[planting.Passage]:

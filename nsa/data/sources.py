@@ -99,9 +99,8 @@ def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document
   kind = tokenizer.get(tokens)
   if tokens == "bytes":
     return tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
-  documents, counted = [], {}
-  for name in sorted(texts):
-    ids = kind.encode(texts[name])
+  documents, counted, names = [], {}, sorted(texts)
+  for name, ids in zip(names, kind.encode_all([texts[name] for name in names])):
     made = int(kind.token_bytes[ids].sum())
     prefix = kind.prefix * (made == len(texts[name]) + kind.prefix)
     documents.append(_document(name, ids, prefix))

@@ -106,7 +106,7 @@ def verdict_table(*paths: Path) -> str:
       if not own and study.declared and arm != study.dense:
         continue
       values = [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in metrics]
-      words = [c.word for m in metrics for c in verdict.of("Delta", m, size) if c.arm == arm] if own else []
+      words = [c.word for m in metrics for c in verdict.of(study.asked[-1], m, size) if c.arm == arm] if own else []
       word = (" | ".join(words if len(set(words)) > 1 else words[:1])
               or ("reference" if own and arm == study.reference else ""))
       lines.append([study.label(arm, mode)] + [size] * many + [str(len({r.seed for r in mine}))] + values + [word])
