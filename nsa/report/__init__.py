@@ -51,9 +51,9 @@ def write(paths: list[Path], out: Path, publish: bool = False, opened: bool = Fa
     study.notes = (out / "NOTES.md").read_text()
   if not publish:
     return _write(study, out, ("svg", "png"))
-  packed, notes = archive.pack(study), study.notes
+  notes = study.notes
   out.mkdir(parents=True, exist_ok=True)
-  (out / archive.NAME).write_bytes(packed)
+  archive.publish(study, out)
   study = archive.load([out])  # the report is written from what is published
   study.notes = notes
   return _write(study, out, ("png",))
