@@ -1,4 +1,5 @@
-"""What things cost: `python -m benchmarks.kernels`, `.overhead`, `.soak`, `.compile_tpu`; `.tune` writes block shapes.
+"""What things cost: `python -m benchmarks.kernels`, `.step`, `.decode`, `.overhead`, `.soak`, `.compile_tpu`;
+`.tune` writes block shapes.
 
 Imports all other packages; none of them imports this one.
 """

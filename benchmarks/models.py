@@ -1,4 +1,4 @@
-"""The model shapes and methods whose train steps benchmarks.step times, and how it does that."""
+"""The model shapes and methods whose train steps benchmarks.step times and benchmarks.decode decodes with, and how."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,17 +10,18 @@ from benchmarks import kinds, timing
 
 PILOT = dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
              tie_embeddings=False, dtype="bfloat16")
+# SmolLM2-135M's shape (its config.json).
+SMOLLM2 = dict(vocab_size=49_152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+               rope_theta=1e5, embedding_multiplier=1.0, qk_norm=False, dtype="bfloat16")
 MODELS = {  # name -> fields of ModelConfig
     "pilot": PILOT,                                                    # experiments/pilot.py, 10M without embeddings
     "28m": dict(PILOT, num_layers=10, d_model=512, mlp_dim=1408),
-    # SmolLM2-135M's shape (its config.json); recomputed by layer, as experiments/retrofit_hf.py trains it.
-    "smollm2": dict(vocab_size=49_152, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64,
-                    mlp_dim=1536, rope_theta=1e5, embedding_multiplier=1.0, qk_norm=False, remat="layer",
-                    dtype="bfloat16"),
+    "smollm2": dict(SMOLLM2, remat="layer"),                           # as experiments/retrofit_hf.py trains it
+    "smollm2_kept": dict(SMOLLM2, remat="none"),                       # nothing recomputed: four times the memory
     "tiny": dict(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=64),
 }
 # Selection geometry: the pilot's, and for an imported model that of experiments/retrofit_hf.py.
-BLOCKS = {"smollm2": dict(block_size=64, num_blocks=16)}
+BLOCKS = dict.fromkeys(("smollm2", "smollm2_kept"), dict(block_size=64, num_blocks=16))
 LEARNING_BYTES = 32  # of float32 weights, gradients and two moments, read and written, per parameter
 
 
@@ -30,7 +31,9 @@ def methods_of(model: str) -> dict:
   blocks = BLOCKS.get(model, dict(block_size=32, num_blocks=16))
   size = blocks["block_size"]
   nsa = dict(compress_len=size // 2, compress_stride=size // 4, window=4 * size if size < 64 else 512)
-  return {"dense": methods.Dense(), "msa": methods.MSA(index_dim=64, **blocks), "nsa": methods.NSA(**nsa, **blocks)}
+  return {"dense": methods.Dense(), "msa": methods.MSA(index_dim=64, **blocks), "nsa": methods.NSA(**nsa, **blocks),
+          "gated": methods.Gated(index_dim=64, **blocks), "seer": methods.Seer(**blocks),
+          "dsa": methods.DSA(level="block", **blocks), "quest": methods.Quest(**blocks)}
 
 
 def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = ""):
@@ -65,51 +68,120 @@ def floor_ms(config, what, device_kind: str) -> float | None:
   return len(config.seeds) * (flops.per_step(config, what) / flop_rate + LEARNING_BYTES * learning / byte_rate) * 1e3
 
 
-def measure(config, *, steps: int, repeats: int, profile: bool = False) -> dict:
-  """The columns of a row."""
+class Row:
+  """One row: traced when it is made, compiled by whoever calls `compile`, timed by `measure`."""
+
+  def __init__(self, config, profile: bool = False):
+    import jax
+
+    from nsa import schedule, sharding, step as step_lib
+    self.config, self.profile = config, profile
+    self.mesh = sharding.make_mesh(config)
+    self.what = schedule.at(config, config.schedule.steps // 2)
+    function, arguments, options = step_lib.program(config, self.what, self.mesh)
+    began = time.perf_counter()
+    self.lowered = jax.jit(function, **options).lower(*arguments)
+    self.seconds = time.perf_counter() - began
+
+  def compile(self):
+    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python."""
+    import jax
+    began = time.perf_counter()
+    program = self.lowered.compile()
+    seconds, apart = time.perf_counter() - began, program if self.profile else None
+    if self.profile and jax.default_backend() == "gpu":  # kernels in a command buffer have no times of their own
+      apart = self.lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
+    return program, apart, self.seconds + seconds
+
+  def measure(self, compiled, *, steps: int, repeats: int) -> dict:
+    """The columns of a row."""
+    import jax
+    import numpy as np
+
+    from nsa import flops, metrics, step as step_lib
+    program, apart, compile_seconds = compiled
+    config, what, mesh = self.config, self.what, self.mesh
+    seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
+    state = step_lib.compile_init(config, mesh)(seeds)
+
+    def run(program, state, times):
+      for _ in range(times):
+        state, values = program(state, batch, what.rates, seeds)
+      return state, jax.block_until_ready(values)
+
+    state, values = run(program, state, 3)
+    groups = []
+    for _ in range(repeats):
+      began = time.perf_counter()
+      state, values = run(program, state, steps)
+      groups.append((time.perf_counter() - began) / steps * 1e3)
+    ms, device = statistics.median(groups), jax.devices()[0]
+    useful = flops.per_step(config, what) * len(config.seeds)
+    peak, floor = metrics.peak_tflops(device.device_kind), floor_ms(config, what, device.device_kind)
+    memory = program.memory_analysis()
+    row = dict(ms=ms, ms_of_groups=groups, tokens_per_second=what.batch * what.context * len(config.seeds) / ms * 1e3,
+               useful_tflop=useful / 1e12, mfu=peak and metrics.mfu(useful / ms * 1e3, peak, jax.device_count()),
+               floor_ms=floor, of_floor=floor and floor / ms, compile_seconds=compile_seconds,
+               temporary_bytes=memory and memory.temp_size_in_bytes, loss=float(np.mean(values["loss"])),
+               mode=what.mode, device=device.device_kind, jax=jax.__version__)
+    if apart is not None:
+      state, _ = run(apart, state, 2)
+      with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+          run(apart, state, 3)
+        row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
+    return row
+
+
+# --- decoding ---
+
+
+def decoding_floor_ms(config, mode: str, batch: int, context: int, device_kind: str) -> float | None:
+  """The least milliseconds of a token of all sequences: see benchmarks/decode.py."""
+  import jax.numpy as jnp
+
+  from nsa import flops, methods, model as model_lib
+  if device_kind not in timing.CEILINGS:
+    return None
+  m, width = config.model, jnp.dtype(config.model.dtype).itemsize
+  read = float(flops.parameters(config)["total"])
+  for method, count in model_lib.layout(config):
+    visible = sum((methods.Dense() if mode == "dense" else method).reads(m, context).values())
+    read += batch * count * visible * 2 * m.num_kv_heads * m.head_dim
+  return width * read / timing.CEILINGS[device_kind][1] * 1e3
+
+
+def measure_decoding(config, params, mode: str, batch: int, context: int, steps: int, repeats: int) -> dict:
+  """The columns of a row of benchmarks.decode."""
   import jax
-  import numpy as np
+  import jax.numpy as jnp
 
-  from nsa import flops, metrics, schedule, sharding, step as step_lib
-  mesh = sharding.make_mesh(config)
-  what = schedule.at(config, config.schedule.steps // 2)
-  seeds, batch = step_lib.seeds_of(config), step_lib.Batches(config, mesh).at(0)
-  function, arguments, options = step_lib.program(config, what, mesh)
+  from nsa import decoding, model as model_lib
+  dtype = jnp.dtype(config.model.dtype)
+  params = model_lib.init_params(config, 0) if params is None else params
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+  prompt = jax.random.randint(jax.random.key(1), (1, context - steps), 0, config.model.vocab_size)
+
+  @jax.jit
+  def prefill(params):
+    cache = model_lib.init_cache(config, params, 1, context)
+    out = model_lib.forward(config, params, prompt, mode=mode, losses=False, cache=cache)
+    return jax.tree.map(lambda x: jnp.repeat(x, batch, axis=1), out.cache)
+
+  @jax.jit
+  def decode(params, cache, first):
+    return decoding.steps(config, params, cache, first, context - steps, steps, mode=mode)
+
+  cache, first = prefill(params), jnp.zeros(batch, jnp.int32)
   began = time.perf_counter()
-  lowered = jax.jit(function, **options).lower(*arguments)
-  program = lowered.compile()
-  compile_seconds = time.perf_counter() - began
-  rate = np.float32(what.learning_rate)
-  state = step_lib.compile_init(config, mesh)(seeds)
-
-  def run(program, state, times):
-    for _ in range(times):
-      state, values = program(state, batch, rate, seeds)
-    return state, jax.block_until_ready(values)
-
-  state, values = run(program, state, 3)
-  groups = []
+  jax.block_until_ready(decode(params, cache, first))
+  compile_seconds, times = time.perf_counter() - began, []
   for _ in range(repeats):
     began = time.perf_counter()
-    state, values = run(program, state, steps)
-    groups.append((time.perf_counter() - began) / steps * 1e3)
-  ms, device = statistics.median(groups), jax.devices()[0]
-  useful = flops.per_step(config, what) * len(config.seeds)
-  peak, floor = metrics.peak_tflops(device.device_kind), floor_ms(config, what, device.device_kind)
-  memory = program.memory_analysis()
-  row = dict(ms=ms, ms_of_groups=groups, tokens_per_second=what.batch * what.context * len(config.seeds) / ms * 1e3,
-             useful_tflop=useful / 1e12, mfu=peak and metrics.mfu(useful / ms * 1e3, peak, jax.device_count()),
-             floor_ms=floor, of_floor=floor and floor / ms, compile_seconds=compile_seconds,
-             temporary_bytes=memory and memory.temp_size_in_bytes, loss=float(np.mean(values["loss"])), mode=what.mode,
-             device=device.device_kind, jax=jax.__version__)
-  if profile:
-    # Kernels in a command buffer have no times of their own.
-    apart = program
-    if device.platform == "gpu":
-      apart = lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
-    state, _ = run(apart, state, 2)
-    with tempfile.TemporaryDirectory() as directory:
-      with jax.profiler.trace(directory):
-        run(apart, state, 3)
-      row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
-  return row
+    jax.block_until_ready(decode(params, cache, first))
+    times.append((time.perf_counter() - began) / steps * 1e3)
+  ms, device = statistics.median(times), jax.devices()[0]
+  floor = decoding_floor_ms(config, mode, batch, context, device.device_kind)
+  return dict(ms=ms, ms_of_repeats=times, tokens_per_second=batch / ms * 1e3, floor_ms=floor,
+              of_floor=floor and floor / ms, compile_seconds=compile_seconds, device=device.device_kind,
+              jax=jax.__version__, cache_bytes=sum(x.nbytes for x in jax.tree.leaves(cache)))

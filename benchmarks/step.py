@@ -19,6 +19,7 @@ a large copy; "of floor" is floor / ms. vs dense: the dense step's time of the s
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 
 from absl import flags
@@ -35,6 +36,7 @@ _STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Groups; the median counts.", lower_bound=1)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the attention operations; empty: the best one.")
 _PROFILE = flags.DEFINE_boolean("profile", False, "Adds the device time by kind of kernel.")
+_THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 cli.define_common()
 
@@ -61,12 +63,22 @@ def main():
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seeds in a program: {_SEEDS.value}")
   print(f"{'model':<8} {'method':<11} {'batch':<9} {'ms':>9} {'ktok/s':>9} {'MFU':>6} {'of floor':>8} {'vs dense':>8} "
         f"{'compile':>8}")
-  rows, dense = [], collections.defaultdict(lambda: None)
-  for model, (sequences, tokens), method, config in plan:
+  rows, dense, traced = [], collections.defaultdict(lambda: None), []
+  compilers = concurrent.futures.ThreadPoolExecutor(_THREADS.value)
+  for *_, config in plan:  # all compile while others are traced; none is timed meanwhile
+    try:
+      one = models.Row(config, _PROFILE.value)
+      traced.append((one, compilers.submit(one.compile)))
+    except Exception as error:  # a shape that an implementation refuses
+      traced.append(error)
+  concurrent.futures.wait([pair[1] for pair in traced if isinstance(pair, tuple)])
+  for (model, (sequences, tokens), method, _), made in zip(plan, traced):
     row = dict(model=model, method=method, batch=f"{sequences}x{tokens}", seeds=_SEEDS.value)
     try:
-      row.update(models.measure(config, steps=_STEPS.value, repeats=_REPEATS.value, profile=_PROFILE.value))
-    except Exception as error:  # memory, a shape that an implementation refuses; other rows go on
+      if isinstance(made, Exception):
+        raise made
+      row.update(made[0].measure(made[1].result(), steps=_STEPS.value, repeats=_REPEATS.value))
+    except Exception as error:  # memory, a compiler that gives up; other rows go on
       row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
       print(f"{model:<8} {method:<11} {row['batch']:<9} {row['error']}", flush=True)
     else:

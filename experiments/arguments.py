@@ -21,5 +21,6 @@ def parse(text: str | None, **defaults) -> types.SimpleNamespace:
     try:
       values[key] = _TRUTH[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-      raise ValueError(f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
+      raise ValueError(
+          f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
   return types.SimpleNamespace(**values)

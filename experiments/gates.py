@@ -3,25 +3,29 @@
 Before any study that counts: an endpoint is admitted where dense attention is good at it, random blocks and a window
 with a sink are not, and the best blocks are (the oracle's).
 
-    python -m launch.study --config=experiments/gates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz --workdir=runs/gates
-    python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_half --workdir=runs/gates
+    python -m launch.study --config=experiments/gates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz \\
+        --workdir=runs/gates
+    python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_half \\
+        --workdir=runs/gates
     python -m experiments.gates runs/gates          # the table, and exact match over the steps
 
 One dense model of about 10M non-embedding parameters on 4,096 bytes, novels and code half each, and in every batch of 8
-rows exactly one of tasks, a stated share of the loss: recall with bindings and queries scattered over the whole row, in some
-rows packed with shorter examples, without which it is learnt late. It is evaluated as trained and, without training, with the
-blocks of quest, block_topk, sink_window, random and oracle: `blocks` of 32 a query, and half of them. Text by corpus,
-recall by answer; `far` answers have their evidence behind the first 128 tokens and farther back than `blocks` of 32 reach.
+rows exactly one of tasks, a stated share of the loss: recall with bindings and queries scattered over the whole row, in
+some rows packed with shorter examples, without which it is learnt late. It is evaluated as trained and, without
+training, with the blocks of quest, block_topk, sink_window, random and oracle: `blocks` of 32 a query, and half of
+them. Text by corpus, recall by answer; `far` answers have their evidence behind the first 128 tokens and farther back
+than `blocks` of 32 reach.
 
-arms (joined by +): dense, native (MSA, `blocks` of them), native_half (half as many), native_cold (no warm-up of the selector),
-native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm up, not 2), native_noconv and dense_noconv
-(no short convolution on q, k and v), retrofit (the last 25 % of the steps, from the dense trunk).
+arms (joined by +): dense, native (MSA, `blocks` of them), native_half (half as many), native_cold (no warm-up of the
+selector), native_rate2 (twice the selector's rate), native_warm10 (10 % of the steps warm up, not 2), native_noconv and
+dense_noconv (no short convolution on q, k and v), retrofit (the last 25 % of the steps, from the dense trunk).
 
-Arguments: novels= and code= (archives or folders; none: the standard library's source), arms=dense, steps=3000, rate=1.5e-3,
-batch=8, words=false (true: recall in words, variable tracking of 1 and 2 hops and the most common word are trained on, too;
-evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320 (of 4,096 bytes, each
-corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the way), context=4096, layers=6, width=384,
-lengths=64+256+1024+4096 (of the packed examples), blocks=0 (visible to a query; 0: 1/8 of the context, 16).
+Arguments: novels= and code= (archives or folders; none: the standard library's source), arms=dense, steps=3000,
+rate=1.5e-3, batch=8, words=false (true: recall in words, variable tracking of 1 and 2 hops and the most common word are
+trained on, too; evaluated with a held-out template and the held-out ledger beside them), task_loss=0.15, windows=320
+(of 4,096 bytes, each corpus; -1 = all of val), examples=256 (per task), looks=10 (evaluations on the way),
+context=4096, layers=6, width=384, lengths=64+256+1024+4096 (of the packed examples), blocks=0 (visible to a query; 0:
+1/8 of the context, 16).
 """
 import sys
 
@@ -39,8 +43,8 @@ RETROFIT = 0.25
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False,
-                      task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384, lengths="64+256+1024+4096",
-                      blocks=0)
+                      task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384,
+                      lengths="64+256+1024+4096", blocks=0)
   make = Arms(a)
   known = {"dense": make.dense, "dense_noconv": lambda name: make.dense(name, short_conv=0), "native": make.native,
            "native_half": lambda name: make.native(name, blocks=make.count // 2),
@@ -73,9 +77,10 @@ class Arms:
     return Config(
         arm=name, size="10M", attention=attention, schedule=stages,
         model=ModelConfig(num_layers=a.layers, d_model=a.width, num_heads=8, num_kv_heads=2, head_dim=64,
-                          mlp_dim=64 * round(a.width / 24), short_conv=short_conv, tie_embeddings=False, dtype="bfloat16"),
-        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1, task_loss=a.task_loss,
-                        tasks=TASKS + WORDS * a.words, filler_weight=0.0,
+                          mlp_dim=64 * round(a.width / 24), short_conv=short_conv, tie_embeddings=False,
+                          dtype="bfloat16"),
+        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1,
+                        task_loss=a.task_loss, tasks=TASKS + WORDS * a.words, filler_weight=0.0,
                         task_lengths=tuple(n for n in map(int, a.lengths.split("+")) if n <= a.context)),
         optimizer=OptimizerConfig(selector_learning_rate=5.0 * rate),
         eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes,
@@ -84,13 +89,15 @@ class Arms:
                         near=(a.context // 32, self.count * self.block), ar_hits=True,
                         context_gain=tuple(n for n in (256, 1024) if n < 3 * a.context // 4 and a.context >= 1024),
                         diagnostics=not dense, diagnosed=32,
-                        every=max(1, round(a.steps * share / a.looks)), during=during, during_examples=min(64, a.examples)),
+                        every=max(1, round(a.steps * share / a.looks)), during=during,
+                        during_examples=min(64, a.examples)),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10)
 
   def dense(self, name, short_conv=3):
     half = self.count // 2
     modes = ("dense", *SELECTORS, *(f"{selector}:num_blocks={half}" for selector in SELECTORS))
-    return self.arm(name, methods.Dense(), schedule.dense(self.a.steps, **self.plan), modes, ("dense",), short_conv=short_conv)
+    return self.arm(name, methods.Dense(), schedule.dense(self.a.steps, **self.plan), modes, ("dense",),
+                    short_conv=short_conv)
 
   def msa(self, blocks=0):
     return methods.MSA(index_dim=64, block_size=self.block, num_blocks=blocks or self.count)
@@ -98,7 +105,8 @@ class Arms:
   def native(self, name, blocks=0, warm=0.02, rate=1.0, short_conv=3):
     warm = max(1, round(warm * self.a.steps)) / self.a.steps if warm else 0  # of the steps, at least one
     return self.arm(name, self.msa(blocks), schedule.native(self.a.steps, selector_warmup=warm, **self.plan),
-                    ("sparse", "dense", "oracle", "quest", "sink_window", "random"), ("sparse", "dense", "oracle"), rate, short_conv)
+                    ("sparse", "dense", "oracle", "quest", "sink_window", "random"), ("sparse", "dense", "oracle"),
+                    rate, short_conv)
 
   def retrofit(self, name):
     steps = self.a.steps
@@ -121,7 +129,8 @@ def table(workdir) -> str:
 
   lines = []
   for run in sorted((epath.Path(workdir) / "runs").iterdir()):
-    steps = sorted(int(f.stem) for f in (run / "eval").glob("*.json") if f.stem.isdigit()) if (run / "eval").exists() else []
+    steps = (sorted(int(f.stem) for f in (run / "eval").glob("*.json") if f.stem.isdigit()) if (run / "eval").exists()
+             else [])
     for step in steps:
       records = metrics.read_json(run / "eval" / f"{step}.json")["records"]
       for mode in dict.fromkeys(r["run_mode"] for r in records):
@@ -138,8 +147,9 @@ def table(workdir) -> str:
                     if r["kind"] == "context_gain" and r.get("corpus", "") == corpus]
         for task in dict.fromkeys(r["task"] for r in rows if r["kind"] == "task"):
           of = [r for r in rows if r["kind"] == "task" and r["task"] == task]
-          cells.append(f"{task} {100 * mean(of, 'exact_match'):.1f} far {100 * mean(of, 'far_exact_match', 'far_answers'):.1f} "
-                       f"nll {mean(of, 'far_answer_nll', 'far_answers'):.3f}")
+          cells.append(f"{task} {100 * mean(of, 'exact_match'):.1f} far "
+                       f"{100 * mean(of, 'far_exact_match', 'far_answers'):.1f} nll "
+                       f"{mean(of, 'far_answer_nll', 'far_answers'):.3f}")
         lines.append(f"{run.name:24s} {step:6d} {mode:26s} " + " | ".join(cells))
   return "\n".join(lines)
 

@@ -1,10 +1,10 @@
 """Why does native sparse attention lead dense attention at the beginning: selection, or seeing little?
 
-    python -m launch.train --config=experiments/locality.py:arm=window,corpus=/path/to/longdoc-v1.tar.xz --workdir=runs/window
+    python -m launch.train --config=experiments/locality.py:arm=window,corpus=longdoc-v1.tar.xz --workdir=runs/window
     python -m launch.train --config=experiments/locality.py:arm=msa,corpus=/path/to/longdoc-v1.tar.xz --workdir=runs/msa
 
-A small model (0.5M parameters, 3 layers, 512 bytes of context) on a CPU, float32, reference operations. MSA takes 8 blocks
-of 8 bytes; the window has as many bytes and nothing to select.
+A small model (0.5M parameters, 3 layers, 512 bytes of context) on a CPU, float32, reference operations. MSA takes 8
+blocks of 8 bytes; the window has as many bytes and nothing to select.
 
 Result (one seed, two of dense; bits per byte of the second half of 64 held-out windows, each arm as it was trained):
 
@@ -41,6 +41,7 @@ def get_config(arg=None):
                         tie_embeddings=False),
       data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=512, global_batch=8),
       optimizer=OptimizerConfig(selector_learning_rate=5.0),
-      eval=EvalConfig(sequences=64, batch=8, run_modes=run_modes, during=run_modes[:1] if a.arm == "dense" else ("sparse",),
+      eval=EvalConfig(sequences=64, batch=8, run_modes=run_modes,
+                      during=run_modes[:1] if a.arm == "dense" else ("sparse",),
                       blocks={} if a.arm == "msa" else BLOCKS, every=a.steps // 4, diagnostics=False),
       checkpoint=CheckpointConfig(every=0, keep=1))

@@ -1,7 +1,7 @@
 """Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, and what is missing?
 
     python -m launch.study --config=experiments/main_study.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz,tier=all --plan
-    python -m launch.study --config=experiments/main_study.py:novels=...,code=...,tier=1 --workdir=runs/main --only='*-s0'
+    python -m launch.study --config=experiments/main_study.py:novels=...,code=...,tier=1 --workdir=runs/main --only='*-M-s1'
 
 The first writes results/main/PLAN.md and plan.json, to be committed before the first run that counts; the study puts the plan
 into its study.json, and the report lists what deviates. Decisions and their reasons: the design of the pilots' errata
@@ -49,12 +49,31 @@ SIZES = {  # shape, bytes of training, seeds of dense and native, seeds of the r
 SELECTOR_ONLY = (0.05, 0.25)
 BRANCHES = (0.25, 0.5)      # of the bytes: shorter runs of dense and native with a decay of their own
 CURRICULUM, OTHERS = 4, 3   # seeds of tier 2
+LOOKED, LOOKED_SEEDS = ("dense", "native", "within_25", "native_window"), (1, 2, 3, 4)  # whose hidden states are measured, at M
 TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
 GATES = ("oracle", "random", "sink_window")  # of every dense model, on all of val; the others, and other numbers of blocks,
 FREE = ("block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
 MORE_SEEDS = (1, 2, 3)                       # of these seeds alone: each costs as much as 500 steps of training
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
 # SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits of 13 and 25 %.
+NOTES = (
+    "Words come from val, by which nothing but rates, number of blocks and tasks were chosen, on seed 0. Each run evaluates test "
+    "once, at its end and sealed; it is opened when all runs of a tier are there, its comparisons stand beside, and a word that "
+    "test does not repeat is not used in the answer.",
+    "One peak rate per size: forks share their trunk's. Dense was tuned at full length at both sizes (M 1, 2, 4e-3; S 1.5, 3e-3 and "
+    "6e-3 cut in its decay), native at S (1.5, 3e-3) and at M over the first 37 %; native's other rates at M ride along, exploratory.",
+    "Selector warm-ups differ by design: native's 2 % lie inside the warm-up of the rate, within's 60 steps are at 5 times the peak, "
+    "after's 60 (half of the budget where that is less) are held at 5 times half the peak; selector-only arms follow the second plan.",
+    "Epochs of text: M sees 1.05 of novels and 1.09 of code, after_25 1.31 and 1.36, dense_double and L 2.1 and 2.2; a retrofit's "
+    "control sees the same. 1 % of the text is passages planted 0 to 64 times, the same in all arms of a seed.",
+    "Far: the evidence lies behind the first block and farther back than 24 blocks. With several layers of a window it is beyond one "
+    "window, not out of reach; NSA's compressed branch sees all of it.",
+    "Controls that no gate and no primary endpoint asks for (other training-free selectors, other numbers of blocks) are run on seeds "
+    "1 to 3 alone.",
+    "native_to_dense has no selector warm-up: compare it with native_cold. In context_512 a planted passage goes on over four rows.",
+    "Runs come in slices on machines of one H200 each or several side by side, two or three runs sharing a GPU: speeds are not compared "
+    "by them. Steps are deterministic; a trunk whose checkpoints are gone is trained again and has to log the same bits.",
+)
 EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03, "recall Delta": 0.03}
 
 
@@ -82,7 +101,7 @@ def get_config(arg=None):
       controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER},
       branches={arm: tuple(f"{arm}_{100 * b:g}" for b in BRANCHES) for arm in ("dense", "native")},
       primary=PRIMARY if two else ("second_half_bits_per_byte", "far_exact_match"),
-      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), plan=a.plan or "experiments/results/main",
+      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), plan=a.plan or "experiments/results/main", notes=NOTES,
       tiers=tiers, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
 
 
@@ -126,14 +145,22 @@ class Arms:
         arm=name, size=self.size, attention=attention, schedule=stages,
         model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
         data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
+                        planted=0.01 if self.corpora else 0.0,  # the standard library has too few passages
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
         eval=EvalConfig(sealed="test", sequences=-1, task_examples=256, batch=16, run_modes=modes, more_modes=more,
                         more_seeds=MORE_SEEDS, tasks=TASKS[1:], blocks=self.geometry if dense else {},
                         near=(BLOCK, self.a.blocks * BLOCK), ar_hits=True, context_gain=(256, 1024), diagnosed=32,
                         every=round(own / 8) if own >= self.steps / 8 else 0,  # a short one is seen at its end alone
-                        during=("dense",) if dense else ("sparse", "dense"), during_examples=64, during_sequences=128),
+                        during=("dense",) if dense else ("sparse", "dense"), during_examples=64, during_sequences=128,
+                        hidden_states=self.snapshots(name, stages.steps, own), hidden_seeds=LOOKED_SEEDS),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=20)
+
+  def snapshots(self, name, steps, own):
+    """When hidden states are measured: at the initial weights, and 8 times at log-spaced ones of an arm's own steps."""
+    if self.size != "M" or name not in LOOKED:
+      return ()
+    return (0,) * (own == steps) + tuple(steps - own + max(1, round(own / 2 ** k)) for k in range(7, -1, -1))
 
   def dense(self):
     return self.arm("dense", methods.Dense(), schedule.dense(self.steps, **self.plan))

@@ -1,13 +1,13 @@
 """Is a neural memory worth more when it is trained in from the start than when it is put onto a dense model?
 
     python -m launch.study --config=experiments/memory.py --workdir=runs/memory
-    python -m launch.study --config=experiments/memory.py:hybrid=true --workdir=runs/hybrid      # layers of several methods
+    python -m launch.study --config=experiments/memory.py:hybrid=true --workdir=runs/hybrid  # layers of several methods
 
 | arm | attention | memory joins |
 |---|---|---|
 | dense | dense | never; the trunk |
 | native_mag | dense | at step 0 |
-| retrofit_mag_frozen, retrofit_mag_free | dense | after 1 - budget of the trunk's steps; only the memory learns, or all |
+| retrofit_mag_frozen, retrofit_mag_free | dense | after 1 - budget of its steps; only the memory learns, or all |
 | native_mag_window | a sliding window of 1/8 of the context | at step 0 |
 | window | the longest window that costs no more than native_mag_window | never |
 | lmm, mac, mal | none; in segments; a window over the memory's output | at step 0 |
@@ -20,11 +20,12 @@ counted, are equal to within one token of window (`flops.equal_window`).
 hybrid=true compares four-layer models instead: dense, then window, MSA, window; the same with a memory for MSA; dense
 first and MSA in the other three; all dense.
 
-Result at the default size (2 layers of width 32, 61,440 bytes of training, CPU, one seed; bits per byte of the second half
-of 8 held-out windows, training FLOPs): dense 3.387 at 2.44e10, native_mag 3.386 at 3.06e10, retrofit_mag_free 3.387 at
-2.59e10, retrofit_mag_frozen 3.530 at 2.49e10 (its backbone stops at the trunk's step 45, before the learning rate decays),
-native_mag_window 3.366 at 2.133e10, window 3.386 at 2.132e10, mac 3.339 at 2.40e10, mal 3.366 at 2.22e10, lmm 3.376 at
-1.69e10. One seed of 60 steps: it runs, and no difference means anything yet. The hybrids have not been run to the end.
+Result at the default size (2 layers of width 32, 61,440 bytes of training, CPU, one seed; bits per byte of the second
+half of 8 held-out windows, training FLOPs): dense 3.387 at 2.44e10, native_mag 3.386 at 3.06e10, retrofit_mag_free
+3.387 at 2.59e10, retrofit_mag_frozen 3.530 at 2.49e10 (its backbone stops at the trunk's step 45, before the learning
+rate decays), native_mag_window 3.366 at 2.133e10, window 3.386 at 2.132e10, mac 3.339 at 2.40e10, mal 3.366 at 2.22e10,
+lmm 3.376 at 1.69e10. One seed of 60 steps: it runs, and no difference means anything yet. The hybrids have not been run
+to the end.
 
 Arguments: steps=60, seeds=1, context=512, budget=0.25, hybrid=false.
 """
@@ -42,7 +43,8 @@ def get_config(arg=None):
   def arm(name, attention, plan, fork=None, **options):
     return Config(
         arm=name, size="tiny", attention=attention, schedule=plan,
-        model=ModelConfig(num_layers=4 if a.hybrid else 2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=88, short_conv=3),
+        model=ModelConfig(num_layers=4 if a.hybrid else 2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8,
+                          mlp_dim=88, short_conv=3),
         data=DataConfig(source="stdlib", context=a.context, global_batch=2, align=64),
         eval=EvalConfig(sequences=8, batch=4, run_modes=("dense",) if name == "dense" else ("sparse", "dense")),
         checkpoint=CheckpointConfig(every=0, keep=1), fork=fork or ForkConfig(), log_every=10, **options)
@@ -56,9 +58,10 @@ def get_config(arg=None):
     arms = [dense,
             arm("dense_first_msa", far, plan(), layers=("dense",) + ("attention",) * 3),
             arm("window_msa", far, plan(), layers=("dense", "window", "attention", "window"), others={"window": near}),
-            arm("window_mag", mag, native(), layers=("dense", "window", "attention", "window"), others={"window": near})]
-    return Study(name="hybrid", question="What do layers of several methods cost and reach?", arms=arms, seeds=tuple(range(a.seeds)),
-                 reference="dense_first_msa", dense="dense")
+            arm("window_mag", mag, native(), layers=("dense", "window", "attention", "window"),
+                others={"window": near})]
+    return Study(name="hybrid", question="What do layers of several methods cost and reach?", arms=arms,
+                 seeds=tuple(range(a.seeds)), reference="dense_first_msa", dense="dense")
 
   fork = lambda: ForkConfig("@dense", step=round(a.steps * (1 - a.budget)))
   beside = arm("native_mag_window", methods.MAG(window=near.window), native())
@@ -73,5 +76,6 @@ def get_config(arg=None):
       arm("mac", methods.MAC(), native()),
       arm("mal", methods.MAL(window=near.window), native()),
   ]
-  return Study(name="memory", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)), reference="native_mag",
-               dense="dense", budgets={"retrofit_mag_frozen": a.budget, "retrofit_mag_free": a.budget})
+  return Study(name="memory", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)),
+               reference="native_mag", dense="dense",
+               budgets={"retrofit_mag_frozen": a.budget, "retrofit_mag_free": a.budget})

@@ -72,7 +72,8 @@ def get_config(arg=None):
       "infllm_v2": (methods.InfLLMV2(pool_len=4, pool_stride=2, **BLOCKS), cold),
       "ssa": (methods.SSA(**BLOCKS), mixed),
       "block_topk": (methods.BlockTopK(**BLOCKS), cold),
-      "msa_retrofit": (methods.MSA(index_dim=16, **BLOCKS), schedule.retrofit(a.steps, 0.2, selector_warmup=0.25, **rate)),
+      "msa_retrofit": (methods.MSA(index_dim=16, **BLOCKS),
+                       schedule.retrofit(a.steps, 0.2, selector_warmup=0.25, **rate)),
       # Not native: the gate is distilled on a dense model, which is frozen for the last fifth of the steps.
       "seer": (methods.Seer(gate_dim=16, **BLOCKS), schedule.selector_only(a.steps, 0.2, **rate)),
   }
@@ -82,8 +83,8 @@ def get_config(arg=None):
   return Config(
       arm=a.arm, size="methods", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),
-      data=DataConfig(source="tasks", context=128, global_batch=32, task_share=1.0, tasks=("mqar:pairs=8,layout=paper",),
-                      answer_weight=1.0, filler_weight=0.0),
+      data=DataConfig(source="tasks", context=128, global_batch=32, task_share=1.0,
+                      tasks=("mqar:pairs=8,layout=paper",), answer_weight=1.0, filler_weight=0.0),
       optimizer=OptimizerConfig(weight_decay=0.01, selector_learning_rate=a.selector_rate),
       eval=EvalConfig(sequences=0, task_examples=256, batch=32, run_modes=("dense", "sparse"), every=a.steps // 5),
       checkpoint=CheckpointConfig(every=0, keep=1), log_every=10)

@@ -8,7 +8,8 @@ About 10M non-embedding parameters, 4,096 bytes of context, blocks of 32, 16 of 
 the context). Meant for one accelerator; `--dry_run` shows parameters, FLOPs and memory before you rent it.
 For another corpus: `--config.data.source=files:/path/to/longdoc-v1.tar.xz`.
 
-Arguments: method=msa (dense, msa, nsa, dsa, seer, moba, infllm_v2 or ssa), steps=4000. Not yet run to the end: no result is claimed here.
+Arguments: method=msa (dense, msa, nsa, dsa, seer, moba, infllm_v2 or ssa), steps=4000. Not yet run to the end: no
+result is claimed here.
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -38,8 +39,10 @@ def get_config(arg=None):
       arm=f"native_{a.method}" if a.method != "dense" else "dense", size="10M", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
                         tie_embeddings=False, dtype="bfloat16"),
-      data=DataConfig(source="stdlib", context=4096, global_batch=16, task_share=0.12, tasks=("needle:keys=4", "phonebook:entries=20")),
-      optimizer=OptimizerConfig(selector_learning_rate=5.0),  # at the backbone's own rate a retrofit's selector lags (methods.py)
+      data=DataConfig(source="stdlib", context=4096, global_batch=16, task_share=0.12,
+                      tasks=("needle:keys=4", "phonebook:entries=20")),
+      # at the backbone's own rate a retrofit's selector lags (methods.py)
+      optimizer=OptimizerConfig(selector_learning_rate=5.0),
       eval=EvalConfig(every=a.steps // 4, run_modes=("dense", "sparse", "oracle", "random"),
                       blocks=BLOCKS if a.method == "dense" else {}),
       checkpoint=CheckpointConfig(every=500, keep=2))

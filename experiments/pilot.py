@@ -3,24 +3,24 @@
 The pilot of the main study at one size (about 10M non-embedding parameters), before any claim is made:
 
     python -m launch.study --config=experiments/pilot.py:corpus=/path/to/longdoc-v1.tar.xz --workdir=runs/pilot
-    python -m launch.study --config=experiments/pilot.py:corpus=... --workdir=runs/pilot --only='*-s0'      # beside others
+    python -m launch.study --config=experiments/pilot.py:corpus=... --workdir=runs/pilot --only='*-s0'  # beside others
     python -m launch.study --config=experiments/pilot.py:corpus=...,part=rates,steps=600 --workdir=runs/rates
 
 4,096 bytes of context in blocks of 32, of which a query takes 16: 1/8 of the context. Documents whole, 15 % of the
 sequences are recall tasks, most of them packed with short examples of few pairs: longer and larger ones dense attention
 did not learn in 80M bytes (results/pilot/NOTES.md).
-All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the dense trunk in the stable phase or
-in the decay, wherever their budget puts them, at the trunk's own learning rate. Selectors learn at five times that rate in
-both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
+All arms share weights, data order and a warm-up-stable-decay plan; retrofits leave the dense trunk in the stable phase
+or in the decay, wherever their budget puts them, at the trunk's own learning rate. Selectors learn at five times that
+rate in both regimes. The selector alone is distilled onto the finished trunk, with 13 % of the steps on top.
 `part=rates` is the grid of learning rates, the same three for each kind of arm.
 
-Results, both with an erratum at their top: results/pilot (two H100s for 9 minutes, 1,600 steps, no `power=1` among the tasks;
-native NSA was cut short, native_window not run) and results/pilot_98M (3,000 steps, H200s). These endpoints did not test
-selection: all evidence of the recall tasks lay in the first block, and text hardly needs what lies beyond a window. What it
-takes to do better is in main_study.py.
+Results, both with an erratum at their top: results/pilot (two H100s for 9 minutes, 1,600 steps, no `power=1` among the
+tasks; native NSA was cut short, native_window not run) and results/pilot_98M (3,000 steps, H200s). These endpoints did
+not test selection: all evidence of the recall tasks lay in the first block, and text hardly needs what lies beyond a
+window. What it takes to do better is in main_study.py.
 
-Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600), steps=3000,
-seeds=5 (fewer of the arms in FEW), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
+Arguments: corpus= (none: the standard library's source), part=main (or rates, which was run with steps=600),
+steps=3000, seeds=5 (fewer of the arms in FEW), rate=1.5e-3, batch=8, arms= (all; names joined by +, trunks come along).
 """
 from experiments import arguments
 from nsa import methods, schedule
@@ -75,8 +75,9 @@ def rates(a):
     make, tail = Arms(a, rate * 1e-3, short=True), "" if rate == RATES[1] else f"_{rate:g}e-3"
     arms += [make.dense(f"dense{tail}"), make.native_msa(f"native_msa{tail}"), make.native_nsa(f"native_nsa{tail}"),
              make.retrofit(f"retrofit_msa_13{tail}", 0.13, f"dense{tail}")]
-  return Study(name="pilot: learning rates", question="Which learning rate suits each kind of arm?", arms=arms, seeds=(0,),
-               vmap_seeds=False, reference="native_msa", dense="dense", budgets={"retrofit_msa_13": 0.13}, shortcuts=SHORTCUTS)
+  return Study(name="pilot: learning rates", question="Which learning rate suits each kind of arm?", arms=arms,
+               seeds=(0,), vmap_seeds=False, reference="native_msa", dense="dense", budgets={"retrofit_msa_13": 0.13},
+               shortcuts=SHORTCUTS)
 
 
 class Arms:
@@ -95,10 +96,11 @@ class Arms:
     during = ("dense", "block_topk") if dense else ("sparse",)
     return Config(
         arm=name, size="10M", attention=attention, schedule=stages,
-        model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
-                          tie_embeddings=False, dtype="bfloat16"),
+        model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024,
+                          short_conv=3, tie_embeddings=False, dtype="bfloat16"),
         data=DataConfig(source=f"files:{a.corpus}" if a.corpus else "stdlib", context=4096, global_batch=a.batch,
-                        task_share=0.15, tasks=tuple(f"mqar:layout=paper,{size}" for size in ("pairs=4", "pairs=16", "pairs=16,power=1")),
+                        task_share=0.15, tasks=tuple(f"mqar:layout=paper,{size}"
+                                                     for size in ("pairs=4", "pairs=16", "pairs=16,power=1")),
                         task_lengths=(64, 256, 1024, 4096), answer_weight=20.0, filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
         eval=EvalConfig(sequences=48, task_examples=32, batch=8, run_modes=during[:1] if self.short else run_modes,
@@ -110,7 +112,8 @@ class Arms:
     return self.arm(name, methods.Dense(), schedule.dense(self.a.steps, **self.plan), CONTROLS)
 
   def native_msa(self, name, warm=True):
-    return self.arm(name, self.msa, schedule.native(self.a.steps, selector_warmup=self.warmup if warm else 0, **self.plan))
+    return self.arm(name, self.msa,
+                    schedule.native(self.a.steps, selector_warmup=self.warmup if warm else 0, **self.plan))
 
   def native_nsa(self, name):
     return self.arm(name, self.nsa, schedule.native(self.a.steps, selector_warmup=0, **self.plan))
@@ -127,7 +130,8 @@ class Arms:
     steps = self.a.steps
     # At least one step of warm-up, even for the smallest budget of a short run.
     stages = schedule.retrofit(steps, budget, selector_warmup=max(0.1, 1 / (steps * budget)), **self.plan)
-    return self.arm(name, self.msa, stages, fork=ForkConfig(f"@{trunk}", step=round(steps * (1 - budget))), share=budget)
+    return self.arm(name, self.msa, stages, fork=ForkConfig(f"@{trunk}", step=round(steps * (1 - budget))),
+                    share=budget)
 
   def selector_only(self, name, trunk):
     steps, total = self.a.steps, round((1 + ON_TOP) * self.a.steps)

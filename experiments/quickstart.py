@@ -2,7 +2,7 @@
 
 The smallest study that shows something:
 
-    bash launch/quickstart.sh                       # or: python -m launch.study --config=experiments/quickstart.py --workdir=...
+    bash launch/quickstart.sh  # or: python -m launch.study --config=experiments/quickstart.py --workdir=runs/quickstart
 
 Associative recall with bindings and queries scattered over 64 tokens (4 pairs; Zoology, arXiv 2312.04927, with another
 layout), a two-layer model, blocks of 4 of which a query sees 4 of up to 16: the first, its own and two of its choice.
@@ -32,7 +32,8 @@ def get_config(arg=None):
     dense = isinstance(attention, methods.Dense)
     return Config(
         arm=name, size="0.1M", attention=attention, schedule=stages,
-        model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),
+        model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176,
+                          short_conv=3),
         data=DataConfig(source="tasks", context=64, global_batch=32, task_share=1.0, tasks=("mqar:pairs=4",),
                         answer_weight=1.0, filler_weight=0.0, align=4),
         optimizer=OptimizerConfig(weight_decay=0.01, selector_learning_rate=5.0),
@@ -43,10 +44,12 @@ def get_config(arg=None):
 
   msa = methods.MSA(index_dim=16, **BLOCKS)
   arms = [arm("dense", methods.Dense(), schedule.dense(a.steps, **plan), CONTROLS),
-          arm("native_msa", msa, schedule.native(a.steps, selector_warmup=warmup / a.steps, **plan), ("sparse", "dense", "oracle"))]
+          arm("native_msa", msa, schedule.native(a.steps, selector_warmup=warmup / a.steps, **plan),
+              ("sparse", "dense", "oracle"))]
   budgets = {f"retrofit_msa_{100 * budget:g}": budget for budget in BUDGETS}
   for name, budget in budgets.items():
     stages = schedule.retrofit_within(a.steps, budget, warmup_steps=warmup, **plan)
-    arms.append(arm(name, msa, stages, ("sparse", "dense", "oracle"), ForkConfig("@dense", step=round(a.steps * (1 - budget))), budget))
+    arms.append(arm(name, msa, stages, ("sparse", "dense", "oracle"),
+                    ForkConfig("@dense", step=round(a.steps * (1 - budget))), budget))
   return Study(name="quickstart", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(a.seeds)),
                reference="native_msa", dense="dense", budgets=budgets)

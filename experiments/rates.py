@@ -1,6 +1,7 @@
 """Which peak learning rate for dense and for native, at each size?
 
-    python -m launch.study --config=experiments/rates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz --workdir=runs/rates
+    python -m launch.study --config=experiments/rates.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz \\
+        --workdir=runs/rates
 
 Chosen on val, before the main study and at its full length. Dense and native arms of `experiments/main_study.py` as
 they stand there, one seed, at `rate`, at half and at twice that.

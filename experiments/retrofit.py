@@ -2,7 +2,8 @@
 
 From a trunk that was trained with `experiments/native.py:method=dense` and kept the fork point:
 
-    python -m launch.train --config=experiments/native.py:method=dense --workdir=runs/dense --config.checkpoint.keep_at='(3480,)'
+    python -m launch.train --config=experiments/native.py:method=dense --workdir=runs/dense \\
+        --config.checkpoint.keep_at='(3480,)'
     python -m launch.train --config=experiments/retrofit.py:trunk=runs/dense,budget=0.13 --workdir=runs/retrofit-13
 
 Without `trunk=` the run is staged: it trains its own dense part first, and ends with the same bits. The

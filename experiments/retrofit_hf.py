@@ -7,9 +7,9 @@
     python -m launch.evaluate --workdir=runs/qwen3-msa --run_modes="dense sparse oracle quest snapkv"
     python -m launch.export_hf --workdir=runs/qwen3-msa --out=/models/Qwen3-0.6B-msa
 
-MSA onto a checkpoint from this disk (docs/huggingface.md): a tenth of the steps the output stays dense and the index branch
-learns, then all parameters learn with sparse attention, at a learning rate for models that are trained already. The
-first `dense_layers` layers stay dense (the released M3 model has three). The text is tokenized by the model's own
+MSA onto a checkpoint from this disk (docs/huggingface.md): a tenth of the steps the output stays dense and the index
+branch learns, then all parameters learn with sparse attention, at a learning rate for models that are trained already.
+The first `dense_layers` layers stay dense (the released M3 model has three). The text is tokenized by the model's own
 tokenizer; figures are bits per byte of text, so that models with different tokenizers can be compared.
 
 Without `trunk=` the model has the shape of Qwen3-0.6B and bytes for tokens: `--dry_run` shows its cost before anything

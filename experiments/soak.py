@@ -32,7 +32,8 @@ def get_config(arg=None):
     return Config(
         arm=name, size="tiny", attention=attention, schedule=plan,
         model=ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64, short_conv=2),
-        data=DataConfig(source="stdlib", context=128, global_batch=4, align=8, task_share=0.25, tasks=("mqar:pairs=4",)),
+        data=DataConfig(source="stdlib", context=128, global_batch=4, align=8, task_share=0.25,
+                        tasks=("mqar:pairs=4",)),
         eval=EvalConfig(every=a.steps // 3, sequences=4, batch=4, task_examples=4, diagnostics=False,
                         run_modes=("dense",) if name == "dense" else ("sparse",)),
         fork=ForkConfig("@dense", step=a.steps // 2) if fork else ForkConfig(),

@@ -5,9 +5,9 @@
     python -m launch.report experiments/results/pilot --out=DIR        # the same report, from what was published
     python -m launch.report runs/pilot experiments/results/pilot --out=experiments/results/pilot --publish
 
-The last takes the runs that runs/pilot has not finished from what was published before. With --open the report has what the
-sealed evaluations (eval.sealed) say, too: once, when all runs are there; a published report that was opened stays so.
-What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
+The last takes the runs that runs/pilot has not finished from what was published before. With --open the report has what
+the sealed evaluations (eval.sealed) say, too: once, when all runs are there; a published report that was opened stays
+so. What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
 """
 from pathlib import Path
 

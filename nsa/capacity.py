@@ -19,7 +19,8 @@ def available() -> int:
 
 
 def check_state(config, abstract) -> None:
-  """Raises ConfigError if parameters and optimizer state alone, a tree of ShapeDtypeStructs with shardings, do not fit."""
+  """Raises ConfigError if parameters and optimizer state alone, a tree of ShapeDtypeStructs with shardings, do not
+  fit."""
   size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   _need(config, size, "parameters and optimizer state")
 
@@ -62,4 +63,5 @@ def _problem(config, needs, what, evaluation):
   fields.append(f"mesh.fsdp = {2 * config.mesh.fsdp} on more devices")
   if config.mesh.context == 1:
     fields.append("mesh.context = 2 on more devices")
-  return what, needs, f"{jax.local_devices()[0].device_kind} has {available() / 1e9:.2f} GB: take {', or '.join(fields[:3])}"
+  return (what, needs, f"{jax.local_devices()[0].device_kind} has {available() / 1e9:.2f} GB: take "
+                       f"{', or '.join(fields[:3])}")

@@ -170,8 +170,8 @@ class Checkpoints:
     if self._pending is None:
       return
     (step, response), self._pending = self._pending, None
-    # Its processes write in threads of their own: one alone may wait for it, and deletes nothing. If another one is dead,
-    # it never ends.
+    # Its processes write in threads of their own: one alone may wait for it, and deletes nothing. If another one is
+    # dead, it never ends.
     try:
       response.result(timeout=None if jax.process_count() == 1 else _LAST_SECONDS)
     except Exception as failure:
@@ -209,7 +209,8 @@ class Checkpoints:
 
   # --- reading ------------------------------------------------------------------
 
-  def restore(self, abstract_state: Any, step: int | None = None, *, fall_back: bool = False, partial: bool = False) -> Any:
+  def restore(self, abstract_state: Any, step: int | None = None, *, fall_back: bool = False,
+              partial: bool = False) -> Any:
     """Restores a checkpoint onto the shardings of `abstract_state`, whatever mesh saved it.
 
     Args:
@@ -316,7 +317,8 @@ class Checkpoints:
     if _anywhere(failure is not None):
       raise failure or CorruptCheckpointError(f"checkpoint {path} is damaged: a process cannot read it.")
     loaded = {name: loaded[name] if name in abstract else _empty(leaf) for name, leaf in wanted.items()}
-    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) if isinstance(leaf, jax.Array) else fingerprint.of_numpy(leaf)
+    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) if isinstance(leaf, jax.Array)
+            else fingerprint.of_numpy(leaf)
             for name, leaf in loaded.items()}
     changed = [name for name in loaded if sums[name].tolist() != manifest[name]["fingerprint"]]
     if changed:

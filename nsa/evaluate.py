@@ -1,7 +1,7 @@
 """Evaluation: held-out text and recall tasks, with the model run dense, sparse, and under controls.
 
-Every record carries its seed, arm, size, step and run mode (records.py has the schema). Text windows and task examples are
-the same for all arms and seeds, so that differences are paired.
+Every record carries its seed, arm, size, step and run mode (records.py has the schema). Text windows and task examples
+are the same for all arms and seeds, so that differences are paired.
 
 A run mode is "dense", "sparse" (the method's own selector) or a training-free selector in its
 place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally with another geometry:
@@ -9,10 +9,12 @@ place ("oracle", "random", "block_topk", "sink_window", "quest"), optionally wit
 own: give it in `eval.blocks` or with the run mode (quest has the paper's).
 
 Records of text are of one corpus each, which "corpus" names where the run has several (data.corpora). Those of tasks
-score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of what any
-arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last evaluation one by one.
-There, too, where the config asks for them: the loss of what a model can know from far back (eval.ar_hits), and of the last quarter
-of a window given less and less before it (eval.context_gain).
+score every answer: the means over an example's answers, over those of them that are far (their evidence lies outside of
+what any arm sees without selecting, eval.near; in several places: each of them does), by distance, and in the last
+evaluation one by one. There, too, where the config asks for them: the answers of some examples decoded greedily with
+the KV cache in dense and sparse mode (eval.decoded; on one device, of models without a memory); the loss of what a
+model can know from far back (eval.ar_hits), and of the last quarter of a window given less and less before it
+(eval.context_gain).
 
 Methods that choose once per prompt (methods/prompt/base.py: "vertical_slash", "flexprefill:alpha=0.8", "snapkv",
 ...) run on the model's dense attention, whatever it was trained with: its own selector or branches are left
@@ -43,6 +45,7 @@ import numpy as np
 from nsa import (
   checkpoint,
   config as config_lib,
+  decoding,
   held_out,
   methods,
   metrics,
@@ -82,8 +85,8 @@ def place_here(config, params):
   config.mesh.data = -1
   parts = config.mesh.fsdp * config.mesh.context * config.mesh.tensor
   if jax.device_count() % parts:
-    raise config_lib.ConfigError([("mesh", vars(config.mesh), f"the run's fsdp * context * tensor = {parts} must divide the "
-                                   f"{jax.device_count()} devices that are here")])
+    fix = f"the run's fsdp * context * tensor = {parts} must divide the {jax.device_count()} devices that are here"
+    raise config_lib.ConfigError([("mesh", vars(config.mesh), fix)])
   rows = jax.device_count() // parts * config.mesh.fsdp
   config.eval.batch = -(-config.eval.batch // rows) * rows
   mesh = sharding.make_mesh(config)
@@ -91,14 +94,16 @@ def place_here(config, params):
   return mesh, jax.tree.map(lambda leaf, x: sharding.place(leaf.sharding, x), abstract, params)
 
 
-def write(config, params, workdir, step: int, mesh=None, during: bool = False, own: bool = False) -> tuple[list[dict], epath.Path]:
+def write(config, params, workdir, step: int, mesh=None, during: bool = False,
+          own: bool = False) -> tuple[list[dict], epath.Path]:
   """Evaluates and writes workdir/eval/<step>.json; returns the new records and the file.
 
   during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
   own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
-  With several processes each must call it; the first one writes. The last evaluation that a run asks also writes eval.sealed.
+  With several processes each must call it; the first one writes. The last evaluation that a run asks also writes
+  eval.sealed.
   """
   if own and not during and config.eval.sealed:  # first: where the other file is, this one is
     _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed")
@@ -114,18 +119,21 @@ def _write(config, params, workdir, step, mesh, ending: str | None, during: bool
   path = directory / f"{step}{_by_hand(config, workdir, step, settings) if ending is None else ending}.json"
   if not jax.process_index():
     directory.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings, "records": rows}, indent=None)
+    metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings,
+                              "records": rows}, indent=None)
   return rows, path
 
 
 def is_there(config, workdir, step: int, during: bool = False) -> bool:
   """Whether workdir/eval/<step>.json holds the run's own evaluation, asked as it would ask now."""
   path = epath.Path(workdir) / f"eval/{step}.json"
-  return path.exists() and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during)
+  return (path.exists()
+          and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during))
 
 
 def _by_hand(config, workdir, step, settings) -> str:
-  """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for nothing."""
+  """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for
+  nothing."""
   workdir = epath.Path(workdir)
   run = rundir.read_config(workdir)
   own = held_out.declared(run, during=step < run.schedule.steps)
@@ -133,16 +141,20 @@ def _by_hand(config, workdir, step, settings) -> str:
   if path.exists():
     own |= metrics.read_json(path).get("settings") or {"settings": "unknown"}  # written before there were any
   elif versions.exists():
-    own |= {"corpus_sha256": metrics.read_json(versions).get("held_out_sha256", {}).get(settings["split"], settings["corpus_sha256"])}
+    read = metrics.read_json(versions).get("held_out_sha256", {})
+    own |= {"corpus_sha256": read.get(settings["split"], settings["corpus_sha256"])}
   differ = [name for name in {**settings, **own} if name in own and settings.get(name) != own[name]]
-  differ = [name for name in differ if not name.endswith("_sha256")] or differ  # what was read follows from what was asked
+  # what was read follows from what was asked
+  differ = [name for name in differ if not name.endswith("_sha256")] or differ
   parts = [(name, str(settings.get(name))) for name in differ]
   short = lambda text: text if re.fullmatch(r"\w{1,24}", text) else hashlib.sha256(text.encode()).hexdigest()[:8]
   return "".join(f"-{name}={short(text)}" for name, text in parts)
 
 
-def records(config, params, step: int, mesh=None, during: bool = False, asked: held_out.HeldOut | None = None) -> list[dict]:
-  """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has several.
+def records(config, params, step: int, mesh=None, during: bool = False,
+            asked: held_out.HeldOut | None = None) -> list[dict]:
+  """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has
+  several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
   asked: what held_out.load gives for this config, if it is read already.
@@ -175,8 +187,9 @@ def records(config, params, step: int, mesh=None, during: bool = False, asked: h
                               () if short or run_mode not in ("dense", "sparse") else e.context_gain)
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       scores.count_flops(rows, run_config, selector, context)
+      decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
       for name, examples in task_sets.items():
-        rows += scores.task(run, one, name, examples, e, not short)
+        rows += scores.task(run, one, name, examples, e, not short, decode and functools.partial(decode, one))
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out
@@ -199,7 +212,8 @@ def how(config, run_mode: str):
   own = config.attention
   if name != "sparse" and issubclass(methods.get(name), methods.PromptMethod):
     if any(method.acts_when_dense for method in config.methods):
-      logging.info("%s has no run mode %s: it is not the same model without its method's parameters", config.arm, run_mode)
+      logging.info("%s has no run mode %s: it is not the same model without its method's parameters", config.arm,
+                   run_mode)
       return None
     run.attention, run.layers, run.others = methods.get(name)(**options), (), {}
     return run, "sparse", "own"
@@ -217,9 +231,16 @@ def how(config, run_mode: str):
   return run, "sparse", selector
 
 
+def _decoder(config, mode: str):
+  """(params, tokens, first positions, tokens per answer) -> the answers, decoded greedily: `decoding.answers`."""
+  architecture = model_lib.architecture(config)
+  return lambda params, tokens, begins, count: decoding.answers(architecture, params, tokens, begins, count, mode=mode)
+
+
 def _program(config, mode: str, selector: str) -> model_lib.Static:
   """What a run mode compiles: once for all arms of an architecture, whatever their seeds, data and schedules."""
-  return model_lib.Static((model_lib.architecture(config), mode, selector, config.eval.diagnostics and _observed(config, mode)))
+  return model_lib.Static(
+      (model_lib.architecture(config), mode, selector, config.eval.diagnostics and _observed(config, mode)))
 
 
 def _observed(config, mode: str):
@@ -230,12 +251,14 @@ def _observed(config, mode: str):
 
 
 def compilations(config, mesh=None):
-  """What the evaluations of a run compile: calls that take no arguments, for `programs.ahead`. On a mesh there are none."""
+  """What the evaluations of a run compile: calls that take no arguments, for `programs.ahead`. On a mesh there are
+  none."""
   if mesh is not None and mesh.size > 1:
     return
   for run_mode in dict.fromkeys((*(config.eval.during if config.eval.every else ()), *config.eval.modes(config.seeds))):
     if (found := how(config, run_mode)) is not None:
-      yield functools.partial(_compiled, _program(*found), config.eval.batch, config.eval.context or config.data.context)
+      yield functools.partial(_compiled, _program(*found), config.eval.batch,
+                              config.eval.context or config.data.context)
 
 
 def _runner(static, mesh):
@@ -260,7 +283,8 @@ def _compiled(static, batch: int, context: int):
     tokens = {name: jax.ShapeDtypeStruct((batch, context), jnp.int32) for name in ("inputs", "targets", "segment_ids")}
     rows = {"prompt": jax.ShapeDtypeStruct((batch,), jnp.int32), "rows": jax.ShapeDtypeStruct((batch,), jnp.float32)}
     params = model_lib.abstract_params(static.value[0])
-    return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows}, jax.ShapeDtypeStruct((), bool)).compile()
+    return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows},
+                                                    jax.ShapeDtypeStruct((), bool)).compile()
 
   return programs.get(("evaluation", static, batch, context), build)
 
@@ -277,7 +301,8 @@ def _evaluation(static, mesh):
         return {}  # it measures itself
       options = method if isinstance(method, blocks.BlockMethod) else own  # a dense layer beside sparse ones
       measure = lambda: blocks.diagnostics(q, k, block_indices, call, options, rows=batch["rows"])
-      return jax.lax.cond(watch, measure, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure)))
+      return jax.lax.cond(watch, measure,
+                          lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure)))
 
     with operations():
       out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=mode, selector=selector,

@@ -64,7 +64,8 @@ def training_costs(config, step: schedule.Step) -> list[tuple[str, methods.Cost]
   """
   parts = costs(config, step.context, step.mode, step.losses)
   if step.groups == ("selector",):
-    return [(part, cost._replace(flops=cost.flops * (3.0 if cost.trains == "selector" else 1.0))) for part, cost in parts]
+    return [(part, cost._replace(flops=cost.flops * (3.0 if cost.trains == "selector" else 1.0)))
+            for part, cost in parts]
   both = [(part, cost._replace(flops=cost.flops * (3.0 if cost.gradient else 1.0))) for part, cost in parts]
   if step.groups == ("memory",):
     # Gradient passes through the frozen backbone, to memories below, but none is taken of its matrices.
@@ -132,7 +133,8 @@ def equal_window(config, context: int) -> int:
     return fixed + config.model.num_layers * sum(part.flops for part in window.values())
 
   if not cost(1) <= target:
-    raise ValueError(f"a window of 1 token costs {cost(1):,.0f} FLOPs per token, more than the {target:,.0f} to be matched")
+    raise ValueError(f"a window of 1 token costs {cost(1):,.0f} FLOPs per token, more than the {target:,.0f} to be "
+                     "matched")
   low, high = 1, context
   while low < high:
     middle = (low + high + 1) // 2

@@ -21,9 +21,10 @@ TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of the split's
-  documents, "" where none are read. back: corpus -> how far back each target can be known from (recurrence.distances), where
-  eval.ar_hits asks for it; seconds over the whole of training, so it is counted when asked for first."""
+  """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of
+  the split's documents, "" where none are read. back: corpus -> how far back each target can be known from
+  (recurrence.distances), where eval.ar_hits asks for it; seconds over the whole of training, so it is counted when
+  asked for first."""
   context: int
   windows: dict[str, list[data.EvalWindow]]
   tasks: dict[str, dict[str, np.ndarray]]
@@ -31,7 +32,8 @@ class HeldOut:
   back: Callable[[str], np.ndarray | None] = lambda corpus: None
 
   def settings(self, config, during: bool = False) -> dict:
-    """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same way."""
+    """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same
+    way."""
     windows = hashlib.sha256()
     for corpus, listed in self.windows.items():
       for window in listed:
@@ -52,16 +54,18 @@ def declared(config, during: bool = False) -> dict:
       "split": e.split, "context": e.context or config.data.context, "tokenizer": kind,
       "sequences": (short and e.during_sequences or e.sequences) if _texts(config) else 0,
       "tasks": names, "task_examples": items if names else 0, "near": e.near,
+      "decoded": e.decoded if names and not short else 0,
       "ar_hits": e.ar_hits and not short, "context_gain": () if short else e.context_gain,
-      "run_modes": e.during if short else e.modes(config.seeds), "blocks": e.blocks, "diagnostics": e.diagnostics and e.diagnosed,
+      "run_modes": e.during if short else e.modes(config.seeds), "blocks": e.blocks,
+      "diagnostics": e.diagnostics and e.diagnosed,
       "implementation": config.implementation}))
 
 
 def unsealed(config):
   """The config whose last evaluation is the one of eval.sealed: the arm's own run mode and its endpoints, no more."""
   own = "dense" if config.schedule.stages[-1].mode == "dense" else "sparse"
-  e = dataclasses.replace(config.eval, split=config.eval.sealed, sealed="", run_modes=(own,), more_modes=(), ar_hits=False,
-                          context_gain=(), diagnosed=0)
+  e = dataclasses.replace(config.eval, split=config.eval.sealed, sealed="", run_modes=(own,), more_modes=(),
+                          ar_hits=False, context_gain=(), diagnosed=0)
   return dataclasses.replace(config, eval=e)
 
 
@@ -94,15 +98,17 @@ def _load(config, asked):
     few = asked["sequences"] if asked["sequences"] > 0 else len(found)  # on the way, some of the same
     windows[corpus] = [found[i * len(found) // few] for i in range(few)] if few < len(found) else found
     if not any(real[window.targets].any() for window in windows[corpus]):
-      raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} tokens of the "
-                       f"split {e.split!r} hold special tokens alone, no byte to score; take text that does not spell them")
+      raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} "
+                       f"tokens of the split {e.split!r} hold special tokens alone, no byte to score; take text that "
+                       "does not spell them")
   haystack = read("bytes") if asked["tasks"] else []
   same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer)
   examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
 
   def back(corpus):
     return recurrence.of_windows(config.data.texts[corpus], e.split, e.sequences, context, config.data.tokenizer,
-                                 config.data.data_dir, e.near[1] if e.near else context // 8) if asked["ar_hits"] else None
+                                 config.data.data_dir,
+                                 e.near[1] if e.near else context // 8) if asked["ar_hits"] else None
 
   documents = read(config.data.tokenizer) if windows else haystack
   return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "", back)
@@ -116,7 +122,8 @@ def _examples(name, count, context, split, texts, data_dir, tokens):
 
 
 def check(config) -> dict[str, str]:
-  """Reads all that the evaluations of a run will ask, and raises what `load` raises. Returns {split: SHA-256 of its documents}."""
+  """Reads all that the evaluations of a run will ask, and raises what `load` raises. Returns {split: SHA-256 of its
+  documents}."""
   for during in (True, False) if config.eval.every and config.eval.during else (False,):
     found = load(config, during)
   prints = {config.eval.split: found.fingerprint}

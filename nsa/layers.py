@@ -75,8 +75,8 @@ def _rms_norm(x, gain, eps):
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   """table[tokens]; the gradient is summed in float32.
 
-  Over a small vocabulary that sum is a product with one-hot rows. As a scatter all the tokens of a batch fight for a few
-  rows: 65,536 bytes of text took 63 to 178 ms of a training step on one H100, the product takes less than one.
+  Over a small vocabulary that sum is a product with one-hot rows. As a scatter all the tokens of a batch fight for a
+  few rows: 65,536 bytes of text took 63 to 178 ms of a training step on one H100, the product takes less than one.
   """
   return table[tokens]
 
@@ -199,7 +199,8 @@ class HeadProjection(nnx.Module):
 
 
 def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bool) -> Float[Array, "B T heads H"]:
-  """The heads of one projection, rotated or not; `call`, a methods.Call, says where the tokens are and how heads are rotated."""
+  """The heads of one projection, rotated or not; `call`, a methods.Call, says where the tokens are and how heads are
+  rotated."""
   segments, width = call.query_segments(h.shape[1]), part.weight.shape[2]
   taps, gain = (getattr(part, name)[...] if hasattr(part, name) else None for name in ("taps", "norm"))
   # A rotation alone XLA puts into a pass of its own; whether the kernel's is faster was not measured.

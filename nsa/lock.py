@@ -1,8 +1,9 @@
 """One process at a time trains in a run directory: `workdir/LOCK`, held while it runs.
 
-On a file system with locks (flock) the operating system frees it with the process, however that ends. Where there are none
-(object stores, some cluster file systems), or where they do not reach other hosts, the file speaks: its owner changes it
-every BEAT seconds, and one that was silent for SILENCE seconds is dead. Clocks of different hosts are not compared.
+On a file system with locks (flock) the operating system frees it with the process, however that ends. Where there are
+none (object stores, some cluster file systems), or where they do not reach other hosts, the file speaks: its owner
+changes it every BEAT seconds, and one that was silent for SILENCE seconds is dead. Clocks of different hosts are not
+compared.
 """
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Lock:
   def __init__(self, workdir: str | os.PathLike):
     self.path = epath.Path(workdir) / "LOCK"
     self._local = "://" not in os.fspath(workdir)
-    self._me = {"host": platform.node(), "process": os.getpid(), "began": time.time(), "place": _place(), "token": uuid.uuid4().hex,
+    self._me = {"host": platform.node(), "process": os.getpid(), "began": time.time(), "place": _place(),
+                "token": uuid.uuid4().hex,
                 "started": _start_of(os.getpid())}
     self._file, self._taken, self._over = None, "", threading.Event()
 
@@ -62,7 +64,8 @@ class Lock:
   def check(self) -> None:
     """Raises Busy if another process has taken the directory since (this one slept, or lost its disk, for long)."""
     if self._taken:
-      raise Busy(f"{self.path.parent} was taken over by {self._taken} while this process was silent: it ends here and saves nothing")
+      raise Busy(f"{self.path.parent} was taken over by {self._taken} while this process was silent: it ends here and "
+                 "saves nothing")
 
   # --- taking it ---
 
@@ -130,7 +133,8 @@ class Lock:
     return True
 
   def _busy(self, owner) -> Busy:
-    return Busy(f"{self.path.parent}: {_words(owner)} trains there; wait for its end, end it, or take another --workdir")
+    return Busy(
+        f"{self.path.parent}: {_words(owner)} trains there; wait for its end, end it, or take another --workdir")
 
   # --- the file ---
 
@@ -179,7 +183,8 @@ def _place() -> str:
 
 
 def _start_of(process) -> str:
-  """When a process of this place began, in ticks since the start of the host; "" if it is dead, "?" where nobody says when."""
+  """When a process of this place began, in ticks since the start of the host; "" if it is dead, "?" where nobody says
+  when."""
   try:
     fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]  # a zombie waits for its parent alone

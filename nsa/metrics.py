@@ -37,7 +37,8 @@ class JsonlWriter:
   loses the records since the last one.
 
   Floats are written with the fewest digits that give back the same value in their own type; nan and
-  infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back; strings that read so get a backslash.
+  infinities become the strings "nan", "inf" and "-inf", which `read_jsonl` turns back; strings that read so get a
+  backslash.
 
   Args:
     path: the file.
@@ -50,7 +51,8 @@ class JsonlWriter:
     self.path = epath.Path(path)
     remote = "://" in os.fspath(path)
     if remote and tensorboard:
-      raise ValueError(f"tensorboard = True: event files are appended, which {os.fspath(path)} cannot be; set it to False")
+      raise ValueError(f"tensorboard = True: event files are appended, which {os.fspath(path)} cannot be; set it to "
+                       "False")
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self._sync_seconds = sync_seconds if sync_seconds is not None else 30.0 if remote else 5.0
     self._synced, self._tensorboard = time.monotonic(), None
@@ -313,7 +315,8 @@ def _summary_writer_class():
 def write_json(path: str | os.PathLike, obj: Any, indent: int | None = 2) -> None:
   """Writes `obj` as JSON; a reader sees the old file or the whole new one, also after a crash.
 
-  Values are converted as `JsonlWriter` does. Raises ValueError for what JSON cannot hold. indent: None = all on one line.
+  Values are converted as `JsonlWriter` does. Raises ValueError for what JSON cannot hold. indent: None = all on one
+  line.
   """
   data = (json.dumps(_encode(obj, "value"), indent=indent, allow_nan=False) + "\n").encode()
   if "://" in os.fspath(path):

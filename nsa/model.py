@@ -37,7 +37,8 @@ class Attention(nnx.Module):
                            fan_in=model.num_heads * model.head_dim, gain=out_gain, matrix=(0, 1))
     if model.output_gate:
       self.gate = init.normal("gate", (model.d_model, model.num_heads), ("embed", "heads"), fan_in=model.d_model)
-    self.method = methods.build(method, init.child("method", group=""), model)  # which declares the group of each parameter
+    # which declares the group of each parameter
+    self.method = methods.build(method, init.child("method", group=""), model)
 
   def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
     """These tokens as the method sees them, and their streams."""
@@ -55,7 +56,8 @@ class Attention(nnx.Module):
   def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
     x, streams = self.project(h, call)
     if cache is not None:
-      streams = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)
+      put = jax.lax.dynamic_update_slice_in_dim
+      streams = {name: put(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)
                  for name, new in streams.items()}
     result = self.method(x, streams, call)
     if cache is not None and "state" in cache:
@@ -64,7 +66,8 @@ class Attention(nnx.Module):
     o = result.o
     if x.gate is not None:
       o = o * x.gate.astype(o.dtype)[..., None]
-    seen = {} if observe is None else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})}
+    seen = ({} if observe is None
+            else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})})
     handed = call.handed if result.block_indices is None else result.block_indices
     return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams, handed
 
@@ -103,7 +106,8 @@ class Transformer(nnx.Module):
   def __init__(self, init: layers.Init, config):
     model = config.model
     # Embeddings are looked up, and their output matrix is counted apart and learns by Adam: neither is a `matrix` here.
-    self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model, matrix=())
+    self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model,
+                             matrix=())
     stacks, first = [], 0  # all layers draw their keys by their own number, whatever the layout
     for method, count in layout(config):
       keys = jax.vmap(lambda i: jax.random.fold_in(init.child("layers").key, i))(jnp.arange(first, first + count))
@@ -118,7 +122,8 @@ class Transformer(nnx.Module):
 
 
 def in_order(stacks) -> list:
-  """The stacks as the layers follow one another. Trees of parameters sort their names, and "stack10" comes before "stack2"."""
+  """The stacks as the layers follow one another. Trees of parameters sort their names, and "stack10" comes before
+  "stack2"."""
   return [stacks[f"stack{i}"] for i in range(len(stacks))]
 
 
@@ -242,8 +247,10 @@ def init_params(config, seed: int | Array) -> dict:
 def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, *,
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
             counted: Bool[Array, "B T"] | None = None,
-            cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0, prompt: Int[Array, "B"] | int | None = None,
-            observe: Callable | None = None, constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
+            cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0,
+            prompt: Int[Array, "B"] | int | None = None,
+            observe: Callable | None = None, states: Callable | None = None,
+            constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
   """Logits for the next token at every position.
 
   Args:
@@ -258,6 +265,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
       (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
+    states: (x [B, T, D], layer) -> dict of arrays of what a layer leaves in the residual stream, gathered with those.
     constrain: (x, logical axes) -> x, sharding constraints on activations.
     unroll: layers that one turn of the loop over the layers of a stack holds. More cost compilation; in training they
       save stacking what the backward pass needs of each layer.
@@ -271,11 +279,13 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   dtype = jnp.dtype(model.dtype)
   capacity = tokens.shape[1] if cache is None else cache[0]["k"].shape[2]
   if isinstance(offset, int) and offset + tokens.shape[1] > capacity:  # a traced offset that is too large is clamped
-    raise ValueError(f"offset = {offset}: a cache of {capacity} positions has no room for {tokens.shape[1]} tokens there")
+    raise ValueError(f"offset = {offset}: a cache of {capacity} positions has no room for {tokens.shape[1]} tokens "
+                     "there")
 
   def rotate(x, offset=0, stride=1):
     positions = capacity if stride == 1 else -(-capacity // stride)
-    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling), offset)
+    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling),
+                       offset)
 
   def rope_of(index):
     """That of layer `index`: none in some layers of some models."""
@@ -298,12 +308,12 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
     return table
 
-  call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses, prompt=prompt,
-                      counted=counted,
-                      implementation=config.implementation or None, rope=rotate)
+  call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses,
+                      prompt=prompt, counted=counted, implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
   table = constrain(net.embed[...].astype(dtype), ("vocab", None))
-  x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5), ("batch", "time", None))
+  x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5),
+                ("batch", "time", None))
   # Asked for, until the kernel has run on a GPU as it stands: what was timed there was an earlier form of it.
   one_pass = cache is None and config.implementation == backends.FASTEST and fused.serves(x)
   all_losses, seen, new_cache, first = [], [], [], 0
@@ -316,9 +326,12 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     def body(carry, layer, stack_def=stack_def, watch=watch, hands=hands):
       (x, handed), (state, layer_cache, index) = carry, layer
       layer_key = None if key is None else jax.random.fold_in(key, index)
-      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), fused=table_of(index), layer=index, handed=handed)
+      own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), fused=table_of(index), layer=index,
+                                handed=handed)
       x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
+      if states is not None:
+        observed = {**observed, **states(x, index)}
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
               (loss, observed, None if layer_cache is None else streams))
 
@@ -327,8 +340,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       body = jax.checkpoint(body, prevent_cse=unroll >= count,
                             policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN))
     index = jnp.arange(first, first + count)
-    (x, _), (loss, observed, streams) = jax.lax.scan(body, (x, hands), (stack_state, None if cache is None else cache[i], index),
-                                              unroll=min(unroll, count))
+    (x, _), (loss, observed, streams) = jax.lax.scan(
+        body, (x, hands), (stack_state, None if cache is None else cache[i], index), unroll=min(unroll, count))
     first += count
     all_losses.append(loss)
     seen.append(observed)
@@ -336,7 +349,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   x = layers.rms_norm(x, net.norm[...], model.norm_eps)
   logits = unembed(config, params, x)
   names = {name for loss in all_losses for name in loss}
-  mean_losses = {name: jnp.mean(jnp.concatenate([loss[name] for loss in all_losses if name in loss])) for name in sorted(names)}
+  mean_losses = {name: jnp.mean(jnp.concatenate([loss[name] for loss in all_losses if name in loss]))
+                 for name in sorted(names)}
   return Output(logits, mean_losses, seen, None if cache is None else new_cache, x)
 
 
@@ -377,27 +391,3 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
       entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), dtype)
     cache.append(entry)
   return cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
-def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
-  config = config_box.value
-  B, T = tokens.shape
-  cache = init_cache(config, params, B, T + num_tokens)
-  out = forward(config, params, tokens, mode=mode, selector=selector, key=key, losses=False, cache=cache, prompt=T)
-
-  def step(carry, i):
-    cache, token = carry
-    out = forward(config, params, token[:, None], mode=mode, selector=selector, key=key, losses=False,
-                  cache=cache, offset=T + i)
-    return (out.cache, jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)), token
-
-  first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  _, produced = jax.lax.scan(step, (out.cache, first), jnp.arange(num_tokens))
-  return produced.T
-
-
-def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *, mode: str = "sparse",
-             selector: str = "own", key: Any = None) -> Int[Array, "B num_tokens"]:
-  """Greedy continuation with the KV cache: int32[B, num_tokens]."""
-  return _generate(Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)

@@ -61,7 +61,8 @@ def _transform(o, params, decays, matrices, clip):
   if o.name == "muon":
     # Muon acts on each matrix of each layer; embeddings, norms and biases stay with Adam.
     labels = {path: "muon" if matrices[path] else "adam" for path in params}
-    shapes = {path: _muon_dimensions(matrices[path], params[path].ndim) for path, kind in labels.items() if kind == "muon"}
+    shapes = {path: _muon_dimensions(matrices[path], params[path].ndim) for path, kind in labels.items()
+              if kind == "muon"}
     precondition = optax.transforms.partition(
         {"adam": adam, "muon": optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=lambda tree: {
             path: shapes.get(path, masked) for path, masked in tree.items()})}, labels)

@@ -47,7 +47,8 @@ def modules_of(classes) -> list[str]:
 def digests(modules) -> dict[str, str]:
   """SHA-256 of each module's file, for versions.json."""
   files = {name: file for name, file in _ORIGINS.values()}
-  return {module: hashlib.sha256(open(files[module], "rb").read()).hexdigest() for module in modules if files.get(module)}
+  return {module: hashlib.sha256(open(files[module], "rb").read()).hexdigest() for module in modules
+          if files.get(module)}
 
 
 def load(module: str) -> None:
@@ -69,8 +70,8 @@ def load(module: str) -> None:
   if path in {file for _, file in _ORIGINS.values()}:
     return
   if not os.path.exists(path):
-    raise FileNotFoundError(f"modules = {module!r}: no such file, seen from {os.getcwd()}; {why}. Start where the run was "
-                            "started, or correct \"modules\" in its config.json")
+    raise FileNotFoundError(f"modules = {module!r}: no such file, seen from {os.getcwd()}; {why}. Start where the "
+                            "run was started, or correct \"modules\" in its config.json")
   name = "_".join(("nsa", "module", *filter(str.isidentifier, path.removesuffix(".py").split(os.sep))))
   loaded = types.ModuleType(name)
   loaded.__file__, sys.modules[name] = path, loaded  # dataclasses look their module up

@@ -48,8 +48,8 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
   for pool in ("NPROC", "PJRT_NPROC"):
     os.environ.setdefault(pool, str(max(16, os.cpu_count() or 1)))
   who = f"process {'?' if index is None else index} of {'?' if count is None else count}"
-  hint = (f"{who} could not join the others at {coordinator or 'the address that the cluster names'} within {timeout} s. Are all "
-          "processes started, with one address and different indices, and may they reach that port?")
+  hint = (f"{who} could not join the others at {coordinator or 'the address that the cluster names'} within {timeout} "
+          "s. Are all processes started, with one address and different indices, and may they reach that port?")
 
   def give_up():
     print(f"error: {hint}", file=sys.stderr, flush=True)

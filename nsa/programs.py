@@ -1,7 +1,8 @@
 """The compiled programs of this process: each is compiled once, by whoever needs it first or by a thread ahead of need.
 
 A program is named by a key that says all that it depends on, so that runs of a study share it. `ahead` compiles what is
-coming while the device trains: the same text goes to the same compiler, so who compiled a program changes no bit of a run.
+coming while the device trains: the same text goes to the same compiler, so who compiled a program changes no bit of a
+run.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def get(key: Hashable, build: Callable[[], Any]) -> Any:
   """build(), called once per key; whoever comes while another thread builds waits for it. Raises what build raises."""
   with _lock:
     future = _programs.get(key)
-    mine = future is None or future.done() and future.exception() is not None  # failed ahead of need: the caller shall see it
+    # failed ahead of need: the caller shall see it
+    mine = future is None or future.done() and future.exception() is not None
     if mine:
       future = _programs[key] = concurrent.futures.Future()
   if mine:
@@ -43,7 +45,8 @@ def get(key: Hashable, build: Callable[[], Any]) -> Any:
 
 
 def check(keys: Iterable[Hashable]) -> None:
-  """Raises what building one of the keys raised, in whichever thread that was; nothing if none was built or is being."""
+  """Raises what building one of the keys raised, in whichever thread that was; nothing if none was built or is
+  being."""
   for key in keys:
     future = _programs.get(key)
     if future is not None and future.done() and future.exception() is not None:
@@ -51,7 +54,8 @@ def check(keys: Iterable[Hashable]) -> None:
 
 
 def busy() -> bool:
-  """Whether a compilation goes on that an exception did not wait for: an interpreter that ends would abort in the midst of it."""
+  """Whether a compilation goes on that an exception did not wait for: an interpreter that ends would abort in the midst
+  of it."""
   return any(thread.is_alive() for thread in _threads)
 
 

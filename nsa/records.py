@@ -1,9 +1,11 @@
-"""The schema of evaluation records, in one place: what eval/<step>.json holds, how it is averaged, what is published of it.
+"""The schema of evaluation records, in one place: what eval/<step>.json holds, how it is averaged, what is published of
+it.
 
-A record is a flat JSON object: its `kind`, the names of COMMON, and the fields of its kind. Evaluation makes records with
-`make`, which refuses what is not written here; the report averages by the weights that stand here and draws by these names;
-`condense` makes of many windows and items what a published archive keeps. A new scalar per layer is one line under "layer":
-with `column=True` its mean over layers is a column of results.csv too, and layers.csv has every one.
+A record is a flat JSON object: its `kind`, the names of COMMON, and the fields of its kind. Evaluation makes records
+with `make`, which refuses what is not written here; the report averages by the weights that stand here and draws by
+these names; `condense` makes of many windows and items what a published archive keeps. A new scalar per layer is one
+line under "layer": with `column=True` its mean over layers is a column of results.csv too, and layers.csv has every
+one.
 """
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ COMMON = ("seed", "arm", "size", "step", "run_mode")
 class Field:
   """One name of a record.
 
-  role: key (tells records apart, and stays), item (names one window or item: gone once condensed), mean (averaged, weighted
+  role: key (tells records apart, and stays), item (names one window or item: gone once condensed), mean (averaged,
+  weighted
     by the field `weight`), total (summed), count (summed; 1 where it is not written: of a single window or item).
   needed: whether every record of the kind has it.
   digits: significant digits that a published archive keeps; 0 = all.
@@ -57,7 +60,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "windows": Field("how many windows", "count"),
         "bits_per_byte": Field("over the window's bytes", weight="bytes"),
         "bytes": _total("bytes scored"),
-        "second_half_bits_per_byte": Field("over the bytes of the second half of the context", weight="second_half_bytes"),
+        "second_half_bits_per_byte": Field("over the bytes of the second half of the context",
+                                           weight="second_half_bytes"),
         "second_half_bytes": _total("bytes scored in the second half"),
     },
     "position": {  # held-out text by position in the context, all windows together
@@ -84,6 +88,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "task": _key("name with parameters"),
         "index": _item("number of the item"),
         "exact_match": Field("share of the answers with all tokens right", weight="items"),
+        "greedy_exact_match": Field("share of the answers that greedy decoding with the cache writes", weight="items"),
         "answer_nll": Field("nats per answer token", weight="items"),
         "far_exact_match": Field("exact match of the far answers", weight="far_answers"),
         "far_answer_nll": Field("nats per token of the far answers", weight="far_answers"),
@@ -91,7 +96,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "items": Field("how many items", "count"),
         "evidence_distance": _item("tokens from the evidence to the question, mean over the answers"),
         "depth": _item("place of the evidence, 0 to 1"),
-        "answers": _item("one by one: [first token of the query, last token of the evidence, 1 if right, nats per token]"),
+        "answers": _item("one by one: [first token of the query, last token of the evidence, 1 if right, nats per "
+                         "token]"),
     },
     "answer": {  # answers of a task by distance to their evidence, all items together
         "task": _key("as of task"),
@@ -126,6 +132,34 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "heat": Field("[query block][key block], share of the queries", digits=3),
     },
 }
+# What hidden/<step>.json holds, a list of it under "snapshots": one snapshot of one seed (nsa/look/snapshots.py).
+# Columns have one entry for each item; [item][point] lists have a row for each, and in it a number for each point, null
+# for none.
+HIDDEN_STATES: dict[str, str] = {
+    "seed": "of the run", "arm": "of the run", "size": "of the model", "step": "optimizer steps done",
+    "run_mode": "how attention ran, as in eval.run_modes",
+    "tokens": "of every item: each stands alone in a row",
+    "width": "D, dimensions of a state",
+    "points": "where states were taken: behind which layer, 0 = first; \"norm\" = behind the final norm",
+    "trimmed": "[point][dimension]: which were left out as the largest, by mean squares over the held-out passages",
+    "trimmed_energy": "[point]: their share of the energy there",
+    "null": "variant -> {measure: [mean, SD over passages]}: independent normal numbers of the same shape",
+    "kind": "column: planted (in training) | held_out (split val) | ood (split ood) | shuffled (tokens of held_out) | "
+            "recall (mqar)",
+    "corpus": "column: name of the source, as data.corpora has it; \"\" of one alone, and of recall",
+    "document": "column: name of the document; of recall the task",
+    "start": "column: first token in it; of recall the number of the example",
+    "times": "column: of planted ones how often their deck plants them, null of others",
+    "planted": "column: of planted ones how often they had been by then, 0 of other text, null of recall",
+    "pairs": "column: of recall how many, null of others",
+    "distance": "column: of recall tokens from the evidence to the last token, null of others",
+    "bits_per_byte": "column: loss of the whole item; of recall bits of the answer alone",
+    "correct": "column: share of its tokens that were guessed right; of recall of the answer",
+    "entropy": "[item][layer]: of dense attention, nats, mean over heads and queries; of recall of the last query",
+    "captured_mass": "[item][layer]: of dense attention on the chosen blocks; null where none are chosen",
+    "values": "variant -> {measure: [item][point]}: means over the item's states; of recall of the last one, behind "
+              "the last layer and the final norm",
+}
 LAYER = tuple(name for name, field in SCHEMA["layer"].items() if field.role == "mean")
 
 
@@ -137,8 +171,17 @@ def make(kind: str, **fields: Any) -> dict:
   missing = [name for name, field in SCHEMA[kind].items() if field.needed and name not in fields]
   if unknown or missing:
     raise ValueError(f"record of kind {kind!r}: " + (
-        f"field {unknown[0]!r} is not in nsa/records.py; add a line there" if unknown else f"field {missing[0]!r} is missing"))
+        f"field {unknown[0]!r} is not in nsa/records.py; add a line there" if unknown
+        else f"field {missing[0]!r} is missing"))
   return {"kind": kind, **fields}
+
+
+def snapshot(**fields: Any) -> dict:
+  """A snapshot of hidden states. Raises ValueError unless its fields are those of HIDDEN_STATES."""
+  wrong = fields.keys() ^ HIDDEN_STATES.keys()
+  if wrong:
+    raise ValueError(f"snapshot of hidden states: {sorted(wrong)[0]!r} is missing, or not in nsa/records.py")
+  return fields
 
 
 def number(value: Any) -> float:
@@ -149,7 +192,8 @@ def number(value: Any) -> float:
 def mean(records: list[dict], name: str) -> float:
   """The mean of a field, weighted as the schema says; NaN without values.
 
-  A value that is not finite makes the mean so: it is not hidden. fsum, as sum() has other last digits from Python 3.12 on.
+  A value that is not finite makes the mean so: it is not hidden. fsum, as sum() has other last digits from Python 3.12
+  on.
   """
   pairs = [(number(r[name]), _weight(r, name)) for r in records if r.get(name) is not None]
   pairs = [(v, w) for v, w in pairs if not w <= 0]

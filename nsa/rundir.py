@@ -54,8 +54,8 @@ def keep_tokenizer(config: Config, workdir) -> None:
   files = tokenizer.get(config.data.tokenizer).files
   if (folder / "tokenizer.json").exists():
     if not has_tokenizer_of(config, workdir):
-      raise ConfigError([("data.tokenizer", config.data.tokenizer, f"not the one in {folder}, which the run was started with: "
-                          "take another --workdir")])
+      raise ConfigError([("data.tokenizer", config.data.tokenizer,
+                          f"not the one in {folder}, which the run was started with: take another --workdir")])
     return
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in sorted(files.items(), reverse=True):  # tokenizer.json last: it says that all are there

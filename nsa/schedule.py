@@ -44,7 +44,8 @@ class Step:
 
   @property
   def rates(self) -> np.ndarray:
-    """What the train step takes: float32[2], the learning rates of selectors' parameters (second) and of all else (first)."""
+    """What the train step takes: float32[2], the learning rates of selectors' parameters (second) and of all else
+    (first)."""
     return np.array([self.learning_rate, self.selector_learning_rate], np.float32)
 
 
@@ -174,8 +175,8 @@ def retrofit_within(steps: int, budget: float, *, warmup_steps: int, enter: str 
   """
   plan, fork = LearningRate(**kw), round((1 - budget) * steps)
   if fork > steps - round(plan.decay * steps):
-    raise ValueError(f"budget = {budget}: the fork at step {fork} would lie in the decay, the last {plan.decay:g} of the steps; "
-                     f"take a budget of at least {plan.decay:g}, or retrofit_after")
+    raise ValueError(f"budget = {budget}: the fork at step {fork} would lie in the decay, the last {plan.decay:g} of "
+                     f"the steps; take a budget of at least {plan.decay:g}, or retrofit_after")
   return ScheduleConfig(steps, _adopt(steps, fork, warmup_steps, enter, hold=False), plan)
 
 
@@ -187,7 +188,8 @@ def retrofit_after(steps: int, budget: float, *, warmup_steps: int, restart: Res
 
   warmup_steps: of the further steps, those in which the output stays dense and the selector learns; 0 for none.
   restart: the second plan's peak, warm-up and decay; its step is set here.
-  train: "all", or "selector": the backbone stays frozen, all further steps are selector warm-up and `warmup_steps` is unused.
+  train: "all", or "selector": the backbone stays frozen, all further steps are selector warm-up and `warmup_steps` is
+  unused.
 
   Raises:
     ValueError: the warm-up is longer than the budget, or the budget is no step at all.
@@ -204,6 +206,29 @@ def dense_continuation(steps: int, budget: float, *, restart: Restart | None = N
   """The control of `retrofit_after`: the same further steps at the same rates, dense to the end."""
   total = steps + _more(steps, budget)
   return ScheduleConfig(total, [Stage()], LearningRate(**kw), dataclasses.replace(restart or Restart(), step=steps))
+
+
+def retrofit_of_import(steps: int, *, warmup_steps: int, train: str = "all", enter: str = "", **kw) -> ScheduleConfig:
+  """A retrofit of a checkpoint from elsewhere, which has no steps of ours (fork.reset): all `steps` are the budget.
+
+  Its control is `dense(steps)` at the same plan. The selector's rate neither warms up nor decays in its warm-up.
+
+  warmup_steps: those in which the output stays dense and the selector learns; 0 for none.
+  train: "all", or "selector": the backbone stays frozen, all steps are selector warm-up and `warmup_steps` is unused.
+
+  Raises:
+    ValueError: the warm-up is as long as the budget.
+  """
+  if train == "selector":
+    stages = [Stage(1.0, "warmup", train="selector")]
+  else:
+    stages = _adopt(steps, 0, warmup_steps, enter, hold=True)[1:]
+  return ScheduleConfig(steps, stages, LearningRate(**kw))
+
+
+def as_it_is() -> ScheduleConfig:
+  """One dense step at a rate of 0: a forked model is evaluated as an arm, not a bit of it changed."""
+  return ScheduleConfig(1, [Stage(learning_rate=0.0)])
 
 
 def _more(steps, budget):
@@ -231,7 +256,8 @@ def selector_only(steps: int, budget: float, **kw) -> ScheduleConfig:
 
 def memory_only(steps: int, budget: float, **kw) -> ScheduleConfig:
   """Dense for 1 - budget, then a memory learns beside the frozen backbone."""
-  return ScheduleConfig(steps, [Stage(1 - budget, "dense"), Stage(budget, "sparse", train="memory")], LearningRate(**kw))
+  return ScheduleConfig(steps, [Stage(1 - budget, "dense"), Stage(budget, "sparse", train="memory")],
+                        LearningRate(**kw))
 
 
 def mixed(steps: int, dense_share: float = 0.5, **kw) -> ScheduleConfig:

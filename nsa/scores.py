@@ -1,4 +1,5 @@
-"""From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a batch."""
+"""From what a model says about held-out text and tasks to records: `run` gives (nll, correct, diagnostics) of a
+batch."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -27,7 +28,8 @@ def _batches(arrays: dict[str, np.ndarray], size: int):
 def text(run, params, windows, e, context, method, token_bytes, back=None, gain=()) -> list[dict]:
   """Records of the windows of one corpus: each window, by position, by layer, and what far context is worth.
 
-  back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not asked.
+  back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not
+  asked.
   gain: tokens of context before the last quarter of a window that its loss is measured with, beside all there are.
   """
   if not windows:
@@ -167,8 +169,12 @@ def _mean(answers, name):
   return float(np.mean([getattr(a, name) for a in answers]))
 
 
-def task(run, params, name, examples, e, listed: bool):
-  """One record per example and one per range of distances; `listed`: the examples' answers one by one."""
+def task(run, params, name, examples, e, listed: bool, decode=None):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one.
+
+  decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], of the first `e.decoded`
+    examples.
+  """
   count, length = examples["inputs"].shape
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
@@ -178,6 +184,7 @@ def task(run, params, name, examples, e, listed: bool):
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
   first, last = e.near or (length // 32, length // 8)
+  longest = max(int(np.bincount(group[group >= 0]).max()) for group in examples["answer_group"])
   out, answers = [], []
   for i in range(count):
     group = examples["answer_group"][i]
@@ -188,17 +195,24 @@ def task(run, params, name, examples, e, listed: bool):
     size = np.bincount(group[at])
     right = np.bincount(group[at], correct[i, at]) == size
     loss = np.bincount(group[at], nll[i, at]) / size
-    mine = [_Answer(*one) for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
-                                         loss.tolist())]
+    mine = [_Answer(*one)
+            for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
+                           loss.tolist())]
     answers += mine
     more = {}
     if of_far := [a for a in mine if a.far]:
       more = dict(far_exact_match=_mean(of_far, "right"), far_answer_nll=_mean(of_far, "nll"))
+    if decode is not None and i < e.decoded:
+      begins = np.array([np.argmax(group == query) for query in range(len(size))], np.int32)
+      written = np.asarray(decode(examples["inputs"][i], begins, longest))
+      want = [examples["targets"][i, begin:begin + n] for begin, n in zip(begins, size)]
+      more["greedy_exact_match"] = float(np.mean([(got[:len(its)] == its).all() for got, its in zip(written, want)]))
     if listed:
       more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
     out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
                                answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
-                               depth=float(examples["depth"][i]), evidence_distance=int(examples["evidence_distance"][i]), **more))
+                               depth=float(examples["depth"][i]),
+                               evidence_distance=int(examples["evidence_distance"][i]), **more))
   return out + _answer_records(name, answers, length)
 
 

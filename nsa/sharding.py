@@ -55,7 +55,8 @@ def abstract_mesh(config, devices: int, device=None) -> AbstractMesh:
   """
   m = config.mesh
   data = devices // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
-  return AbstractMesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device)
+  return AbstractMesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4,
+                      abstract_device=device)
 
 
 def _over(target) -> tuple[str, ...]:
@@ -141,4 +142,5 @@ def place(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
 
 def place_rows(mesh: Mesh, arrays: dict[str, np.ndarray], rules: Rules = Rules()) -> dict[str, jax.Array]:
   """[batch] and [batch, time] arrays, onto the devices."""
-  return {name: place(NamedSharding(mesh, P(rules.batch, *[rules.time] * (x.ndim - 1))), x) for name, x in arrays.items()}
+  return {name: place(NamedSharding(mesh, P(rules.batch, *[rules.time] * (x.ndim - 1))), x)
+          for name, x in arrays.items()}

@@ -80,7 +80,8 @@ def token_nll(config, params, out: model_lib.Output, targets, mesh):
 
 
 def target_nll(logits, targets):
-  """float32[B, T], nats, of logits [B, T, V]. The target's logit is a sum over the others' zeros: no scatter in the gradient."""
+  """float32[B, T], nats, of logits [B, T, V]. The target's logit is a sum over the others' zeros: no scatter in the
+  gradient."""
   own = targets[..., None] == jnp.arange(logits.shape[-1])
   return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0), axis=-1)
 
@@ -103,11 +104,11 @@ def _nll_in_chunks(config, params, hidden, targets):
 def layers_per_turn(config) -> int:
   """Layers that one turn of the train step's loop holds: `config.unroll`, or what was measured to be faster.
 
-  On a GPU all layers of a stack of up to UNROLLED_LAYERS, unless they are recomputed: a loop writes what the backward pass
-  needs of each layer into stacked arrays and reads it from there again. On one H200, 10M parameters in 6 layers,
-  8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1; three of the six at a time gain nothing (22.1).
-  The dense program compiles in 17 s, of the loop in 27. With recomputation one array per layer is stacked. On a CPU a loop
-  compiles faster.
+  On a GPU all layers of a stack of up to UNROLLED_LAYERS, unless they are recomputed: a loop writes what the backward
+  pass needs of each layer into stacked arrays and reads it from there again. On one H200, 10M parameters in 6 layers,
+  8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1; three of the six at a time gain nothing
+  (22.1). The dense program compiles in 17 s, of the loop in 27. With recomputation one array per layer is stacked. On a
+  CPU a loop compiles faster.
   """
   if config.unroll:
     return config.unroll
@@ -119,7 +120,8 @@ def layers_per_turn(config) -> int:
 def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain, mesh):
   """(objective in nats, metrics): weighted cross-entropy plus the weighted auxiliary losses."""
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
-                          losses=step.losses, counted=batch["segment_ids"] > 0, constrain=constrain, unroll=layers_per_turn(config))
+                          losses=step.losses, counted=batch["segment_ids"] > 0, constrain=constrain,
+                          unroll=layers_per_turn(config))
   nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
   loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
@@ -135,7 +137,8 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain,
 
 
 def make_step(config, step: schedule.Step, mesh):
-  """(state, batch, `Step.rates` float32[2], seeds) -> (state, metrics); metrics have the seeds' axis if there is one."""
+  """(state, batch, `Step.rates` float32[2], seeds) -> (state, metrics); metrics have the seeds' axis if there is
+  one."""
   transforms = optim.make(config)
   constrain = sharding.constrain(mesh)
 
@@ -228,11 +231,13 @@ class Batches:
       return read[rows.start, rows.stop][name][..., time]
 
     shape = (len(self.sources),) * (len(self.sources) > 1) + (what.batch, what.context)
-    return {name: jax.make_array_from_callback(shape, self.placed, functools.partial(part, name)) for name in BATCH_KEYS}
+    return {name: jax.make_array_from_callback(shape, self.placed, functools.partial(part, name))
+            for name in BATCH_KEYS}
 
   @staticmethod
   def _stacked(of_seeds):
-    return of_seeds[0] if len(of_seeds) == 1 else {key: np.stack([arrays[key] for arrays in of_seeds]) for key in BATCH_KEYS}
+    return (of_seeds[0] if len(of_seeds) == 1
+            else {key: np.stack([arrays[key] for arrays in of_seeds]) for key in BATCH_KEYS})
 
   def _ratio(self, row) -> float:
     real, tokenizer = row["weights"] > 0, self.sources[0].tokenizer
@@ -240,7 +245,8 @@ class Batches:
     return real.sum() / max(tokenizer.token_bytes[row["targets"][real]].sum() - spaces, 1)
 
   def tokens_per_byte(self, step: int) -> np.ndarray | float:
-    """Learned targets over the bytes they stand for, float64[seeds], of one of the last batches; 1 for the bytes tokenizer."""
+    """Learned targets over the bytes they stand for, float64[seeds], of one of the last batches; 1 for the bytes
+    tokenizer."""
     return 1.0 if self.config.data.tokenizer == "bytes" else self._tokens_per_byte[step]
 
   @property

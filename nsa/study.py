@@ -2,8 +2,9 @@
 
 Every arm is one `Config`. An arm may fork from another arm ("fork.workdir" = "@dense"): the
 trunk is trained once, keeps the checkpoints that forks need, and goes on to its own end.
-Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest. A study may go from machine to
-machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the same bits.
+Finished runs are reused, cut runs resume, a failed run is noted and does not stop the rest. A study may go from machine
+to machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the
+same bits.
 """
 import copy
 import dataclasses
@@ -27,15 +28,20 @@ class Study:
   question: str = ""
   arms: list[Config] = field(default_factory=list)
   seeds: tuple[int, ...] = (0, 1, 2)
-  few: dict[str, tuple[int, ...]] = field(default_factory=dict)  # arm, or arm-size -> its seeds, where it has not all of them
+  few: dict[str, tuple[int, ...]] = field(default_factory=dict)  # arm, or arm-size -> its seeds, where it has not all
+                                                                 # of them
   now: tuple[str, ...] = ()        # arms ("arm-size") that are run now; the others are listed and judged; () = all
   vmap_seeds: bool = True          # all seeds of an arm as one program: fewer compilations and launches;
                                    # on a CPU no faster per token (17.0k against 18.8k tokens/s in the quickstart)
   dense: str = "dense"             # the arm that is the quality anchor
   reference: str = "native_msa"    # the arm that the others are compared with
   budgets: dict[str, float] = field(default_factory=dict)  # arm -> share of the steps after leaving dense
-  controls: dict[str, str] = field(default_factory=dict)  # retrofit -> the dense arm with its tokens and rates, where not `dense`
-  branches: dict[str, tuple[str, ...]] = field(default_factory=dict)  # arm -> shorter runs of it with a decay of their own
+  controls: dict[str, str] = field(default_factory=dict)  # retrofit -> the dense arm with its tokens and rates, where
+                                                          # not `dense`
+  # arm -> shorter runs of it with a decay of their own
+  branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+  # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  solved: float = 0.0
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
   primary: tuple[str, ...] = ("second_half_bits_per_byte", "exact_match")
   secondary: tuple[str, ...] = ()
@@ -46,12 +52,17 @@ class Study:
   nll_margin: float = 0.05         # of answers' NLL, nats per token
   # The plan (nsa/report/plan_file.py): where its files lie, and what power and cost are reckoned from.
   plan: str = ""                   # directory of PLAN.md and plan.json; "" = no plan
-  stopping: str = "Every listed seed runs once; a run that diverges or fails is counted, not repeated with another seed."
-  tiers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> arms, or arm-size, in the order in which they run
-  expected_sd: dict[str, float] = field(default_factory=dict)      # "text R", "text A", "recall R", ... -> SD of paired differences
+  notes: tuple[str, ...] = ()       # what a reader of the plan has to know of the arms and of what they are compared by
+  stopping: str = ("Every listed seed runs once; a run that diverges or fails is counted, not repeated with another "
+                   "seed.")
+  # name -> arms, or arm-size, in the order in which they run
+  tiers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+  # "text R", "text A", "recall R", ... -> SD of paired differences
+  expected_sd: dict[str, float] = field(default_factory=dict)
   flops_per_second: float = 1e14   # of one device, of the FLOPs that an arm needs
   training_share: float = 1.0      # of the wall time that is training steps
-  shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py), on purpose
+  shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py),
+                                   # on purpose
 
 
 @dataclass
@@ -70,10 +81,13 @@ class Unlike(Exception):
 
 def jobs(study: Study, directory) -> list[Job]:
   """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
-  unknown = [f"few[{arm!r}]" for arm in study.few if arm not in {n for one in study.arms for n in (one.arm, f"{one.arm}-{one.size}")}]
+  unknown = [f"few[{arm!r}]" for arm in study.few
+             if arm not in {n for one in study.arms for n in (one.arm, f"{one.arm}-{one.size}")}]
   if unknown or study.vmap_seeds and study.few:
-    raise ConfigError([(name, "", f"no arm has that name; there are {sorted({one.arm for one in study.arms})}") for name in unknown]
-                      or [("few", study.few, "seeds that train as one program are the same for all arms: set vmap_seeds = False")])
+    raise ConfigError([(name, "", f"no arm has that name; there are {sorted({one.arm for one in study.arms})}")
+                       for name in unknown]
+                      or [("few", study.few, "seeds that train as one program are the same for all arms: set "
+                                             "vmap_seeds = False")])
   cohorts = [tuple(study.seeds)] if study.vmap_seeds else [(seed,) for seed in study.seeds]
   out = [job for seeds in cohorts for job in _cohort(study, directory, seeds)]
   names = [job.run for job in out]
@@ -115,7 +129,8 @@ def _cohort(study, directory, seeds) -> list[Job]:
     try:
       config_lib.validate(job.config)
     except ConfigError as error:
-      raise ConfigError([(f"arms[{job.config.arm}].{name}", value, fix) for name, value, fix in error.problems]) from None
+      raise ConfigError([(f"arms[{job.config.arm}].{name}", value, fix)
+                         for name, value, fix in error.problems]) from None
   return out
 
 
@@ -129,13 +144,17 @@ def asked(study: Study) -> dict:
   from nsa.report import endpoints  # here: whoever only runs a study does without
   unknown = [(name, m) for name in ("primary", "secondary") for m in getattr(study, name) if not endpoints.is_metric(m)]
   if unknown:
-    raise ConfigError([(name, m, f"one of {', '.join(endpoints.METRIC)}, alone or followed by : and a corpus or a task family")
+    raise ConfigError([(name, m, f"one of {', '.join(endpoints.METRIC)}, alone or followed by : and a corpus or a task "
+                                 "family")
                        for name, m in unknown])
-  margin = lambda m: study.task_margin if "exact_match" in m else study.nll_margin if "answer_nll" in m else study.margin
+  margin = lambda m: (study.task_margin if "exact_match" in m else study.nll_margin if "answer_nll" in m
+                      else study.margin)
   return {"name": study.name, "question": study.question, "arms": list(dict.fromkeys(arm.arm for arm in study.arms)),
-          "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary} for m in (*study.primary, *study.secondary)],
-          "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference, "dense_arm": study.dense,
-          "budgets": study.budgets, "controls": study.controls, "branches": {arm: list(b) for arm, b in study.branches.items()}}
+          "endpoints": [{"metric": m, "margin": margin(m), "primary": m in study.primary}
+                        for m in (*study.primary, *study.secondary)],
+          "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference,
+          "dense_arm": study.dense, "budgets": study.budgets, "controls": study.controls, "solved": study.solved,
+          "branches": {arm: list(b) for arm, b in study.branches.items()}}
 
 
 def _directory(config) -> str:
@@ -167,10 +186,12 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   todo = jobs(study, directory)
   check_tasks(study)
   matches = lambda job: any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only or ("*",))
-  others = [job for job in todo if not matches(job) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
+  others = [job for job in todo
+            if not matches(job) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
   todo = [job for job in todo if job not in others]
   if not todo:
-    raise ConfigError([("--only", ",".join(only), f"no run has such a name; there are {', '.join(job.run for job in others)}")])
+    raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
+                                                  f"{', '.join(job.run for job in others)}")])
   train.make_workdir(directory)
   data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   known = {job.run: job for job in todo + others}
@@ -203,7 +224,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
           todo[position:position] = alone
           work.update({other.run: _work(other) for other in alone})
   _save(study, todo + others, directory)
-  on_job(f"{sum(job.status == 'done' for job in todo)} of {len(todo)} runs done in {_minutes(time.monotonic() - began)}")
+  done = sum(job.status == "done" for job in todo)
+  on_job(f"{done} of {len(todo)} runs done in {_minutes(time.monotonic() - began)}")
   return todo
 
 
@@ -211,13 +233,15 @@ def _compilations(todo: list[Job], directory):
   """What the runs that are not done will compile, in the order of the runs."""
   for job in todo:
     if not (directory / job.run / "DONE").exists():
-      yield from train.compilations(job.config, sharding.make_mesh(job.config), train.first_step(job.config, directory / job.run))
+      yield from train.compilations(job.config, sharding.make_mesh(job.config),
+                                    train.first_step(job.config, directory / job.run))
 
 
 def unfinished(study: Study, directory) -> list[str]:
   """The runs that are neither done nor failed."""
   directory = epath.Path(directory)
-  return [job.run for job in jobs(study, directory) if not any((directory / job.run / name).exists() for name in ("DONE", "FAILED"))]
+  return [job.run for job in jobs(study, directory)
+          if not any((directory / job.run / name).exists() for name in ("DONE", "FAILED"))]
 
 
 def _run_one(job: Job, known: dict[str, Job], directory) -> None:
@@ -233,7 +257,8 @@ def _run_one(job: Job, known: dict[str, Job], directory) -> None:
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
-  except (lock.Busy, Unlike) as error:    # another process is at it, or its trunk is not to be had: neither failed nor done
+  # another process is at it, or its trunk is not to be had: neither failed nor done
+  except (lock.Busy, Unlike) as error:
     job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
@@ -245,9 +270,11 @@ def _run_one(job: Job, known: dict[str, Job], directory) -> None:
 
 
 def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None:
-  """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where they were.
+  """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where
+  they were.
 
-  It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the last bit.
+  It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the
+  last bit.
   """
   workdir, name = directory / trunk.run, epath.Path(trunk.run).name
   have = checkpoint.Checkpoints(workdir, read_only=True).steps()
@@ -276,12 +303,14 @@ def _same_run(finished, again) -> None:
   old, new = (logged(path) if (path / "metrics.jsonl").exists() else {} for path in (finished, again))
   common = sorted(set(old) & set(new))
   if not common:
-    raise Unlike(f"{finished} has logged nothing that {again} could be compared with: without its metrics.jsonl nothing can fork from it")
+    raise Unlike(f"{finished} has logged nothing that {again} could be compared with: without its metrics.jsonl "
+                 "nothing can fork from it")
   for at in common:
     for name in sorted((set(old[at]) & set(new[at])) - {"tokens_per_second", "mfu", "seconds"}):
       if old[at][name] != new[at][name]:
-        raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = {new[at][name]}, and "
-                     f"{old[at][name]} was logged; other devices or software? Take those that trained it, or train it and its forks anew")
+        raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
+                     f"{new[at][name]}, and {old[at][name]} was logged; other devices or software? Take those that "
+                     "trained it, or train it and its forks anew")
 
 
 def _one_by_one(job: Job) -> list[Job]:
@@ -308,7 +337,8 @@ def _save(study, todo, directory) -> None:
       job.status = "done"            # by another process
   plan = epath.Path(study.plan) / "plan.json" if study.plan else directory / "plan.json"
   metrics.write_json(directory / "study.json", {
-      **asked(study), "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
+      **asked(study),
+      "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
       **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
       "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
                 "status": job.status, "error": job.error} for job in todo]})

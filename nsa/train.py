@@ -1,8 +1,9 @@
 """Training: one loop that reads from top to bottom.
 
     train(config, workdir) -> the step it reached, with workdir holding
-    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE, and LOCK while it runs;
-    planted.json, where data.planted: which passages, and how often the whole run plants each
+    config.json  versions.json  metrics.jsonl  checkpoints/<step>/  eval/<step>.json  profile/  DONE; LOCK while it
+    runs; planted.json, where data.planted: which passages, and how often the whole run plants each;
+    hidden/<step>.json, where eval.hidden_states names steps: measures of hidden states
 
 A run that was cut (kill, SIGTERM, full disk) goes on from its newest good checkpoint when the same
 command is given again, and reaches the same bits on the same mesh. With several processes each
@@ -48,6 +49,7 @@ from nsa import (
   sharding,
   step as step_lib,
 )
+from nsa.look import snapshots
 from nsa.progress import Progress
 
 # Fields that may change when a run is resumed: they do not touch the numbers.
@@ -123,8 +125,9 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     own = origins.digests(config_lib.to_dict(config)["modules"])
     metrics.write_json(workdir / "versions.json", {**versions(), **read, **({"modules": own} if own else {})})
     if config.data.planted:
-      metrics.write_json(workdir / "planted.json", {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
-                                                    for seed, source in zip(config.seeds, batches.sources)})
+      metrics.write_json(workdir / "planted.json",
+                         {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
+                          for seed, source in zip(config.seeds, batches.sources)})
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   with capacity.told(config, "parameters and optimizer state"):
     state, start = initial_state(config, mesh, checkpoints)
@@ -158,6 +161,10 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
         evaluate.write(config, state.params, workdir, start, mesh, during=start < total, own=True)
+    ours = not start or start in checkpoints.steps()  # not the trunk's state, which a fork begins with
+    if ours and snapshots.due(config, workdir, start):
+      with bar.pause("hidden states"):
+        snapshots.write(config, state.params, workdir, start, batches.sources, mesh)
     batch = batches.at(start) if start < total else None
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
@@ -184,7 +191,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       stop = preempted(done)
       evaluating = _evaluates(config, done)
       saving = done == total or checkpoints.should_save(done)
-      if stop or evaluating or saving:
+      looking = not stop and snapshots.due(config, workdir, done)
+      if stop or evaluating or saving or looking:
         log.step(*pending, batches, checkpoints)    # a state that is not finite is never saved
         pending = None
       if stop or saving:
@@ -200,6 +208,10 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
         watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
           evaluate.write(config, state.params, workdir, done, mesh, during=done < total, own=True)
+      if looking:
+        watchdog.expect(f"the hidden states at step {done}")
+        with bar.pause("hidden states"):
+          snapshots.write(config, state.params, workdir, done, batches.sources, mesh)
     bar.close()
     watchdog.expect("the last checkpoint")
     checkpoints.close()
@@ -217,8 +229,8 @@ def _under_way(workdir):
   except (ValueError, OSError, ModuleNotFoundError) as error:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
       raise                              # a full disk is told as such
-    raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest checkpoint. "
-                       f"{type(error).__name__}: {error}") from error
+    raise RuntimeError(f"{workdir}: an error in the middle of training; the same command goes on from the newest "
+                       f"checkpoint. {type(error).__name__}: {error}") from error
 
 
 def _evaluates(config, done: int) -> bool:
@@ -238,8 +250,8 @@ def make_workdir(workdir: epath.Path) -> None:
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise
-    raise config_lib.ConfigError([("--workdir", str(workdir), f"cannot be made or written to ({error.strerror}): take a directory "
-                                   "of your own")]) from None
+    fix = f"cannot be made or written to ({error.strerror}): take a directory of your own"
+    raise config_lib.ConfigError([("--workdir", str(workdir), fix)]) from None
 
 
 def open_workdir(config, workdir: epath.Path) -> None:
@@ -264,15 +276,16 @@ def open_workdir(config, workdir: epath.Path) -> None:
       (workdir / "FAILED").unlink(missing_ok=True)
   with processes.together("opening the workdir"):
     if not path.exists():
-      raise config_lib.ConfigError([("--workdir", str(workdir), f"process {jax.process_index()} does not see the config.json "
-                                     "that process 0 has written: take a directory that all hosts share")])
+      fix = (f"process {jax.process_index()} does not see the config.json that process 0 has written: take a directory "
+             "that all hosts share")
+      raise config_lib.ConfigError([("--workdir", str(workdir), fix)])
 
 
 def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
   """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
 
-  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names another
-  data.source or tokenizer, or begins anew.
+  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names
+  another data.source or tokenizer, or begins anew.
   """
   read = {"corpus_sha256": batches.fingerprint, "held_out_sha256": held_out.check(config)}
   if resumed:
@@ -284,8 +297,8 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
     theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
     alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
     if alike and theirs.texts == config.data.texts:
-      _same_corpora(config, read, _recorded(trunk), trunk, "bring them back, train the trunk again, or give these a data.source of "
-                    "their own")
+      _same_corpora(config, read, _recorded(trunk), trunk,
+                    "bring them back, train the trunk again, or give these a data.source of their own")
   return read
 
 
@@ -295,8 +308,8 @@ def _recorded(workdir) -> dict:
 
 def _same_corpora(config, read, before, workdir, fix):
   theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
-  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read (SHA-256 "
-               f"{ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
+  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read "
+               f"(SHA-256 {ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
               for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items()
               if theirs.get(split, ours) not in (ours, None)]
   if problems:
@@ -317,8 +330,8 @@ def versions() -> dict:
 def _checkout() -> dict:
   """The commit of the code that runs, and whether files differ from it; null outside a git checkout of it."""
   def git(*arguments):
-    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True, text=True,
-                          timeout=20, check=True).stdout.strip()
+    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True,
+                          text=True, timeout=20, check=True).stdout.strip()
 
   try:
     if not git("ls-files", "nsa/train.py"):  # somebody else's repository, with this package below it
@@ -336,6 +349,7 @@ def compilations(config, mesh, start: int = 0):
   yield functools.partial(step_lib.compile_init, config, mesh)
   for step in schedule.programs(config, start):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
+  yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
 
 
@@ -386,7 +400,8 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   elif any(name.startswith("optimizer/") for name in source.describe(step)):
     trunk = source.restore(abstract, step)
   else:
-    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set fork.reset = True")])
+    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set "
+                                                        "fork.reset = True")])
   seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
   theirs = trunk.params
@@ -412,9 +427,11 @@ def _overlay(fresh: dict, trunk: dict, config) -> dict:
       elif name in theirs and theirs[name].shape == value.shape:
         out[name] = _place(value, theirs[name])
       elif name in theirs:
-        problems.append(("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
+        problems.append(
+            ("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
       elif group_of[".".join(here)] == "backbone":
-        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same model config"))
+        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same "
+                                                    "model config"))
     return out
 
   merged = merge(fresh, trunk, ())

@@ -133,6 +133,13 @@ def test_a_row_of_a_step_counts_useful_work(monkeypatch):
       models.config_of(*bad, 1, 1024)
 
 
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_row_of_a_step_runs():
+  row = models.Row(models.config_of("tiny", "dense", 2, 64))
+  measured = row.measure(row.compile(), steps=2, repeats=3)
+  assert len(measured["ms_of_groups"]) == 3 and 2 < measured["loss"] < 6  # nats: of 6.3 at the start, after 9 steps
+
+
 def test_kinds_of_kernels():
   names = {"selected_attention_backward": "selected_attention_backward",
            "jit_range_attention_dkv_0": "range_attention_dkv_0",
@@ -163,3 +170,24 @@ def test_wall_time_of_a_study_by_part(tmp_path):
   assert (whole["wall"], whole["steps"], whole["evaluate"]) == (420.0, 200.0, 100.0)
   with pytest.raises(ValueError, match="no finished run"):
     wall.table(tmp_path / "nothing")
+
+
+def test_a_decoded_token_reads_the_weights_and_what_it_sees():
+  """SmolLM2 at 8,192 tokens: 134,515,008 weights, keys and values of 3 heads of 64 in 30 layers, two bytes each."""
+  weights, copied = 134_515_008 * 2, 4.3e12
+  of_token = 2 * 3 * 64 * 30 * 2
+  dense, msa = (models.config_of("smollm2", name, 1, 8192) for name in ("dense", "msa"))
+  assert models.decoding_floor_ms(dense, "dense", 32, 8192, "NVIDIA H200") == pytest.approx(
+      (weights + 32 * 8192 * of_token) / copied * 1e3, rel=1e-6)
+  added = 576 * (3 + 1) * 64 + 2 * 64  # the index: projections of 3 queries and a key, their norms
+  index = 8192 * 64 * 30 * 2           # of width 64, one for all heads
+  assert models.decoding_floor_ms(msa, "sparse", 1, 8192, "NVIDIA H200") == pytest.approx(
+      (weights + 30 * added * 2 + 1024 * of_token + index) / copied * 1e3, rel=1e-6)
+  assert models.decoding_floor_ms(dense, "dense", 1, 8192, "cpu") is None
+
+
+def test_decoding_is_timed_from_a_cache_that_is_full_in_the_end():
+  config = models.config_of("tiny", "dense", 1, 64)
+  row = models.measure_decoding(config, None, "dense", 3, 64, steps=2, repeats=1)
+  assert row["cache_bytes"] == 3 * 64 * 2 * 2 * 2 * 16 * 4  # layers, k and v, heads of 16, float32
+  assert row["tokens_per_second"] == pytest.approx(3 / row["ms"] * 1e3) and row["floor_ms"] is None

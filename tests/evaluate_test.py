@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, data, evaluate, held_out, methods, model as model_lib, scores, tasks
+from nsa import config as config_lib, data, decoding, evaluate, held_out, methods, model as model_lib, scores, tasks
 from nsa.data import recurrence
 from nsa.methods import blocks
 import pallas_kernels as pk
@@ -214,22 +214,66 @@ def test_exact_match_is_what_greedy_decoding_gives():
   # of random weights
   assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))
   prompt = examples["inputs"][:, :begins[0] + 1]
-  decoded = np.asarray(model_lib.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
+  decoded = np.asarray(decoding.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
   run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
+  decode = functools.partial(evaluate._decoder(config, "dense"), params)
 
   def scored(answers):
+    """Exact match; that of the evaluation's own decoding, which goes on with its own tokens, is the same."""
     targets, inputs = examples["targets"].copy(), examples["inputs"].copy()
     targets[group >= 0] = answers.ravel()
     inputs[:, 1:] = targets[:, :-1]
-    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets}, config.eval,
-                        True)
-    return [row["exact_match"] for row in of_kind(found, "task")]
+    found = scores.task(run, params, "copy:length=6", {**examples, "inputs": inputs, "targets": targets},
+                        dataclasses.replace(config.eval, decoded=2), True, decode)
+    exact, greedy = ([row.get(name) for row in of_kind(found, "task")]
+                     for name in ("exact_match", "greedy_exact_match"))
+    assert greedy == [*exact[:2], None]
+    return exact
 
   assert scored(decoded) == [1, 1, 1]
   for place in (0, 3, 5):
     wrong = decoded.copy()
     wrong[1, place] = (wrong[1, place] + 1) % 256
     assert scored(wrong) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name, attention", [
+    ("dense", methods.Dense()), ("msa", methods.MSA(index_dim=4, **BLOCKS)),
+    ("seer", methods.Seer(gate_dim=4, **BLOCKS)),
+    ("dsa", methods.DSA(index_dim=4, **BLOCKS)), ("gated", methods.Gated(index_dim=4, **BLOCKS)),
+    ("quest", methods.Quest(**BLOCKS)), ("block_topk", methods.BlockTopK(**BLOCKS))])
+def test_answers_in_the_middle_of_a_text_are_decoded_as_if_nothing_came_after_them(name, attention):
+  """Against the whole pass over each beginning, token by token: summaries of blocks do not see what stands behind."""
+  config = make_config(attention, sequences=0)
+  mode = "dense" if name == "dense" else "sparse"
+  params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
+  text = np.random.default_rng(1).integers(0, 256, T).astype(np.int32)
+  begins = np.array([9, 30, 43, 57], np.int32)
+  forward = jax.jit(lambda tokens: model_lib.forward(config, params, tokens[None], mode=mode, losses=False).logits[0])
+  want = np.zeros((4, 5), np.int32)
+  for row, begin in zip(want, begins):
+    tokens = np.where(np.arange(T) <= begin, text, 0).astype(np.int32)
+    for i in range(5):
+      row[i] = tokens[begin + 1 + i] = np.argmax(forward(tokens)[begin + i])
+  np.testing.assert_array_equal(decoding.answers(config, params, text, begins, 5, mode=mode), want)
+  assert len({tuple(row) for row in want}) > 1
+
+
+def test_a_task_may_have_examples_of_a_length_of_its_own():
+  """Padded behind, and scored as if that were the context."""
+  names = ("needle:haystack=noise,digits=3@200", "needle:haystack=noise,digits=3")
+  config = make_config(methods.Dense(), tasks=names[:1], sequences=0, context=256)
+  rows, params = records(config)
+  alone = records(make_config(methods.Dense(), tasks=names[1:], sequences=0, context=200, near=(8, 32)))[0]
+  for row, same in zip(of_kind(rows, "task"), of_kind(alone, "task")):
+    assert row["task"] == names[0] and row["evidence_distance"] == same["evidence_distance"]
+    np.testing.assert_allclose(row["answer_nll"], same["answer_nll"], rtol=1e-5)
+  for bad in ("needle@300", "needle@x", "needle@0"):
+    with pytest.raises(config_lib.ConfigError, match="take 1 to 256 tokens"):
+      make_config(methods.Dense(), tasks=(bad,), context=256)
+  with pytest.raises(config_lib.ConfigError, match="data.tasks.*name it without @"):
+    config.data.tasks, config.data.task_share = ("needle@200",), 0.5
+    config_lib.validate(config)
 
 
 def test_corpora_have_records_of_their_own(tmp_path):
@@ -404,8 +448,8 @@ def test_evaluations_on_the_way_are_short_and_of_their_own_modes(tmp_path):
 
 
 def test_more_run_modes_are_asked_of_some_seeds_alone():
-  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"), more_seeds=(1, 5),
-                       tasks=("copy:length=4",))
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",), more_modes=("dense", "random"),
+                       more_seeds=(1, 5), tasks=("copy:length=4",))
   params = params_of(model_lib.Static(dataclasses.replace(config, eval=None)))
   of = lambda rows: {(r["seed"], r["run_mode"]) for r in rows}
   assert config.seeds == (3,) and of(evaluate.records(config, params, 7)) == {(3, "sparse")}

@@ -160,10 +160,11 @@ def test_numbers_are_cut_as_llama_3_and_qwen_2_cut_them():
 
 
 @pytest.mark.parametrize("kind, step, relative", [
-    ("Q8_0", 0.5 / 127 + 2 ** -11, 0), ("Q4_0", 1 / 8 + 2 ** -11, 0), ("BF16", 0, 2 ** -8), ("F16", 0, 2 ** -10)])
+    ("Q8_0", 0.5 / 127 + 2 ** -11, 0), ("Q4_0", 1 / 8 + 2 ** -11, 0), ("Q5_0", 1 / 16 + 2 ** -11, 0),
+    ("Q4_1", 1 / 15 + 3 * 2 ** -11, 0), ("Q5_1", 1 / 31 + 3 * 2 ** -11, 0), ("BF16", 0, 2 ** -8), ("F16", 0, 2 ** -10)])
 def test_quantized_tensors_are_near_what_they_stand_for(kind, step, relative, tmp_path):
-  """Half a step of the block's largest (Q4_0: a whole one at its positive end), a scale rounded to float16; or a
-  rounding."""
+  """Half a step of the block's largest (Q4_0, Q5_0: a whole one at its positive end; Q4_1, Q5_1: of the span from the
+  least to the largest), scale and least value rounded to float16; or a rounding."""
   params = params_of(MODEL)
   source = write(tmp_path / "m.gguf", "llama", params=params, quantize=getattr(gguf.GGMLQuantizationType, kind))
   config = huggingface.import_model(source, tmp_path / "run")
@@ -175,16 +176,28 @@ def test_quantized_tensors_are_near_what_they_stand_for(kind, step, relative, tm
   np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "run")["norm"], params["norm"])  # float32 as it was
 
 
-def test_k_quants_are_unpacked(tmp_path):
-  """Q6_K: 6 bits less 32, times an 8-bit scale of 16, times a half. All bits 0, scales 3, half 0.5: -48."""
-  block = np.concatenate(
-      [np.zeros(192, np.uint8), np.full(16, 3, np.uint8), np.frombuffer(np.float16(0.5).tobytes(), np.uint8)])
+HALF, QUARTER = (np.float16(x).tobytes() for x in (0.5, 0.25))
+# 8 scales of 3 and 8 least values of 2, 6 bits each: the first four of both, then low halves of the others' bits.
+SCALES = bytes([3] * 4 + [2] * 4 + [3 | 2 << 4] * 4)
+K_QUANTS = {
+    "Q4_K": (HALF + QUARTER + SCALES + bytes([0x55] * 128), 0.5 * 3 * 5 - 0.25 * 2),  # 4 bits: 5
+    # The fifth bits in front: 5 + 16.
+    "Q5_K": (HALF + QUARTER + SCALES + bytes([0xff] * 32 + [0x55] * 128), 0.5 * 3 * 21 - 0.25 * 2),
+    "Q6_K": (bytes([0] * 192 + [3] * 16) + HALF, 0.5 * 3 * (0 - 32)),                 # 6 bits less 32, 8-bit scales
+}
+
+
+@pytest.mark.parametrize("kind", sorted(K_QUANTS))
+def test_k_quants_are_unpacked(kind, tmp_path):
+  """Blocks of 256 by the format's own layout, every number in them the same."""
+  content, value = K_QUANTS[kind]
   writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-  writer.add_tensor("x", np.stack([block] * 2), raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+  writer.add_tensor("x", np.stack([np.frombuffer(content, np.uint8)] * 2),
+                    raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
   writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
   found = gguf_file.GGUF(tmp_path / "x.gguf")
   assert found.tensors["x"].shape == (2, 256)
-  np.testing.assert_array_equal(found.read("x"), np.full((2, 256), -48.0))
+  np.testing.assert_array_equal(found.read("x"), np.full((2, 256), value))
 
 
 def test_llama_3s_factors_become_its_scaling(tmp_path):

@@ -9,7 +9,17 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers, methods, model as model_lib, optim, schedule, sharding, step as step_lib
+from nsa import (
+  config as config_lib,
+  decoding,
+  layers,
+  methods,
+  model as model_lib,
+  optim,
+  schedule,
+  sharding,
+  step as step_lib,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -500,7 +510,7 @@ def test_generate_is_greedy():
   name = "msa"
   config, params = make_config(METHODS[name]), params_of(name)
   prompt = tokens_of()[:, :3]
-  got = np.asarray(model_lib.generate(config, params, prompt, 13))
+  got = np.asarray(decoding.generate(config, params, prompt, 13))
   text = np.concatenate([prompt, got], 1)
   padded = np.concatenate([text, tokens_of()[:, text.shape[1]:]], 1)
   logits = np.asarray(logits_of(name)(params, padded, WHOLE))

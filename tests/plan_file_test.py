@@ -108,8 +108,15 @@ def test_the_main_study_is_the_protocol():
   assert schedule.learning_rate(half.schedule, half.fork.step - 1) == schedule.learning_rate(
       m.schedule, half.fork.step - 1)
   assert {c.attention.num_blocks for c in study.arms if c.attention.name == "msa"} == {24}
+  # Hidden states: at M, as far as steps are an arm's own; every run of text holds planted passages.
+  looked = {c.arm: c.eval.hidden_states for c in study.arms if c.eval.hidden_states}
+  assert set(looked) == set(main_study.LOOKED) and looked["dense"] == looked["native"] == looked["native_window"]
+  assert looked["dense"] == (0, 48, 95, 191, 382, 763, 1526, 3052, 6104) and min(looked["within_25"]) == 4578 + 12
+  assert {c.size for c in study.arms if c.eval.hidden_states} == {"M"} and m.data.planted == 0
+  assert all(c.data.planted == 0.01 for c in main_study.get_config("tier=all,novels=a.tar.xz,code=b.tar.xz").arms)
   everything = main_study.get_config("tier=all")
   part = main_study.get_config("tier=3")  # another part of the same study is run
-  assert [c.arm for c in part.arms] == [c.arm for c in study.arms] and {n.rpartition("-")[2] for n in part.now} == {"L", "M8K"}
+  assert ([c.arm for c in part.arms] == [c.arm for c in study.arms]
+          and {n.rpartition("-")[2] for n in part.now} == {"L", "M8K"})
   assert {c.size for c in everything.arms} == {"S", "M", "L", "M8K"} and list(everything.tiers) == ["1", "2", "3"]
   assert {f"{c.arm}-{c.size}" for c in everything.arms} == {name for tier in everything.tiers.values() for name in tier}

@@ -11,7 +11,7 @@ import methods_oracle as oracle
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, evaluate, methods, model as model_lib
+from nsa import config as config_lib, decoding, evaluate, methods, model as model_lib
 from nsa.methods.prompt import base as prompt_lib
 from pallas_kernels import masked
 
@@ -307,7 +307,7 @@ def test_prefill_and_decoding_equal_the_pass_with_a_prompt(name):
   assert np.abs(want - dense).max() > 1e-2
   if name == "snapkv":  # the prompt is dense
     np.testing.assert_allclose(want[:, :P], dense[:, :P], rtol=1e-5, atol=1e-5)
-    text = np.asarray(model_lib.generate(config, params, tokens[:, :P], 3))  # the prompt that it is given is the prompt
+    text = np.asarray(decoding.generate(config, params, tokens[:, :P], 3))  # the prompt that it is given is the prompt
     logits = np.asarray(program(name)(np.concatenate([tokens[:, :P], text, tokens[:, P + 3:]], 1),
                                       np.full(B, P, np.int32)))
     best = np.take_along_axis(logits[:, P - 1:P + 2], text[..., None], -1)[..., 0]

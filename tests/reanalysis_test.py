@@ -52,20 +52,21 @@ def change(root, **fields):
   (root / "study.json").write_text(json.dumps({**plan, **fields}))
 
 
-@pytest.mark.parametrize("case, said", [("native ahead", {"worse", "matches"}), ("block-0 shortcut", {"not admitted", "worse"}),
-                                        ("noisy", {"undecided"})])
+@pytest.mark.parametrize("case, said", [("native ahead", {"worse", "matches"}), ("noisy", {"undecided"}),
+                                        ("block-0 shortcut", {"not admitted", "worse"})])
 def test_planted_studies(case, said, tmp_path):
   words, _ = compare(planted.write_case(tmp_path, planted.CASES[case], draw=3))
   assert len(words) == 14 and said <= set(words.values())
 
 
 def test_a_study_with_all_there_can_be(tmp_path):
-  """Two sizes, a control of its own, parts of endpoints, a cut study, a diverged seed, failures, two groups, what is sealed."""
+  """Two sizes, a control of its own, parts of endpoints, a cut study, a diverged seed, failures, two groups, and what
+  is sealed."""
   arms = {"dense": (0.02, 0.0, None), "native_msa": (0.0, 0.0, None), "dense_more": (0.012, 0.0, None),
           "dense_double": (-0.3, 0.0, None), "within_25": (0.021, -0.01, 0.25), "within_50": (0.02, 0.0, 0.5),
           "within_75": (0.02, 0.0, 0.75), "after_5": (0.03, -0.3, 0.05), "never": (0.0, 0.0, 0.1)}
-  root = write_study(tmp_path / "study", arms, seeds=range(5), sizes=("S", "M"), together=False, noise=0.0005, match_noise=0.01,
-                     items=40, rich=False)
+  root = write_study(tmp_path / "study", arms, seeds=range(5), sizes=("S", "M"), together=False, noise=0.0005,
+                     match_noise=0.01, items=40, rich=False)
   for file in [f for arm in ("dense_more", "dense_double") for f in root.glob(f"runs/{arm}-*/config.json")]:
     config = json.loads(file.read_text())
     config["schedule"]["stages"] = [{"fraction": 1.0, "mode": "dense"}]
@@ -91,7 +92,8 @@ def test_a_study_with_all_there_can_be(tmp_path):
           r["far_answer_nll"] = r["answer_nll"] + rng.normal(0, 0.01)
     common = {name: tree["records"][0][name] for name in records.COMMON}
     hits = lambda: records.make("ar_hit", start=64, end=128, nll=2 + rng.normal(0, 0.01), hits=int(rng.integers(1, 9)))
-    tree["records"] += [{**hits(), **common, "run_mode": mode} for mode in sorted({r["run_mode"] for r in tree["records"]})]
+    modes = sorted({r["run_mode"] for r in tree["records"]})
+    tree["records"] += [{**hits(), **common, "run_mode": mode} for mode in modes]
     file.write_text(json.dumps(tree))
     if file.stem == "1000":
       own = "dense" if tree["arm"].startswith("dense") else "sparse"
@@ -101,14 +103,15 @@ def test_a_study_with_all_there_can_be(tmp_path):
         if r["kind"] == "language":
           r["split"] = "test"
           r["second_half_bits_per_byte"] += shift
-      (file.parent / "1000-sealed.json").write_text(json.dumps({**tree, "settings": {"split": "test"}, "records": rows}))
+      sealed = {**tree, "settings": {"split": "test"}, "records": rows}
+      (file.parent / "1000-sealed.json").write_text(json.dumps(sealed))
   (root / "runs/within_25-S-4/DONE").unlink()
   (root / "runs/within_25-S-4/FAILED").write_text(json.dumps({"error": "Diverged"}))
   with open(root / "runs/within_50-S-1/metrics.jsonl", "a") as file:
     file.write(json.dumps({"step": 1010, "seed": 1, "loss": "nan", "tokens": 1}) + "\n")
   jobs = json.loads((root / "study.json").read_text())["jobs"]
   for job in jobs:
-    if job["run"].startswith("runs/never") or job["run"] in ("runs/native_msa-M-0", "runs/native_msa-M-1", "runs/native_msa-M-2"):
+    if job["run"].startswith("runs/never") or job["run"] in [f"runs/native_msa-M-{seed}" for seed in (0, 1, 2)]:
       for path in sorted((root / job["run"]).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
       (root / job["run"]).rmdir()
@@ -120,7 +123,8 @@ def test_a_study_with_all_there_can_be(tmp_path):
   change(root, jobs=jobs, controls={"after_5": "dense_more"}, quantities=["R", "A"], branches={},
          endpoints=[{"metric": f"{text}:novels", "margin": 0.005, "primary": True},
                     {"metric": f"{text}:code", "margin": 0.005, "primary": True},
-                    {"metric": recall, "margin": 0.02, "primary": True}, {"metric": "far_answer_nll", "margin": 0.05, "primary": False},
+                    {"metric": recall, "margin": 0.02, "primary": True},
+                    {"metric": "far_answer_nll", "margin": 0.05, "primary": False},
                     {"metric": "ar_hit_nll", "margin": 0.005, "primary": False}])
   for path in sorted(root.glob("runs/after_5-M-*")):
     for one in sorted(path.rglob("*"), reverse=True):
@@ -145,6 +149,7 @@ def test_its_statistics_are_the_reports():
   x = np.random.default_rng(0).normal(0.3, 1, 7)
   ours = reanalysis.tests(dict(enumerate(x)), 0.5)
   theirs = statistics.judge(x, 0.5)
-  assert (ours["tost"], ours["difference"], ours["detectable"]) == pytest.approx((theirs.p_tost, theirs.p_difference, theirs.detectable))
+  assert (ours["tost"], ours["difference"]) == pytest.approx((theirs.p_tost, theirs.p_difference))
+  assert ours["detectable"] == pytest.approx(theirs.detectable)
   p = [0.01, 0.04, 0.03, 0.6, 1.0]
   assert reanalysis.holm(p) == pytest.approx(list(statistics.holm(p)))

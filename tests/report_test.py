@@ -186,10 +186,12 @@ def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):
   whole, plan = of(), json.loads((root / "study.json").read_text())
   plan["arms"].append("retrofit_msa_50")
   plan["budgets"]["retrofit_msa_50"] = 0.5
-  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny", "seeds": [0], "status": "pending"})
+  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny", "seeds": [0],
+                       "status": "pending"})
   (root / "study.json").write_text(json.dumps(plan))
   cut = of()
-  assert (len(whole), len(cut)) == (3, 5) and cut["R(50 %)"].word == "cannot be judged" and np.isnan(cut["R(50 %)"].p_difference)
+  assert ((len(whole), len(cut)) == (3, 5) and cut["R(50 %)"].word == "cannot be judged"
+          and np.isnan(cut["R(50 %)"].p_difference))
   first = min(whole, key=lambda name: whole[name].p_difference)
   assert cut[first].p_difference == pytest.approx(whole[first].p_difference * 5 / 3)
 
@@ -281,7 +283,8 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   (log,) = (root / "runs").glob("dense_half-*/metrics.jsonl")
   log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["seed"] != 2))
   flops = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[1]
-  assert sorted(flops.differences) == [0, 1] and flops.reason.startswith("seeds 2: needs a decay branch of dense that ends at 5.08e+13")
+  assert (sorted(flops.differences) == [0, 1]
+          and flops.reason.startswith("seeds 2: needs a decay branch of dense that ends at 5.08e+13"))
   assert flops.cost == pytest.approx(8.192e6 * 6.2e6)
 
 

@@ -56,6 +56,10 @@ def test_stages_cover_every_step_once(steps, weights):
     (schedule.retrofit_after(300, 0.05, warmup_steps=0, train="selector"), {"dense": 300, "warmup": 15}),
     (schedule.dense_continuation(300, 0.05), {"dense": 315}),
     (schedule.context_curriculum(40, 32, 0.5, "sparse"), {"sparse": 40}),
+    (schedule.retrofit_of_import(20, warmup_steps=6), {"warmup": 6, "sparse": 14}),
+    (schedule.retrofit_of_import(20, warmup_steps=0), {"sparse": 20}),
+    (schedule.retrofit_of_import(20, warmup_steps=6, train="selector"), {"warmup": 20}),
+    (schedule.as_it_is(), {"dense": 1}),
 ])
 def test_common_schedules(plan, want):
   config_lib.validate(make_config(plan))

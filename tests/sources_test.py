@@ -104,7 +104,8 @@ def test_an_archive_is_unpacked_once_for_all_its_splits(tmp_path, monkeypatch):
     of("test")
   assert unpacked.count("a.tar.xz") == 1
   data.sources._load.cache_clear()
-  assert of("val") == {"v": b"vv", "w": b"vv"} and unpacked.count("a.tar.xz") == 2  # its text was not kept beside its documents
+  # its text was not kept beside its documents
+  assert of("val") == {"v": b"vv", "w": b"vv"} and unpacked.count("a.tar.xz") == 2
   archive(path, ("val/v", b"other"))
   data.sources._load.cache_clear()
   assert of("val") == {"v": b"other"}

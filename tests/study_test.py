@@ -122,7 +122,8 @@ def test_slices_of_two_machines_are_one_study(slices, tmp_path, monkeypatch):
   brought_home(first, tmp_path)
   brought_home(second, tmp_path)
   monkeypatch.setattr(train, "train", lambda *_: pytest.fail("all is done"))
-  assert {job.status for job in study_lib.run(study, tmp_path, **QUIET)} == {"done"} and not study_lib.unfinished(study, tmp_path)
+  assert ({job.status for job in study_lib.run(study, tmp_path, **QUIET)} == {"done"}
+          and not study_lib.unfinished(study, tmp_path))
   found = archive.load([tmp_path])
   assert plan_file.deviations(found) == [] and not found.problems
   table = endpoints.rows(found)

@@ -5,7 +5,7 @@ from typing import Any
 
 from nsa import methods, origins, tasks
 from nsa.config.fields import Config, ConfigError, steps_of
-from nsa.data import tokenizer
+from nsa.data import planting, tokenizer
 from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
@@ -103,6 +103,11 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     for name in names:
       try:
         task = tasks.get(name)
+        if where == "eval.tasks":
+          tasks.length_of(name, e.context or d.context)
+        else:
+          need("@" not in name, where, name,
+               "data.task_lengths says how long the examples of training are: name it without @")
         need(task.trainable or where != "data.tasks", where, name,
              "is held out of training: name it in eval.tasks alone")
         need(task.in_words or d.tokenizer == "bytes", where, name,
@@ -165,6 +170,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
 
   # The method's own constraints, at every context it will run at.
   contexts.add(e.context or d.context)
+  if e.hidden_states:
+    contexts.add(min(planting.SIZE, d.context))
   for context in sorted(contexts):
     for name in dict.fromkeys(("attention", *config.layers)):
       where = name if name == "attention" else f"others.{name}"
@@ -172,7 +179,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
 
   need(o.name in ("adamw", "muon"), "optimizer.name", o.name, "adamw or muon")
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
-  need(e.sealed in {"", "val", "test", "ood"} - {e.split}, "eval.sealed", e.sealed, "val, test or ood, but not eval.split; or none")
+  need(e.sealed in {"", "val", "test", "ood"} - {e.split}, "eval.sealed", e.sealed,
+       "val, test or ood, but not eval.split; or none")
   for name in e.blocks:
     need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
   for where, mode in [(f"eval.{field}", mode) for field, modes in e.named.items() for mode in modes]:
@@ -193,6 +201,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
+  need(all(0 <= step <= s.steps for step in e.hidden_states), "eval.hidden_states", e.hidden_states,
+       f"steps from 0 to schedule.steps = {s.steps}")
   need(e.during_sequences >= 0, "eval.during_sequences", e.during_sequences, "windows, 0 for as many as at the end")
   need(e.diagnosed >= 0, "eval.diagnosed", e.diagnosed, "windows, 0 or more")
   for tokens in e.context_gain:
@@ -201,6 +211,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(len(e.near) in (0, 2) and all(0 <= n <= (e.context or d.context) for n in e.near), "eval.near", e.near,
        "(tokens at the beginning, tokens before a query), or () for (context / 32, context / 8)")
   need(e.task_examples >= 1, "eval.task_examples", e.task_examples, "at least 1; eval.tasks names the tasks")
+  need(e.decoded >= 0, "eval.decoded", e.decoded, "examples, 0 for none")
+  remembers = [method.name for method in config.methods if "memory" in method.groups]
+  need(not (e.decoded and remembers), "eval.decoded", e.decoded,
+       f"{', '.join(remembers)} cannot go back to an answer in the middle of a text: 0 is needed")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
   for name in dict.fromkeys(("attention", *config.layers)):

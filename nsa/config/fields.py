@@ -158,8 +158,9 @@ class MeshConfig:
 class EvalConfig:
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
-  sealed: str = ""                # a further split, evaluated at the end in the arm's own run mode into eval/<step>-sealed.json,
-                                  # which no report reads before the study is opened (launch.report --open)
+  sealed: str = ""                # a further split, evaluated at the end in the arm's own run mode into
+                                  # eval/<step>-sealed.json, which no report reads before the study is opened
+                                  # (launch.report --open)
   sequences: int = 32             # windows of `context` tokens of each corpus, spread evenly over the documents;
                                   # -1 = all of the split
   context: int = 0                # tokens; 0 = data.context
@@ -175,14 +176,18 @@ class EvalConfig:
   more_seeds: tuple[int, ...] = ()
   blocks: dict[str, int] = field(default_factory=dict)  # geometry of sparse run modes, e.g. {"block_size": 32};
                                                         # {} = the method's
-  tasks: tuple[str, ...] = ()     # () = data.tasks
+  tasks: tuple[str, ...] = ()     # () = data.tasks; "needle@512": examples of 512 tokens, not of the whole context
   task_examples: int = 32         # per task
+  decoded: int = 0                # of so many examples per task the answers are also decoded greedily, at the end
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence
                                   # behind the first and before the last; () = (context / 32, context / 8)
   ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at
                                   # the end
   context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the
                                       # end; dense, sparse
+  hidden_states: tuple[int, ...] = ()  # optimizer steps at which hidden states are measured, 0 = the initial weights
+                                       # (nsa/look/snapshots.py)
+  hidden_seeds: tuple[int, ...] = ()   # of these seeds alone; () = of all
   diagnostics: bool = True        # per layer: recall, captured and oracle mass, entropy, overlap
   diagnosed: int = 16             # of so many windows of each corpus, at most, on the way of one batch: they take
                                   # longer than the model

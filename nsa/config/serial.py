@@ -1,6 +1,7 @@
 """A config to JSON-ready dicts and back: what config.json holds."""
 import dataclasses
 import json
+import re
 import types
 import typing
 from typing import Any
@@ -36,7 +37,7 @@ def from_dict(tree: dict) -> Config:
 def _classes(config: Config) -> set[type]:
   """The methods, controls and tasks that a config names."""
   modes = [mode.partition(":")[0] for mode in sum(config.eval.named.values(), ())]
-  families = [name.partition(":")[0] for name in (*config.data.tasks, *config.eval.tasks)]
+  families = [re.split("[:@]", name)[0] for name in (*config.data.tasks, *config.eval.tasks)]
   named = [methods.registry.METHODS.get(name) for name in (*config.layers, *modes)]
   named += [tasks.TASKS.get(family) for family in families]
   return {cls for cls in named if cls} | {type(method) for method in (config.attention, *config.others.values())}

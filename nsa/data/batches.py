@@ -144,9 +144,10 @@ class Data:
     """Raises the ValueError that `batch_at` would raise at this context: call it before training begins."""
     batch = self._shape(context, None)[1]
     config = self.config
-    if self.planting and (context < planting.SIZE or config.planted * context > planting.SIZE):
-      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a "
-                       f"row of data.context = {context}")
+    short = context < planting.SIZE and planting.SIZE % context
+    if self.planting and (short or config.planted * context > planting.SIZE):
+      raise ValueError(f"data.planted = {config.planted}: passages have {planting.SIZE} tokens, at most one in a row; "
+                       f"data.context = {context} is neither longer nor a part of that, or holds more")
     if config.task_rows and config.task_rows * batch % config.global_batch:
       raise ValueError(f"schedule.stages[*].context = {context}: data.task_rows = {config.task_rows} of "
                        f"{config.global_batch} rows are no whole number of a batch of {batch}; take another context or "
@@ -241,21 +242,11 @@ class Data:
     words = f"row {number}: {one.describe(row, context)}"
     held = self.planting and self.planting.of_row(number - int(self._tasks_before(number)), context)
     if held:
-      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{held[2] + planting.SIZE}"
+      end = held[2] + min(planting.SIZE, context)
+      words += f"; over it, from token {held[3]} on, {held[1].name} tokens {held[2]}..{end}"
     return words
 
   def planted(self, step: int) -> list[planting.Passage]:
     """Passages planted before `step`, at data.context, and how often each was; see planting.py."""
     rows = step * self.config.global_batch
     return self.planting.passages(rows - int(self._tasks_before(rows)), self.config.context) if self.planting else []
-
-  def epoch_at(self, step: int, *, context: int | None = None, batch: int | None = None) -> float:
-    """How many times the text was read before `step`: epochs and a fraction, of several corpora the one read most.
-
-    Rows of tasks count as read where data.task_share draws them.
-    """
-    context, batch = self._shape(context, batch)
-    if not self.documents:
-      return 0.0
-    last = step * batch - self._tasks_before(step * batch)
-    return max(one.epochs(self.mixture.rows(last)[i], context) for i, one in enumerate(self.texts))

@@ -73,6 +73,11 @@ class Planting:
     """How many of the first `rows` rows of text hold a passage."""
     return int(rows * self.share * context / SIZE + 1e-9)
 
+  def tokens(self, passage: Passage) -> np.ndarray:
+    """uint[SIZE + 1]: the passage and its last token's target."""
+    document = next(d for corpus, d, _ in self._pool if (corpus, d.name) == (passage.corpus, passage.document))
+    return document.tokens[passage.start:passage.start + SIZE + 1]
+
   def _passage(self, planting):
     """The pool's number of the passage of a planting."""
     deck, turn = divmod(planting, _DECK)
@@ -87,13 +92,18 @@ class Planting:
     return number
 
   def of_row(self, row: int, context: int) -> tuple[str, Document, int, int] | None:
-    """(corpus, document, first token in it, first token in the row) of what a row of text holds; None for most rows."""
-    before = self.plantings(row, context)
-    if self.plantings(row + 1, context) == before:
-      return None
-    places = (context - SIZE) // self.align + 1
-    at = self.align * int(counter.integers(counter.key("place", self.seed, context), [row], places)[0])
-    return (*self._pool[self._passage(before)], at)
+    """(corpus, document, first token in it, first token in the row) of what a row of text holds; None for most rows.
+
+    In rows shorter than a passage it goes on over the next ones.
+    """
+    for piece in range(max(1, SIZE // context)):
+      before = self.plantings(row - piece, context)
+      if row >= piece and self.plantings(row - piece + 1, context) > before:
+        corpus, document, start = self._pool[self._passage(before)]
+        places = max(0, context - SIZE) // self.align + 1
+        at = self.align * int(counter.integers(counter.key("place", self.seed, context), [row], places)[0])
+        return corpus, document, start + piece * context, at
+    return None
 
   def plant(self, row: int, inputs, targets, weights, segment_ids) -> None:
     """Writes the passage of a row of text over it, as a document of its own; what follows it in the row is another
@@ -102,10 +112,11 @@ class Planting:
     if found is None:
       return
     _, document, start, first = found
-    at, last = slice(first, first + SIZE), int(segment_ids.max())
-    inputs[at], targets[at], weights[at] = (document.tokens[start:start + SIZE],
-                                            document.tokens[start + 1:start + SIZE + 1], 1)
-    behind = segment_ids[first + SIZE:]
+    size = min(SIZE, len(inputs))
+    at, last = slice(first, first + size), int(segment_ids.max())
+    inputs[at], targets[at], weights[at] = (document.tokens[start:start + size],
+                                            document.tokens[start + 1:start + size + 1], 1)
+    behind = segment_ids[first + size:]
     behind[behind > 0] += last + 1
     segment_ids[at] = last + 1
 

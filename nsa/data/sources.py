@@ -69,7 +69,8 @@ def load(source: str, split: str, *, data_dir: str = "", tokens: str = "bytes") 
 
 
 def read_ahead(listed: Iterable[str]) -> None:
-  """Begins to read the archives among these sources, each in a thread of its own; `load` waits for them and says what is wrong."""
+  """Begins to read the archives among these sources, each in a thread of its own; `load` waits for them and says what
+  is wrong."""
   for source in listed:
     kind, _, rest = source.partition(":")
     path = pathlib.Path(rest).expanduser()
@@ -98,9 +99,8 @@ def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document
   kind = tokenizer.get(tokens)
   if tokens == "bytes":
     return tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
-  documents, counted = [], {}
-  for name in sorted(texts):
-    ids = kind.encode(texts[name])
+  documents, counted, names = [], {}, sorted(texts)
+  for name, ids in zip(names, kind.encode_all([texts[name] for name in names])):
     made = int(kind.token_bytes[ids].sum())
     prefix = kind.prefix * (made == len(texts[name]) + kind.prefix)
     documents.append(_document(name, ids, prefix))
@@ -261,13 +261,15 @@ class _Member(tarfile.TarInfo):
 
 @dataclasses.dataclass
 class _Split:
-  """What an archive has of one split, by the document's name: its text, or the path that it links to, or why it is lost."""
+  """What an archive has of one split, by the document's name: its text, or the path that it links to, or why it is
+  lost."""
   texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
   links: dict[str, str] = dataclasses.field(default_factory=dict)
   twice: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-_archives: dict[tuple, concurrent.futures.Future] = {}  # (path, time, size) -> {split: _Split}, of splits that nobody loaded yet
+_archives: dict[tuple, concurrent.futures.Future] = {}  # (path, time, size) -> {split: _Split}, of splits that nobody
+                                                        # loaded yet
 _archives_lock = threading.Lock()
 
 

@@ -96,7 +96,7 @@ def verdict_table(*paths: Path) -> str:
   verdict = verdict_lib.verdict(study, table)
   shown = [r for r in table if r.status == "done"] or table
   metrics = [e.metric for e in study.endpoints if e.primary and any(math.isfinite(r[e.metric]) for r in shown)]
-  many, quantity = len(study.sizes) > 1, "Delta" if "Delta" in study.quantities else "R"
+  many, quantity = len(study.sizes) > 1, "Delta" if {"Delta"} & {*study.asked} & {*study.quantities} else "R"
   header = ["arm"] + ["size"] * many + ["seeds"] + [_short(name) for name in metrics] + ["outcome"]
   lines = []
   for size in study.sizes:

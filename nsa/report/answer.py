@@ -42,8 +42,9 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
                                     "evaluation.")]
   return [Heading(title, 3), Table(
-      ["", "difference", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
-      lines, f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
+      ["", "difference", "endpoint"] + ["size"] * many
+      + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"], lines,
+      f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
       "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
       "as above. Bold: another outcome", left=3 + many)]
 
@@ -61,7 +62,15 @@ def gates(study: Study, table: list[Row], found: Verdict) -> list:
                                               "passed" if gate.passed else "**not run**" if gate.found != gate.found
                                               else "**failed**"])
       title = ""
-  blocks = [Heading("Which endpoints count", 3), Table(
+  blocks = [Heading("Which endpoints count", 3)]
+  for size in study.sizes if study.solved else ():
+    can = endpoints.recall_of_dense(study, size)
+    blocks.append(Table(["task", f"{study.dense}, exact match (%)", "counts"],
+                        [[task, f"{100 * share:.1f}", "yes" if share >= study.solved else "no"]
+                         for task, share in sorted(can.items())],
+                        f"Recall endpoints are means over the tasks of which {study.dense} answers "
+                        f"{100 * study.solved:g} % or more" + _at(study, size), left=1))
+  blocks += [Table(
       ["endpoint"] + ["size"] * many + ["control", "has to be", "found", "gate"], lines,
       "Means over seeds. Of text: what the control loses to dense attention (dense: to the best arm). An endpoint with "
       "a failed gate, or with a control that was not run, does not test selection here and supports no verdict",
@@ -78,23 +87,25 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
   """R, A and Delta with their parts; A at equal cost; selector and backbone error."""
   if not any(c.family for c in found.comparisons):
     return []
-  blocks = [Heading("R(b), A and Delta(b)"), Text(
-      f"R(b): a retrofit minus its dense control. A: {study.dense} minus {study.reference}. Delta(b) = R(b) + A. Of "
-      "bits per byte and NLL above 0 is behind, of exact match below 0.")]
+  native = len(study.asked) > 1
+  blocks = [Heading("R(b), A and Delta(b)" if native else "R(b)"), Text(
+      "R(b): a retrofit minus its dense control. "
+      + f"A: {study.dense} minus {study.reference}. Delta(b) = R(b) + A. " * native
+      + "Of bits per byte and NLL above 0 is behind, of exact match below 0.")]
   for e in study.endpoints:
     for size in study.sizes:
       mine = [c for q in QUANTITIES for c in found.of(q, e.metric, size) if c.judgement]
       if not mine:
         continue
       blocks.append(_comparison_table(study, found, mine, size))
-      blocks += _parts(study, table, e.metric, size)
+      blocks += _parts(study, table, e.metric, size) if native else []
       if not e.primary:
         continue
       figure = gallery.plots.budget_curve(study, found, e.metric, size)
       blocks.append(gallery.block(
           "budget_" + e.metric.replace(":", "_"), figure,
-          "R(b) and Delta(b), paired by seed. Small marks: seeds. Large: mean with 95 % t interval. Line: A. Blue "
-          "band: equivalence margin around 0. "
+          ("R(b) and Delta(b), paired by seed. Line: A. " if native else "R(b), paired by seed. ")
+          + "Small marks: seeds. Large: mean with 95 % t interval. Blue band: equivalence margin around 0. "
           + ("" if _admitted(found, e.metric, size) else "This endpoint is not admitted by its controls"),
           "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
   return blocks

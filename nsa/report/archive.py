@@ -2,7 +2,7 @@
 
     tar -xJf study.tar.xz -C runs/again
 
-It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/ and DONE.
+It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE.
 
 No checkpoints and no paths of the machine it ran on; windows and items condensed to documents and tasks
 (records.condense). A published report is written from its own archive, so that the same report comes out again.
@@ -64,7 +64,8 @@ def description(study: Study) -> dict:
   return {"name": study.name, "question": study.question, "declared": study.declared, "arms": study.arms,
           "endpoints": [vars(e) for e in study.endpoints], "quantities": list(study.quantities), "alpha": study.alpha,
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
-          "controls": study.controls, "branches": study.branches, "plan": study.plan, "audit": study.audit,
+          "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
+          "audit": study.audit,
           **({"opened": True} if study.opened else {}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
@@ -89,6 +90,8 @@ def _files(study, run: Run, text, drawn) -> dict[str, str]:
     files[f"eval/{step}.json"] = text({"step": step, "arm": run.arm, "size": run.size, **settings,
                                        "records": record_lib.condense(
                                            [r for r in records if r["kind"] != "heat" or id(r) in drawn])})
+  for step, snapshots in run.hidden.items():
+    files[f"hidden/{step}.json"] = text({"step": step, "snapshots": snapshots})
   if run.sealed:
     files[f"eval/{run.eval_step}-sealed.json"] = text({
         **run.sealed, "records": record_lib.condense(run.sealed.get("records", []))})
@@ -198,7 +201,7 @@ def load(paths: list[Path]) -> Study:
 def merge(study: Study, other: Study, path: Path) -> None:
   """Adds the runs of `other`, published in `path`, that `study` has not finished; ValueError for another experiment."""
   asked = lambda s: {name: value for name, value in description(s).items() if name in (
-      "name", "endpoints", "quantities", "alpha", "reference_arm", "dense_arm")}
+      "name", "endpoints", "quantities", "alpha", "reference_arm", "dense_arm", "solved")}
   found = difference(asked(study), asked(other), "")
   common = study.budgets.keys() & other.budgets.keys()
   found = found or difference(*({arm: s.budgets[arm] for arm in sorted(common)} for s in (study, other)), "budgets")

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+import re
 from typing import Iterable
 
 import numpy as np
@@ -59,6 +60,9 @@ METRIC = {m.name: m for m in (
     Metric("exact_match", "recall", "task", "points", "exact match (mean over tasks, %)", False, 100.0, 1, near=0.02),
     Metric("far_exact_match", "recall", "task", "points", "exact match where the evidence is far (mean over tasks, %)",
            False, 100.0, 1, near=0.02),
+    Metric("greedy_exact_match", "recall", "task", "points",
+           "exact match, decoded greedily with the KV cache (mean over tasks, %)", False, 100.0, 1,
+           gated_by="exact_match"),
     Metric("answer_nll", "recall", "task", "nats/token", "answer NLL", gated_by="exact_match"),
     Metric("far_answer_nll", "recall", "task", "nats/token", "answer NLL where the evidence is far",
            gated_by="far_exact_match"),
@@ -109,8 +113,10 @@ class Row:
 def rows(study: Study) -> list[Row]:
   """All rows of all runs that have an evaluation; of two runs with the same key the later one counts."""
   found = {}
+  unsolved = {size: {task for task, share in recall_of_dense(study, size).items() if share < study.solved}
+              for size in study.sizes}
   for run in study.runs:
-    for row in _run_rows(study, run):
+    for row in _run_rows(study, run, unsolved.get(run.size, set())):
       key = (row.arm, row.size, row.seed, row.run_mode)
       # A finished run is never replaced by one that is not.
       if key in found and found[key].status == "done" and row.status != "done":
@@ -133,6 +139,12 @@ def series(table: Iterable[Row], arm: str, size: str, run_mode: str, metric: str
   values = {r.seed: r[metric] for r in table
             if (r.arm, r.size, r.run_mode, r.status) == (arm, size, run_mode, "done")}
   return {s: v for s, v in values.items() if math.isfinite(v)}
+
+
+def recall_of_dense(study: Study, size: str) -> dict[str, float]:
+  """{task: exact match} of the dense arm, a mean over its seeds and items."""
+  records = select(study, "task", study.dense, size, study.headline_mode(study.dense))
+  return {task: share for (task,), share in group(records, ("task",), "exact_match").items()}
 
 
 def documents(study: Study, arm: str, size: str, run_mode: str, name: str) -> dict:
@@ -304,7 +316,7 @@ def parsed(config: dict):
     return None
 
 
-def _run_rows(study: Study, run: Run) -> list[Row]:
+def _run_rows(study: Study, run: Run, unsolved: set[str]) -> list[Row]:
   lost = set(run.diverged)
   groups = collections.defaultdict(lambda: collections.defaultdict(list))
   for record in run.records:
@@ -315,6 +327,7 @@ def _run_rows(study: Study, run: Run) -> list[Row]:
   out = []
   for (arm, seed, mode), kinds in groups.items():
     kinds["language"] = [r for r in kinds["language"] if r.get("split", "val") == run.split]
+    kinds["task"] = [r for r in kinds["task"] if r["task"] not in unsolved]
     row = Row(run.name, arm, run.size, seed, mode, mode == run.headline_mode, run.status, run.split, run.eval_step or 0)
     row.values = _metrics(study, kinds)
     row.values |= {"windows": sum(r.get("windows", 1) for r in kinds["language"]),
@@ -353,7 +366,7 @@ def _metrics(study, kinds) -> dict[str, float]:
 
 def _part(record) -> str:
   """The corpus of a record of text, the family of a task's."""
-  return record["task"].partition(":")[0] if "task" in record else record.get("corpus") or ""
+  return re.split("[:@]", record["task"])[0] if "task" in record else record.get("corpus") or ""
 
 
 def _mean_over(records, key, name) -> float:

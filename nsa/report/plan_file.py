@@ -32,7 +32,7 @@ def make(study) -> dict:
   for arm in study.arms:
     config = json.loads(json.dumps(config_lib.to_dict(arm)))
     arms[f"{arm.arm}-{arm.size}"] = archive.comparable(config, {}, False)
-  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping,
+  plan = {**study_lib.asked(study), "gates": GATES, "stopping": study.stopping, "notes": list(study.notes),
           "tiers": {k: list(v) for k, v in study.tiers.items()},
           "seeds": {f"{arm.arm}-{arm.size}": list(study_lib.seeds_of(study, arm)) for arm in study.arms},
           "configs": arms}
@@ -84,7 +84,8 @@ def text(study, plan: dict) -> str:
   per = lambda kind: sum(m.kind == kind and e["primary"] for m, e in metrics.values())
   tests = {(kind, size): per(kind) * sum(1 if q == "A" else count for q in plan["quantities"])
            for kind in kinds for size, count in of_size.items()}
-  alike = lambda kind: {n: [size for size in of_size if tests[kind, size] == n] for n in (tests[kind, s] for s in of_size)}
+  alike = lambda kind: {n: [size for size in of_size if tests[kind, size] == n]
+                        for n in (tests[kind, s] for s in of_size)}
   of_kind = lambda kind: " and ".join(f"{n} tests ({', '.join(sizes)})" for n, sizes in alike(kind).items())
   blocks += [Heading("Family of tests"), Text(
       f"Of every primary endpoint: {', '.join(plan['quantities'])} (R: a retrofit minus its dense control; A: "
@@ -97,6 +98,8 @@ def text(study, plan: dict) -> str:
       "budgets is claimed only where the two largest budgets are equivalent within the margin. All else is "
       "exploratory."),
       Heading("Seeds, and when it stops"), Text(plan["stopping"])]
+  if plan["notes"]:
+    blocks += [Heading("Notes"), Bullets(plan["notes"])]
   blocks += [Heading("Power"), *_power(study, plan, kinds, tests)]
   blocks += [Heading("Cost"), *_cost(study)]
   return document.markdown(f"Plan: {plan['name']}", blocks)

@@ -1,6 +1,6 @@
 """Reading run and study directories as they lie on disk: finished, cut short, failed or never begun.
 
-A run directory has config.json, metrics.jsonl, eval/<step>.json and DONE or FAILED; a study
+A run directory has config.json, metrics.jsonl, eval/<step>.json, hidden/<step>.json and DONE or FAILED; a study
 directory has study.json and runs/; archive.py unpacks what was published into a study directory. What is
 missing or broken becomes a line in `problems`, never an exception, except for a path that is none of these, and a
 study.json that does not say what it must.
@@ -42,6 +42,7 @@ class Run:
   paused: dict[str, float] = dataclasses.field(default_factory=dict)       # seconds of what was not training, by label
   # what the last evaluation asked (nsa/held_out.py)
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  hidden: dict[int, list[dict]] = dataclasses.field(default_factory=dict)  # snapshots by step (records.HIDDEN_STATES)
   sealed: dict[str, Any] = dataclasses.field(default_factory=dict)         # eval/<step>-sealed.json, as it lies there
 
   @property
@@ -110,6 +111,8 @@ class Study:
   controls: dict[str, str] = dataclasses.field(default_factory=dict)
   # arm -> its decay branches, shorter runs of the same
   branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
+  solved: float = 0.0
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   # rows of the shortcut audit (nsa.tasks), as study.json has them
   audit: list[dict] = dataclasses.field(default_factory=list)
@@ -121,6 +124,11 @@ class Study:
   def primary(self) -> str:
     """The metric that figures show: the first primary endpoint."""
     return next((e.metric for e in self.endpoints if e.primary), self.endpoints[0].metric)
+
+  @property
+  def asked(self) -> tuple[str, ...]:
+    """The quantities that there can be: R alone where no arm is native."""
+    return ("R",) if self.reference == self.dense else ("R", "A", "Delta")
 
   @property
   def finished(self) -> list[Run]:
@@ -165,6 +173,7 @@ def load_run(path: Path, job: dict | None = None) -> Run:
             of_kind["layer"], of_kind["language"], of_kind["task"], _paused(path), settings)
   if (path / f"eval/{eval_step}-sealed.json").exists():
     run.sealed = _read_object(path / f"eval/{eval_step}-sealed.json", problems)
+  run.hidden = _read_hidden(path / "hidden", problems)
   if job.get("arm", run.arm) != run.arm:
     problems.append(f"study.json calls it arm {job['arm']!r}, its config.json {run.arm!r}: the latter counts")
   strangers = sorted({r.get("arm", run.arm) for r in records} - {run.arm})
@@ -199,6 +208,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("jobs", list, "a list of objects"),
                             ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
+  solved = plan.get("solved") or 0
+  need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
   endpoints = []
   for i, one in enumerate(plan.get("endpoints") or ()):
     need(isinstance(one, dict), f"endpoints[{i}]", one, "an object with metric and margin")
@@ -218,7 +229,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          at + "run", run, "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
-  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened")
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened",
+                                       "solved")
            if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
@@ -332,6 +344,18 @@ def _read_eval(folder, problems):
     elif tree is not None:
       problems.append(f"eval/{file.name} has no list of records")
   return *newest, of_kind, settings
+
+
+def _read_hidden(folder, problems):
+  """Snapshots of hidden states by step."""
+  out = {}
+  for file in sorted(folder.glob("*.json"), key=lambda f: f.name) if folder.is_dir() else ():
+    tree = _read_json(file, problems)
+    if isinstance(tree, dict) and isinstance(tree.get("snapshots"), list):
+      out[int(tree["step"])] = tree["snapshots"]
+    elif tree is not None:
+      problems.append(f"hidden/{file.name} has no list of snapshots")
+  return out
 
 
 def _paused(path):

@@ -38,10 +38,6 @@ class Interval:
     return (self.high - self.low) / 2
 
   @property
-  def standard_error(self) -> float:
-    return self.standard_deviation / math.sqrt(self.n) if self.n else math.nan
-
-  @property
   def bounded(self) -> bool:
     """Whether there is an interval at all."""
     return math.isfinite(self.low) and math.isfinite(self.high)

@@ -119,8 +119,10 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
     ours = {s: ours[s] - extra[0][s] + extra[1][s] for s in ours if all(s in e for e in extra)}
   seeds, d = statistics.paired_differences(ours, theirs)
   if not seeds:
-    out.reason = (f"no finished result of {against}" if not theirs else f"no finished result of {arm}"
-                  if not ours else f"no seed of {arm} in common with {against}")
+    none = lambda one: (f"{one} has no {out.metric.title}" if any(run.arm == one for run in study.finished) else
+                        f"no finished result of {one}")
+    out.reason = (none(against) if not theirs else none(arm) if not ours else
+                  f"no seed of {arm} in common with {against}")
     return out
   four = (arm, against, study.control(arm), study.dense) if quantity == "Delta" else (arm, against)
   out.reason = next((found for other in four[1:] if (found := comparable.reason(study, arm, other, size))), "")
@@ -150,7 +152,7 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
     for size in study.sizes:
       if not e.primary and not any(r.size == size and math.isfinite(r[e.metric]) for r in table):
         continue
-      for quantity in QUANTITIES:
+      for quantity in study.asked:
         main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
           if study.arm_runs(arm) and not study.arm_runs(arm, size):

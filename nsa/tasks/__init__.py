@@ -3,6 +3,7 @@
     task = tasks.get("needle:keys=4")
     example = task.example(seed, index, length, "val", documents)
     batch = tasks.batch("mqar:pairs=32", seed=0, count=8, length=1024, split="test")
+    batch = tasks.batch("needle@512", seed=0, count=8, length=1024, split="test")  # of 512 tokens, the rest is padding
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import functools
 import numpy as np
 
 from nsa import origins
+from nsa.data import tokenizer
 from nsa.tasks import rendering
 from nsa.tasks.common import Common
 from nsa.tasks.copy import Copy, Induction
@@ -22,7 +24,7 @@ from nsa.tasks.phonebook import Phonebook
 from nsa.tasks.recall import Ledger, Recall
 from nsa.tasks.tracking import Tracking
 
-__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "register"]
+__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "length_of", "register"]
 
 TASKS: dict[str, type[Task]] = {
     cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
@@ -61,12 +63,12 @@ def register(cls: type[Task]) -> type[Task]:
 
 @functools.lru_cache(maxsize=None)
 def get(name: str) -> Task:
-  """The task of a name such as "mqar" or "needle:keys=4,depth=0.5".
+  """The task of a name such as "mqar" or "needle:keys=4,depth=0.5"; "@512" behind it is left to `length_of`.
 
   Raises ValueError for an unknown task or parameter, a value of the wrong type
   or one out of range; the message names what is known.
   """
-  family, _, text = name.partition(":")
+  family, _, text = name.partition("@")[0].partition(":")
   if family not in TASKS:
     raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its "
                      "file has been imported: name it in config.modules")
@@ -87,9 +89,25 @@ def get(name: str) -> Task:
   return cls(**parameters)
 
 
+def length_of(name: str, context: int) -> int:
+  """Tokens of an evaluation's examples of a task: `context`, or what the name says, "needle@512".
+
+  Raises ValueError for what is no length from 1 to `context`.
+  """
+  _, at, text = name.partition("@")
+  if not at:
+    return context
+  if not text.isdecimal() or not 0 < int(text) <= context:
+    raise ValueError(f"task {name!r}: @{text} is no length; take 1 to {context} tokens")
+  return int(text)
+
+
 def check_trainable(names: tuple[str, ...]) -> None:
-  """Raises ValueError for a task that is held out of training."""
+  """Raises ValueError for a task that is held out of training, or has a length of its own."""
   for name in names:
+    if "@" in name:
+      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without "
+                       "@ there")
     if not get(name).trainable:
       raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in "
                        "eval.tasks alone")
@@ -100,28 +118,30 @@ def batch(task_name: str, seed: int, count: int, length: int, split: str, haysta
   """Examples number first .. first + count - 1 of a task, ready for a model and for scoring.
 
   Args:
-    task_name: see `get`.
+    task_name: see `get`, `length_of`.
     seed, first, count: which examples.
-    length: T, tokens of context; an example has one more, its last target.
+    length: T, tokens of context; an example has one more, its last target. A shorter one is padded behind.
     split: train, val, test or ood.
     haystack: documents of that split, in bytes; none = noise sentences.
     tokens: the tokenizer, as in data.tokenizer.
 
   Returns:
-    inputs, targets, segment_ids (all 1): int32[count, T]; weights
+    inputs, targets, segment_ids (1, and 0 at padding): int32[count, T]; weights
     float32[count, T], 1 where the target is an answer token; answer_group
     int32[count, T], the query that the target answers (an exact match needs
     all targets of a group), -1 elsewhere; evidence_distance int64[count] and
     depth float64[count], means of each example; query int32[count, Q] and
     evidence int32[count, Q, E, 2], see `Example`, -1 where an example has fewer.
   """
-  task = get(task_name)
-  examples = [rendering.example(task, tokens, seed, first + i, length + 1, split, haystack) for i in range(count)]
+  task, own = get(task_name), length_of(task_name, length)
+  examples = [rendering.example(task, tokens, seed, first + i, own + 1, split, haystack) for i in range(count)]
+  behind = lambda x, value: np.pad(x, ((0, 0), (0, length - own)), constant_values=value)
   ids = np.stack([e.tokens for e in examples])
-  group = np.stack([e.answer_group for e in examples])[:, 1:]
+  group = behind(np.stack([e.answer_group for e in examples])[:, 1:], -1)
+  pad = tokenizer.get(tokens).pad
   return dict(
-      inputs=ids[:, :-1], targets=ids[:, 1:], weights=(group >= 0).astype(np.float32),
-      segment_ids=np.ones(group.shape, np.int32), answer_group=group,
+      inputs=behind(ids[:, :-1], pad), targets=behind(ids[:, 1:], pad), weights=(group >= 0).astype(np.float32),
+      segment_ids=behind(np.ones((count, own), np.int32), 0), answer_group=group,
       evidence_distance=np.array([e.evidence_distance for e in examples]),
       depth=np.array([e.depth for e in examples]),
       query=_padded([e.query for e in examples]), evidence=_padded([e.evidence for e in examples]))

