@@ -206,7 +206,8 @@ def deviations(study: Study) -> list[str] | None:
       out += [f"{key}: was not planned."] if key not in seen else []
     elif run.config:
       mine = json.loads(json.dumps(archive.comparable(run.config, directories, False)))
-      found = archive.difference(plan["configs"][key], mine, key)
+      planned = archive.comparable(plan["configs"][key], {}, False)  # fields of a later version have their defaults
+      found = archive.difference(json.loads(json.dumps(planned)), mine, key)
       if found and found[0] not in seen:
         out.append(f"{found[0]}: planned {_short(found[1])}, ran {_short(found[2])}.")
         seen.add(found[0])
