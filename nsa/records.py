@@ -157,7 +157,8 @@ HIDDEN_STATES: dict[str, str] = {
     "correct": "column: share of its tokens that were guessed right; of recall of the answer",
     "entropy": "[item][layer]: of dense attention, nats, mean over heads and queries; of recall of the last query",
     "captured_mass": "[item][layer]: of dense attention on the chosen blocks; null where none are chosen",
-    "values": "variant -> {measure: [item][point]}: means over the item's states; of recall of the last one",
+    "values": "variant -> {measure: [item][point]}: means over the item's states; of recall of the last one, behind "
+              "the last layer and the final norm",
 }
 LAYER = tuple(name for name, field in SCHEMA["layer"].items() if field.role == "mean")
 

@@ -1,6 +1,11 @@
 """Measures of hidden states against NumPy in float64, and the snapshots that a run takes of them."""
 import copy
 import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -155,8 +160,9 @@ def test_a_run_measures_at_its_steps(run):
       for measure, rows in of.items():
         rows = np.array(rows, float)
         assert rows.shape == (items, 3), (variant, measure)
-        of_recall = np.isnan(rows[29:]) if measure.startswith("spectral") else np.isfinite(rows[29:])
-        assert np.isfinite(rows[:29]).all() and of_recall.all()
+        of_recall = np.isfinite(rows[29:])  # a single state, of the last points
+        assert np.isfinite(rows[:29]).all() and not of_recall[:, 0].any()
+        assert (of_recall[:, 1:] == (not measure.startswith("spectral"))).all()
         assert (rows[:29] > 0).all() and (rows[:29] <= 1).all()
     assert set(snap["values"]["rotated"]) == set(hidden_states.MEASURES)
     entropy = np.array(snap["entropy"])
@@ -164,7 +170,7 @@ def test_a_run_measures_at_its_steps(run):
   assert first["captured_mass"][0] == [None, None] and 0 < last["captured_mass"][0][1] < 1
   # Untrained, a byte costs about what 320 ids do; shuffled text has the bytes of held-out text.
   assert np.mean(first["bits_per_byte"][:20]) == pytest.approx(np.log2(320), abs=1.5)
-  found = snapshots.items(config, source, 2)
+  found = snapshots.items(config, 2, source)
   for a, b in zip(*([i for i in found if i.kind == kind] for kind in ("held_out", "shuffled"))):
     assert sorted(a.tokens) == sorted(b.tokens) and (a.tokens != b.tokens).any()
 
@@ -175,7 +181,7 @@ def test_what_is_measured_is_what_the_model_says(run):
   config, workdir = run
   _, params, _ = evaluate.open_run(workdir)
   last = read(workdir, 6)
-  found = snapshots.items(config, data.make(config.data, 3), 6)
+  found = snapshots.items(config, 6, data.make(config.data, 3))
   for at in (7, last["kind"].index("recall") + 3):
     tokens, states = found[at].tokens.astype(np.int32), []
 
@@ -190,6 +196,8 @@ def test_what_is_measured_is_what_the_model_says(run):
     assert last["bits_per_byte"][at] == pytest.approx(nll[rows].mean(), rel=1e-4)
     turn = np.asarray(hidden_states.rotation(32), np.float64)
     for point, x in enumerate(states):
+      if found[at].last and not point:
+        continue
       left = np.delete(x, last["trimmed"][point], 1)
       for variant, y in (("own", x), ("rotated", x @ turn), ("trimmed", left)):
         expected = np.mean([reference(one) for one in y[rows]], 0)
@@ -256,3 +264,32 @@ def test_steps_beyond_the_run_are_refused(tmp_path):
   config.eval.hidden_states = (0, 7)
   with pytest.raises(config_lib.ConfigError, match="eval.hidden_states = .0, 7.: steps from 0 to schedule.steps = 6"):
     config_lib.validate(config)
+
+
+def test_the_launcher_reports_a_run_and_measures_one_that_was_not(run, tmp_path):
+  config, workdir = run
+
+  def look(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "launch.look", *map(str, arguments)], cwd=Path(__file__).parents[1],
+                          capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+  look(f"--workdir={workdir}", "--hidden_states", f"--out={tmp_path / 'out'}")
+  text = (tmp_path / "out/hidden_states.md").read_text()
+  assert "| msa | 3 | 0, 2, 6 | 3 | sparse |" in text and "planted 20" in text
+  assert "No slope over exposure: it takes two documents or seeds" in text
+  # A run that was not measured in training, and has nothing planted.
+  plain = shutil.copytree(workdir, tmp_path / "plain", ignore=shutil.ignore_patterns("hidden"))
+  tree = json.loads((plain / "config.json").read_text())
+  tree["data"]["planted"] = 0.0
+  (plain / "config.json").write_text(json.dumps(tree))
+  look(f"--workdir={plain}", "--hidden_states", "--passages=2")
+  found, theirs = read(plain, 6), read(workdir, 6)
+  counts = {kind: found["kind"].count(kind) for kind in dict.fromkeys(found["kind"])}
+  assert counts == {"held_out": 2, "ood": 2, "shuffled": 2, "recall": 80} and found["run_mode"] == "sparse"
+  assert "lope over exposure" not in (plain / "hidden_report/hidden_states.md").read_text()
+  mine, other = (snap["bits_per_byte"][snap["kind"].index("recall")] for snap in (found, theirs))
+  assert mine == pytest.approx(other, rel=1e-3)
+  assert "--step=6: " in look(f"--workdir={plain}", "--hidden_states", "--step=6", code=2)
+  assert "--hidden_states" in look(f"--workdir={plain}", code=2)

@@ -66,22 +66,23 @@ def size(config) -> int:
   return min(planting.SIZE, config.data.context)
 
 
-def items(config, source: data.Data, step: int) -> list[Item]:
+def items(config, step: int, source: data.Data | None = None, passages: int = 0, tokens: int = 0) -> list[Item]:
   """All items of a run's snapshot at a step, planted ones first.
 
   They are the same at every step, but for how often each was planted by then.
-  source: the training data of the run's seed.
+  source: the training data of the run's seed, for planted passages; None = without these.
+  passages: of each corpus and each other kind of text; 0 = PASSAGES. tokens: of an item; 0 = `size`.
   """
-  T, out = size(config), []
+  T, out, passages = tokens or size(config), [], passages or PASSAGES
   key = lambda p: (p.corpus, p.document, p.start)
-  by_then = {key(p): p.planted for p in source.planted(step)}
-  for p in source.planted(config.schedule.steps):
-    out.append(Item(source.planting.tokens(p), "planted", *key(p), p.times, by_then.get(key(p), 0)))
+  by_then = {key(p): p.planted for p in source.planted(step)} if source else {}
+  for p in source.planted(config.schedule.steps) if source else ():
+    out.append(Item(source.planting.tokens(p)[:T + 1], "planted", *key(p), p.times, by_then.get(key(p), 0)))
   for corpus, text in config.data.texts.items():
     if text == "tasks":
       continue
-    held_out = _passages(config, corpus, text, "val", "held_out", T)
-    out += held_out + _passages(config, corpus, text, "ood", "ood", T)
+    held_out = _passages(config, corpus, text, "val", "held_out", passages, T)
+    out += held_out + _passages(config, corpus, text, "ood", "ood", passages, T)
     order = lambda i: counter.permutation(counter.key("shuffled", i), T + 1)
     out += [dataclasses.replace(p, kind="shuffled", tokens=p.tokens[order(i)]) for i, p in enumerate(held_out)]
   if any(name.partition(":")[0] == "mqar" for name in config.data.tasks):
@@ -89,17 +90,17 @@ def items(config, source: data.Data, step: int) -> list[Item]:
   return out
 
 
-def _passages(config, corpus, text, split, kind, T) -> list[Item]:
-  """PASSAGES of a split, spread over its documents and over each; none where the source has no such split."""
+def _passages(config, corpus, text, split, kind, count, T) -> list[Item]:
+  """`count` passages of a split, spread over its documents and over each; none where the source has no such split."""
   try:
     documents = data.load(text, split, data_dir=config.data.data_dir, tokens=config.data.tokenizer)
   except (FileNotFoundError, ValueError):
     return []
   documents = [d for d in documents if len(d.tokens) > T]
   out = []
-  for i in range(PASSAGES if documents else 0):
-    d = documents[i * len(documents) // PASSAGES if len(documents) > PASSAGES else i % len(documents)]
-    start = (len(d.tokens) - T) * (2 * i + 1) // (2 * PASSAGES)
+  for i in range(count if documents else 0):
+    d = documents[i * len(documents) // count if len(documents) > count else i % len(documents)]
+    start = (len(d.tokens) - T) * (2 * i + 1) // (2 * count)
     out.append(Item(d.tokens[start:start + T + 1], kind, corpus, d.name, start))
   return out
 
@@ -123,23 +124,25 @@ def mode_of(config, step: int) -> str:
   return "dense" if stage.mode in ("dense", "warmup") else "sparse"
 
 
-def take(config, params, seed: int, step: int, source: data.Data | None = None, mesh=None, run_mode: str = "") -> dict:
+def take(config, params, seed: int, step: int, source: data.Data | None = None, mesh=None, run_mode: str = "",
+         **which: int) -> dict:
   """One snapshot, as records.HIDDEN_STATES says.
 
   params: of one seed (no leading axis of seeds).
-  source: the training data of that seed; None = read now.
+  source: the training data of that seed; None = read now, where data.planted needs it.
   run_mode: as in eval.run_modes; "" = `mode_of`.
+  which: passages and tokens of `items`.
 
   Raises ValueError if there is nothing to measure, or the model has no such run mode.
   """
-  source = source or data.make(config.data, seed)
+  source = source or (data.make(config.data, seed) if config.data.planted else None)
   run_mode = run_mode or mode_of(config, step)
-  found = items(config, source, step)
+  found = items(config, step, source, **which)
   if not found:
     raise ValueError(f"eval.hidden_states = {config.eval.hidden_states}: neither text nor mqar in data.tasks, nothing "
                      "to measure")
-  T, D, points = size(config), config.model.d_model, config.model.num_layers + 1
-  run = _runner(config, run_mode, mesh)
+  T, D, points = len(found[0].tokens) - 1, config.model.d_model, config.model.num_layers + 1
+  run = _runner(config, run_mode, T, mesh)
   turn = hidden_states.rotation(D)
   anything = np.tile(np.arange(D - hidden_states.trim(D), dtype=np.int32), (points, 1))
   # First what the largest dimensions of held-out text are; without any, of what there is.
@@ -150,8 +153,10 @@ def take(config, params, seed: int, step: int, source: data.Data | None = None, 
   gone = np.stack([np.setdiff1d(np.arange(D), one) for one in keep])
   text = np.array([not i.last for i in found])
   spectral = np.where(text[None, :, None], seen["spectral"], np.nan)
+  kept = text[None, :] | (np.arange(points)[:, None] >= points - 2)  # of recall the last layer and the final norm
+  measured = np.where(kept[..., None, None], seen["measures"], np.nan)
   names = (*hidden_states.MEASURES, "spectral_participation")
-  values = {variant: {m: seen["measures"][:, :, v, i].T for i, m in enumerate(hidden_states.MEASURES)}
+  values = {variant: {m: measured[:, :, v, i].T for i, m in enumerate(hidden_states.MEASURES)}
             for v, variant in enumerate(hidden_states.VARIANTS)}
   for i, variant in enumerate(("own", "trimmed")):  # a rotation leaves it as it is
     values[variant]["spectral_participation"] = spectral[..., i].T
@@ -200,11 +205,11 @@ def _measured(run, params, found, batch, T, turn, keep) -> dict[str, np.ndarray]
   return {name: np.concatenate([p[name] for p in parts], axis=min(1, x.ndim - 1)) for name, x in parts[0].items()}
 
 
-def _runner(config, run_mode, mesh=None):
-  """The compiled `hidden_states.make` for batches of eval.batch items."""
+def _runner(config, run_mode, T, mesh=None):
+  """The compiled `hidden_states.make` for batches of eval.batch items of T tokens."""
   static = _static(config, run_mode)
   if mesh is None or mesh.size == 1:
-    return _compiled(static, config.eval.batch, size(config))
+    return _compiled(static, config.eval.batch, T)
   compiled = _on_mesh(static, mesh)
   return lambda params, batch, *rest: compiled(params, sharding.place_rows(mesh, batch), *rest)
 
@@ -266,18 +271,18 @@ def compilations(config, first: int, mesh=None):
   if mesh is not None and mesh.size > 1 or not _seeds(config):
     return
   for run_mode in dict.fromkeys(mode_of(config, step) for step in sorted(config.eval.hidden_states) if step >= first):
-    yield functools.partial(_runner, config, run_mode)
+    yield functools.partial(_runner, config, run_mode, size(config))
 
 
-def write(config, params, workdir, step: int, sources: list[data.Data], mesh=None) -> None:
+def write(config, params, workdir, step: int, sources: list[data.Data] | None = None, mesh=None, **which: int) -> None:
   """Takes a snapshot of every seed that is looked at and writes them; each process calls it, the first one writes.
 
-  params: with a leading axis of seeds if the config has several. sources: the training data of each seed.
+  params: with a leading axis of seeds if the config has several. sources: the training data of each seed, as in `take`.
   """
   found = []
-  for replica, (seed, source) in enumerate(zip(config.seeds, sources)):
+  for replica, seed in enumerate(config.seeds):
     if seed in _seeds(config):
       one = params if len(config.seeds) == 1 else jax.tree.map(lambda x, r=replica: x[r], params)
-      found.append(take(config, one, seed, step, source, mesh))
+      found.append(take(config, one, seed, step, sources[replica] if sources else None, mesh, **which))
   if processes.first():
     metrics.write_json(path_of(workdir, step), {"step": step, "snapshots": found}, indent=None)
