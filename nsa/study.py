@@ -16,7 +16,20 @@ import traceback
 from absl import logging
 from etils import epath
 
-from nsa import checkpoint, config as config_lib, data, flops, lock, metrics, processes, programs, sharding, train
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  data,
+  flops,
+  forks,
+  lock,
+  metrics,
+  processes,
+  programs,
+  rundir,
+  sharding,
+  train,
+)
 from nsa.config import Config, ConfigError, EvalConfig
 from nsa.tasks import audit
 
@@ -192,7 +205,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   if not todo:
     raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
                                                   f"{', '.join(job.run for job in others)}")])
-  train.make_workdir(directory)
+  rundir.make_workdir(directory)
   data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   known = {job.run: job for job in todo + others}
   clock, trained, began = 0.0, 0.0, time.monotonic()
@@ -234,7 +247,7 @@ def _compilations(todo: list[Job], directory):
   for job in todo:
     if not (directory / job.run / "DONE").exists():
       yield from train.compilations(job.config, sharding.make_mesh(job.config),
-                                    train.first_step(job.config, directory / job.run))
+                                    forks.first_step(job.config, directory / job.run))
 
 
 def unfinished(study: Study, directory) -> list[str]:
