@@ -230,7 +230,8 @@ def load(paths: list[Path]) -> Study:
   for run in study.runs:
     for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records}):
       study.arms += [arm] if arm not in study.arms else []
-    study.sizes += [run.size] if run.size not in study.sizes else []
+    if run.size not in study.sizes and (run.status != "pending" or all(r.status == "pending" for r in study.runs)):
+      study.sizes.append(run.size)
     study.problems += [f"`{run.name}`: {p}" for p in run.problems]
     study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out"
                        for seed in run.diverged]

@@ -222,16 +222,20 @@ def deviations(study: Study) -> list[str] | None:
         out.append(f"{found[0]}: planned {_short(found[1])}, ran {_short(found[2])}.")
         seen.add(found[0])
     seen.add(key)
-  absent = [key for key in plan.get("seeds", {}) if key not in seeds]
-  if absent:
-    out.append(f"Not run, or not yet: {', '.join(absent)}.")
+  later = []
   for key, planned in plan.get("seeds", {}).items():
     got = seeds.get(key, {})
     if more := sorted(set(got) - set(planned)):
       out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")
-    if got and (less := sorted(s for s in planned if got.get(s) != "done")):
+    less = sorted(s for s in planned if got.get(s, "pending") not in ("done", "pending"))
+    if less:
       out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished "
-                 f"({', '.join(sorted({got.get(s, 'not begun') for s in less}))}).")
+                 f"({', '.join(sorted({got[s] for s in less}))}).")
+    waiting = sorted(s for s in planned if got.get(s, "pending") == "pending")
+    if waiting:
+      later.append(key if len(waiting) == len(planned) else f"{key} (seeds {', '.join(map(str, waiting))})")
+  if later:
+    out.append(f"Not run, or not yet: {', '.join(later)}.")
   return out
 
 
