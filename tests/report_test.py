@@ -462,7 +462,7 @@ def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp
   text = report.write([root], root / "report").markdown.read_text()
   assert "17 runs: 13 done, 2 failed, 1 unfinished, 1 pending" in text
   assert "`retrofit_msa_5-tiny-1` (retrofit_msa_5, tiny, seeds 1) **failed**: loss is not finite" in text
-  assert "**failed**: out of memory" in text and "`native_msa-tiny-3` (native_msa, tiny) is pending" in text
+  assert "**failed**: out of memory" in text and "1 runs are pending and in no comparison: native_msa-tiny-3" in text
   assert "`retrofit_msa_1-tiny-0`: seed 0 diverged" in text and "2 of 17 runs failed" in text
   seeds = {c.arm: sorted(c.differences) for c in judged(root).of("Delta", planted.TEXT, "tiny")}
   assert seeds == {"retrofit_msa_1": [1, 2], "retrofit_msa_5": [0, 2], "retrofit_msa_25": [0, 1]}

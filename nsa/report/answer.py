@@ -34,7 +34,7 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     if c.family in ("", "secondary") or c.judgement is None:
       continue
     i, old = c.judgement.interval, before[key(c)]
-    lines.append([c.name, c.metric.title] + [c.size] * many + [
+    lines.append([c.name, f"{c.arm} - {c.against}", c.metric.title] + [c.size] * many + [
         c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
         c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
   title = f"On {split}, which nothing was chosen by"
@@ -42,11 +42,11 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
                                     "evaluation.")]
   return [Heading(title, 3), Table(
-      ["", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
-      lines,
+      ["", "difference", "endpoint"] + ["size"] * many
+      + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"], lines,
       f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
       "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
-      "as above. Bold: another outcome", left=2 + many)]
+      "as above. Bold: another outcome", left=3 + many)]
 
 
 def gates(study: Study, table: list[Row], found: Verdict) -> list:
