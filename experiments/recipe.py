@@ -50,7 +50,7 @@ def get_config(arg=None):
     one.eval.sealed, one.eval.hidden_states = "", ()
   retrofits = [one.arm for one in arms if one.fork.workdir and one.attention.has_sparse]
   return Study(name="recipe", question=__doc__.splitlines()[0], arms=arms, seeds=(0,), vmap_seeds=False, dense="dense",
-               reference="dense", primary=main_study.PRIMARY if a.novels and a.code else Study.primary, quantities=("R",),
-               budgets={arm: BUDGET for arm in retrofits},
+               reference="dense", primary=main_study.PRIMARY if a.novels and a.code else Study.primary,
+               quantities=("R",), budgets={arm: BUDGET for arm in retrofits},
                controls={arm: "dense_after_25_gentle" if arm.endswith("gentle") else "dense_after_25"
                          for arm in retrofits if arm.startswith("after")})
