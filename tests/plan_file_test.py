@@ -1,4 +1,5 @@
 """A plan is written before the data; the report lists what deviates from it."""
+import copy
 import json
 
 import pytest
@@ -57,6 +58,18 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   (found,) = lines(root, lambda t: t["plan"]["gates"].update({"dense exact match at least": 0.5})
                    or t["plan"].update(hash=plan_file.digest(t["plan"])))
   assert found == "gates.dense exact match at least: planned 0.5, judged by 0.95."
+
+
+def test_a_field_that_a_later_version_adds_to_configs_is_no_deviation(planned, tmp_path):
+  root, study, plan = planned
+  older = copy.deepcopy(plan)
+  for config in older["configs"].values():
+    del config["eval"]["decoded"]
+  older["hash"] = plan_file.digest(older)
+  assert lines(root, lambda t: t.update(plan=older)) == []
+  (tmp_path / "plan.json").write_text(json.dumps(older))
+  plan_file.write(study, tmp_path)
+  assert json.loads((tmp_path / "plan.json").read_text()) == older, "what was committed stays"
 
 
 def test_deviations_stand_in_the_report_and_survive_publishing(planned, tmp_path, monkeypatch):

@@ -186,14 +186,17 @@ def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):
   whole, plan = of(), json.loads((root / "study.json").read_text())
   plan["arms"].append("retrofit_msa_50")
   plan["budgets"]["retrofit_msa_50"] = 0.5
-  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny", "seeds": [0],
-                       "status": "pending"})
+  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny",
+                       "seeds": [0, 1], "status": "pending"})
   (root / "study.json").write_text(json.dumps(plan))
   cut = of()
   assert ((len(whole), len(cut)) == (3, 5) and cut["R(50 %)"].word == "cannot be judged"
           and np.isnan(cut["R(50 %)"].p_difference))
   first = min(whole, key=lambda name: whole[name].p_difference)
   assert cut[first].p_difference == pytest.approx(whole[first].p_difference * 5 / 3)
+  plan["jobs"][-1]["seeds"] = [0]  # of one seed no test was planned
+  (root / "study.json").write_text(json.dumps(plan))
+  assert of()[first].p_difference == whole[first].p_difference
 
 
 def test_a_study_without_an_admitted_endpoint_says_no_word_anywhere(tmp_path, quick):

@@ -187,7 +187,7 @@ def _comparison_table(study, found, mine, size):
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-",
                     m.text(c.judgement.detectable)])
-  families = {c.family: (sum(o.family == c.family for o in found.comparisons), c.alpha) for c in mine}
+  families = {c.family: (sum(o.family == c.family and o.tested for o in found.comparisons), c.alpha) for c in mine}
   tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
   return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] 
                + ["95 % bootstrap (seed, document)"] * some

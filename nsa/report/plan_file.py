@@ -91,7 +91,8 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Gates"),
              Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
-  of_size = {size: sum(arm.size == size and arm.arm in plan["budgets"] for arm in study.arms) for size in _sizes(study)}
+  of_size = {size: sum(arm.size == size and arm.arm in plan["budgets"] and len(plan["seeds"][f"{arm.arm}-{size}"]) > 1
+                       for arm in study.arms) for size in _sizes(study)}
   per = lambda kind: sum(m.kind == kind and e["primary"] for m, e in metrics.values())
   tests = {(kind, size): per(kind) * sum(1 if q == "A" else count for q in plan["quantities"])
            for kind in kinds for size, count in of_size.items()}
