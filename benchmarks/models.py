@@ -36,7 +36,8 @@ def methods_of(model: str) -> dict:
           "dsa": methods.DSA(level="block", **blocks), "quest": methods.Quest(**blocks)}
 
 
-def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = ""):
+def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = "",
+              one_pass: bool = False):
   """The config of a row: the pilot's data and optimizer, one stage. Raises ValueError naming what is unknown."""
   from experiments import pilot
   from nsa import config as config_lib, schedule
@@ -52,6 +53,7 @@ def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int =
   config = dataclasses.replace(
       base, arm=method, size=model, seeds=tuple(range(seeds)), model=config_lib.ModelConfig(**MODELS[model]),
       attention=known[name], schedule=plan, implementation=implementation,
+      one_pass=one_pass,
       data=dataclasses.replace(base.data, context=tokens, global_batch=sequences,
                                task_lengths=tuple(n for n in base.data.task_lengths if n <= tokens)))
   return config_lib.validate(config)

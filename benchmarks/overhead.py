@@ -130,7 +130,7 @@ def saving(config, mesh, workdir) -> dict[str, float]:
 def main():
   import jax
 
-  from nsa import config as config_lib, sharding, step as step_lib, train
+  from nsa import config as config_lib, provenance, sharding, step as step_lib
   config = config_lib.validate(_CONFIG.value)
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   config.schedule.steps = _STEPS.value
@@ -144,7 +144,7 @@ def main():
   device = contextlib.nullcontext()
   if _DEVICE_MS.value:
     device = mock.patch.object(step_lib, "compile_step", lambda *_: StandIn(_DEVICE_MS.value))
-  out = {"device_ms": _DEVICE_MS.value, "config": config_lib.to_dict(config), "versions": train.versions()}
+  out = {"device_ms": _DEVICE_MS.value, "config": config_lib.to_dict(config), "versions": provenance.versions()}
   text = lambda values: ", ".join(f"{name} {value:.3f}" for name, value in values.items())
   with device, tempfile.TemporaryDirectory(dir=_WORKDIR.value) as directory:
     if "loop" in _PARTS.value:

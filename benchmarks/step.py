@@ -35,6 +35,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds that train as one program.", lo
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Groups; the median counts.", lower_bound=1)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the attention operations; empty: the best one.")
+_ONE_PASS = flags.DEFINE_boolean("one_pass", False, "Config.one_pass: what stands between products in one pass each.")
 _PROFILE = flags.DEFINE_boolean("profile", False, "Adds the device time by kind of kernel.")
 _THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
@@ -57,7 +58,8 @@ def main():
     if not (sequences.isdigit() and tokens.isdigit()):
       raise ValueError(f"--batch: {text!r}; take SEQUENCESxTOKENS, as 8x4096")
     batches.append((int(sequences), int(tokens)))
-  plan = [(model, batch, method, models.config_of(model, method, *batch, _SEEDS.value, _IMPLEMENTATION.value))
+  how = _SEEDS.value, _IMPLEMENTATION.value, _ONE_PASS.value
+  plan = [(model, batch, method, models.config_of(model, method, *batch, *how))
           for model in _MODELS.value for batch in batches for method in _METHODS.value]  # all checked before one runs
   device = jax.devices()[0]
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seeds in a program: {_SEEDS.value}")

@@ -1,36 +1,40 @@
-"""Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, and what is missing?
+"""Does sparse attention put onto a dense-trained model reach dense attention, and does native go beyond it?
 
-    python -m launch.study --config=experiments/main_study.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz,tier=all --plan
-    python -m launch.study --config=experiments/main_study.py:novels=...,code=...,tier=1 --workdir=runs/main --only='*-M-s1'
+    python -m launch.study --config=experiments/main_study.py:novels=A.tar.xz,code=B.tar.xz,tier=all --plan
+    python -m launch.study --config=experiments/main_study.py:novels=...,code=... --workdir=runs/main --only='*-M-s1'
 
-The first writes results/main/PLAN.md and plan.json, to be committed before the first run that counts; the study puts the plan
-into its study.json, and the report lists what deviates. Decisions and their reasons: the design of the pilots' errata
-(results/pilot_98M/report.md): recall scattered over the context, novels and code apart, controls that can veto an endpoint, budgets
-that do not fork inside a decay, a dense continuation for every budget on top.
+The first writes results/main/PLAN.md and plan.json, to be committed before the first run that counts; the study puts
+the plan into its study.json, and the report lists what deviates. Decisions and their reasons: the design of the pilots'
+errata (results/pilot_98M/report.md): recall scattered over the context, novels and code apart, controls that can veto
+an endpoint, budgets that do not fork inside a decay, a dense continuation for every budget on top.
 
-R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the trunk in its stable phase, with the tokens and the decay
-of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a decay of its own; its
-control is the dense model that goes on alike. The selector warms up for a stated number of steps at a rate that does not decay.
-4,096 bytes of context in blocks of 32; 24 of them are visible, 3/16: with 20 the oracle's blocks passed the gate for
-text in one run and missed it by 0.0004 bits per byte in another, with 16 they missed by 0.0005, with 8 by 0.012
-(docs/results.md). Every batch of 8 rows has exactly one of tasks.
+R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the trunk in its stable phase, with the tokens
+and the decay of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a
+decay of its own; its control is the dense model that goes on alike. The selector warms up for a stated number of steps
+at a rate that does not decay. 4,096 bytes of context in blocks of 32; 24 of them are visible, 3/16: with 20 the
+oracle's blocks passed the gate for text in one run and missed it by 0.0004 bits per byte in another, with 16 they
+missed by 0.0005, with 8 by 0.012 (docs/results.md). Every batch of 8 rows has exactly one of tasks.
 
-The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an endpoint and
-size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far answers, as the
-margin is stated in it (2 points); their NLL stands beside it as a secondary endpoint. Sizes: S 3M (100 MB), M 10M
-(200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes.
-Decay branches of dense and native at a quarter and half of the bytes (S and M) are the byte axis, and what equal FLOPs are read off.
+The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an
+endpoint and size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far
+answers, as the margin is stated in it (2 points); their NLL stands beside it as a secondary endpoint. Sizes: S 3M (100
+MB), M 10M (200 MB), L 28M (400 MB) of non-embedding parameters, M8K: M at 8,192 bytes. Decay branches of dense and
+native at a quarter and half of the bytes (S and M) are the byte axis, and what equal FLOPs are read off.
 
-Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits, continuations and selector
-only at M and S;
-2: curricula, other selectors, mixed, memory at M; 3: L, and M8K.
+Tiers, in this order, so that a cut study is still a study: 1: dense, native, native cold, retrofits, continuations and
+selector only at M and S; 2: curricula, other selectors, mixed, memory at M; 3: L, and M8K.
 
-Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is in no arm here.
+The study comes in slices: the archives of results/main, unpacked into --workdir, are the runs that are done; a trunk
+that a further fork needs is trained again, to the same bits. `launch.report RUNS experiments/results/main --publish
+--out=experiments/results/main` adds an archive of what is new.
 
-Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (what is run now: 1, 2, 3
-or all; plan and report are of the whole study), blocks=24,
-rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the last one is not tuned yet), scale=1 (of all steps), selector_steps=60 (of warm-up),
-seeds=0 (at most so many of each arm, from seed 1 on; 0: all), plan= (directory of the plan; empty: experiments/results/main).
+Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is
+in no arm here.
+
+Arguments: novels= and code= (archives or folders; none: the standard library's source), tier=1 (what is run now: 1, 2,
+3 or all; plan and report are of the whole study), blocks=24, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the last one is
+not tuned yet), scale=1 (of all steps), selector_steps=60 (of warm-up), seeds=0 (at most so many of each arm, from seed
+1 on; 0: all), plan= (directory of the plan; empty: experiments/results/main).
 """
 
 from experiments import arguments
@@ -49,32 +53,45 @@ SIZES = {  # shape, bytes of training, seeds of dense and native, seeds of the r
 SELECTOR_ONLY = (0.05, 0.25)
 BRANCHES = (0.25, 0.5)      # of the bytes: shorter runs of dense and native with a decay of their own
 CURRICULUM, OTHERS = 4, 3   # seeds of tier 2
-LOOKED, LOOKED_SEEDS = ("dense", "native", "within_25", "native_window"), (1, 2, 3, 4)  # whose hidden states are measured, at M
+# Whose hidden states are measured, at M.
+LOOKED, LOOKED_SEEDS = ("dense", "native", "within_25", "native_window"), (1, 2, 3, 4)
 TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
-GATES = ("oracle", "random", "sink_window")  # of every dense model, on all of val; the others, and other numbers of blocks,
+# GATES: of every dense model, on all of val; the others, and other numbers of blocks, of MORE_SEEDS.
+GATES = ("oracle", "random", "sink_window")
 FREE = ("block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
 MORE_SEEDS = (1, 2, 3)                       # of these seeds alone: each costs as much as 500 steps of training
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
-# SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits of 13 and 25 %.
+# "dense-M", "native-M", ... -> tokens per second alone on one H200, where measured: the study's runs share their GPUs
+SPEEDS = {}
+# SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits
+# of 13 and 25 %.
+QUESTION = ("Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, "
+            "and what is missing?")
 NOTES = (
-    "Words come from val, by which nothing but rates, number of blocks and tasks were chosen, on seed 0. Each run evaluates test "
-    "once, at its end and sealed; it is opened when all runs of a tier are there, its comparisons stand beside, and a word that "
-    "test does not repeat is not used in the answer.",
-    "One peak rate per size: forks share their trunk's. Dense was tuned at full length at both sizes (M 1, 2, 4e-3; S 1.5, 3e-3 and "
-    "6e-3 cut in its decay), native at S (1.5, 3e-3) and at M over the first 37 %; native's other rates at M ride along, exploratory.",
-    "Selector warm-ups differ by design: native's 2 % lie inside the warm-up of the rate, within's 60 steps are at 5 times the peak, "
-    "after's 60 (half of the budget where that is less) are held at 5 times half the peak; selector-only arms follow the second plan.",
-    "Epochs of text: M sees 1.05 of novels and 1.09 of code, after_25 1.31 and 1.36, dense_double and L 2.1 and 2.2; a retrofit's "
-    "control sees the same. 1 % of the text is passages planted 0 to 64 times, the same in all arms of a seed.",
-    "Far: the evidence lies behind the first block and farther back than 24 blocks. With several layers of a window it is beyond one "
-    "window, not out of reach; NSA's compressed branch sees all of it.",
-    "Controls that no gate and no primary endpoint asks for (other training-free selectors, other numbers of blocks) are run on seeds "
-    "1 to 3 alone.",
-    "native_to_dense has no selector warm-up: compare it with native_cold. In context_512 a planted passage goes on over four rows.",
-    "Runs come in slices on machines of one H200 each or several side by side, two or three runs sharing a GPU: speeds are not compared "
-    "by them. Steps are deterministic; a trunk whose checkpoints are gone is trained again and has to log the same bits.",
+    "Words come from val, by which nothing but rates, number of blocks and tasks were chosen, on seed 0. Each run "
+    "evaluates test once, at its end and sealed; it is opened when all runs of a tier are there, its comparisons "
+    "stand beside, and a word that test does not repeat is not used in the answer.",
+    "One peak rate per size: forks share their trunk's. Dense was tuned at full length at both sizes (M 1, 2, 4e-3; S"
+    " 1.5, 3e-3 and 6e-3 cut in its decay), native at S (1.5, 3e-3) and at M over the first 37 %; native's other "
+    "rates at M ride along, exploratory.",
+    "Selector warm-ups differ by design: native's 2 % lie inside the warm-up of the rate, within's 60 steps are at 5 "
+    "times the peak, after's 60 (half of the budget where that is less) are held at 5 times half the peak; "
+    "selector-only arms follow the second plan.",
+    "Epochs of text: M sees 1.05 of novels and 1.09 of code, after_25 1.31 and 1.36, dense_double and L 2.1 and 2.2; "
+    "a retrofit's control sees the same. 1 % of the text is passages planted 0 to 64 times, the same in all arms of a"
+    " seed.",
+    "Far: the evidence lies behind the first block and farther back than 24 blocks. With several layers of a window "
+    "it is beyond one window, not out of reach; NSA's compressed branch sees all of it.",
+    "Controls that no gate and no primary endpoint asks for (other training-free selectors, other numbers of blocks) "
+    "are run on seeds 1 to 3 alone.",
+    "native_to_dense has no selector warm-up: compare it with native_cold. In context_512 a planted passage goes on "
+    "over four rows.",
+    "Runs come in slices on machines of one H200 each or several side by side, two or three runs sharing a GPU: "
+    "speeds are not compared by them. Steps are deterministic; a trunk whose checkpoints are gone is trained again "
+    "and has to log the same bits.",
 )
-EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03, "recall Delta": 0.03}
+EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A": 0.011, "recall R": 0.03,
+               "recall Delta": 0.03}
 
 
 def get_config(arg=None):
@@ -92,16 +109,18 @@ def get_config(arg=None):
       names[f"{config.arm}-{config.size}"] = config
   now = [key for tier in wanted for key in tiers[tier]]
   now += [f"{names[key].fork.workdir[1:]}-{names[key].size}" for key in now if names[key].fork.workdir]
-  arms = list(names.values())  # whatever is run now: the plan, the families of tests and the report are of the whole study
+  # Whatever is run now: the plan, the families of tests and the report are of the whole study.
+  arms = list(names.values())
   two = bool(a.novels and a.code)
   of_retrofits = {**{f"within_{100 * b:g}": b for b in WITHIN}, **{f"after_{100 * b:g}": b for b in AFTER}}
   return Study(
-      name="main", question=__doc__.splitlines()[0], arms=arms, seeds=max(few.values(), key=len), few=few,
+      name="main", question=QUESTION, arms=arms, seeds=max(few.values(), key=len), few=few,
       now=tuple(dict.fromkeys(now)), vmap_seeds=False, dense="dense", reference="native", budgets=of_retrofits,
       controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER},
       branches={arm: tuple(f"{arm}_{100 * b:g}" for b in BRANCHES) for arm in ("dense", "native")},
       primary=PRIMARY if two else ("second_half_bits_per_byte", "far_exact_match"),
-      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), plan=a.plan or "experiments/results/main", notes=NOTES,
+      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), speeds=SPEEDS,
+      plan=a.plan or "experiments/results/main", notes=NOTES,
       tiers=tiers, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
 
 
@@ -112,9 +131,11 @@ def _of_tier(a, tier, size):
   if tier == "2":
     return make.tier_two()
   if size == "M8K":
-    return [(make.dense(), main), (make.native(), main), (make.within(0.25), main), (make.after(0.05), main), (make.continued(0.05), main)]
+    return [(make.dense(), main), (make.native(), main), (make.within(0.25), main), (make.after(0.05), main),
+            (make.continued(0.05), main)]
   out = [(make.dense(), main), (make.native(), main), (make.cold(), main)]
-  out += [(make.within(b), rest) for b in WITHIN] + [(one(b), rest) for b in AFTER for one in (make.after, make.continued)]
+  out += [(make.within(b), rest) for b in WITHIN]
+  out += [(one(b), rest) for b in AFTER for one in (make.after, make.continued)]
   out += [(make.selector_only(b), rest) for b in SELECTOR_ONLY]
   branches = (make.dense_branch, make.native_branch) if size in ("S", "M") else ()
   return out + [(one(b), rest) for b in BRANCHES for one in branches]
@@ -137,14 +158,16 @@ class Arms:
 
   def arm(self, name, attention, stages, fork=None, share=1.0, modes=None, short=0):
     dense = isinstance(attention, methods.Dense)
-    wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest") for n in (8, 16)]
+    wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest")
+            for n in (8, 16)]
     more = () if modes else (*FREE, *wide) if dense else ("dense", "random", "sparse:num_blocks=8")
     modes = modes or (("dense", *GATES) if dense else ("sparse", "oracle"))
     own = round(stages.steps * share)  # of its steps: those behind its fork
     return Config(
         arm=name, size=self.size, attention=attention, schedule=stages,
         model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
-        data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1, task_loss=0.15, tasks=TASKS,
+        data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1,
+                        task_loss=0.15, tasks=TASKS,
                         planted=0.01 if self.corpora else 0.0,  # the standard library has too few passages
                         task_lengths=(64, 256, 1024, 4096), filler_weight=0.0),
         optimizer=OptimizerConfig(selector_learning_rate=5.0),
@@ -177,7 +200,8 @@ class Arms:
 
   def after(self, b, attention=None, name="after", **options):
     attention = attention or self.msa
-    warmup = self.selector_steps(b) if attention.selector_losses else 0  # where the selector learns from a loss of its own
+    # Where the selector learns from a loss of its own.
+    warmup = self.selector_steps(b) if attention.selector_losses else 0
     stages = schedule.retrofit_after(self.steps, b, warmup_steps=warmup, **options, **self.plan)
     return self.arm(f"{name}_{100 * b:g}", attention, stages, ForkConfig("@dense", step=self.steps), b)
 
@@ -185,7 +209,8 @@ class Arms:
     return self.after(b, name="selector_only", train="selector")
 
   def continued(self, b):
-    return self.arm(f"dense_after_{100 * b:g}", methods.Dense(), schedule.dense_continuation(self.steps, b, **self.plan),
+    stages = schedule.dense_continuation(self.steps, b, **self.plan)
+    return self.arm(f"dense_after_{100 * b:g}", methods.Dense(), stages,
                     ForkConfig("@dense", step=self.steps), b, ("dense",))
 
   def selector_steps(self, b):
@@ -203,14 +228,16 @@ class Arms:
     """`b` of the steps, forked from the trunk where their own decay begins."""
     steps = round(b * self.steps)
     stages = make(steps, **{**self.plan, "warmup": self.plan["warmup"] / b})
-    return self.arm(f"{trunk}_{100 * b:g}", attention, stages, ForkConfig(f"@{trunk}", step=steps - round(self.plan["decay"] * steps)),
+    fork = ForkConfig(f"@{trunk}", step=steps - round(self.plan["decay"] * steps))
+    return self.arm(f"{trunk}_{100 * b:g}", attention, stages, fork,
                     self.plan["decay"], ("dense",) if trunk == "dense" else ("sparse", "oracle"))
 
   def tier_two(self):
     window = methods.Window(window=BLOCK * self.a.blocks)
     double = schedule.dense(2 * self.steps, **{**self.plan, "warmup": self.plan["warmup"] / 2})
     mag = methods.MAG(window=window.window)
-    beside = self.arm("native_mag", mag, schedule.native(self.steps, selector_warmup=0, **self.plan), modes=("sparse", "dense"))
+    beside = self.arm("native_mag", mag, schedule.native(self.steps, selector_warmup=0, **self.plan),
+                      modes=("sparse", "dense"))
     equal = methods.Window(flops.equal_window(beside, self.context))
     out = [(self.arm("native_to_dense", self.msa, schedule.sparse_to_dense(self.steps, 0.25, **self.plan),
                      modes=("dense",)), CURRICULUM),
@@ -223,7 +250,8 @@ class Arms:
            (self.arm("native_window", window, schedule.native(self.steps, selector_warmup=0, **self.plan),
                      modes=("sparse", "dense")), CURRICULUM),
            (self.arm("mixed", methods.SSA(**self.geometry), schedule.mixed(self.steps, **self.plan)), CURRICULUM),
-           (self.arm("mixed_within_25", methods.SSA(**self.geometry), schedule.mixed_retrofit(self.steps, 0.25, **self.plan),
+           (self.arm("mixed_within_25", methods.SSA(**self.geometry),
+                     schedule.mixed_retrofit(self.steps, 0.25, **self.plan),
                      ForkConfig("@dense", step=round(0.75 * self.steps)), 0.25), CURRICULUM),
            (beside, OTHERS),
            (self.arm("window_equal_mag", equal, schedule.native(self.steps, selector_warmup=0, **self.plan),
@@ -239,6 +267,7 @@ class Arms:
               "shared": methods.SharedMSA(index_dim=64, **self.geometry)}
     for name, attention in others.items():
       warm = self.warmup if attention.selector_losses else 0
-      out.append((self.arm(f"native_{name}", attention, schedule.native(self.steps, selector_warmup=warm, **self.plan)), OTHERS))
+      stages = schedule.native(self.steps, selector_warmup=warm, **self.plan)
+      out.append((self.arm(f"native_{name}", attention, stages), OTHERS))
       out += [(self.after(b, attention, f"{name}_after"), OTHERS) for b in (0.05, 0.25)]
     return out

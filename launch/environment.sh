@@ -24,6 +24,6 @@ install_into() {
   echo "installing into $venv with $("$python" --version) (about a minute) ..."
   "$python" -m venv "$venv" &&
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip &&
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e "$what" &&
+    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e "$what" &&
     touch "$stamp"  # whether or not the caller has set -e
 }

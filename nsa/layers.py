@@ -213,6 +213,19 @@ def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bo
   return fused.heads(y, taps, gain, table, first, part.eps)
 
 
+def project_together(q: HeadProjection, k: HeadProjection, v: HeadProjection, h: Float[Array, "B T D"], call):
+  """(q, k, v), rotated but for v, of one product and one pass; None where no kernel serves them."""
+  width = q.weight.shape[2]
+  if call.fused is None or hasattr(q, "bias") or not fused.takes_width(width):
+    return None
+  joined = lambda name: jnp.concatenate([getattr(part, name)[...] for part in (q, k, v)], axis=1)
+  y = jnp.einsum("btd,dnh->btnh", h, joined("weight").astype(h.dtype))
+  taps = joined("taps") if hasattr(q, "taps") else None
+  gains = jnp.stack([q.norm[...], k.norm[...]]) if hasattr(q, "norm") else None
+  first, _ = spans.of_segments(call.query_segments(h.shape[1]), spans.positions(h.shape[1], 0, h.shape[0]))
+  return fused.qkv(y, taps, gains, tuple(map(jnp.asarray, call.fused(width))), first, q.eps, k.weight.shape[1])
+
+
 class SwiGLU(nnx.Module):
   """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, eq. 6)."""
 
@@ -221,6 +234,10 @@ class SwiGLU(nnx.Module):
     self.up = init.normal("up", (d_model, mlp_dim), ("embed", "mlp"), fan_in=d_model)
     self.down = init.normal("down", (mlp_dim, d_model), ("mlp", "embed"), fan_in=mlp_dim, gain=out_gain)
 
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(self, x: Float[Array, "B T D"], one_pass: bool = False) -> Float[Array, "B T D"]:
+    """`one_pass`: whether pallas_kernels/fused.py serves the gate."""
+    if one_pass:
+      both = jnp.concatenate([self.gate[...], self.up[...]], axis=1).astype(x.dtype)
+      return fused.gate(x @ both) @ self.down[...].astype(x.dtype)
     gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down

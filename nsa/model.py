@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from nsa import layers, methods
-from pallas_kernels import backends, fused
+from pallas_kernels import fused
 
 
 class Attention(nnx.Module):
@@ -43,9 +43,11 @@ class Attention(nnx.Module):
   def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
     """These tokens as the method sees them, and their streams."""
     q_raw, k_raw, v = (layers.project(part, h, call, rotated=False) for part in (self.q, self.k, self.v))
-    if call.fused is None:
+    if (together := layers.project_together(self.q, self.k, self.v, h, call)) is not None:
+      q, k, v = together  # what is not rotated is gone unless the method asks for it
+    elif call.fused is None:
       q, k = call.rope(q_raw, offset=call.offset), call.rope(k_raw, offset=call.offset)
-    else:  # what is not rotated is gone unless the method asks for it
+    else:
       q, k = (layers.project(part, h, call, rotated=True) for part in (self.q, self.k))
     gate = None
     if hasattr(self, "gate"):
@@ -84,7 +86,10 @@ class Block(nnx.Module):
     self.mlp = layers.SwiGLU(init.child("mlp"), model.d_model, model.mlp_dim, out_gain)
 
   def __call__(self, x, call, cache, observe):
-    h = layers.rms_norm(x, self.attention_norm[...], self.eps)
+    norm = lambda x, gain: (x, layers.rms_norm(x, gain, self.eps))
+    if call.fused is not None and fused.takes_rows(x):
+      norm = lambda x, gain: fused.norm(x, gain, self.eps)
+    x, h = norm(x, self.attention_norm[...])
     tail = None
     if cache is not None:
       call = dataclasses.replace(call, tail=cache.get("tail"), state=cache.get("state"))
@@ -94,7 +99,8 @@ class Block(nnx.Module):
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
     y, losses, seen, streams, handed = self.attention(h, call, cache, observe)
     x = x + y
-    x = x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps))
+    x, h = norm(x, self.mlp_norm[...])
+    x = x + self.mlp(h, one_pass=call.fused is not None)
     if tail is not None:
       streams = {**streams, "tail": tail}
     return x, handed, (losses, seen, streams)
@@ -141,7 +147,7 @@ def layout(config) -> list[tuple[methods.Method, int]]:
 def architecture(config):
   """The part of the config that says which parameters there are and what a forward pass computes."""
   return type(config)(model=config.model, attention=config.attention, layers=config.layers, others=config.others,
-                      implementation=config.implementation)
+                      implementation=config.implementation, one_pass=config.one_pass)
 
 
 def backbone(params: dict, axis: int = 0) -> dict:
@@ -314,8 +320,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   table = constrain(net.embed[...].astype(dtype), ("vocab", None))
   x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5),
                 ("batch", "time", None))
-  # Asked for, until the kernel has run on a GPU as it stands: what was timed there was an earlier form of it.
-  one_pass = cache is None and config.implementation == backends.FASTEST and fused.serves(x)
+  one_pass = cache is None and config.one_pass and fused.serves(x)
   all_losses, seen, new_cache, first = [], [], [], 0
   for i, (stack, (method, count)) in enumerate(zip(in_order(net.stacks), layout(config))):
     stack_def, stack_state = nnx.split(stack)

@@ -1,19 +1,66 @@
-"""What a run directory says of its run, wherever it lies: config.json, and the tokenizer in hf/.
+"""A run's directory, and what it says of its run wherever it lies: config.json, and the tokenizer in hf/.
 
 A run that does not count bytes keeps the tokenizer's files in hf/, and whoever reads its config is told of those. So a
 run directory can be moved or renamed, and another model at the tokenizer's old place changes none of its figures.
 """
 from __future__ import annotations
 
+import errno
+import json
 import os
+import tempfile
 
 from etils import epath
+import jax
 
-from nsa import config as config_lib, metrics
+from nsa import config as config_lib, metrics, processes
 from nsa.config import Config, ConfigError
 from nsa.data import tokenizer
 
 FOLDER = "hf"
+# Fields that may change when a run is resumed: they do not touch the numbers.
+_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "unroll",
+                "peak_tflops", "tensorboard", "modules")
+
+
+def make_workdir(workdir: epath.Path) -> None:
+  """Makes the directory. Raises ConfigError where there can be none, or nothing can be written into it."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if "://" not in os.fspath(workdir):
+      tempfile.TemporaryFile(dir=workdir).close()
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    fix = f"cannot be made or written to ({error.strerror}): take a directory of your own"
+    raise ConfigError([("--workdir", str(workdir), fix)]) from None
+
+
+def open_workdir(config, workdir: epath.Path) -> None:
+  """Writes config.json, or checks that the run there has the same config."""
+  path = workdir / "config.json"
+  wanted = config_lib.to_dict(config)
+  with processes.together("opening the workdir"):
+    if path.exists():
+      found = read_config(workdir)                 # fields it does not know yet have their defaults
+      if has_tokenizer_of(config, workdir):        # wherever it was read from
+        found.data.tokenizer = config.data.tokenizer
+      found = config_lib.to_dict(found)
+      changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
+      if changed:
+        raise ConfigError(
+            [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
+              "take another --workdir, or the old value") for key in changed])
+  with processes.together("writing config.json"):
+    if processes.first():
+      keep_tokenizer(config, workdir)
+      metrics.write_json(path, wanted)
+      (workdir / "FAILED").unlink(missing_ok=True)
+  with processes.together("opening the workdir"):
+    if not path.exists():
+      fix = (f"process {jax.process_index()} does not see the config.json that process 0 has written: take a directory "
+             "that all hosts share")
+      raise ConfigError([("--workdir", str(workdir), fix)])
 
 
 def read_config(workdir, field: str = "--workdir") -> Config:

@@ -6,6 +6,7 @@ Finished runs are reused, cut runs resume, a failed run is noted and does not st
 to machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the
 same bits.
 """
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass, field
@@ -15,8 +16,22 @@ import traceback
 
 from absl import logging
 from etils import epath
+import jax
 
-from nsa import checkpoint, config as config_lib, data, flops, lock, metrics, processes, programs, sharding, train
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  data,
+  flops,
+  forks,
+  lock,
+  metrics,
+  processes,
+  programs,
+  rundir,
+  sharding,
+  train,
+)
 from nsa.config import Config, ConfigError, EvalConfig
 from nsa.tasks import audit
 
@@ -40,6 +55,9 @@ class Study:
                                                           # not `dense`
   # arm -> shorter runs of it with a decay of their own
   branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+  # "arm-size" -> tokens per second of the arm alone on its device, where runs share devices and what they log says
+  # nothing of it; None = as logged
+  speeds: dict[str, float] | None = None
   # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   solved: float = 0.0
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
@@ -192,7 +210,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   if not todo:
     raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
                                                   f"{', '.join(job.run for job in others)}")])
-  train.make_workdir(directory)
+  rundir.make_workdir(directory)
   data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   known = {job.run: job for job in todo + others}
   clock, trained, began = 0.0, 0.0, time.monotonic()
@@ -234,7 +252,7 @@ def _compilations(todo: list[Job], directory):
   for job in todo:
     if not (directory / job.run / "DONE").exists():
       yield from train.compilations(job.config, sharding.make_mesh(job.config),
-                                    train.first_step(job.config, directory / job.run))
+                                    forks.first_step(job.config, directory / job.run))
 
 
 def unfinished(study: Study, directory) -> list[str]:
@@ -276,25 +294,34 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
   It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the
   last bit.
   """
-  workdir, name = directory / trunk.run, epath.Path(trunk.run).name
-  have = checkpoint.Checkpoints(workdir, read_only=True).steps()
-  if step in have or step < 0 and have:
+  workdir = directory / trunk.run
+  def there():
+    have = checkpoint.Checkpoints(workdir, read_only=True).steps()
+    return step in have or step < 0 and bool(have)
+
+  if there():
     return
   if trunk.trunk in known:
     _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory)
-  again = directory / "again" / name
   logging.info("%s has no checkpoint to fork from: it is trained again", workdir)
-  config = copy.deepcopy(trunk.config)
-  config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
-  train.train(config, again)
-  with processes.together("putting checkpoints back"):
-    if processes.first():
-      _same_run(workdir, again)
-      (workdir / "checkpoints").mkdir(exist_ok=True)
-      for one in (again / "checkpoints").iterdir():
-        if not (workdir / "checkpoints" / one.name).exists():
-          one.rename(workdir / "checkpoints" / one.name)
-      again.rmtree()
+  again = directory / "again" / epath.Path(trunk.run).name
+  rundir.make_workdir(again)
+  with contextlib.ExitStack() as stack:
+    if jax.process_count() == 1:  # another process may be at the same trunk, for another fork: its checkpoints will do
+      stack.enter_context(lock.waiting(again))
+    if there():
+      return
+    config = copy.deepcopy(trunk.config)
+    config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
+    train.train(config, again / "run")
+    with processes.together("putting checkpoints back"):
+      if processes.first():
+        _same_run(workdir, again / "run")
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        for one in (again / "run/checkpoints").iterdir():
+          if not (workdir / "checkpoints" / one.name).exists():
+            one.rename(workdir / "checkpoints" / one.name)
+        (again / "run").rmtree()
 
 
 def _same_run(finished, again) -> None:
@@ -340,6 +367,7 @@ def _save(study, todo, directory) -> None:
       **asked(study),
       "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
       **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
+      **({} if study.speeds is None else {"speeds": study.speeds}),
       "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
                 "status": job.status, "error": job.error} for job in todo]})
 

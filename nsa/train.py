@@ -15,13 +15,8 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import importlib.metadata
 import json
 import os
-import pathlib
-import platform
-import subprocess
-import tempfile
 import time
 
 from absl import logging
@@ -36,14 +31,14 @@ from nsa import (
   data,
   evaluate,
   flops,
-  held_out,
+  forks,
   lock,
   metrics,
   model as model_lib,
-  optim,
   origins,
   processes,
   programs,
+  provenance,
   rundir,
   schedule,
   sharding,
@@ -51,10 +46,6 @@ from nsa import (
 )
 from nsa.look import snapshots
 from nsa.progress import Progress
-
-# Fields that may change when a run is resumed: they do not touch the numbers.
-_FREE_FIELDS = ("log_every", "profile", "eval", "checkpoint", "mesh", "implementation", "unroll",
-                "peak_tflops", "tensorboard", "modules")
 
 
 class Preempted(Exception):
@@ -92,13 +83,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
   processes.agree(config=json.dumps(config_lib.to_dict(config)))
   with contextlib.ExitStack() as stack:
     with processes.together("opening the workdir"):
-      make_workdir(workdir)
+      rundir.make_workdir(workdir)
       held = stack.enter_context(lock.Lock(workdir)) if processes.first() else None
     return _train(config, workdir, held, progress, hang_seconds)
 
 
 def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float) -> int:
-  open_workdir(config, workdir)
+  rundir.open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_at=config.checkpoint.keep_at,
@@ -109,7 +100,7 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     logging.info("%s is done", workdir)
     return total
 
-  with programs.ahead(compilations(config, mesh, first_step(config, workdir))):
+  with programs.ahead(compilations(config, mesh, forks.first_step(config, workdir))):
     return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds)
 
 
@@ -118,19 +109,20 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   total = config.schedule.steps
   with processes.together("reading the data"):
     batches = step_lib.Batches(config, mesh)
-    read = corpora(config, workdir, batches, resumed=checkpoints.latest() is not None)
+    read = provenance.corpora(config, workdir, batches, resumed=checkpoints.latest() is not None)
   processes.agree(corpus=json.dumps(read))
   first = processes.first()
   if first:
     own = origins.digests(config_lib.to_dict(config)["modules"])
-    metrics.write_json(workdir / "versions.json", {**versions(), **read, **({"modules": own} if own else {})})
+    made_of = {**provenance.versions(), **read, **({"modules": own} if own else {})}
+    metrics.write_json(workdir / "versions.json", made_of)
     if config.data.planted:
       metrics.write_json(workdir / "planted.json",
                          {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                           for seed, source in zip(config.seeds, batches.sources)})
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   with capacity.told(config, "parameters and optimizer state"):
-    state, start = initial_state(config, mesh, checkpoints)
+    state, start = forks.initial_state(config, mesh, checkpoints)
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
     writer.truncate_after(start)
@@ -238,109 +230,6 @@ def _evaluates(config, done: int) -> bool:
   return done == config.schedule.steps or bool(config.eval.every) and done % config.eval.every == 0
 
 
-# --- the run directory ------------------------------------------------------------
-
-
-def make_workdir(workdir: epath.Path) -> None:
-  """Makes the directory. Raises ConfigError where there can be none, or nothing can be written into it."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if "://" not in os.fspath(workdir):
-      tempfile.TemporaryFile(dir=workdir).close()
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    fix = f"cannot be made or written to ({error.strerror}): take a directory of your own"
-    raise config_lib.ConfigError([("--workdir", str(workdir), fix)]) from None
-
-
-def open_workdir(config, workdir: epath.Path) -> None:
-  """Writes config.json, or checks that the run there has the same config."""
-  path = workdir / "config.json"
-  wanted = config_lib.to_dict(config)
-  with processes.together("opening the workdir"):
-    if path.exists():
-      found = rundir.read_config(workdir)                 # fields it does not know yet have their defaults
-      if rundir.has_tokenizer_of(config, workdir):        # wherever it was read from
-        found.data.tokenizer = config.data.tokenizer
-      found = config_lib.to_dict(found)
-      changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
-      if changed:
-        raise config_lib.ConfigError(
-            [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
-              "take another --workdir, or the old value") for key in changed])
-  with processes.together("writing config.json"):
-    if processes.first():
-      rundir.keep_tokenizer(config, workdir)
-      metrics.write_json(path, wanted)
-      (workdir / "FAILED").unlink(missing_ok=True)
-  with processes.together("opening the workdir"):
-    if not path.exists():
-      fix = (f"process {jax.process_index()} does not see the config.json that process 0 has written: take a directory "
-             "that all hosts share")
-      raise config_lib.ConfigError([("--workdir", str(workdir), fix)])
-
-
-def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
-  """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
-
-  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names
-  another data.source or tokenizer, or begins anew.
-  """
-  read = {"corpus_sha256": batches.fingerprint, "held_out_sha256": held_out.check(config)}
-  if resumed:
-    before = _recorded(workdir)
-    _same_corpora(config, read, before, workdir, "bring them back, or begin again in another workdir")
-    return {**read, "held_out_sha256": {**before.get("held_out_sha256", {}), **read["held_out_sha256"]}}
-  trunk = epath.Path(config.fork.workdir)
-  if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
-    theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
-    alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
-    if alike and theirs.texts == config.data.texts:
-      _same_corpora(config, read, _recorded(trunk), trunk,
-                    "bring them back, train the trunk again, or give these a data.source of their own")
-  return read
-
-
-def _recorded(workdir) -> dict:
-  return metrics.read_json(workdir / "versions.json") if (workdir / "versions.json").exists() else {}
-
-
-def _same_corpora(config, read, before, workdir, fix):
-  theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
-  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read "
-               f"(SHA-256 {ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
-              for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items()
-              if theirs.get(split, ours) not in (ours, None)]
-  if problems:
-    raise config_lib.ConfigError(problems)
-
-
-def versions() -> dict:
-  """What a later reader needs to know about the software and the devices."""
-  packages = {}
-  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "nsa"):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      packages[name] = importlib.metadata.version(name)
-  device = jax.devices()[0]
-  return {"python": platform.python_version(), **packages, **_checkout(), "platform": device.platform,
-          "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
-
-
-def _checkout() -> dict:
-  """The commit of the code that runs, and whether files differ from it; null outside a git checkout of it."""
-  def git(*arguments):
-    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True,
-                          text=True, timeout=20, check=True).stdout.strip()
-
-  try:
-    if not git("ls-files", "nsa/train.py"):  # somebody else's repository, with this package below it
-      return {"commit": None, "dirty": None}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-  except (OSError, subprocess.SubprocessError):
-    return {"commit": None, "dirty": None}
-
-
 # --- what a run compiles ----------------------------------------------------------
 
 
@@ -351,97 +240,6 @@ def compilations(config, mesh, start: int = 0):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
   yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
-
-
-def first_step(config, workdir) -> int:
-  """Where the run in `workdir` will begin, as far as that is known without reading a checkpoint."""
-  fork = 0 if not config.fork.workdir or config.fork.reset else max(config.fork.step, 0)
-  return max(checkpoint.Checkpoints(workdir, read_only=True).latest() or 0, fork)
-
-
-# --- where a run begins -----------------------------------------------------------
-
-
-def initial_state(config, mesh, checkpoints) -> tuple[step_lib.TrainState, int]:
-  """The newest good checkpoint; else the fork point; else fresh weights. Returns (state, step)."""
-  abstract = step_lib.abstract_state(config, mesh)
-  if checkpoints.latest() is not None:
-    state = checkpoints.restore(abstract, fall_back=True)
-    return state, int(state.step)
-  fresh = step_lib.compile_init(config, mesh)(step_lib.seeds_of(config))
-  if not config.fork.workdir:
-    return fresh, 0
-  state = fork(config, mesh, fresh)
-  return state, int(state.step)
-
-
-def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
-  """The trunk's checkpoint, in this run's tree.
-
-  Parameters that the trunk does not have (a selector, NSA's branches) and their optimizer state
-  keep their initial values: the very ones they would have in a run that had carried them along
-  unused. Raises ConfigError naming what does not fit.
-  """
-  where = config.fork.workdir
-  trunk_config = rundir.read_config(where, field="fork.workdir")
-  missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
-  if missing and not config.fork.reset:
-    raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])
-  if trunk_config.data != config.data and not config.fork.reset:
-    changed = [f for f in vars(config.data) if getattr(config.data, f) != getattr(trunk_config.data, f)]
-    logging.warning("the trunk %s was trained with other data (%s): this is no staged run", where, ", ".join(changed))
-  source = checkpoint.Checkpoints(where, read_only=True)
-  step = source.latest() if config.fork.step < 0 else config.fork.step
-  if step is None or step not in source.steps():
-    raise config_lib.ConfigError([("fork.step", config.fork.step, f"{where} has checkpoints at {source.steps()}")])
-  abstract = step_lib.abstract_state(trunk_config, mesh)
-  if config.fork.reset:  # parameters alone: an imported model has nothing else
-    trunk = source.restore(abstract._replace(optimizer={}), step, partial=True)
-  elif any(name.startswith("optimizer/") for name in source.describe(step)):
-    trunk = source.restore(abstract, step)
-  else:
-    raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set "
-                                                        "fork.reset = True")])
-  seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
-  trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
-  theirs = trunk.params
-  if config.fork.reset and not set(optim.groups_of(trunk_config).values()) - {"backbone"}:
-    theirs = model_lib.restack(theirs, config)
-  params = _overlay(fresh.params, theirs, config)
-  if config.fork.reset:
-    return fresh._replace(params=params)
-  optimizer = {group: jax.tree.map(_place, state, trunk.optimizer[group]) if group in trunk.optimizer else state
-               for group, state in fresh.optimizer.items()}
-  return step_lib.TrainState(_place(fresh.step, trunk.step), params, optimizer)
-
-
-def _overlay(fresh: dict, trunk: dict, config) -> dict:
-  problems, group_of = [], optim.groups_of(config)
-
-  def merge(mine, theirs, path):
-    out = dict(mine)
-    for name, value in mine.items():
-      here = path + (name,)
-      if isinstance(value, dict):
-        out[name] = merge(value, theirs.get(name, {}), here)
-      elif name in theirs and theirs[name].shape == value.shape:
-        out[name] = _place(value, theirs[name])
-      elif name in theirs:
-        problems.append(
-            ("/".join(here), theirs[name].shape, f"this model needs {value.shape}: give both the same model config"))
-      elif group_of[".".join(here)] == "backbone":
-        problems.append(("/".join(here), "missing", f"{config.fork.workdir} has no such parameter: give both the same "
-                                                    "model config"))
-    return out
-
-  merged = merge(fresh, trunk, ())
-  if problems:
-    raise config_lib.ConfigError([(f"fork.workdir: parameter {name}", value, fix) for name, value, fix in problems])
-  return merged
-
-
-def _place(mine, theirs):
-  return jax.device_put(theirs, mine.sharding)
 
 
 # --- logging, failure, preemption ---------------------------------------------------

@@ -1,12 +1,14 @@
-"""What stands between a projection and attention in one pass over memory, where a kernel serves it.
+"""What stands between products and attention in one pass over memory, where a kernel serves it.
 
-XLA's own passes are the slow twin, in whoever calls `heads`; results differ from theirs in rounding alone, as numbers
-between the steps stay float32. The model asks for it with implementation="fastest" alone (nsa/model.py). On several
-devices XLA's passes serve: its partitioner cannot cut a kernel.
+XLA's own passes are the slow twin, in whoever calls these functions; results differ from theirs in rounding alone, as
+numbers between the steps stay float32. The model asks for them where `Config.one_pass` is True: a run that began
+without goes on without, to the same bits. On several devices XLA's passes serve: its partitioner cannot cut a kernel.
 
-On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled: the dense step 17.2 ms
-instead of 17.7, on the device 16.3 instead of 16.8; MSA 19.2 instead of 20.6, NSA 23.4 where the device alone was busy
-for 25.4. The queries' pass takes 29 us forward, twice what its bytes need, and 200 us backward, nine times that.
+On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled, in one run in turn: the
+dense step 15.1 ms instead of 16.4 (on the device 13.8 instead of 15.6), MSA 17.3 instead of 19.3, NSA 21.4 instead of
+24.4; of 28M parameters dense 29.0 instead of 31.8, MSA 32.1 instead of 37.3. By the shapes in the compiled dense step
+20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. Far from its bytes is the gradient of `qkv` alone:
+206 us a layer, five times what they need. docs/kernels.md has the parts one by one.
 """
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import backends, partition
 
+ROWS = 32  # tokens of a sequence that `norm` takes at a time: it has no remainder
+
 
 def serves(x) -> bool:
-  """Whether `heads` takes arrays of x's dtype here."""
+  """Whether these functions take arrays of x's dtype here."""
   if partition.active() or backends.current_platform() != "gpu" or x.dtype not in (jnp.bfloat16, jnp.float16):
     return False
   from pallas_kernels.triton import call
@@ -24,8 +28,13 @@ def serves(x) -> bool:
 
 
 def takes_width(head_dim: int) -> bool:
-  """Whether `heads` takes heads of so many numbers."""
+  """Whether `heads` and `qkv` take heads of so many numbers."""
   return 16 <= head_dim <= 128 and head_dim & (head_dim - 1) == 0
+
+
+def takes_rows(x) -> bool:
+  """Whether `norm` takes x [B, T, D]."""
+  return x.shape[1] % ROWS == 0 and x.shape[2] <= 8192
 
 
 def heads(y, taps, gain, table, first, eps):
@@ -33,3 +42,21 @@ def heads(y, taps, gain, table, first, eps):
   from pallas_kernels.triton import heads as kernels
   cos, sin = table or (None, None)
   return kernels.heads(y, taps, gain, cos, sin, first, float(eps))
+
+
+def qkv(y, taps, gains, table, first, eps, kv_heads):
+  """(q, k, v) of one projection for all heads; those of v are convolved alone: `triton.heads.qkv`."""
+  from pallas_kernels.triton import heads as kernels
+  return kernels.qkv(y, taps, gains, *table, first, float(eps), kv_heads)
+
+
+def norm(x, gain, eps):
+  """(x, RMSNorm of x): the gradient of the residual stream is summed in the norm's pass. `triton.pointwise.norm`."""
+  from pallas_kernels.triton import pointwise
+  return pointwise.norm(x, gain, float(eps))
+
+
+def gate(y):
+  """silu(y[..., :F]) * y[..., F:]: `triton.pointwise.gate`."""
+  from pallas_kernels.triton import pointwise
+  return pointwise.gate(y)

@@ -28,8 +28,8 @@ TILE_ROWS = 64  # the M of one wgmma instruction
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """Static sizes of the lists of one call; hashable."""
+class Sizes:
+  """Static sizes of one call over a selection; hashable."""
   batch: int
   queries: int           # T
   keys: int              # S
@@ -37,12 +37,17 @@ class Plan:
   group: int             # G
   slots: int             # J
   block_size: int        # tokens
-  range_size: int        # queries per range, see the module
-  tiles_per_unit: int
 
   @property
   def blocks(self):
     return -(-self.keys // self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Sizes):
+  """And of its lists."""
+  range_size: int        # queries per range, see the module
+  tiles_per_unit: int
 
   @property
   def ranges(self):

@@ -142,7 +142,8 @@ def test_a_row_of_a_step_runs():
 def test_kinds_of_kernels():
   names = {"selected_attention_backward": "selected_attention_backward",
            "jit_range_attention_dkv_0": "range_attention_dkv_0",
-           "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products",
+           "dkv_kernel": "dkv_kernel", "heads_backward_kernel_3": "heads_backward_kernel",
+           "splitKreduce_kernel": "reductions", "nvjet_tst_128x64": "products", "gemm_fusion_dot_3": "products",
            "loop_dynamic_update_slice_fusion_2": "stacking and slicing",
            "DeviceRadixSortOnesweepKernel": "sorts", "input_reduce_fusion_7": "reductions",
            "loop_add_fusion": "elementwise and the rest",

@@ -215,10 +215,8 @@ def test_all_problems_are_listed_at_once():
 @pytest.mark.parametrize("mesh,devices,field,words", [
     (dict(data=3), 8, "mesh", "there are 8 devices"), (dict(fsdp=3), 8, "mesh", "must divide the 8 devices"),
     (dict(data=4, fsdp=4), 8, "mesh", "= 16"), (dict(), 16, "data.global_batch", "take a multiple"),
-    (dict(), 16, "eval.batch", "multiple of data * fsdp = 16"),
-                                                      (dict(fsdp=3), 3, "model.d_model", "= 3"),
-                                                      (dict(fsdp=2, context=3), 6, "model.d_model",
-                                                       "mesh.fsdp * mesh.context = 6")])
+    (dict(), 16, "eval.batch", "multiple of data * fsdp = 16"), (dict(fsdp=3), 3, "model.d_model", "= 3"),
+    (dict(fsdp=2, context=3), 6, "model.d_model", "mesh.fsdp * mesh.context = 6")])
 def test_meshes_are_checked_against_the_devices(mesh, devices, field, words):
   config = make_config()
   config.mesh = config_lib.MeshConfig(**mesh)
@@ -229,8 +227,7 @@ def test_stage_contexts_are_checked_for_method_and_mesh():
   config = make_config()
   config.schedule.stages = [Stage(0.5, context=2048), Stage(0.5)]
   config_lib.validate(config, 4)
-  assert any(name == "data.global_batch" for name, _, _ in problems_of(config,
-                                                                       8))  # 4 sequences over 8 devices
+  assert any(name == "data.global_batch" for name, _, _ in problems_of(config, 8))  # 4 sequences over 8 devices
   config.schedule.stages = [dataclasses.replace(s, context=8) for s in config.schedule.stages]
   assert any(name == "attention.block_size" for name, _, _ in problems_of(config))
 

@@ -305,12 +305,6 @@ def test_describe_names_the_document(corpus):
   assert f"row {3 * 8 + 2}:" in line
 
 
-def test_epoch_at_counts_epochs(corpus):
-  pipeline = data.make(config_of(corpus), seed=0)
-  epochs = [pipeline.epoch_at(step) for step in range(0, 60)]
-  assert epochs[0] == 0 and all(a < b for a, b in zip(epochs, epochs[1:])) and epochs[-1] > 2
-
-
 @pytest.mark.parametrize("change, message", [
     (dict(align=-1), "data.align = -1"),
     (dict(task_share=0.5), "data.tasks is empty"),
@@ -328,7 +322,7 @@ def test_wrong_fields_are_named(corpus, change, message):
 def test_tasks_without_text():
   config = DataConfig(source="tasks", task_share=1.0, tasks=("needle", "mqar"), context=400)
   pipeline = data.make(config, seed=0)
-  assert pipeline.batch_at(0)["inputs"].shape == (8, 400) and pipeline.epoch_at(5) == 0.0
+  assert pipeline.batch_at(0)["inputs"].shape == (8, 400)
 
 
 # --- planted passages ---

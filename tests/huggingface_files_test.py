@@ -206,16 +206,16 @@ def test_a_trained_run_keeps_the_tokenizer_too_and_goes_on_with_no_other(tmp_pat
   source = write_with_tokenizer(tmp_path / "source", monkeypatch)
   huggingface.import_model(source, tmp_path / "trunk")
   config = rundir.read_config(tmp_path / "trunk")
-  train.open_workdir(config, train.epath.Path(tmp_path / "run"))
+  rundir.open_workdir(config, train.epath.Path(tmp_path / "run"))
   os.rename(tmp_path / "trunk", tmp_path / "moved")
   assert rundir.read_config(tmp_path / "run").data.tokenizer == f"hf:{tmp_path / 'run/hf'}"
   config.data.tokenizer = f"hf:{tmp_path / 'moved/hf'}"  # the same at another place: the run goes on
-  train.open_workdir(config, train.epath.Path(tmp_path / "run"))
+  rundir.open_workdir(config, train.epath.Path(tmp_path / "run"))
   tree = json.loads((tmp_path / "moved/hf/tokenizer.json").read_text())
   tree["model"]["merges"].pop()
   (tmp_path / "moved/hf/tokenizer.json").write_text(json.dumps(tree))
   with pytest.raises(config_lib.ConfigError, match="data"):
-    train.open_workdir(config, train.epath.Path(tmp_path / "run"))
+    rundir.open_workdir(config, train.epath.Path(tmp_path / "run"))
 
 
 # --- exports ----------------------------------------------------------------------------

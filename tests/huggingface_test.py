@@ -16,7 +16,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, huggingface, methods, metrics, model as model_lib, rundir, train
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  forks,
+  huggingface,
+  methods,
+  metrics,
+  model as model_lib,
+  rundir,
+  train,
+)
 
 safetensors = pytest.importorskip("safetensors.numpy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,13 +325,13 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   assert 0.3 < log[0]["bits_per_byte"] / (log[0]["loss"] / np.log(2)) < 1
 
   # At step 0 it was the imported model: two stacks of what was one.
-  fresh = train.fork(config, train.sharding.make_mesh(config), train.step_lib.compile_init(
+  fresh = forks.fork(config, train.sharding.make_mesh(config), train.step_lib.compile_init(
       config, train.sharding.make_mesh(config))(train.step_lib.seeds_of(config)))
   stacks = fresh.params["stacks"]
   assert [x["attention_norm"].shape[0] for x in stacks.values()] == [1, 2] and "method" in stacks["stack1"]["attention"]
   jax.tree.map(np.testing.assert_array_equal, model_lib.backbone(fresh.params), before)
   with pytest.raises(config_lib.ConfigError, match="fork.reset = False.*no optimizer state"):
-    train.fork(dataclasses.replace(config, seeds=(0,), fork=config_lib.ForkConfig(str(tmp_path / "trunk"))),
+    forks.fork(dataclasses.replace(config, seeds=(0,), fork=config_lib.ForkConfig(str(tmp_path / "trunk"))),
                train.sharding.make_mesh(config), fresh)
 
   assert huggingface.export_model(tmp_path / "run", tmp_path / "out") == ["msa"]
@@ -340,7 +350,7 @@ def test_configs_of_before_are_read_and_their_runs_go_on(tmp_path):
     del old["model"][name]
   assert config_lib.from_dict(old) == config
   metrics.write_json(tmp_path / "config.json", old)
-  train.open_workdir(config, train.epath.Path(tmp_path))
+  rundir.open_workdir(config, train.epath.Path(tmp_path))
   changed = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_eps=1e-5))
   with pytest.raises(config_lib.ConfigError, match="norm_eps"):
-    train.open_workdir(changed, train.epath.Path(tmp_path))
+    rundir.open_workdir(changed, train.epath.Path(tmp_path))

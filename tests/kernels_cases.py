@@ -18,6 +18,7 @@ on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
 RESULTS = {operation: ("o", "lse", "dq", "dk", "dv")
            for operation in ("attention", "compressed_attention", "selected_attention")}
 RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
+RESULTS["paged_attention"] = ("o", "lse")
 
 
 # --- what happens in the arrays ---------------------------------------------------
@@ -204,8 +205,8 @@ def of_index(f):
   return lambda q_idx, k_idx, *, q, k, lse, block_indices, **rest: f(q, k, lse, q_idx, k_idx, block_indices, **rest)
 
 
-def in_dtype(inputs: Inputs, mask, scale):
-  """What XLA makes of masked attention in the dtype of q: the yardstick for the error of a kernel on a device."""
+def attend_in_dtype(mask, scale):
+  """(q, k, v) -> (o, lse): what XLA makes of masked attention in the dtype of q, products added up in float32."""
   def attend(q, k, v):
     (B, T, N, H), K = q.shape, k.shape[2]
     s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k, preferred_element_type=jnp.float32)
@@ -214,7 +215,12 @@ def in_dtype(inputs: Inputs, mask, scale):
     p = jnp.exp(s - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
     o = jnp.einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
     return o.astype(q.dtype).reshape(q.shape), lse.transpose(0, 3, 1, 2).reshape(B, T, N)
-  return with_gradients(attend)(Inputs(inputs.arrays, inputs.cotangents, {}))
+  return attend
+
+
+def in_dtype(inputs: Inputs, mask, scale):
+  """The yardstick for the error of a kernel on a device: `attend_in_dtype` with its gradients."""
+  return with_gradients(attend_in_dtype(mask, scale))(Inputs(inputs.arrays, inputs.cotangents, {}))
 
 
 def compare(operation, got, want, dtype, *, exact=2e-6, rounded=4e-3, theirs=None):

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
+import one_layer
+from one_layer import D, H, K
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule
+from nsa import config as config_lib, flops, methods, model as model_lib, schedule
 from pallas_kernels import masked
 
-B, T, V, D, N, K, H = 2, 48, 32, 12, 4, 2, 4
+B, T, V, N = 2, 48, 32, 4
 INDEX = dict(block_size=8, num_blocks=2, index_heads=3, index_dim=6)
 VARIANTS = {
     "token": methods.DSA(**INDEX),
@@ -31,32 +33,17 @@ CASES = [(name, mode, packed) for name in VARIANTS for mode in ("sparse", "warmu
          if mode == "sparse" or name.startswith("token")]
 
 
-def make_config(attention, **model):
-  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
-  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
-
-
-def random_params(tree, seed=1):
-  rng = np.random.default_rng(seed)
-
-  def draw(path, x):  # no norm or bias is trivial
-    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, tree)
+make_config = functools.partial(one_layer.make_config, heads=N)
 
 
 @functools.lru_cache(maxsize=None)
 def attention_of(name):
-  options = VARIANTS[name]
-  graph, state = nnx.split(nnx.eval_shape(
-      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
-  return graph, random_params(nnx.to_pure_dict(state))
+  return one_layer.split(make_config(VARIANTS[name]))
 
 
 def objective(name, mode, params, h, weights, segments):
   """<output, weights> + KL of one layer, and (output, KL, chosen lists)."""
-  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
-  call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+  call = one_layer.call(T, segments, mode)
   layer = nnx.merge(attention_of(name)[0], params)
   out, losses, *_ = layer(h, call, None, None)
   x, streams = layer.project(h, call)
@@ -72,8 +59,7 @@ def gradient_of(name, mode):
 
 @functools.lru_cache(maxsize=None)
 def run_layer(name, mode, packed):
-  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
-  return h, weights, jax.device_get(gradient_of(name, mode)(attention_of(name)[1], h, weights, segments_of(packed)))
+  return one_layer.run(gradient_of(name, mode), attention_of(name)[1], segments_of(packed), shape=(B, T, D))
 
 
 # --- the reference -----------------------------------------------------------------
@@ -192,7 +178,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
 
 @functools.lru_cache(maxsize=None)
 def params_of(name, **model):
-  return random_params(model_lib.abstract_params(make_config(VARIANTS[name], **model)))
+  return one_layer.random_params(model_lib.abstract_params(make_config(VARIANTS[name], **model)))
 
 
 def tokens(seed=0):

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
+import one_layer
+from one_layer import D, H, K
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib
+from nsa import config as config_lib, flops, methods
 from pallas_kernels import masked
 
-B, T, D, N, K, H = 2, 60, 12, 6, 2, 4  # the last block has 4 tokens of 8
+B, T, N = 2, 60, 6  # the last block has 4 tokens of 8
 BLOCKS = dict(block_size=8, num_blocks=4)
 VARIANTS = {
     # Kernel 5, stride 4, padding 1, as in the paper; kernel 5, stride 2, padding 3.
@@ -27,26 +29,17 @@ def segments_of(packed):
   return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
 
 
-def make_config(attention, **model):
-  shape = dict(vocab_size=320, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
-  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
-  config.data.context = 60
-  return config
+make_config = functools.partial(one_layer.make_config, heads=N, vocab_size=320, context=60)
 
 
 @functools.lru_cache(maxsize=None)
 def attention_of(name):
-  options, rng = VARIANTS[name], np.random.default_rng(1)
-  graph, state = nnx.split(nnx.eval_shape(
-      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
-  draw = lambda path, x: (0.5 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
-  return graph, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state))
+  return one_layer.split(make_config(VARIANTS[name]), 0.5)
 
 
 def objective(name, params, h, weights, segments):
   """<output, weights> of one layer, and (output, chosen blocks)."""
-  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
-  call = methods.Call(rope=rotate, segment_ids=segments)
+  call = one_layer.call(T, segments)
   out, losses, seen, *_ = nnx.merge(attention_of(name)[0], params)(h, call, None, lambda q, k, indices, call: {
       "indices": indices})
   assert not losses
@@ -55,8 +48,7 @@ def objective(name, params, h, weights, segments):
 
 @functools.lru_cache(maxsize=None)
 def run_layer(name, packed):
-  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
-  return h, weights, jax.device_get(gradient_of(name)(attention_of(name)[1], h, weights, segments_of(packed)))
+  return one_layer.run(gradient_of(name), attention_of(name)[1], segments_of(packed), shape=(B, T, D))
 
 
 @functools.lru_cache(maxsize=None)

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
+import one_layer
+from one_layer import D, H, K
 import pytest
 
-from nsa import config as config_lib, evaluate, flops, layers, methods, model as model_lib, optim
+from nsa import config as config_lib, evaluate, flops, methods, model as model_lib, optim
 from nsa.methods import blocks
 from pallas_kernels import masked
 
-B, T, V, D, N, K, H = 2, 44, 32, 12, 4, 2, 4  # the last block has 4 tokens of 8
+B, T, V, N = 2, 44, 32, 4  # the last block has 4 tokens of 8
 VARIANTS = {"plain": methods.MoBA(block_size=8, num_blocks=2),
             "conv": methods.MoBA(block_size=8, num_blocks=2, key_conv=3)}
 PACKED = np.searchsorted((5, 29, T), np.arange(T), side="right") * np.ones((B, 1), int)  # not on the block grid
@@ -24,32 +26,17 @@ def segments_of(packed):
   return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
 
 
-def make_config(attention, **model):
-  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16)
-  return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
-
-
-def random_params(tree, seed=1):
-  rng = np.random.default_rng(seed)
-
-  def draw(path, x):  # no norm is trivial
-    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, tree)
+make_config = functools.partial(one_layer.make_config, heads=N)
 
 
 @functools.lru_cache(maxsize=None)
 def attention_of(name):
-  options = VARIANTS[name]
-  graph, state = nnx.split(nnx.eval_shape(
-      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config(options).model, options, 1.0)))
-  return graph, random_params(nnx.to_pure_dict(state))
+  return one_layer.split(make_config(VARIANTS[name]))
 
 
 def objective(name, params, h, weights, segments):
   """<output, weights> of one layer, and (output, chosen blocks, diagnostics)."""
-  rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
-  call = methods.Call(rope=rotate, segment_ids=segments)
+  call = one_layer.call(T, segments)
   seen = lambda q, k, indices, call: {
       "indices": indices, "diagnostics": blocks.diagnostics(q, k, indices, call, VARIANTS[name])}
   out, losses, seen, *_ = nnx.merge(attention_of(name)[0], params)(h, call, None, seen)
@@ -64,8 +51,7 @@ def gradient_of(name):
 
 @functools.lru_cache(maxsize=None)
 def run_layer(name, packed):
-  h, weights = np.random.default_rng(5).standard_normal((2, B, T, D)).astype(np.float32)
-  return h, weights, jax.device_get(gradient_of(name)(attention_of(name)[1], h, weights, segments_of(packed)))
+  return one_layer.run(gradient_of(name), attention_of(name)[1], segments_of(packed), shape=(B, T, D))
 
 
 # --- the reference -----------------------------------------------------------------
@@ -173,7 +159,7 @@ def tokens(seed=0):
 
 def test_decoding_with_the_convolution_equals_the_parallel_pass():
   config = make_config(VARIANTS["conv"], short_conv=2)
-  params = random_params(model_lib.abstract_params(config))
+  params = one_layer.random_params(model_lib.abstract_params(config))
   assert [path for path, group in optim.groups_of(config).items() if group == "branch"] == \
       ["stacks.stack0.attention.method.branch.taps"]
   step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
@@ -192,7 +178,7 @@ def test_decoding_with_the_convolution_equals_the_parallel_pass():
   np.testing.assert_allclose(whole(enough), dense, rtol=1e-5, atol=1e-5)
   assert np.abs(whole(config) - dense).max() > 1e-2
   config.model.short_conv = 0
-  params = random_params(model_lib.abstract_params(config))
+  params = one_layer.random_params(model_lib.abstract_params(config))
   with pytest.raises(ValueError, match="segment_ids with a cache and attention.key_conv = 3"):
     model_lib.forward(config, params, tokens(), np.zeros((B, T), np.int32),
                       cache=model_lib.init_cache(config, params, B, T))

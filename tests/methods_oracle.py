@@ -8,8 +8,7 @@ import numpy as np
 
 
 def as_float64(tree):
-  return {k: as_float64(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree,
-                                                                                               np.float64)
+  return {k: as_float64(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
 
 
 # --- the parts of a layer -------------------------------------------------------
@@ -32,8 +31,7 @@ def project(xp, p, h):
   """[B, T, D] -> [B, T, heads, H]: matrix, causal depthwise convolution, norm."""
   y = xp.einsum("btd,dnh->btnh", h, p["weight"])
   if "taps" in p:
-    past = [xp.concatenate([xp.zeros_like(y[:, :w]), y[:, :y.shape[1] - w]],
-                           1) for w in range(len(p["taps"]))]
+    past = [xp.concatenate([xp.zeros_like(y[:, :w]), y[:, :y.shape[1] - w]], 1) for w in range(len(p["taps"]))]
     y = sum(tap * x for tap, x in zip(p["taps"], past))
   return rms_norm(xp, y, p["norm"]) if "norm" in p else y
 

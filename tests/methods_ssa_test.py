@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
+import one_layer
+from one_layer import D, H, K
 import pytest
 
-from nsa import config as config_lib, flops, layers, methods, model as model_lib, schedule, sharding, step as step_lib
+from nsa import config as config_lib, flops, methods, model as model_lib, schedule, sharding, step as step_lib
 
-B, T, V, D, N, K, H = 2, 44, 320, 12, 4, 2, 4  # the last block has 4 tokens of 8
+B, T, V, N = 2, 44, 320, 4  # the last block has 4 tokens of 8
 OPTIONS = methods.SSA(block_size=8, num_blocks=2)
 PACKED = np.searchsorted((16, 24, T), np.arange(T), side="right") * np.ones((B, 1), int)
 CASES = [(mode, packed) for mode in ("dense", "sparse") for packed in (False, True)]
@@ -21,33 +23,20 @@ def segments_of(packed):
 
 
 def make_config(plan=None, attention=OPTIONS, **model):
-  shape = dict(vocab_size=V, num_layers=2, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, mlp_dim=16,
-               output_gate=True)
-  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention,
-                             schedule=plan or schedule.mixed(10))
-  config.data.context = T
-  return config
-
-
-def random_params(tree, seed=1):
-  rng = np.random.default_rng(seed)
-  draw = lambda path, x: (0.8 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
-  return jax.tree_util.tree_map_with_path(draw, tree)
+  return one_layer.make_config(attention, N, vocab_size=V, context=T, plan=plan or schedule.mixed(10),
+                               output_gate=True, **model)
 
 
 @functools.lru_cache(maxsize=None)
 def attention():
-  graph, state = nnx.split(nnx.eval_shape(
-      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), make_config().model, OPTIONS, 1.0)))
-  return graph, random_params(nnx.to_pure_dict(state))
+  return one_layer.split(make_config(), 0.8)
 
 
 @functools.lru_cache(maxsize=None)
 def gradient_of(mode):
   """Gradients of <output, weights> + alpha * alignment of one layer, and (output, alignment, chosen blocks)."""
   def objective(params, h, weights, alpha, segments):
-    rotate = lambda x, offset=0, stride=1: layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
-    call = methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+    call = one_layer.call(T, segments, mode)
     seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
     out, losses, seen, *_ = nnx.merge(attention()[0], params)(h, call, None, seen)
     return jnp.sum(out * weights) + alpha * losses["alignment"], (out, losses["alignment"], seen.get("indices"))
@@ -141,7 +130,7 @@ def test_steps_of_a_retrofit():
   assert {step.program for step in schedule.programs(config)} == {
       schedule.at(config, i).program for i in range(40)}
 
-  params = random_params(model_lib.abstract_params(config))
+  params = one_layer.random_params(model_lib.abstract_params(config), 0.8)
   inputs = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
   batch = {"inputs": inputs, "targets": inputs, "weights": np.ones((B, T), np.float32),
            "segment_ids": 1 + segments_of(False)}

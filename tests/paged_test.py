@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernels_cases
 import kernels_oracle as oracle
 import numpy as np
 import pytest
@@ -157,13 +158,12 @@ ON_DEVICE = {
 @needs_gpu
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_error_on_device_is_that_of_the_dtype(name):
-  import triton_test
   arguments, options, _ = make(**ON_DEVICE[name], dtype=jnp.bfloat16)
   assert backends.choose("paged_attention", None, dict(zip(("q", "k_pages", "v_pages", "page_table"), arguments),
                                                        scale=0.1, **options)).name == "triton"
   got = jax.jit(functools.partial(pk.paged_attention, implementation="triton", **options))(*arguments)
-  with triton_test.on_cpu():
-    (q, k, v, names), options = triton_test.on_host((arguments, options))
+  with kernels_cases.on_cpu():
+    (q, k, v, names), options = kernels_cases.on_host((arguments, options))
     B, T, K, size = *q.shape[:2], k.shape[2], k.shape[1]
     pos, _ = reference._query_positions(T, options["query_offset"], None)
     keys = slice(0, names.shape[1] * size)
@@ -173,10 +173,10 @@ def test_error_on_device_is_that_of_the_dtype(name):
     there = (names >= 0) & (names < len(k))
     mask = jnp.broadcast_to(mask & jnp.repeat(there, size, axis=1)[:, None, None], (B, K, T, keys.stop))
     flat = [x[jnp.where(there, names, 0)].reshape(B, keys.stop, K, -1) for x in (k, v)]
-    theirs = jax.jit(lambda *a: triton_test.in_dtype(*a, mask, q.shape[-1] ** -0.5))(q, *flat)
+    theirs = jax.jit(kernels_cases.attend_in_dtype(mask, q.shape[-1] ** -0.5))(q, *flat)
     exact = functools.partial(reference.paged_attention, **options)
     want = jax.jit(exact)(*(x.astype(jnp.float32) for x in (q, k, v)), names)
-  triton_test.compare(got, theirs, want, ("o", "lse"))
+  kernels_cases.compare("paged_attention", got, want, jnp.bfloat16, theirs=theirs)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 """A plan is written before the data; the report lists what deviates from it."""
+import copy
 import json
 
 import pytest
@@ -49,7 +50,7 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   assert found == "dense-tiny: seeds 2 ran and were not planned."
   found = lines(root, lambda t: t["plan"]["seeds"].update({"dense-tiny": [0, 1, 2, 3], "late-tiny": [0]}))
   assert found[0].startswith("plan.json was changed after it was written: it gives the hash")
-  assert found[1:] == ["Not run, or not yet: late-tiny.", "dense-tiny: planned seeds 3 are not finished (not begun)."]
+  assert found[1:] == ["Not run, or not yet: dense-tiny (seeds 3), late-tiny."]
   key = "retrofit_msa_5-tiny"
   found = lines(root, lambda t: t["plan"]["configs"][key]["attention"].update(num_blocks=9)
                 or t["plan"]["configs"].pop("dense-tiny"))
@@ -57,6 +58,18 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   (found,) = lines(root, lambda t: t["plan"]["gates"].update({"dense exact match at least": 0.5})
                    or t["plan"].update(hash=plan_file.digest(t["plan"])))
   assert found == "gates.dense exact match at least: planned 0.5, judged by 0.95."
+
+
+def test_a_field_that_a_later_version_adds_to_configs_is_no_deviation(planned, tmp_path):
+  root, study, plan = planned
+  older = copy.deepcopy(plan)
+  for config in older["configs"].values():
+    del config["eval"]["decoded"]
+  older["hash"] = plan_file.digest(older)
+  assert lines(root, lambda t: t.update(plan=older)) == []
+  (tmp_path / "plan.json").write_text(json.dumps(older))
+  plan_file.write(study, tmp_path)
+  assert json.loads((tmp_path / "plan.json").read_text()) == older, "what was committed stays"
 
 
 def test_deviations_stand_in_the_report_and_survive_publishing(planned, tmp_path, monkeypatch):
@@ -74,9 +87,16 @@ def test_a_plan_is_written_once_and_says_what_it_must(planned, tmp_path):
   assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(plan)) and plan["hash"] in text
   for heading in ("Arms", "Endpoints", "Gates", "Family of tests", "Seeds, and when it stops", "Power", "Cost"):
     assert f"\n## {heading}\n" in text
-  # SD .002, 3 seeds, alpha .025: 3 pairs see 4.32 SD; a family of 3 text tests.
-  assert "text, alpha 0.025, 3 tests (tiny)" in text and "| 0.002 | 3 | 0.0086 / 0.0" in text
+  # SD .002, 3 seeds, alpha .025: 3 pairs see 4.62 SD; a family of 3 text tests.
+  assert "text, alpha 0.025, 3 tests (tiny)" in text and "| 0.002 | 3 | 0.0092 / 0.0" in text
   plan_file.write(study, tmp_path)
+  file = tmp_path / "plan.json"
+  early = json.loads(file.read_text())  # written before the config had a field
+  for config in early["configs"].values():
+    del config["eval"]["sealed"]
+  early["hash"] = plan_file.digest(early)
+  file.write_text(json.dumps(early))
+  assert early["hash"] in plan_file.write(study, tmp_path).read_text() and json.loads(file.read_text()) == early
   study.margin = 0.01
   with pytest.raises(ValueError, match=r"endpoints\[0\].margin = 0.005 was planned, and 0.01 is asked for"):
     plan_file.write(study, tmp_path)

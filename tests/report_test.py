@@ -186,14 +186,17 @@ def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):
   whole, plan = of(), json.loads((root / "study.json").read_text())
   plan["arms"].append("retrofit_msa_50")
   plan["budgets"]["retrofit_msa_50"] = 0.5
-  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny", "seeds": [0],
-                       "status": "pending"})
+  plan["jobs"].append({"run": "runs/retrofit_msa_50-tiny-0", "arm": "retrofit_msa_50", "size": "tiny",
+                       "seeds": [0, 1], "status": "pending"})
   (root / "study.json").write_text(json.dumps(plan))
   cut = of()
   assert ((len(whole), len(cut)) == (3, 5) and cut["R(50 %)"].word == "cannot be judged"
           and np.isnan(cut["R(50 %)"].p_difference))
   first = min(whole, key=lambda name: whole[name].p_difference)
   assert cut[first].p_difference == pytest.approx(whole[first].p_difference * 5 / 3)
+  plan["jobs"][-1]["seeds"] = [0]  # of one seed no test was planned
+  (root / "study.json").write_text(json.dumps(plan))
+  assert of()[first].p_difference == whole[first].p_difference
 
 
 def test_a_study_without_an_admitted_endpoint_says_no_word_anywhere(tmp_path, quick):
@@ -279,6 +282,20 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   at = 0.02 + (0.06 - 0.02) * np.log(7.4 / 6.2) / np.log(2)
   assert (np.mean(list(flops.differences.values())) == pytest.approx(at, abs=1e-4)
           and flops.cost == pytest.approx(8.192e6 * 6.2e6))
+  (arm, (half, whole)), = flops.between.items()
+  assert arm == "dense" and half - whole == pytest.approx(0.04, abs=1e-4) and not tokens.between
+  # Runs that shared a device: speeds measured alone count, where there are any. Native is half as fast.
+  base = json.loads((root / "study.json").read_text())
+  for speeds, at in (({"dense-tiny": 4e6, "native_msa-tiny": 2e6}, 8.192e6 / 4e6), ({"dense-tiny": 4e6}, None)):
+    (root / "study.json").write_text(json.dumps({**base, "speeds": speeds}))
+    seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[2]
+    assert not seconds.differences and seconds.reason.startswith(
+        "needs a decay branch of native_msa that ends at 2.05" if at else "no speed alone on its device of native_msa")
+  (root / "study.json").write_text(json.dumps({**base, "speeds": {"dense-tiny": 2e6, "native_msa-tiny": 3e6}}))
+  seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[2]
+  assert seconds.cost == pytest.approx(8.192e6 / 3e6) and np.mean(list(seconds.differences.values())) == pytest.approx(
+      0.02 + (0.06 - 0.02) * np.log(3 / 2) / np.log(2), abs=1e-4)
+  (root / "study.json").write_text(json.dumps(base))
   # A seed without a branch is left out, and said.
   (log,) = (root / "runs").glob("dense_half-*/metrics.jsonl")
   log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["seed"] != 2))
@@ -462,7 +479,7 @@ def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp
   text = report.write([root], root / "report").markdown.read_text()
   assert "17 runs: 13 done, 2 failed, 1 unfinished, 1 pending" in text
   assert "`retrofit_msa_5-tiny-1` (retrofit_msa_5, tiny, seeds 1) **failed**: loss is not finite" in text
-  assert "**failed**: out of memory" in text and "`native_msa-tiny-3` (native_msa, tiny) is pending" in text
+  assert "**failed**: out of memory" in text and "1 runs are pending and in no comparison: native_msa-tiny-3" in text
   assert "`retrofit_msa_1-tiny-0`: seed 0 diverged" in text and "2 of 17 runs failed" in text
   seeds = {c.arm: sorted(c.differences) for c in judged(root).of("Delta", planted.TEXT, "tiny")}
   assert seeds == {"retrofit_msa_1": [1, 2], "retrofit_msa_5": [0, 2], "retrofit_msa_25": [0, 1]}

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import smollm2
 from nsa import checkpoint, huggingface, metrics, model as model_lib, report, study as study_lib
+from nsa.report import archive, endpoints, verdict
 
 pytest.importorskip("safetensors.numpy")
 pytest.importorskip("tokenizers")
@@ -80,6 +81,11 @@ def test_the_first_tier_runs_from_an_imported_model_to_a_report(arguments, tmp_p
   assert {("language", "sparse"), ("position", "sparse"), ("layer", "oracle"), ("task", "sparse:num_blocks=2")} <= kinds
   of_task = [row for row in rows if row["kind"] == "task" and row["run_mode"] == "sparse"]
   assert [row.get("greedy_exact_match") for row in of_task] == [of_task[0]["exact_match"], None]
+
+  found = archive.load([tmp_path / "study"])
+  judged = [c for c in verdict.verdict(found, endpoints.rows(found)).comparisons if c.family]
+  assert {c.quantity for c in judged} == {"R"} and {c.arm for c in judged} == set(study.budgets)
+  assert {c.arm for c in judged if c.tested} == {"msa_0.002M", "msa_0.003M"}  # of one order of the data: no test
 
   paths = report.write([tmp_path / "study"], tmp_path / "report")
   text = paths.markdown.read_text()

@@ -4,6 +4,7 @@ import math
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
+from scipy import special
 
 from nsa.report import statistics
 
@@ -98,7 +99,11 @@ def test_smallest_detectable_effect_has_the_power_it_claims():
   assert statistics.smallest_detectable_effect(1.0, 34) == pytest.approx(0.5, abs=0.01)
   # Large n: (1.95996 + 0.84162) / sqrt(n).
   assert statistics.smallest_detectable_effect(1.0, 10_000) == pytest.approx(2.80158 / 100, rel=1e-3)
-  assert math.isfinite(statistics.smallest_detectable_effect(1.0, 2))
+  for n, alpha in ((2, 0.05), (3, 0.025), (6, 0.025 / 16)):  # few seeds, Holm's first test: a large noncentrality
+    rng, effect = np.random.default_rng(n), statistics.smallest_detectable_effect(1.0, n, alpha=alpha)
+    x = rng.normal(effect, 1, (200_000, n))
+    t = x.mean(1) * math.sqrt(n) / x.std(1, ddof=1)
+    assert np.mean(np.abs(t) > special.stdtrit(n - 1, 1 - alpha / 2)) == pytest.approx(0.8, abs=0.004)
   assert math.isnan(statistics.smallest_detectable_effect(1.0, 1))
   assert statistics.smallest_detectable_effect(0.0, 3) == 0
 

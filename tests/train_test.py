@@ -22,6 +22,7 @@ from nsa import (
   config as config_lib,
   methods,
   metrics,
+  provenance,
   schedule,
   sharding,
   step as step_lib,
@@ -200,7 +201,7 @@ def test_what_does_not_fit_says_what_to_change_before_the_first_step(tmp_path, m
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
   monkeypatch.undo()
-  monkeypatch.setattr(train_lib, "initial_state", full)
+  monkeypatch.setattr(train_lib.forks, "initial_state", full)
   with pytest.raises(config_lib.ConfigError, match="more memory than is free"):
     train_lib.train(config, tmp_path, progress=False)
 
@@ -397,12 +398,12 @@ def test_a_run_knows_the_commit_of_its_code(tmp_path, monkeypatch):
 
   (tmp_path / "nsa").mkdir()
   (tmp_path / "nsa/train.py").write_text("first")
-  monkeypatch.setattr(train_lib, "__file__", str(tmp_path / "nsa/train.py"))
-  assert {k: train_lib.versions()[k] for k in ("commit", "dirty")} == {"commit": None, "dirty": None}
+  monkeypatch.setattr(provenance, "__file__", str(tmp_path / "nsa/provenance.py"))
+  assert {k: provenance.versions()[k] for k in ("commit", "dirty")} == {"commit": None, "dirty": None}
   git("init", "-q")
   git("add", ".")
   git("commit", "-qm", "first")
-  clean = train_lib.versions()
+  clean = provenance.versions()
   assert len(clean["commit"]) == 40 and clean["dirty"] is False
   (tmp_path / "nsa/train.py").write_text("second")
-  assert train_lib.versions() == {**clean, "dirty": True}
+  assert provenance.versions() == {**clean, "dirty": True}

@@ -250,14 +250,3 @@ class Data:
     """Passages planted before `step`, at data.context, and how often each was; see planting.py."""
     rows = step * self.config.global_batch
     return self.planting.passages(rows - int(self._tasks_before(rows)), self.config.context) if self.planting else []
-
-  def epoch_at(self, step: int, *, context: int | None = None, batch: int | None = None) -> float:
-    """How many times the text was read before `step`: epochs and a fraction, of several corpora the one read most.
-
-    Rows of tasks count as read where data.task_share draws them.
-    """
-    context, batch = self._shape(context, batch)
-    if not self.documents:
-      return 0.0
-    last = step * batch - self._tasks_before(step * batch)
-    return max(one.epochs(self.mixture.rows(last)[i], context) for i, one in enumerate(self.texts))

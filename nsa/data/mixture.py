@@ -26,12 +26,8 @@ class Mixture:
       self._before[place + 1] = self._before[place]
       self._before[place + 1, self._corpus[place]] += 1
 
-  def rows(self, number: int) -> list[int]:
-    """How many of the rows 0 .. number - 1 each corpus has."""
-    period, place = divmod(number, PERIOD)
-    return (period * self._before[PERIOD] + self._before[place]).tolist()
-
   def locate(self, number: int) -> tuple[int, int]:
     """The corpus of row `number` and its number there."""
-    corpus = int(self._corpus[number % PERIOD])
-    return corpus, self.rows(number)[corpus]
+    period, place = divmod(number, PERIOD)
+    corpus = int(self._corpus[place])
+    return corpus, int(period * self._before[PERIOD, corpus] + self._before[place, corpus])

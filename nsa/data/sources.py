@@ -9,8 +9,10 @@ from collections.abc import Iterable
 import concurrent.futures
 import dataclasses
 import functools
+import gzip
 import hashlib
 import importlib
+import io
 import lzma
 import os
 import pathlib
@@ -334,8 +336,13 @@ def _read_archive(path) -> dict[str, _Split]:
 
 
 def _members(path):
-  """(member, a function that reads it) of a whole archive, in order: one pass, nothing is written to disk."""
-  with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+  """(member, a function that reads it) of a whole archive, in order, in memory.
+
+  Unpacked by one call: of one for each block each would wait for Python's lock, which a thread that traces and compiles
+  a program holds most of the time.
+  """
+  unpack = {".xz": lzma.decompress, ".gz": gzip.decompress, ".tgz": gzip.decompress}.get(path.suffix, lambda raw: raw)
+  with tarfile.open(fileobj=io.BytesIO(unpack(path.read_bytes())), mode="r:", tarinfo=_Member) as archive:
     for member in archive:
       yield member, lambda: archive.extractfile(member).read()
     while rest := archive.fileobj.read(1 << 16):

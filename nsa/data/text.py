@@ -55,12 +55,6 @@ class Text:
       pieces.append(f"{name} tokens {start}..{start + index.length[piece]}")
     return f"epoch {epoch}, {self.source}: {'; '.join(pieces)}"
 
-  def epochs(self, number: int, context: int) -> float:
-    """How many times the corpus was read before row `number`: epochs and a fraction."""
-    epoch, row = self._locate(number, context)
-    edges = self._edges[context]
-    return epoch + row / (edges[epoch + 1] - edges[epoch])
-
 
 def read(kind, tokens, start, inputs, targets):
   """Copies [start, start + n) of BOS, tokens, EOS to the n inputs, and what follows each to the targets."""

@@ -27,10 +27,10 @@ from nsa import (
   methods,
   metrics,
   model as model_lib,
+  provenance,
   rundir,
   sharding,
   step as step_lib,
-  train,
 )
 from nsa.config import Config, ConfigError, DataConfig, EvalConfig
 from nsa.data import tokenizer as data_tokenizer
@@ -98,7 +98,7 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
     state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, {})
     state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
     checkpoint.Checkpoints(workdir).save(0, state, wait=True)
-    metrics.write_json(workdir / "versions.json", {**train.versions(), "imported": config.size})
+    metrics.write_json(workdir / "versions.json", {**provenance.versions(), "imported": config.size})
     written = config_lib.to_dict(config)
     if config.data.tokenizer.startswith("hf:"):
       written["data"]["tokenizer"] = f"hf:{rundir.FOLDER}"

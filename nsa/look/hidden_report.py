@@ -53,10 +53,12 @@ def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "den
 
 def _sections(arms, dense) -> list:
   ends = {arm: familiarity.last(found) for arm, found in arms.items()}
+  planted = any("planted" in s["kind"] for end in ends.values() for s in end)
   blocks = [document.Text(
       f"Judged: {LABELS[familiarity.MEASURE]} behind the final norm, at each arm's last snapshot. A slope of "
       f"{familiarity.SMALLEST} per doubling of exposure matters; that was stated before the data "
-      "(nsa/look/familiarity.py). All else is shown and not judged.")]
+      "(nsa/look/familiarity.py). All else is shown and not judged." if planted else
+      "Nothing is judged here: no passage was planted in training, and kinds of text differ in more than familiarity.")]
   snapshots = [[arm, str(len(found)), ", ".join(map(str, sorted({s["step"] for s in found}))),
                 ", ".join(map(str, sorted({s["seed"] for s in found}))), ends[arm][0]["run_mode"],
                 " ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds))]
@@ -68,7 +70,7 @@ def _sections(arms, dense) -> list:
   judged = familiarity.judge(arms, dense)
   if judged:
     blocks += [document.Heading("Slope over exposure"), _judged(judged), *_beside(ends)]
-  elif any("planted" in s["kind"] for end in ends.values() for s in end):
+  elif planted:
     blocks.append(document.Text("No slope over exposure: it takes two documents or seeds whose passages were planted "
                                 "different numbers of times."))
   rows = [[arm, c.what, f"{c.r:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}",
@@ -247,7 +249,7 @@ def by_layer(arms, measure):
       ax.plot(range(len(points)), ys, color=_colour(group), marker="o", ms=3, lw=1.3, label=group)
     ax.axhline(_null(end[0], measure=measure), **_NULL, label="noise")
     every = max(1, len(points) // 8)
-    ax.xaxis.set_major_locator(ticker.FixedLocator([*range(0, len(points) - 1, every), len(points) - 1]))
+    ax.xaxis.set_major_locator(ticker.FixedLocator([*range(0, len(points) - every, every), len(points) - 1]))
     ax.xaxis.set_major_formatter(lambda value, _, points=points: str(points[int(value)]) if value < len(points) else "")
   style.key(fig, axes[0, 0])
   return fig

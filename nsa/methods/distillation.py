@@ -1,16 +1,65 @@
-"""What the losses and choices of selectors that no operation computes share: chunks of queries, and the cost of a
-teacher.
+"""What selectors that learn from attention share: an index key per token, the cost of a teacher, chunks of queries.
 
-Their scores, probabilities and losses are those of pallas_kernels/masked.py. Scores of queries against keys exist for
-one chunk of queries at a time, forward and backward: memory grows with T and S, not with T * S.
+Scores, probabilities and losses are those of pallas_kernels/masked.py. Where no operation computes them, scores of
+queries against keys exist for one chunk of queries at a time, forward and backward: memory grows with T and S, not
+with T * S.
 """
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from nsa.methods import interface
-from nsa.methods.interface import Cost
+from nsa.methods import blocks, interface
+from nsa.methods.interface import Cost, Loss, Stream
 from pallas_kernels import masked
+
+
+class Indexed(blocks.BlockMethod):
+  """Block methods whose selector scores tokens by one index key of width `index_dim` for all heads, trained by KL."""
+  groups: ClassVar[tuple[str, ...]] = ("selector",)
+  losses: ClassVar[dict[str, Loss]] = {"index_kl": Loss("selector")}
+  index_dim: int
+
+  def index_flops(self, model, keys: float) -> float:
+    """Of the index scores of one query over `keys` tokens."""
+    raise NotImplementedError
+
+  def check(self, model, context):
+    return super().check(model, context) + rotated(self, "index_dim")
+
+  def streams(self, model):
+    return {"k_idx": Stream(1, self.index_dim)}
+
+  def selection_costs(self, model, context):
+    return {"index": Cost(self.index_flops(model, (context + 1) / 2), gradient=False, causal=True)}
+
+  def loss_costs(self, model, context, mode):
+    if mode == "dense":
+      return {}
+    visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
+    return costs("index_kl", self.index_flops(model, visible), model, visible)
+
+  def reads(self, model, context):
+    # The one index key head is read once for all K heads and has no value.
+    share = self.index_dim / (2 * model.head_dim * model.num_kv_heads)
+    return {"selected": self.tokens_visible(context), "index": context * share}
+
+
+class IndexedLayer(blocks.BlockLayer):
+  """`selector` has `keys(h, call)` and `queries(h, call)`; it sees a detached hidden state."""
+
+  def streams(self, x, call):
+    return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
+
+  def index(self, x, streams, call):
+    return self.selector.queries(jax.lax.stop_gradient(x.h), call)
+
+
+def rotated(options, name: str) -> list:
+  """The problem of a width that RoPE cannot rotate, for `Method.check`."""
+  value = getattr(options, name)
+  return [(name, value, "RoPE rotates pairs: take an even number, 2 or more")] if value < 2 or value % 2 else []
 
 
 def over_queries(f, call: interface.Call, scores_per_query: int, *xs):

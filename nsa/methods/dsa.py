@@ -37,8 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nsa import layers
-from nsa.methods import blocks, distillation
-from nsa.methods.interface import Cost, Loss, Stream
+from nsa.methods import distillation
 import pallas_kernels as pk
 from pallas_kernels import masked
 
@@ -46,11 +45,9 @@ LEVELS = ("token", "block")
 
 
 @dataclasses.dataclass
-class DSA(blocks.BlockMethod):
+class DSA(distillation.Indexed):
   """Defaults: the paper's budget of 2,048 tokens, and an indexer for small models (the paper: 64 heads of 128)."""
   name: ClassVar[str] = "dsa"
-  groups: ClassVar[tuple[str, ...]] = ("selector",)
-  losses: ClassVar[dict[str, Loss]] = {"index_kl": Loss("selector")}
   block_size: int = 64            # tokens; at level "token" only a factor of the budget
   num_blocks: int = 32            # J; the budget is num_blocks * block_size tokens
   num_initial: int = 0            # forced first blocks, level "block" only
@@ -70,36 +67,17 @@ class DSA(blocks.BlockMethod):
       problems.append(("level", self.level, f"one of {', '.join(LEVELS)}"))
     if self.index_heads < 1:
       problems.append(("index_heads", self.index_heads, "at least 1"))
-    if self.index_dim < 2 or self.index_dim % 2:
-      problems.append(("index_dim", self.index_dim, "RoPE rotates pairs: take an even number, 2 or more"))
     return problems
 
   def layer(self, init, model):
     return DSALayer(init, model, self)
 
-  def _index_flops(self, model, keys: float) -> float:
+  def index_flops(self, model, keys):
     """Of I over `keys` tokens: each head's dot product, then its weighted sum."""
     return 2.0 * self.sets(model) * self.index_heads * (self.index_dim + 1) * keys
 
-  def streams(self, model):
-    return {"k_idx": Stream(1, self.index_dim)}
-
   def chosen(self, model):
     return self.sets(model) * self.num_blocks * (self.block_size if self.level == "token" else 1)
-
-  def selection_costs(self, model, context):
-    return {"index": Cost(self._index_flops(model, (context + 1) / 2), gradient=False, causal=True)}
-
-  def loss_costs(self, model, context, mode):
-    if mode == "dense":
-      return {}
-    visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
-    return distillation.costs("index_kl", self._index_flops(model, visible), model, visible)
-
-  def reads(self, model, context):
-    # The one index key head is read once for all K heads and has no value.
-    share = self.index_dim / (2 * model.head_dim * model.num_kv_heads)
-    return {"selected": self.tokens_visible(context), "index": context * share}
 
 
 def layer_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], bias: Float[Array, "D"], eps: float = 1e-6):
@@ -144,7 +122,7 @@ def index_scores(q_idx: Float[Array, "B t R HI dI"], w: Float[Array, "B t R HI"]
   return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(dots), axis=3)
 
 
-class DSALayer(blocks.BlockLayer):
+class DSALayer(distillation.IndexedLayer):
 
   def __init__(self, init, model, options: DSA):
     self.options = options
@@ -154,11 +132,8 @@ class DSALayer(blocks.BlockLayer):
   def unit(self):
     return 1 if self.options.level == "token" else self.options.block_size
 
-  def streams(self, x, call):
-    return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
-
   def index(self, x, streams, call):
-    return *self.selector.queries(jax.lax.stop_gradient(x.h), call), streams["k_idx"]
+    return *super().index(x, streams, call), streams["k_idx"]
 
   def select(self, index, x, streams, call):
     o = self.options

@@ -27,53 +27,28 @@ import functools
 from typing import ClassVar
 
 from flax import nnx
-import jax
 from jaxtyping import Array, Float
 
 from nsa import layers
-from nsa.methods import blocks, distillation
-from nsa.methods.interface import Cost, Loss, Stream
+from nsa.methods import distillation
 import pallas_kernels as pk
 
 
 @dataclasses.dataclass
-class MSA(blocks.BlockMethod):
+class MSA(distillation.Indexed):
   """Defaults: the released M3 geometry (block 128, J 16, index width 128, own block forced)."""
   name: ClassVar[str] = "msa"
-  groups: ClassVar[tuple[str, ...]] = ("selector",)
-  losses: ClassVar[dict[str, Loss]] = {"index_kl": Loss("selector")}
   block_size: int = 128           # tokens
   num_blocks: int = 16            # J, forced blocks included
   num_initial: int = 0            # forced first blocks
   num_local: int = 1              # forced last blocks, the query's own included
   index_dim: int = 128            # Hi, width of the index query and key
 
-  def check(self, model, context):
-    problems = super().check(model, context)
-    if self.index_dim < 2 or self.index_dim % 2:
-      problems.append(("index_dim", self.index_dim, "RoPE rotates pairs: take an even number, 2 or more"))
-    return problems
-
   def layer(self, init, model):
     return MSALayer(init, model, self)
 
-  def streams(self, model):
-    return {"k_idx": Stream(1, self.index_dim)}
-
-  def selection_costs(self, model, context):
-    index = model.num_kv_heads * self.index_dim * float(context + 1)  # Q K^T alone, causal half
-    return {"index": Cost(index, gradient=False, causal=True)}
-
-  def loss_costs(self, model, context, mode):
-    if mode == "dense":
-      return {}
-    visible = blocks.mean_visible(context if mode == "warmup" else self.num_blocks * self.block_size, context)
-    return distillation.costs("index_kl", 2.0 * model.num_kv_heads * self.index_dim * visible, model, visible)
-
-  def reads(self, model, context):
-    # The one index key head is read once for all K heads and has no value.
-    share = self.index_dim / (2 * model.head_dim * model.num_kv_heads)
-    return {"selected": self.tokens_visible(context), "index": context * share}
+  def index_flops(self, model, keys):
+    return 2.0 * model.num_kv_heads * self.index_dim * keys  # Q K^T alone
 
 
 class IndexBranch(nnx.Module):
@@ -91,17 +66,11 @@ class IndexBranch(nnx.Module):
     return layers.project(self.q, h, call, rotated=True)
 
 
-class MSALayer(blocks.BlockLayer):
+class MSALayer(distillation.IndexedLayer):
 
   def __init__(self, init, model, options: MSA):
     self.options = options
     self.selector = IndexBranch(init.child("selector", group="selector"), model, options)
-
-  def streams(self, x, call):
-    return {"k_idx": self.selector.keys(jax.lax.stop_gradient(x.h), call)}
-
-  def index(self, x, streams, call):
-    return self.selector.queries(jax.lax.stop_gradient(x.h), call)
 
   def select(self, q_idx, x, streams, call):
     return pk.index_top_k(q_idx, streams["k_idx"], **self.options.geometry, **call.ops)

@@ -53,10 +53,7 @@ class Seer(blocks.BlockMethod):
   gate_norm: bool = True          # RMSNorm on the gate's query and key before RoPE
 
   def check(self, model, context):
-    problems = super().check(model, context)
-    if self.gate_dim < 2 or self.gate_dim % 2:
-      problems.append(("gate_dim", self.gate_dim, "RoPE rotates pairs: take an even number, 2 or more"))
-    return problems
+    return super().check(model, context) + distillation.rotated(self, "gate_dim")
 
   def layer(self, init, model):
     return SeerLayer(init, model, self)

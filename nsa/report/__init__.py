@@ -51,9 +51,9 @@ def write(paths: list[Path], out: Path, publish: bool = False, opened: bool = Fa
     study.notes = (out / "NOTES.md").read_text()
   if not publish:
     return _write(study, out, ("svg", "png"))
-  packed, notes = archive.pack(study), study.notes
+  notes = study.notes
   out.mkdir(parents=True, exist_ok=True)
-  (out / archive.NAME).write_bytes(packed)
+  archive.publish(study, out)
   study = archive.load([out])  # the report is written from what is published
   study.notes = notes
   return _write(study, out, ("png",))
@@ -96,7 +96,7 @@ def verdict_table(*paths: Path) -> str:
   verdict = verdict_lib.verdict(study, table)
   shown = [r for r in table if r.status == "done"] or table
   metrics = [e.metric for e in study.endpoints if e.primary and any(math.isfinite(r[e.metric]) for r in shown)]
-  many = len(study.sizes) > 1
+  many, quantity = len(study.sizes) > 1, "Delta" if {"Delta"} & {*study.asked} & {*study.quantities} else "R"
   header = ["arm"] + ["size"] * many + ["seeds"] + [_short(name) for name in metrics] + ["outcome"]
   lines = []
   for size in study.sizes:
@@ -106,7 +106,7 @@ def verdict_table(*paths: Path) -> str:
       if not own and study.declared and arm != study.dense:
         continue
       values = [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in metrics]
-      words = [c.word for m in metrics for c in verdict.of(study.asked[-1], m, size) if c.arm == arm] if own else []
+      words = [c.word for m in metrics for c in verdict.of(quantity, m, size) if c.arm == arm] if own else []
       word = (" | ".join(words if len(set(words)) > 1 else words[:1])
               or ("reference" if own and arm == study.reference else ""))
       lines.append([study.label(arm, mode)] + [size] * many + [str(len({r.seed for r in mine}))] + values + [word])

@@ -34,7 +34,7 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     if c.family in ("", "secondary") or c.judgement is None:
       continue
     i, old = c.judgement.interval, before[key(c)]
-    lines.append([c.name, c.metric.title] + [c.size] * many + [
+    lines.append([c.name, f"{c.arm} - {c.against}", c.metric.title] + [c.size] * many + [
         c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
         c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
   title = f"On {split}, which nothing was chosen by"
@@ -42,11 +42,11 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
                                     "evaluation.")]
   return [Heading(title, 3), Table(
-      ["", "endpoint"] + ["size"] * many + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"],
-      lines,
+      ["", "difference", "endpoint"] + ["size"] * many
+      + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"], lines,
       f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
       "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
-      "as above. Bold: another outcome", left=2 + many)]
+      "as above. Bold: another outcome", left=3 + many)]
 
 
 def gates(study: Study, table: list[Row], found: Verdict) -> list:
@@ -124,14 +124,18 @@ def costs_of_anchor(study, table, found) -> list:
       for one in rows:
         words = analyses.BASES[one.basis]
         if not one.differences:
-          lines.append([words, "-", "-", "-", "-", one.reason])
+          lines.append([words, "-", "-", "-", "-", "-", one.reason])
         else:
           i = analyses.interval(one.differences)
-          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), one.reason])
-      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
+          line = ", ".join(f"{arm}: {m.text(low)} to {m.text(high)}" for arm, (low, high) in one.between.items())
+          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), line or "-",
+                        one.reason])
+      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "read off between",
+                           "not given"], lines,
                           f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
                           "time: at the end of the cheaper of the two, the other read off its decay branches. "
-                          "Exploratory but for equal tokens", left=1))
+                          "Where its ends lie far apart the line says little. Exploratory but for equal tokens",
+                          left=1))
   return blocks
 
 
@@ -183,7 +187,7 @@ def _comparison_table(study, found, mine, size):
                  + [p_text(c.p_tost), p_text(c.p_difference), p_text(c.sign_flip),
                     f"{p_text(min(without))} to {p_text(max(without))}" if without else "-",
                     m.text(c.judgement.detectable)])
-  families = {c.family: (sum(o.family == c.family for o in found.comparisons), c.alpha) for c in mine}
+  families = {c.family: (sum(o.family == c.family and o.tested for o in found.comparisons), c.alpha) for c in mine}
   tests = ", ".join(f"\"{name}\": {count} tests at alpha {alpha:g}" for name, (count, alpha) in families.items())
   return Table(["", "difference", "outcome", "seeds", m.unit, "95 % t interval"] 
                + ["95 % bootstrap (seed, document)"] * some

@@ -2,7 +2,9 @@
 
     tar -xJf study.tar.xz -C runs/again
 
-It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE.
+It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE. A study
+that is published in slices gets one archive for the runs that each slice adds, study-2.tar.xz and so on: what is in a
+repository is not written again. The newest one's study.json speaks for all.
 
 No checkpoints and no paths of the machine it ran on; windows and items condensed to documents and tasks
 (records.condense). A published report is written from its own archive, so that the same report comes out again.
@@ -20,6 +22,8 @@ import re
 import tarfile
 import tempfile
 
+import numpy as np
+
 from nsa import records as record_lib
 from nsa.report import comparable as comparable_lib, runs as run_lib
 from nsa.report.runs import Run, Study
@@ -32,8 +36,43 @@ _NOT_COMPARED = ("seeds", "mesh", "checkpoint", "log_every", "tensorboard", "pro
 # --- writing ------------------------------------------------------------------------
 
 
-def pack(study: Study) -> bytes:
+def archives(folder: Path) -> list[Path]:
+  """The published archives in a directory, the oldest first."""
+  found = {p: re.fullmatch(r"study(?:-(\d+))?\.tar\.xz", p.name) for p in Path(folder).glob("study*.tar.xz")}
+  return sorted((p for p, match in found.items() if match), key=lambda p: int(found[p][1] or 1))
+
+
+def publish(study: Study, out: Path) -> None:
+  """Writes what the archives in `out` do not hold yet: runs that are new there, finished since, or trained otherwise.
+
+  Nothing is written where the archives say all of it already.
+  """
+  before = archives(out)
+  if not before:
+    (out / NAME).write_bytes(pack(study))
+    return
+  held = load([out])
+  theirs = {run.name: run for run in held.runs}
+  leave_out = {run.name for run in study.runs if run.name in theirs and _same_run(run, theirs[run.name])}
+  same = json.dumps(description(study)) == json.dumps(description(held))
+  if same and all(run.name in leave_out for run in study.runs):
+    return
+  (out / f"study-{len(before) + 1}.tar.xz").write_bytes(pack(study, leave_out))
+
+
+def _same_run(a: Run, b: Run) -> bool:
+  """Whether two runs came as far, logged the same bits and were evaluated alike."""
+  facts = lambda run: (run.status, run.curves.keys(), run.eval_step, run.settings, run.hidden.keys(), bool(run.sealed))
+  if facts(a) != facts(b):
+    return False
+  return all(x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
+             for x, y in ((a.curves[seed], b.curves[seed]) for seed in a.curves))
+
+
+def pack(study: Study, leave_out=frozenset()) -> bytes:
   """The archive of a study or of single runs; the same study gives the same bytes.
+
+  leave_out: names of runs that study.json lists and another archive holds.
 
   Raises ValueError for two runs of one name: what is published of a run is found by the name of its directory.
   """
@@ -46,7 +85,7 @@ def pack(study: Study) -> bytes:
   text = lambda tree: json.dumps(tree, separators=(",", ":")) + "\n"
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
   files = {"study.json": json.dumps(description(study), indent=1) + "\n"}
-  for run in study.runs:
+  for run in (run for run in study.runs if run.name not in leave_out):
     for name, content in _files(study, run, text, drawn).items():
       files[f"runs/{run.name}/{name}"] = content
   whole = io.BytesIO()
@@ -66,7 +105,7 @@ def description(study: Study) -> dict:
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
           "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
           "audit": study.audit,
-          **({"opened": True} if study.opened else {}),
+          **({"opened": True} if study.opened else {}), **({} if study.speeds is None else {"speeds": study.speeds}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
                     "problems": [bare(study, p) for p in run.problems]} for run in study.runs]}
@@ -157,20 +196,21 @@ def load(paths: list[Path]) -> Study:
   if not paths:
     raise ValueError("paths = []: give at least one run directory or one study directory")
   old = next((p for p in paths
-              if (p / "report.md").is_file() and (p / "results.csv").is_file() and not (p / NAME).is_file()), None)
+              if (p / "report.md").is_file() and (p / "results.csv").is_file() and not archives(p)), None)
   if old is not None:
     raise ValueError(f"{old}: a report without records, to be read as it is; give the study's directory, or one with "
                      f"{NAME}")
-  live = [p for p in paths if (p / "study.json").is_file() and not (p / NAME).is_file()]
+  live = [p for p in paths if (p / "study.json").is_file() and not archives(p)]
   if len(live) > 1:
     raise ValueError(f"paths = {[str(p) for p in live]}: one report holds one study; give one each time, with what was "
                      "published of it")
   studies = [(p, run_lib.load_study(p, run_lib.read_plan(p))) for p in live]
   singles = []
   for path in paths:
-    if (path / NAME).is_file():
-      with unpacked(path / NAME) as folder:
-        studies.append((path, run_lib.load_study(folder, run_lib.read_plan(folder))))
+    if archives(path):
+      for archive in archives(path)[::-1]:
+        with unpacked(archive) as folder:
+          studies.append((path, run_lib.load_study(folder, run_lib.read_plan(folder))))
     elif path not in live:
       if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
         hint = "it does not exist" if not path.exists() else "it has neither"
@@ -190,7 +230,8 @@ def load(paths: list[Path]) -> Study:
   for run in study.runs:
     for arm in [run.arm] + sorted({str(r.get("arm", run.arm)) for r in run.records}):
       study.arms += [arm] if arm not in study.arms else []
-    study.sizes += [run.size] if run.size not in study.sizes else []
+    if run.size not in study.sizes and (run.status != "pending" or all(r.status == "pending" for r in study.runs)):
+      study.sizes.append(run.size)
     study.problems += [f"`{run.name}`: {p}" for p in run.problems]
     study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out"
                        for seed in run.diverged]
@@ -216,6 +257,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
       study.runs[at] = run
   study.arms += [arm for arm in other.arms if arm not in study.arms]
   study.opened |= other.opened
+  study.speeds = other.speeds if study.speeds is None else study.speeds
   study.budgets = {**other.budgets, **study.budgets}
   study.controls = {**other.controls, **study.controls}
 
@@ -243,7 +285,7 @@ def same_arms(study: Study, others: list[Run], path: Path) -> None:
 
 def check_out(out: Path, study: Study, publishing: bool) -> None:
   """Raises ValueError where a report of `study` written into `out` would lose something that is there."""
-  if not (out / NAME).is_file():
+  if not archives(out):
     if (out / "study.json").is_file() or (out / "report.md").is_file() and publishing:
       raise ValueError(f"out = {str(out)!r}: a study, or a report without records, lies there; give another directory")
     return

@@ -39,6 +39,11 @@ def make(study) -> dict:
   return {**plan, "hash": digest(plan)}
 
 
+def _today(config: dict) -> dict:
+  """A planned config as it would be written now: fields of a later version have their defaults."""
+  return json.loads(json.dumps(archive.comparable(config, {}, False)))
+
+
 def digest(plan: dict) -> str:
   """SHA-256 of a plan without its hash."""
   rest = {name: value for name, value in plan.items() if name != "hash"}
@@ -49,12 +54,18 @@ def write(study, directory: Path) -> Path:
   """PLAN.md and plan.json; returns the former. ValueError where another plan lies there: a plan is changed by hand, in
   git, with its reason."""
   directory, plan = Path(directory), make(study)
-  old = json.loads((directory / "plan.json").read_text()) if (directory / "plan.json").is_file() else plan
-  if old != plan:
-    field = archive.difference({k: v for k, v in old.items() if k != "hash"},
-                               {k: v for k, v in plan.items() if k != "hash"}, "")
-    raise ValueError(f"{directory / 'plan.json'}: {field[0]} = {field[1]!r} was planned, and {field[2]!r} is asked "
-                     "for: delete both files to plan anew, and say so where the study is reported")
+  if (directory / "plan.json").is_file():
+    from nsa import study as study_lib
+    old = json.loads((directory / "plan.json").read_text())  # what it lacks, of a later version, is as it is by default
+    old_asked = {**json.loads(json.dumps(study_lib.asked(study_lib.Study()))), **old}
+    rest = lambda tree: {k: v for k, v in tree.items() if k not in ("hash", "configs")}
+    field = archive.difference(rest(old_asked), json.loads(json.dumps(rest(plan))), "") or archive.difference(
+        {key: _today(config) for key, config in old["configs"].items()},
+        {key: _today(config) for key, config in plan["configs"].items()}, "configs")
+    if field:
+      raise ValueError(f"{directory / 'plan.json'}: {field[0]} = {field[1]!r} was planned, and {field[2]!r} is asked "
+                       "for: delete both files to plan anew, and say so where the study is reported")
+    plan = old  # to the byte: its hash stands in other places
   directory.mkdir(parents=True, exist_ok=True)
   (directory / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
   (directory / "PLAN.md").write_text(text(study, plan))
@@ -80,7 +91,8 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Gates"),
              Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
              Bullets([f"{name}: {value:g}" for name, value in plan["gates"].items()])]
-  of_size = {size: sum(arm.size == size and arm.arm in plan["budgets"] for arm in study.arms) for size in _sizes(study)}
+  of_size = {size: sum(arm.size == size and arm.arm in plan["budgets"] and len(plan["seeds"][f"{arm.arm}-{size}"]) > 1
+                       for arm in study.arms) for size in _sizes(study)}
   per = lambda kind: sum(m.kind == kind and e["primary"] for m, e in metrics.values())
   tests = {(kind, size): per(kind) * sum(1 if q == "A" else count for q in plan["quantities"])
            for kind in kinds for size, count in of_size.items()}
@@ -206,21 +218,25 @@ def deviations(study: Study) -> list[str] | None:
       out += [f"{key}: was not planned."] if key not in seen else []
     elif run.config:
       mine = json.loads(json.dumps(archive.comparable(run.config, directories, False)))
-      found = archive.difference(plan["configs"][key], mine, key)
+      found = archive.difference(_today(plan["configs"][key]), mine, key)
       if found and found[0] not in seen:
         out.append(f"{found[0]}: planned {_short(found[1])}, ran {_short(found[2])}.")
         seen.add(found[0])
     seen.add(key)
-  absent = [key for key in plan.get("seeds", {}) if key not in seeds]
-  if absent:
-    out.append(f"Not run, or not yet: {', '.join(absent)}.")
+  later = []
   for key, planned in plan.get("seeds", {}).items():
     got = seeds.get(key, {})
     if more := sorted(set(got) - set(planned)):
       out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")
-    if got and (less := sorted(s for s in planned if got.get(s) != "done")):
+    less = sorted(s for s in planned if got.get(s, "pending") not in ("done", "pending"))
+    if less:
       out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished "
-                 f"({', '.join(sorted({got.get(s, 'not begun') for s in less}))}).")
+                 f"({', '.join(sorted({got[s] for s in less}))}).")
+    waiting = sorted(s for s in planned if got.get(s, "pending") == "pending")
+    if waiting:
+      later.append(key if len(waiting) == len(planned) else f"{key} (seeds {', '.join(map(str, waiting))})")
+  if later:
+    out.append(f"Not run, or not yet: {', '.join(later)}.")
   return out
 
 

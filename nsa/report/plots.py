@@ -113,28 +113,14 @@ def held_out(study: Study, look: Look, size: str) -> Figure | None:
   base = values.get(study.reference)
   fig, axes = figure(10.4 if base else 7.6, 4.2, columns=2 if base else 1)
   for arm, found in values.items():
-    difference = {key: value - base[key] for key, value in found.items() if key in base} if base else {}
-    for ax, points in zip(axes, (found, difference)):
-      if ax is axes[-1] and base and arm == study.reference:
-        continue
-      steps = sorted({step for _, step in points})
-      for seed in sorted({seed for seed, _ in points}):
-        line = [step for step in steps if (seed, step) in points]
-        ax.plot([step * tokens for step in line], [points[seed, step] for step in line], color=look(arm)[0], lw=0.6,
-                alpha=0.6, marker=look(arm)[1], mfc="none", ms=3.5)
-      means = [np.mean([v for (_, at), v in points.items() if at == step]) for step in steps]
-      ax.plot([step * tokens for step in steps], means, color=look(arm)[0], lw=1.7,
-              label=arm if ax is axes[0] else None)
+    _over_tokens(axes[0], found, tokens, look(arm), arm)
+    if base and arm != study.reference:
+      _over_tokens(axes[1], {at: value - base[at] for at, value in found.items() if at in base}, tokens, look(arm))
   for ax in axes:
-    ax.set_xlabel("training tokens")
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
     ax.xaxis.set_major_locator(ticker.MaxNLocator(5))
   axes[0].set_ylabel("bits per byte, second half")
   axes[0].set_title("held-out text")
-  if base:
-    axes[1].axhline(0, color="#0072b2", lw=1.4)
-    axes[1].set_ylabel("difference (bits per byte)")
-    axes[1].set_title(f"minus {study.reference}, paired by seed")
+  _minus_reference(study, axes[1:])
   key(fig, axes[0], look)
   return fig
 
@@ -165,10 +151,7 @@ def positions(study: Study, look: Look, size: str) -> Figure | None:
     ax.set_xlabel("position in the context (bytes)")
   axes[0].set_ylabel("bits per byte")
   axes[0].set_title("loss by position")
-  if panels == 2:
-    axes[1].axhline(0, color="#0072b2", lw=1.4)
-    axes[1].set_ylabel("difference (bits per byte)")
-    axes[1].set_title(f"minus {study.reference}, paired by seed")
+  _minus_reference(study, axes[1:])
   key(fig, axes[0], look)
   return fig
 
@@ -182,17 +165,8 @@ def recall_over_training(study: Study, look: Look, size: str) -> Figure | None:
   tokens = data.get("global_batch", 1) * data.get("context", 1)
   fig, (ax,) = figure(7.6, 4.2, columns=1)
   for arm, found in values.items():
-    color, marker = look(arm)
-    steps = sorted({step for _, step in found})
-    for seed in sorted({seed for seed, _ in found}):
-      line = [step for step in steps if (seed, step) in found]
-      ax.plot([step * tokens for step in line], [100 * found[seed, step] for step in line], color=color, lw=0.6,
-              alpha=0.6, marker=marker, mfc="none", ms=3.5)
-    means = [100 * np.mean([v for (_, at), v in found.items() if at == step]) for step in steps]
-    ax.plot([step * tokens for step in steps], means, color=color, lw=1.7, label=arm)
+    _over_tokens(ax, {at: 100 * value for at, value in found.items()}, tokens, look(arm), arm)
   ax.set_ylim(-3, 103)
-  ax.set_xlabel("training tokens")
-  ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
   ax.set_ylabel("exact match (%), mean over tasks")
   key(fig, ax, look)
   return fig
@@ -301,6 +275,28 @@ def far_context(study: Study, look: Look, size: str) -> Figure | None:
     ax.set_title(words[kind][2])
   key(fig, axes[0], look)
   return fig
+
+
+def _over_tokens(ax, points, tokens_per_step, look, label=None):
+  """A thin line per seed through points[seed, step] and a thick one through their means, over the training tokens."""
+  color, marker = look
+  steps = sorted({step for _, step in points})
+  for seed in sorted({seed for seed, _ in points}):
+    line = [step for step in steps if (seed, step) in points]
+    ax.plot([step * tokens_per_step for step in line], [points[seed, step] for step in line], color=color, lw=0.6,
+            alpha=0.6, marker=marker, mfc="none", ms=3.5)
+  means = [np.mean([v for (_, at), v in points.items() if at == step]) for step in steps]
+  ax.plot([step * tokens_per_step for step in steps], means, color=color, lw=1.7, label=label)
+  ax.set_xlabel("training tokens")
+  ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
+
+
+def _minus_reference(study, axes):
+  """The words on the panel of differences, if there is one."""
+  for ax in axes:
+    ax.axhline(0, color="#0072b2", lw=1.4)
+    ax.set_ylabel("difference (bits per byte)")
+    ax.set_title(f"minus {study.reference}, paired by seed")
 
 
 def seeds_and_mean(ax, by, xs, names, look, label=None):

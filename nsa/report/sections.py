@@ -175,7 +175,10 @@ def arms(study: Study, table: list[Row]) -> list:
   lost = [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: "
           f"{r.message}" for r in study.runs if r.status == "failed"]
   lost += [f"`{r.name}` ({r.arm}, {r.size}) is {r.status}; it is in no comparison" for r in study.runs
-           if r.status in ("unfinished", "pending")]
+           if r.status == "unfinished"]
+  if pending := [r.name for r in study.runs if r.status == "pending"]:
+    lost.append(f"{len(pending)} runs are pending and in no comparison" + (
+        "; deviations from the plan say which" if study.plan else f": {', '.join(pending)}"))
   lost += study.problems
   return blocks + ([Heading("Failed, unfinished, unreadable", 3), Bullets(lost)] if lost else [])
 

@@ -38,10 +38,6 @@ class Interval:
     return (self.high - self.low) / 2
 
   @property
-  def standard_error(self) -> float:
-    return self.standard_deviation / math.sqrt(self.n) if self.n else math.nan
-
-  @property
   def bounded(self) -> bool:
     """Whether there is an interval at all."""
     return math.isfinite(self.low) and math.isfinite(self.high)
@@ -166,7 +162,11 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
   """Power of the two-sided paired t test with n pairs, whose differences have mean `effect` and SD `sd`."""
   critical = special.stdtrit(n - 1, 1 - alpha / 2)
   shift = effect * math.sqrt(n) / sd
-  return float(1 - special.nctdtr(n - 1, shift, critical) + special.nctdtr(n - 1, shift, -critical))
+  # |Z + shift| < critical * s, with s the SD found over the true one; special.nctdtr has no values for large shifts.
+  z = np.linspace(-9, 9, 3601)
+  weight = np.exp(-z ** 2 / 2)
+  missed = special.chdtrc(n - 1, (n - 1) * ((z + shift) / critical) ** 2)
+  return float(1 - weight @ missed / weight.sum())
 
 
 def smallest_detectable_effect(sd: float, n: int, power_wanted: float = 0.8, alpha: float = 0.05) -> float:

@@ -42,6 +42,7 @@ class Comparison:
   family: str = ""                         # of its tests; "" for exploratory ones
   alpha: float = 0.05                      # of the family
   admitted: bool = True
+  tested: bool = True                      # False: one seed was planned, so that there never was a test
   budget: float | None = None
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   judgement: statistics.Judgement | None = None
@@ -161,9 +162,10 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
           c.family = "secondary" if not main else family if len(study.sizes) == 1 else f"{family}, size {size}"
           c.alpha = study.alpha / len(kinds) if main else study.alpha
           c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
+          c.tested = len({seed for run in study.arm_runs(arm, size) for seed in run.seeds}) != 1
           out.append(c)
   for family in dict.fromkeys(c.family for c in out):  # what is not admitted, or not to be judged, counts too
-    mine = [c for c in out if c.family == family]
+    mine = [c for c in out if c.family == family and c.tested]
     known = lambda c: c.judgement is not None and math.isfinite(c.judgement.p_tost)
     tests = lambda name: statistics.holm([getattr(c.judgement, name) if known(c) else 1.0 for c in mine])
     for c, p, q in zip(mine, tests("p_tost"), tests("p_difference")):
@@ -281,10 +283,13 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
             f"No verdict: there is no arm to compare with {study.reference}.")
     return Verdict(head, counts, found, admitted)
   result = Verdict("", [], found, admitted)
+  begun = [size for size in study.sizes if any(r.status == "done" and r.size == size for r in study.runs)]
   for e in study.endpoints:
-    for size in study.sizes:
+    for size in begun or study.sizes:
       result.lines += _of_endpoint(study, table, result, e, size)
-  result.headline = _headline(study, primary, admitted)
+  result.headline = _headline(study, [c for c in primary if c.size in begun] or primary, admitted)
+  if begun and (rest := [size for size in study.sizes if size not in begun]):
+    counts = [f"Of size {' and '.join(rest)} no run has finished."] + counts
   result.lines += counts
   return result
 
@@ -317,7 +322,7 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   if e.primary and study.budgets:
     lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
   groups = counted(study, table, e.metric, size)
-  if groups:
+  if groups and not m.gated_by:
     lines.append("Seeds fall into two groups, which a mean does not describe: " + "; ".join(groups) + ".")
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 

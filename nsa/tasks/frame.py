@@ -147,6 +147,17 @@ def draw_strings(draws: counter.Draws, make: Callable[[int], str], space: int, c
                    f"{int(space * share)}; take fewer")
 
 
+def draw_numbers(draws: counter.Draws, digits: int, count: int, split: str, what: str) -> list[str]:
+  """`draw_strings` among the numbers of so many digits."""
+  low = 10 ** (digits - 1)
+  return draw_strings(draws, lambda n: str(low + n), 9 * low, count, split, what)
+
+
+def word(number: int, length: int) -> str:
+  """Letters a-z as the digits of `number`, the lowest first: 26 ** length different ones."""
+  return "".join(chr(ord("a") + number // 26 ** i % 26) for i in range(length))
+
+
 def letters(draws: counter.Draws, count: int) -> bytes:
   """`count` random letters a-z."""
   return (draws.integers(26, count) + ord("a")).astype(np.uint8).tobytes()
@@ -177,11 +188,19 @@ def finish(before: bytes, query: bytes, answer: bytes, end: bytes, evidence_end:
 
   `evidence_end` is the offset in `before` just behind the answer where it stands there.
   """
-  body = np.frombuffer(before + query + answer + end, np.uint8)
+  first = len(before) + len(query)
+  asked = len(before), first, first + len(answer), [(evidence_end - len(answer), evidence_end)]
+  return assemble(before + query + answer + end, [asked])
+
+
+def assemble(body: bytes, asked: list[tuple[int, int, int, list[tuple[int, int]]]]) -> Example:
+  """BOS + body + EOS. asked: (query's first byte, answer's first byte, its end, [(first, end) of each piece of
+  evidence])."""
   tokens = np.empty(len(body) + 2, np.int32)
-  tokens[0], tokens[1:-1], tokens[-1] = tokenizer.BOS, body, tokenizer.EOS
+  tokens[0], tokens[1:-1], tokens[-1] = tokenizer.BOS, np.frombuffer(body, np.uint8), tokenizer.EOS
   group = np.full(len(tokens), -1, np.int32)
-  first = 1 + len(before) + len(query)
-  group[first:first + len(answer)] = 0
-  evidence = np.array([[[evidence_end - len(answer) + 1, evidence_end]]], np.int32)
-  return Example(tokens, group, np.array([1 + len(before)], np.int32), evidence)
+  evidence = np.full((len(asked), max(len(a[3]) for a in asked), 2), -1, np.int32)
+  for number, (_, first, end, pieces) in enumerate(asked):
+    group[1 + first:1 + end] = number
+    evidence[number, :len(pieces)] = np.array(pieces) + (1, 0)  # BOS comes before; the last token, not the end
+  return Example(tokens, group, np.array([1 + a[0] for a in asked], np.int32), evidence)

@@ -73,9 +73,7 @@ class Needle(frame.Task):
     depth = step / (DEPTHS - 1) if self.depth == -1 else self.depth
     keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), count, split,
                               f"task needle: keys = {count}")
-    low = 10 ** (self.digits - 1)
-    values = frame.draw_strings(draws, lambda n: str(low + n), 9 * low, count, split,
-                                f"task needle: digits = {self.digits}")
+    values = frame.draw_numbers(draws, self.digits, count, split, f"task needle: digits = {self.digits}")
     sentences = [_sentence(k, v) for k, v in zip(keys, values)]  # number 0 is the one asked for
     preface, query = self._question(keys[0])
     answer = values[0].encode()

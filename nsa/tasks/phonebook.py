@@ -47,11 +47,9 @@ class Phonebook(frame.Task):
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
     space = len(FIRST) * len(LAST[0]) * len(LAST[1])
-    low = 10 ** (self.digits - 1)
     names = frame.draw_strings(draws, _name, space, self.entries, split,
                                f"task phonebook: entries = {self.entries}")
-    numbers = frame.draw_strings(draws, lambda n: str(low + n), 9 * low, self.entries, split,
-                                 f"task phonebook: digits = {self.digits}")
+    numbers = frame.draw_numbers(draws, self.digits, self.entries, split, f"task phonebook: digits = {self.digits}")
     lines = [f"{name}: {number}\n".encode() for name, number in zip(names, numbers)]
     asked, *shots = draws.permutation(self.entries)[:1 + SHOTS].tolist()
     query = b"\n\n" + b"".join(lines[i] for i in shots) + f"{names[asked]}: ".encode()

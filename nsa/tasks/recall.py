@@ -22,7 +22,7 @@ TEMPLATES = (  # (statement, question)
 
 
 @dataclasses.dataclass(frozen=True)
-class Recall(frame.Task):
+class Recall(scattered.Templated):
   """`pairs` facts about things ("quiet harbor") and a number each; every one is asked for, answered by its latest
   number."""
   family: ClassVar[str] = "recall"
@@ -38,11 +38,7 @@ class Recall(frame.Task):
     frame.check(0 <= self.updates <= self.pairs, self, "updates", "between 0 and pairs")
     frame.check(0 <= self.distractors <= 8, self, "distractors", "between 0 and 8")
     frame.check(2 <= self.digits <= 15, self, "digits", "between 2 and 15")
-    scattered.check_template(self)
-
-  @property
-  def trainable(self):
-    return self.template != scattered.HELD_OUT
+    self.check_template()
 
   @property
   def min_length(self):
@@ -52,11 +48,11 @@ class Recall(frame.Task):
 
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
-    statement, question = scattered.pick(draws, TEMPLATES, self.template)
+    statement, question = self.pick(draws, TEMPLATES)
     keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), self.pairs, split,
                               f"task recall: pairs = {self.pairs}")
     used, entries = set(keys), []
-    number = lambda: _number(draws, self.digits, split)
+    number = lambda: frame.draw_numbers(draws, self.digits, 1, split, "task recall: digits")[0]
     for owner, key in enumerate(keys):
       value = number()
       entries.append(Entry(owner, *fill(statement, key=key, value=value)))
@@ -92,7 +88,8 @@ class Ledger(frame.Task):
 
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
-    words = frame.draw_strings(draws, lambda n: _word(n, self.letters), 26 ** min(self.letters, 10), 2 * self.entries,
+    words = frame.draw_strings(draws, lambda n: frame.word(n, self.letters), 26 ** min(self.letters, 10),
+                               2 * self.entries,
                                split, f"task ledger: entries = {self.entries}")
     entries = []
     for owner, (key, value) in enumerate(zip(words[::2], words[1::2])):
@@ -114,16 +111,3 @@ def _relative(draws, key, turn, used, split):
     other = " ".join(words)
     if other not in used and frame.in_bucket(other, split):
       return other
-
-
-def _number(draws, digits, split):
-  low = 10 ** (digits - 1)
-  return frame.draw_strings(draws, lambda n: str(low + n), 9 * low, 1, split, "task recall: digits")[0]
-
-
-def _word(number: int, letters: int) -> str:
-  out = ""
-  for _ in range(letters):
-    number, letter = divmod(number, 26)
-    out += chr(ord("a") + letter)
-  return out

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from nsa.data import counter, tokenizer
+from nsa.data import counter
 from nsa.data.sources import Document
 from nsa.tasks import frame
 
@@ -62,32 +62,25 @@ def lay_out(draws: counter.Draws, entries: list[Entry], length: int, haystack: l
     starts[number] = size + cut - at
     size, at = size + cut - at + len(entries[number].text), cut
   body = b"".join(parts) + text[at:]
-  return assemble(body, [(int(starts[i]), int(starts[i]) + e.span[0], int(starts[i]) + e.span[1],
-                          [(int(starts[j]) + entries[j].span[0], int(starts[j]) + entries[j].span[1]) for j in e.reads])
-                         for i, e in enumerate(entries) if e.reads])
-
-
-def assemble(body: bytes, asked: list[tuple[int, int, int, list[tuple[int, int]]]]) -> frame.Example:
-  """BOS + body + EOS. asked: (query's first byte, answer's first byte, its end, [(first, end) of each piece of
-  evidence])."""
-  tokens = np.empty(len(body) + 2, np.int32)
-  tokens[0], tokens[1:-1], tokens[-1] = tokenizer.BOS, np.frombuffer(body, np.uint8), tokenizer.EOS
-  group = np.full(len(tokens), -1, np.int32)
-  evidence = np.full((len(asked), max(len(a[3]) for a in asked), 2), -1, np.int32)
-  for number, (_, first, end, pieces) in enumerate(asked):
-    group[1 + first:1 + end] = number
-    evidence[number, :len(pieces)] = np.array(pieces) + (1, 0)  # BOS comes before; the last token, not the end
-  return frame.Example(tokens, group, np.array([1 + a[0] for a in asked], np.int32), evidence)
+  spans = lambda i, *ends: tuple(int(starts[i]) + end for end in ends)
+  return frame.assemble(body, [(*spans(i, 0, *e.span), [spans(j, *entries[j].span) for j in e.reads])
+                               for i, e in enumerate(entries) if e.reads])
 
 
 KNOWN, HELD_OUT = "known", "held_out"
 
 
-def pick(draws: counter.Draws, templates: tuple, which: str):
-  """One of the templates: the last is never trained on, the others are drawn evenly."""
-  return templates[-1] if which == HELD_OUT else templates[draws.integer(len(templates) - 1)]
+class Templated(frame.Task):
+  """A task that is said in one of several ways; its parameter `template` chooses those of training, or the last."""
+  template: str
 
+  def check_template(self) -> None:
+    frame.check(self.template in (KNOWN, HELD_OUT), self, "template",
+                f"{KNOWN} or {HELD_OUT} (evaluated, never trained)")
 
-def check_template(task: frame.Task) -> None:
-  """Raises ValueError unless `task.template` is one of the two words."""
-  frame.check(task.template in (KNOWN, HELD_OUT), task, "template", f"{KNOWN} or {HELD_OUT} (evaluated, never trained)")
+  @property
+  def trainable(self):
+    return self.template != HELD_OUT
+
+  def pick(self, draws: counter.Draws, templates: tuple):
+    return templates[-1] if self.template == HELD_OUT else templates[draws.integer(len(templates) - 1)]

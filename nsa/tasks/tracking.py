@@ -21,7 +21,7 @@ LETTERS = 3  # of a name
 
 
 @dataclasses.dataclass(frozen=True)
-class Tracking(frame.Task):
+class Tracking(scattered.Templated):
   """`chains` of `hops` statements: a name gets a number, the next name gets the name before. The last names are asked
   for."""
   family: ClassVar[str] = "tracking"
@@ -35,11 +35,7 @@ class Tracking(frame.Task):
     frame.check(self.chains >= 1, self, "chains", "at least 1")
     frame.check(1 <= self.hops <= 8, self, "hops", "between 1 and 8")
     frame.check(2 <= self.digits <= 15, self, "digits", "between 2 and 15")
-    scattered.check_template(self)
-
-  @property
-  def trainable(self):
-    return self.template != scattered.HELD_OUT
+    self.check_template()
 
   @property
   def min_length(self):
@@ -49,12 +45,10 @@ class Tracking(frame.Task):
 
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
-    statement, question = scattered.pick(draws, TEMPLATES, self.template)
-    names = frame.draw_strings(draws, _name, 26 ** LETTERS, self.chains * self.hops, split,
+    statement, question = self.pick(draws, TEMPLATES)
+    names = frame.draw_strings(draws, lambda n: frame.word(n, LETTERS), 26 ** LETTERS, self.chains * self.hops, split,
                                f"task tracking: chains = {self.chains}")
-    low = 10 ** (self.digits - 1)
-    numbers = frame.draw_strings(draws, lambda n: str(low + n), 9 * low, self.chains, split,
-                                 f"task tracking: digits = {self.digits}")
+    numbers = frame.draw_numbers(draws, self.digits, self.chains, split, f"task tracking: digits = {self.digits}")
     entries = []
     for chain, number in enumerate(numbers):
       value, first = number, len(entries)
@@ -63,11 +57,3 @@ class Tracking(frame.Task):
         value = name
       entries.append(Entry(chain, *fill(question, name=value, value=number), reads=tuple(range(first, len(entries)))))
     return scattered.lay_out(draws, entries, length, haystack)
-
-
-def _name(number: int) -> str:
-  out = ""
-  for _ in range(LETTERS):
-    number, letter = divmod(number, 26)
-    out += chr(ord("a") + letter)
-  return out

@@ -102,30 +102,11 @@ def forward_buffers(plan, head_dim):
 
 def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
                        interpret=False):
-  """Softmax attention over the visible tokens of each query's selected blocks.
+  """See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through both results.
 
-  See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through
-  both results. Equal inputs give equal bits, gradients too.
-
-  Args:
-    q: [B, T, N, H], bfloat16 or float16.
-    k, v: [B, S, K, H].
-    block_indices: int32[B, T, K, J].
-    block_size: tokens.
-    scale: of the scores, a number; None is H ** -0.5.
-    segment_ids: int32[B, S] in contiguous runs, or None.
-    query_offset: int32 scalar or [B], position of the first query.
-    interpret: use only operations that the interpreter of Mosaic GPU kernels knows; for tests.
-
-  Returns:
-    o [B, T, N, H] in q.dtype and lse float32[B, T, N].
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
+  Equal inputs give equal bits, gradients too. interpret: use only operations that the interpreter of Mosaic GPU
+  kernels knows; for tests.
   """
-  reason = supports(q, k, v, block_indices, block_size=block_size, scale=scale)
-  if reason is not None:
-    raise NotImplementedError(f"selected_attention: {reason}; take implementation = None for one that can")
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
   return _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)

@@ -16,13 +16,7 @@ def attention(q, k, v, *, causal=True, window=None, scale=None, segment_ids=None
 
   Args:
     tiles, interpret: as in `flash.attend`.
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k, v, window=window, scale=scale)
-  if reason is not None:
-    raise NotImplementedError(f"attention: {reason}; take implementation = None for one that can")
   pos = spans.positions(q.shape[1], query_offset, q.shape[0])
   begin, end = spans.of_tokens(pos, k.shape[1], segment_ids, causal=causal, window=window)
   return flash.attend(q, k, v, begin, end, scale=q.shape[3] ** -0.5 if scale is None else scale, window=window,

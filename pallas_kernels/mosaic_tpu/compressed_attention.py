@@ -16,13 +16,7 @@ def compressed_attention(q, k_cmp, v_cmp, *, block_len, block_stride, scale=None
 
   Args:
     tiles, interpret: as in `flash.attend`.
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k_cmp, v_cmp, scale=scale)
-  if reason is not None:
-    raise NotImplementedError(f"compressed_attention: {reason}; take implementation = None for one that can")
   pos = spans.positions(q.shape[1], query_offset, q.shape[0])
   begin, end = spans.of_compressed(pos, k_cmp.shape[1], segment_ids, block_len=block_len,
                                        block_stride=block_stride)

@@ -59,14 +59,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   Args:
     tiles: (queries, keys) of a tile; None is `tile_sizes`. Queries are a multiple of 128, keys of 8 blocks.
     interpret: for `pl.pallas_call`.
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q, k_cmp, block_len=block_len, block_stride=block_stride, block_size=block_size,
-                    num_blocks=num_blocks, scale=scale, segment_ids=segment_ids, query_offset=query_offset)
-  if reason is not None:
-    raise NotImplementedError(f"compressed_top_k: {reason}; take implementation = None for one that can")
   B, T, N, H = q.shape
   C, K = k_cmp.shape[1:3]
   G, per_block = N // K, block_size // block_stride

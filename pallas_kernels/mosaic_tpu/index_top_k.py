@@ -46,13 +46,7 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
     tiles: (queries, keys, KV heads) of a step; None is `tile_sizes`. Queries are a multiple of 128, keys of 8
       blocks.
     interpret: for `pl.pallas_call`.
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
   """
-  reason = supports(q_idx, k_idx, block_size=block_size, num_blocks=num_blocks, scale=scale)
-  if reason is not None:
-    raise NotImplementedError(f"index_top_k: {reason}; take implementation = None for one that can")
   B, T, K, H = q_idx.shape
   S = k_idx.shape[1]
   blocks = -(-S // block_size)

@@ -16,7 +16,6 @@ import math
 import jax
 from jax import lax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,28 +48,10 @@ def make_plan(q, k, k_idx, block_indices, block_size):
 
 def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, index_scale=None, segment_ids=None,
              query_offset=0, interpret=False):
-  """KL(P || P_idx) per query and KV head over the selected tokens; see `pallas_kernels.api.index_kl`.
+  """See `pallas_kernels.api.index_kl`; differentiable with respect to q_idx and k_idx.
 
-  Differentiable with respect to q_idx and k_idx.
-
-  Args:
-    q, k: [B, T, N, H] and [B, S, K, H], bfloat16 or float32.
-    lse: float32[B, T, N].
-    q_idx, k_idx: [B, T, K, Hi] and [B, S, Hi], of q's dtype.
-    block_indices: int32[B, T, K, J].
-    block_size, segment_ids, query_offset, interpret: as in `selected.selected_attention`.
-    scale, index_scale: numbers; None is H ** -0.5 and Hi ** -0.5.
-
-  Returns:
-    loss float32[B, T, K] in nats, 0 for rows that see nothing.
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
+  interpret: of `pl.pallas_call`, to run on a CPU.
   """
-  reason = supports(q, k, q_idx, k_idx, block_indices, block_size=block_size, scale=scale,
-                    index_scale=index_scale)
-  if reason is not None:
-    raise NotImplementedError(f"index_kl: {reason}; take implementation = None for one that can")
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   index_scale = q_idx.shape[-1] ** -0.5 if index_scale is None else float(index_scale)
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
@@ -117,12 +98,8 @@ def _backward(block_size, scale, index_scale, interpret, residuals, dloss):
   weight = jnp.where(first[:, None], dloss[..., None, None], 0.0)  # [B, T, K, G, 1]
   weight = union.query_rows(plan, weight).transpose(0, 1, 3, 2)
   sums = jnp.concatenate([row_lse, out[:, :, 1:], weight], axis=2)
-  one = functools.partial(gradients, plan, queries, sums, pairs, lists, numbers, scale=scale, index_scale=index_scale,
-                          interpret=interpret)
-  if plan.ranges == 1:
-    dq, dk = one(of_queries=True, of_keys=True)
-  else:
-    dq, dk = one(of_queries=True, of_keys=False)[0], one(of_queries=False, of_keys=True)[1]
+  dq, dk = gradients(plan, queries, sums, pairs, lists, numbers, scale=scale, index_scale=index_scale,
+                     interpret=interpret)
   at = plan.start if plan.packed else 0  # where the index dims begin among the lanes of `right_keys`
   dq = union.from_rows(plan, dq[:, :, at:at + plan.right])[:, :, :, 0]
   dk = union.from_blocks(plan, dk)[..., at:at + plan.right].sum(axis=2)
@@ -226,68 +203,28 @@ def divergence(plan, queries, lse, pairs, lists, numbers, *, scale, index_scale,
       name="index_kl_forward")(lists, lists, numbers, queries, lse, same, pairs)
 
 
-def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, index_scale, of_queries, of_keys,
-              interpret=False):
+def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, index_scale, interpret=False):
   """Gradients of q_idx and k_idx, without the factor `index_scale`.
 
   Args:
     queries, pairs, lists, numbers, scale, index_scale: as in `divergence`.
     sums: float32[B * K, tiles, 4, rows]: the lse of `divergence`, the last two of its results, and the cotangent
       of the loss in the first row of each token, 0 in the others.
-    of_queries, of_keys: which gradients to make; both at once only if all keys are one range.
 
   Returns:
     float32[B * K, tiles, lanes of `walk.right_keys`, rows], nonzero in the first row of each token, and
-    float32[B * K, ranges * range_blocks * block_size, lanes of `walk.right_keys`]; None for what was not wanted.
+    float32[B * K, ranges * range_blocks * block_size, lanes of `walk.right_keys`].
   """
-  assert plan.ranges == 1 or not (of_queries and of_keys)
-  heads, tiles = queries.shape[:2]
-  height, dtype = walk.height(plan, right=True), queries.dtype
-  ranges, range_keys = plan.ranges if of_keys else 1, plan.range_blocks * plan.block_size
-  same = _same_token(plan, dtype)
+  def step(refs, blocks, pairs):
+    numbers, queries, sums, same = refs
+    rows, seen = queries[0, 0], walk.mask(plan, blocks, numbers[0, 0])
+    p = _target(plan, pairs, rows, sums[0, 0, 0:1], seen, same[...], scale)
+    s = _index_scores(plan, pairs, rows, index_scale) - sums[0, 0, 2:3]
+    p_idx = jnp.where(seen, jnp.exp2(s), 0.0)
+    ds = ((p_idx - p * sums[0, 0, 1:2]) * sums[0, 0, 3:4]).astype(rows.dtype)
+    return (lambda: walk.product(walk.right_keys(plan, pairs), ds, (0, 0)),
+            lambda: walk.product(ds, walk.right_queries(plan, rows), (1, 0)))
 
-  def body(lists, following, numbers, queries, sums, same, pairs, *refs):
-    refs = list(refs)
-    dq = refs.pop(0) if of_queries else None
-    dk = refs.pop(0) if of_keys else None
-    k_sums = refs.pop(0) if of_keys else None
-    buffer, arrived, parity = refs
-    head, span, tile = (pl.program_id(axis) for axis in range(3))
-    if of_queries:
-      dq[...] = jnp.zeros_like(dq)
-    if of_keys:
-      walk.clear(plan, k_sums, tile)
-
-    def step(blocks, pairs, carry):
-      rows, seen = queries[0, 0], walk.mask(plan, blocks, numbers[0, 0])
-      p = _target(plan, pairs, rows, sums[0, 0, 0:1], seen, same[...], scale)
-      s = _index_scores(plan, pairs, rows, index_scale) - sums[0, 0, 2:3]
-      p_idx = jnp.where(seen, jnp.exp2(s), 0.0)
-      ds = ((p_idx - p * sums[0, 0, 1:2]) * sums[0, 0, 3:4]).astype(dtype)
-      if of_queries:
-        dq[0, 0] += walk.product(walk.right_keys(plan, pairs), ds, (0, 0))
-      if of_keys:
-        walk.add(plan, k_sums, walk.product(ds, walk.right_queries(plan, rows), (1, 0)), blocks, span)
-      return carry
-
-    walk.over_list(plan, step, 0, whole=not of_keys, head=head, span=span, tile=tile, lists=lists,
-                   following=following, source=pairs, buffer=buffer, arrived=arrived, parity=parity)
-    if of_keys:
-      @pl.when(tile == tiles - 1)
-      def _():
-        pltpu.sync_copy(k_sums, dk.at[head, pl.ds(span * range_keys, range_keys)])
-
-  of = lambda wanted, *x: list(x) if wanted else []
-  dq_shape = jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), jnp.float32)
-  out = pl.pallas_call(
-      body, grid=(heads, ranges, tiles),
-      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries, sums), _whole(same),
-                walk.LEFT_IN_HBM],
-      out_specs=of(of_queries, *walk.tile_specs(plan, dq_shape)) + of(of_keys, walk.LEFT_IN_HBM),
-      out_shape=of(of_queries, dq_shape)
-      + of(of_keys, jax.ShapeDtypeStruct((heads, ranges * range_keys, height), jnp.float32)),
-      scratch_shapes=of(of_keys, pltpu.VMEM((range_keys, height), jnp.float32)) + walk.stream_scratch(plan, dtype),
-      compiler_params=walk.compiler_params(), interpret=interpret,
-      name="index_kl_backward")(lists, lists, numbers, queries, sums, same, pairs)
-  out = list(out)
-  return out.pop(0) if of_queries else None, out.pop(0) if of_keys else None
+  height = walk.height(plan, right=True)
+  return walk.gradients(plan, "index_kl_backward", (numbers, queries, sums), (_same_token(plan, queries.dtype),), pairs,
+                        lists, step, queries_height=height, dtype=jnp.float32, keys_width=height, interpret=interpret)

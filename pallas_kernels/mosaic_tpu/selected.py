@@ -83,29 +83,10 @@ def make_plan(q, k, block_indices, block_size):
 
 def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
                        interpret=False):
-  """Softmax attention over the visible tokens of each query's selected blocks.
+  """See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through both results.
 
-  See `pallas_kernels.api.selected_attention`; differentiable with respect to q, k and v through both results.
-
-  Args:
-    q: [B, T, N, H], bfloat16 or float32.
-    k, v: [B, S, K, H].
-    block_indices: int32[B, T, K, J].
-    block_size: tokens.
-    scale: of the scores, a number; None is H ** -0.5.
-    segment_ids: int32[B, S] in contiguous runs, or None.
-    query_offset: int32 scalar or [B], position of the first query.
-    interpret: of `pl.pallas_call`, to run on a CPU.
-
-  Returns:
-    o [B, T, N, H] in q.dtype and lse float32[B, T, N].
-
-  Raises:
-    NotImplementedError: for arguments outside `supports`.
+  interpret: of `pl.pallas_call`, to run on a CPU.
   """
-  reason = supports(q, k, v, block_indices, block_size=block_size, scale=scale)
-  if reason is not None:
-    raise NotImplementedError(f"selected_attention: {reason}; take implementation = None for one that can")
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
   return _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)
@@ -151,11 +132,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   numbers = union.row_numbers(plan, picks, segment_ids, offset)
   queries = union.query_rows(plan, _by_head(plan, union.pair(plan, q, do)))
   pairs = union.pair(plan, union.key_blocks(plan, k), union.key_blocks(plan, v))
-  one = functools.partial(gradients, plan, queries, sums, pairs, lists, numbers, scale=scale, interpret=interpret)
-  if plan.ranges == 1:
-    dq, dkv = one(of_queries=True, of_keys=True)
-  else:
-    dq, dkv = one(of_queries=True, of_keys=False)[0], one(of_queries=False, of_keys=True)[1]
+  dq, dkv = gradients(plan, queries, sums, pairs, lists, numbers, scale=scale, interpret=interpret)
   dq = union.from_rows(plan, dq[:, :, :plan.left]).reshape(q.shape)
   dkv = union.from_blocks(plan, dkv)
   dk = (dkv[..., :plan.left] * scale).astype(k.dtype)
@@ -222,7 +199,7 @@ def attend(plan, queries, pairs, lists, numbers, *, scale, interpret=False):
       name="selected_attention_forward")(lists, lists, numbers, queries, pairs)
 
 
-def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, of_keys, interpret=False):
+def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, interpret=False):
   """Gradients of tiles and of their blocks.
 
   Args:
@@ -231,65 +208,29 @@ def gradients(plan, queries, sums, pairs, lists, numbers, *, scale, of_queries, 
     pairs: [B * K, blocks, block_size, width] of k and v.
     lists, numbers: of `union.make_lists` and `union.row_numbers`.
     scale: float.
-    of_queries, of_keys: which gradients to make; both at once only if all keys are one range.
 
   Returns:
     dq [B * K, tiles, lanes of `walk.left_keys`, rows] of queries.dtype and float32[B * K, ranges * range_blocks *
-    block_size, width], the pair of dk and dv, dk without the factor `scale`; None for what was not wanted.
+    block_size, width], the pair of dk and dv, dk without the factor `scale`.
   """
-  assert plan.ranges == 1 or not (of_queries and of_keys)
-  heads, tiles = queries.shape[:2]
-  height, dtype = walk.height(plan, right=False), queries.dtype
-  ranges, range_keys = plan.ranges if of_keys else 1, plan.range_blocks * plan.block_size
+  dtype = queries.dtype
 
-  def body(lists, following, numbers, queries, sums, pairs, *refs):
-    refs = list(refs)
-    dq = refs.pop(0) if of_queries else None
-    dkv = refs.pop(0) if of_keys else None
-    q_sums = refs.pop(0) if of_queries else None
-    kv_sums = refs.pop(0) if of_keys else None
-    buffer, arrived, parity = refs
-    head, span, tile = (pl.program_id(axis) for axis in range(3))
-    if of_queries:
-      q_sums[...] = jnp.zeros_like(q_sums)
-    if of_keys:
-      walk.clear(plan, kv_sums, tile)
+  def step(refs, blocks, pairs):
+    numbers, queries, sums = refs
+    rows = queries[0, 0]
+    q, do = walk.left_queries(plan, rows), walk.right_queries(plan, rows)
+    keys, values = walk.left_keys(plan, pairs), walk.right_keys(plan, pairs)
+    s = walk.scores(keys, q) * (scale * LOG2E) - sums[0, 0, 0:1]
+    p = jnp.where(walk.mask(plan, blocks, numbers[0, 0]), jnp.exp2(s), 0.0)
+    ds = p * (walk.scores(values, do) - sums[0, 0, 1:2])
+    p, ds = p.astype(dtype), ds.astype(dtype)
 
-    def step(blocks, pairs, carry):
-      rows = queries[0, 0]
-      q, do = walk.left_queries(plan, rows), walk.right_queries(plan, rows)
-      keys, values = walk.left_keys(plan, pairs), walk.right_keys(plan, pairs)
-      s = walk.scores(keys, q) * (scale * LOG2E) - sums[0, 0, 0:1]
-      p = jnp.where(walk.mask(plan, blocks, numbers[0, 0]), jnp.exp2(s), 0.0)
-      ds = p * (walk.scores(values, do) - sums[0, 0, 1:2])
-      p, ds = p.astype(dtype), ds.astype(dtype)
-      if of_queries:
-        q_sums[...] += walk.product(keys, ds, (0, 0))
-      if of_keys:
-        dk, dv = walk.product(ds, q, (1, 0)), walk.product(p, do, (1, 0))
-        walk.add(plan, kv_sums, dk + dv if plan.packed else jnp.concatenate([dk, dv], axis=1), blocks, span)
-      return carry
+    def for_blocks():
+      dk, dv = walk.product(ds, q, (1, 0)), walk.product(p, do, (1, 0))
+      return dk + dv if plan.packed else jnp.concatenate([dk, dv], axis=1)
 
-    walk.over_list(plan, step, 0, whole=not of_keys, head=head, span=span, tile=tile, lists=lists,
-                   following=following, source=pairs, buffer=buffer, arrived=arrived, parity=parity)
-    if of_queries:
-      dq[0, 0] = (q_sums[...] * scale).astype(dtype)
-    if of_keys:
-      @pl.when(tile == tiles - 1)
-      def _():
-        pltpu.sync_copy(kv_sums, dkv.at[head, pl.ds(span * range_keys, range_keys)])
+    return lambda: walk.product(keys, ds, (0, 0)), for_blocks
 
-  of = lambda wanted, *x: list(x) if wanted else []
-  dq_shape = jax.ShapeDtypeStruct((heads, tiles, height, plan.rows), dtype)
-  out = pl.pallas_call(
-      body, grid=(heads, ranges, tiles),
-      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries, sums), walk.LEFT_IN_HBM],
-      out_specs=of(of_queries, *walk.tile_specs(plan, dq_shape)) + of(of_keys, walk.LEFT_IN_HBM),
-      out_shape=of(of_queries, dq_shape)
-      + of(of_keys, jax.ShapeDtypeStruct((heads, ranges * range_keys, plan.width), jnp.float32)),
-      scratch_shapes=of(of_queries, pltpu.VMEM((height, plan.rows), jnp.float32))
-      + of(of_keys, pltpu.VMEM((range_keys, plan.width), jnp.float32)) + walk.stream_scratch(plan, dtype),
-      compiler_params=walk.compiler_params(), interpret=interpret,
-      name="selected_attention_backward")(lists, lists, numbers, queries, sums, pairs)
-  out = list(out)
-  return out.pop(0) if of_queries else None, out.pop(0) if of_keys else None
+  return walk.gradients(plan, "selected_attention_backward", (numbers, queries, sums), (), pairs, lists, step,
+                        queries_height=walk.height(plan, right=False), dtype=dtype, factor=scale,
+                        keys_width=plan.width, interpret=interpret)

@@ -16,7 +16,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels import spans
+from pallas_kernels import lists, spans
 
 LANES = 128
 STEP_KEYS = 256               # keys that a step of a kernel takes, as whole blocks
@@ -25,15 +25,8 @@ VMEM_BYTES = 48 * 2 ** 20     # limit of a kernel; the least of the chips has 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """Static sizes of one call; hashable."""
-  batch: int
-  queries: int           # T
-  keys: int              # S
-  kv_heads: int          # K
-  group: int             # G
-  slots: int             # J
-  block_size: int        # tokens
+class Plan(lists.Sizes):
+  """And of its tiles."""
   left: int              # head dim of the first of a pair
   right: int             # head dim of the second
 
@@ -51,10 +44,6 @@ class Plan:
   def tiles(self):
     """Of a sequence and KV head."""
     return -(-self.queries // self.tokens)
-
-  @property
-  def blocks(self):
-    return -(-self.keys // self.block_size)
 
   @property
   def step_blocks(self):

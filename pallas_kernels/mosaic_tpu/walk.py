@@ -5,6 +5,7 @@ fetches the first blocks of the next one, and sums over tiles need no atomics: e
 """
 from __future__ import annotations
 
+import jax
 from jax import lax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
@@ -180,3 +181,72 @@ def over_list(plan, step, init, *, whole, head, span, tile, lists, following, so
   out = lax.fori_loop(0, steps, one, init)
   parity[0] = lax.rem(begin + steps, 2)
   return out
+
+
+def gradients(plan, name, tiles, more, pairs, lists, step, *, queries_height, dtype, factor=1.0, keys_width, interpret):
+  """Gradients of tiles and of their blocks: one pass for both if the sums of all keys fit VMEM, else a pass each.
+
+  Args:
+    name: of the kernel.
+    tiles: arrays [B * K, tiles, ...], of which `step` gets what belongs to a tile.
+    more: arrays that every step gets whole.
+    pairs: [B * K, blocks, block_size, width].
+    lists: of `union.make_lists`.
+    step: (refs of tiles and more, blocks, pairs of the blocks) -> two functions, which give float32 summands
+      [queries_height, rows] for the tile and [keys of a step, keys_width] for its blocks.
+    dtype, factor: of the sums of a tile, as they are written.
+
+  Returns:
+    dtype[B * K, tiles, queries_height, rows] and float32[B * K, keys of all ranges, keys_width].
+  """
+  heads, count = tiles[0].shape[:2]
+
+  def once(of_queries, of_keys):
+    ranges, range_keys = plan.ranges if of_keys else 1, plan.range_blocks * plan.block_size
+
+    def body(lists, following, *refs):
+      refs = list(refs)
+      given = [refs.pop(0) for _ in (*tiles, *more)]
+      pairs = refs.pop(0)
+      q_out, k_out = (refs.pop(0) if wanted else None for wanted in (of_queries, of_keys))
+      q_sums, k_sums = (refs.pop(0) if wanted else None for wanted in (of_queries, of_keys))
+      buffer, arrived, parity = refs
+      head, span, tile = (pl.program_id(axis) for axis in range(3))
+      if of_queries:
+        q_sums[...] = jnp.zeros_like(q_sums)
+      if of_keys:
+        clear(plan, k_sums, tile)
+
+      def one(blocks, pairs, carry):
+        for_tile, for_blocks = step(given, blocks, pairs)
+        if of_queries:
+          q_sums[...] += for_tile()
+        if of_keys:
+          add(plan, k_sums, for_blocks(), blocks, span)
+        return carry
+
+      over_list(plan, one, 0, whole=not of_keys, head=head, span=span, tile=tile, lists=lists, following=following,
+                source=pairs, buffer=buffer, arrived=arrived, parity=parity)
+      if of_queries:
+        q_out[0, 0] = (q_sums[...] * factor).astype(dtype)
+      if of_keys:
+        @pl.when(tile == count - 1)
+        def _():
+          pltpu.sync_copy(k_sums, k_out.at[head, pl.ds(span * range_keys, range_keys)])
+
+    of = lambda wanted, *x: list(x) if wanted else []
+    whole = lambda x: pl.BlockSpec(x.shape, lambda head, span, tile: (0,) * x.ndim)
+    q_shape = jax.ShapeDtypeStruct((heads, count, queries_height, plan.rows), dtype)
+    k_shape = jax.ShapeDtypeStruct((heads, ranges * range_keys, keys_width), jnp.float32)
+    return pl.pallas_call(
+        body, grid=(heads, ranges, count),
+        in_specs=[*list_specs(plan), *tile_specs(plan, *tiles), *map(whole, more), LEFT_IN_HBM],
+        out_specs=of(of_queries, *tile_specs(plan, q_shape)) + of(of_keys, LEFT_IN_HBM),
+        out_shape=of(of_queries, q_shape) + of(of_keys, k_shape),
+        scratch_shapes=of(of_queries, pltpu.VMEM((queries_height, plan.rows), jnp.float32))
+        + of(of_keys, pltpu.VMEM((range_keys, keys_width), jnp.float32)) + stream_scratch(plan, pairs.dtype),
+        compiler_params=compiler_params(), interpret=interpret, name=name)(lists, lists, *tiles, *more, pairs)
+
+  if plan.ranges == 1:
+    return once(True, True)
+  return once(True, False)[0], once(False, True)[0]

@@ -1,7 +1,8 @@
-"""Short convolution, RMSNorm per head and rotary embedding in one pass over memory, and their gradient in another.
+"""Short convolution, RMSNorm per head and rotary embedding in one pass over memory, and their gradient in two.
 
 XLA makes a dozen passes of them: shifted copies for the convolution, a reduction and a pass for the norm, halves cut
-and joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here.
+and joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here; the
+gradient of the convolution's result is rounded to y.dtype between its two passes, as XLA's is.
 """
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from pallas_kernels.triton import call, heads_kernels
 ROWS = 32  # tokens of a tile
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def heads(y, taps, gain, cos, sin, first, eps):
   """[B, T, N, H] in y.dtype, convolved, normed and rotated.
 
@@ -28,22 +28,36 @@ def heads(y, taps, gain, cos, sin, first, eps):
     first: int32[B, T], the first token of each token's segment.
     eps: of the norm.
   """
-  return _forward(y, _rows(taps), _rows(gain), cos, sin, first, eps)
+  return _heads(y, taps, None if gain is None else gain[None], cos, sin, first, float(eps), 0)[0]
 
 
-def _forward_rule(y, taps, gain, cos, sin, first, eps):
-  return heads(y, taps, gain, cos, sin, first, eps), (y, taps, gain, cos, sin, first)
+def qkv(y, taps, gains, cos, sin, first, eps, kv_heads):
+  """(q, k, v) of the heads of one projection [B, T, N + 2 kv_heads, H]: as `heads`, those of v convolved alone.
+
+  gains: float32[2, H], of q's and of k's norm, or None.
+  """
+  return _heads(y, taps, gains, cos, sin, first, float(eps), kv_heads)
 
 
-def _backward_rule(eps, saved, do):
-  y, taps, gain, cos, sin, first = saved
-  dy, dtaps, dgain = _backward(y, _rows(taps), _rows(gain), cos, sin, first, do.astype(y.dtype), eps)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _heads(y, taps, gains, cos, sin, first, eps, kv_heads):
+  return _forward(y, _rows(taps), _rows(gains), cos, sin, first, eps, kv_heads)
+
+
+def _forward_rule(y, taps, gains, cos, sin, first, eps, kv_heads):
+  return _heads(y, taps, gains, cos, sin, first, eps, kv_heads), (y, taps, gains, cos, sin, first)
+
+
+def _backward_rule(eps, kv_heads, saved, do):
+  y, taps, gains, cos, sin, first = saved
+  do = tuple(x.astype(y.dtype) for x in do)
+  dy, dtaps, dgains = _backward(y, _rows(taps), _rows(gains), cos, sin, first, do, eps, kv_heads)
   zeros = lambda x: None if x is None else jnp.zeros_like(x)
-  return (dy, None if taps is None else dtaps[0], None if gain is None else dgain[0], zeros(cos), zeros(sin),
+  return (dy, None if taps is None else dtaps[0], None if gains is None else dgains[0], zeros(cos), zeros(sin),
           np.zeros(first.shape, jax.dtypes.float0))
 
 
-heads.defvjp(_forward_rule, _backward_rule)
+_heads.defvjp(_forward_rule, _backward_rule)
 
 
 def _rows(parameters):
@@ -52,7 +66,7 @@ def _rows(parameters):
 
 
 def _folded(function):
-  """`function` of (y, taps, gain, cos, sin, first, do) with a batching rule: replicas go into the first axes."""
+  """`function` of (y, taps, gains, cos, sin, first, do) with a batching rule: replicas go into the first axes."""
   one = jax.custom_batching.custom_vmap(function)
 
   @one.def_vmap
@@ -69,34 +83,59 @@ def _folded(function):
   return one
 
 
-def _call(kernel, name, y, taps, gain, cos, sin, first, more, outputs, eps, **constants):
+def _sizes(y, taps, gains, cos, kv_heads):
   B, T, N, H = y.shape
+  replicas = next((x.shape[0] for x in (taps, gains) if x is not None), 1)
+  return dict(B=B, R=replicas, T=T, NQ=N - 2 * kv_heads, NK=kv_heads, H2=H // 2, W=0 if taps is None else taps.shape[1],
+              NORM=gains is not None, ROPE=cos is not None, ROWS=ROWS)
+
+
+def _inputs(y, taps, gains, cos, sin, first):
   nothing = jnp.zeros((1,), jnp.float32)  # in the place of what is not there and not read
-  replicas = next((x.shape[0] for x in (taps, gain) if x is not None), 1)
-  return call.kernel_call(
-      kernel, (y, *(nothing if x is None else x for x in (taps, gain, cos, sin)), first, *more), outputs,
-      grid=(B * N * -(-T // ROWS),), name=name, num_warps=4, num_stages=1, B=B, R=replicas, T=T, N=N, H2=H // 2,
-      W=0 if taps is None else taps.shape[1], NORM=gain is not None, ROPE=cos is not None, EPS=float(eps), ROWS=ROWS,
-      **constants)
+  return (y, *(nothing if x is None else x for x in (taps, gains, cos, sin)), first)
 
 
-def _forward(y, taps, gain, cos, sin, first, eps):
-  def run(y, taps, gain, cos, sin, first, _):
-    return _call(heads_kernels.forward_kernel, "heads_forward", y, taps, gain, cos, sin, first, (),
-                 jax.ShapeDtypeStruct(y.shape, y.dtype), eps)
-
-  return _folded(run)(y, taps, gain, cos, sin, first, ())
+def _grid(y):
+  B, T, N, _ = y.shape
+  return (B * N * -(-T // ROWS),)
 
 
-def _backward(y, taps, gain, cos, sin, first, do, eps):
-  def run(y, taps, gain, cos, sin, first, do):
+def _parts(y, kv_heads):
+  B, T, N, H = y.shape
+  return [jax.ShapeDtypeStruct((B, T, n, H), y.dtype) for n in (N - 2 * kv_heads, kv_heads or 1, kv_heads or 1)]
+
+
+def _forward(y, taps, gains, cos, sin, first, eps, kv_heads):
+  def run(y, taps, gains, cos, sin, first, _):
+    parts = _parts(y, kv_heads)
+    if not kv_heads:
+      parts[1:] = [jax.ShapeDtypeStruct((y.shape[0], 1), y.dtype)] * 2
+    out = call.kernel_call(heads_kernels.heads_forward_kernel, _inputs(y, taps, gains, cos, sin, first), parts,
+                           grid=_grid(y), name="heads_forward", num_warps=4, num_stages=1, EPS=eps,
+                           **_sizes(y, taps, gains, cos, kv_heads))
+    return tuple(out) if kv_heads else (out[0],)
+
+  return _folded(run)(y, taps, gains, cos, sin, first, ())
+
+
+def _backward(y, taps, gains, cos, sin, first, do, eps, kv_heads):
+  def run(y, taps, gains, cos, sin, first, do):
     B, T, N, H = y.shape
-    shares, W = B * -(-T // ROWS), 0 if taps is None else taps.shape[1]
+    shares, W, NQ = B * -(-T // ROWS), 0 if taps is None else taps.shape[1], N - 2 * kv_heads
+    do = do if kv_heads else (do[0],) * 3
     outputs = [jax.ShapeDtypeStruct(y.shape, y.dtype), jax.ShapeDtypeStruct((shares, max(W, 1), N, H), jnp.float32),
                jax.ShapeDtypeStruct((shares, N, H), jnp.float32)]
-    dy, dtaps, dgain = _call(heads_kernels.backward_kernel, "heads_backward", y, taps, gain, cos, sin, first, (do,),
-                             outputs, eps, REACH=max(W, 1))
-    return (dy, None if taps is None else dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1),
-            None if gain is None else dgain.reshape(gain.shape[0], -1, H).sum(1))
+    dy, dtaps, dgains = call.kernel_call(
+        heads_kernels.heads_backward_kernel, (*_inputs(y, taps, gains, cos, sin, first), *do), outputs, grid=_grid(y),
+        name="heads_backward", num_warps=4, num_stages=1, EPS=eps, **_sizes(y, taps, gains, cos, kv_heads))
+    if W:
+      dy = call.kernel_call(heads_kernels.unconvolve_kernel, (dy, taps, first), outputs[0], grid=_grid(y),
+                            name="heads_unconvolve", num_warps=4, num_stages=1, B=B, R=taps.shape[0], T=T, N=N, H=H,
+                            W=W, ROWS=ROWS)
+      dtaps = dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1)
+    if gains is not None:
+      of = lambda first, end: dgains.reshape(gains.shape[0], -1, N, H)[:, :, first:end].sum((1, 2))
+      dgains = jnp.stack([of(0, NQ), of(NQ, NQ + kv_heads)] if kv_heads else [of(0, N)], axis=1)
+    return dy, dtaps if W else None, dgains if gains is not None else None
 
-  return _folded(run)(y, taps, gain, cos, sin, first, do)
+  return _folded(run)(y, taps, gains, cos, sin, first, do)

@@ -67,8 +67,8 @@ class Titans(interface.Method):
     if self.clip < 0:
       problems.append(("clip", self.clip, "cannot be negative; 0 for no clipping"))
     for name, known in (("gradient", ("chunk", "document")), ("backprop", ("local", "full")),
-                        ("read", ("token", "chunk"))):
-      if getattr(self, name) not in known:
+                        ("read", ("token", "chunk")), ("join", ("add", "product"))):
+      if getattr(self, name, known[0]) not in known:
         problems.append((name, getattr(self, name), " or ".join(known)))
     if self.heads < 0 or self.heads and model.num_heads * model.head_dim % self.heads:
       problems.append(("heads", self.heads, f"0 for one per KV head, or a divisor of num_heads * head_dim = "
@@ -161,8 +161,19 @@ class Join(nnx.Module):
     return (layers.rms_norm(y.astype(jnp.float32), self.w_y[...]) * jax.nn.sigmoid(m * self.w_m[...])).astype(y.dtype)
 
 
-def check_join(kind: str) -> list:
-  return [] if kind in ("add", "product") else [("join", kind, "add or product")]
+class MemoryLayer(interface.Layer):
+  """A layer with a memory, its join and persistent tokens where the method has them, all of the group "memory"."""
+
+  def __init__(self, init, model, options: Titans, **memory_options):
+    self.options, init = options, init.child("memory", group="memory")
+    self.memory = memory.Memory(init, model, options, **memory_options)
+    if getattr(options, "persistent", 0):
+      self.memory.persistent = Persistent(init.child("persistent"), model, options.persistent)
+    if hasattr(options, "join"):
+      self.memory.join = Join(init.child("join"), model, options.join)
+
+  def initial_state(self, batch, dtype):
+    return self.memory.begin(batch)
 
 
 def merge(parts: list):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 
 from nsa.methods import interface
-from nsa.methods.titans import base, memory
+from nsa.methods.titans import base
 
 
 @dataclasses.dataclass
@@ -29,14 +29,10 @@ class LMM(base.Titans):
     return 0.0
 
 
-class LMMLayer(interface.Layer):
+class LMMLayer(base.MemoryLayer):
 
   def __init__(self, init, model, options: LMM):
-    self.options = options
-    self.memory = memory.Memory(init.child("memory", group="memory"), model, options, project=False)
-
-  def initial_state(self, batch, dtype):
-    return self.memory.begin(batch)
+    super().__init__(init, model, options, project=False)
 
   def __call__(self, x, streams, call):
     if call.mode != "sparse":

@@ -36,7 +36,7 @@ class MAC(base.Titans):
   join: str = "add"               # add (zero at the beginning) | product (the paper's gate)
 
   def check(self, model, context):
-    problems = super().check(model, context) + base.check_join(self.join)
+    problems = super().check(model, context)
     if self.segment < 1 or self.chunk >= 1 and self.segment % self.chunk:
       problems.append(("segment", self.segment, f"a multiple of chunk = {self.chunk}"))
     return problems
@@ -62,13 +62,12 @@ class MAC(base.Titans):
     return float((context - 1) % self.segment + 1)
 
 
-class MACLayer(interface.Layer):
+class MACLayer(base.MemoryLayer):
 
   def __init__(self, init, model, options: MAC):
-    self.options = options
-    init, width = init.child("memory", group="memory"), model.num_heads * model.head_dim
-    # of y: keys, values, queries of the last read
-    mem = self.memory = memory.Memory(init, model, options, inputs=width)
+    width = model.num_heads * model.head_dim
+    super().__init__(init, model, options, inputs=width)  # of y: keys, values, queries of the last read
+    init, mem = init.child("memory", group="memory"), self.memory
     heads, group, head_width = options.memory_shape(model)
     mem.ask = layers.HeadProjection(init.child("ask"), model.d_model, heads * group, head_width, axis="heads",
                                     taps=model.short_conv)
@@ -76,9 +75,6 @@ class MACLayer(interface.Layer):
                                            axis="kv_heads", norm=model.qk_norm)
     mem.v_recalled = layers.HeadProjection(init.child("v_recalled"), width, model.num_kv_heads, model.head_dim,
                                            axis="kv_heads")
-    mem.join = base.Join(init.child("join"), model, options.join)
-    if options.persistent:
-      mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
     self.kv, self.tail = (model.num_kv_heads, model.head_dim), (max(model.short_conv - 1, 0), width)
 
   def initial_state(self, batch, dtype):

@@ -15,7 +15,7 @@ import dataclasses
 from typing import ClassVar
 
 from nsa.methods import interface
-from nsa.methods.titans import base, memory
+from nsa.methods.titans import base
 
 
 @dataclasses.dataclass
@@ -26,25 +26,11 @@ class MAG(base.Titans):
   persistent: int = 0             # learned tokens that every query sees
   join: str = "add"               # add (zero at the beginning) | product (the paper's gate)
 
-  def check(self, model, context):
-    return super().check(model, context) + base.check_join(self.join)
-
   def layer(self, init, model):
     return MAGLayer(init, model, self)
 
 
-class MAGLayer(interface.Layer):
-
-  def __init__(self, init, model, options: MAG):
-    self.options = options
-    init = init.child("memory", group="memory")
-    self.memory = memory.Memory(init, model, options)
-    self.memory.join = base.Join(init.child("join"), model, options.join)
-    if options.persistent:
-      self.memory.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
-
-  def initial_state(self, batch, dtype):
-    return self.memory.begin(batch)
+class MAGLayer(base.MemoryLayer):
 
   def __call__(self, x, streams, call):
     if call.mode != "sparse":

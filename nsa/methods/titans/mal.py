@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from nsa.methods import interface
-from nsa.methods.titans import base, memory
+from nsa.methods.titans import base
 
 
 @dataclasses.dataclass
@@ -27,20 +27,17 @@ class MAL(base.Titans):
     return MALLayer(init, model, self)
 
 
-class MALLayer(interface.Layer):
+class MALLayer(base.MemoryLayer):
 
   def __init__(self, init, model, options: MAL):
-    self.options = options
+    super().__init__(init, model, options)
     init = init.child("memory", group="memory")
-    mem = self.memory = memory.Memory(init, model, options)
-    mem.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
-                          fan_in=model.num_heads * model.head_dim, matrix=(0, 1))
-    if options.persistent:
-      mem.persistent = base.Persistent(init.child("persistent"), model, options.persistent)
+    self.memory.out = init.normal("out", (model.num_heads, model.head_dim, model.d_model), ("heads", None, "embed"),
+                                  fan_in=model.num_heads * model.head_dim, matrix=(0, 1))
     self.reach = max(model.short_conv - 1, 0), model.d_model
 
   def initial_state(self, batch, dtype):
-    state = self.memory.begin(batch)
+    state = super().initial_state(batch, dtype)
     # The layer's tail holds x'; the memory's own convolutions need the x before it.
     return {**state, "tail": jnp.zeros((batch,) + self.reach, dtype)} if self.reach[0] else state
 

@@ -1,0 +1,56 @@
+"""Is a retrofit behind dense because its selector warms up for too short a time, or at the wrong rates?
+
+    python -m launch.study --config=experiments/recipe.py:novels=A.tar.xz,code=B.tar.xz --workdir=runs/recipe
+
+In the first seeds of `experiments/main_study.py` retrofits of 25 % end behind dense, also when they are run dense: the
+backbone moved while the selector was still learning. Here the same retrofits, on seed 0, which is in no arm of that
+study, with other recipes: 240 and 600 steps of warm-up in place of 60, a selector that learns at twice the rate, a
+backbone at half of it, and after the fact a second plan that goes up to a quarter of the peak and not to a half.
+
+Arguments: novels=, code=, size=M, scale=1 (of all steps), blocks=24.
+"""
+import copy
+import types
+
+from experiments import arguments, main_study
+from nsa.config import Restart
+from nsa.study import Study
+
+BUDGET = 0.25
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, novels="", code="", size="M", scale=1.0, blocks=24)
+  if a.size not in main_study.SIZES:
+    raise ValueError(f"experiment argument size = {a.size!r}: one of {', '.join(main_study.SIZES)}")
+  main = types.SimpleNamespace(**vars(a), rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, selector_steps=60)
+  make = main_study.Arms(main, a.size)
+  arms = [make.dense(), make.continued(BUDGET), make.within(BUDGET), make.after(BUDGET)]
+  for steps in (240, 600):
+    main.selector_steps = steps
+    for one in (make.within(BUDGET), make.after(BUDGET)):
+      one.arm += f"_warm{steps}"
+      arms.append(one)
+  main.selector_steps = 60
+  for name, selector, backbone in (("selector_x2", 2.0, 1.0), ("backbone_x0_5", 2.0, 0.5)):
+    one = make.within(BUDGET)
+    one.arm += f"_{name}"
+    one.optimizer.selector_learning_rate *= selector
+    for stage in one.schedule.stages[1:]:
+      stage.learning_rate = backbone
+    arms.append(one)
+  gentle = Restart(peak=0.25)
+  for name, one in (("dense_after_25_gentle", make.continued(BUDGET)), ("after_25_gentle", make.after(BUDGET))):
+    one = copy.deepcopy(one)
+    one.arm, one.schedule.restart = name, Restart(**{**vars(gentle), "step": make.steps})
+    arms.append(one)
+  for one in arms:
+    dense = not one.attention.has_sparse
+    one.eval.run_modes, one.eval.more_modes = ("dense", "oracle") if dense else ("sparse", "dense", "oracle"), ()
+    one.eval.sealed, one.eval.hidden_states = "", ()
+  retrofits = [one.arm for one in arms if one.fork.workdir and one.attention.has_sparse]
+  return Study(name="recipe", question=__doc__.splitlines()[0], arms=arms, seeds=(0,), vmap_seeds=False, dense="dense",
+               reference="dense", primary=main_study.PRIMARY if a.novels and a.code else Study.primary,
+               quantities=("R",), budgets={arm: BUDGET for arm in retrofits},
+               controls={arm: "dense_after_25_gentle" if arm.endswith("gentle") else "dense_after_25"
+                         for arm in retrofits if arm.startswith("after")})

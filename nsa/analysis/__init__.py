@@ -1,1 +1,0 @@
-"""Analysis of finished runs: selectors, swaps, hidden-state sparsity, scaling fits, statistics."""

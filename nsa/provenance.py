@@ -1,0 +1,74 @@
+"""What a run was made of, for versions.json: software, devices, the commit, and the documents that it reads."""
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+
+from etils import epath
+import jax
+
+from nsa import config as config_lib, held_out, metrics, rundir, step as step_lib
+
+
+def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
+  """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
+
+  Raises ConfigError if the run in `workdir` that goes on has read others. So must a fork, of its trunk, unless it names
+  another data.source or tokenizer, or begins anew.
+  """
+  read = {"corpus_sha256": batches.fingerprint, "held_out_sha256": held_out.check(config)}
+  if resumed:
+    before = _recorded(workdir)
+    _same_corpora(config, read, before, workdir, "bring them back, or begin again in another workdir")
+    return {**read, "held_out_sha256": {**before.get("held_out_sha256", {}), **read["held_out_sha256"]}}
+  trunk = epath.Path(config.fork.workdir)
+  if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
+    theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
+    alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
+    if alike and theirs.texts == config.data.texts:
+      _same_corpora(config, read, _recorded(trunk), trunk,
+                    "bring them back, train the trunk again, or give these a data.source of their own")
+  return read
+
+
+def _recorded(workdir) -> dict:
+  return metrics.read_json(workdir / "versions.json") if (workdir / "versions.json").exists() else {}
+
+
+def _same_corpora(config, read, before, workdir, fix):
+  theirs = {"train": before.get("corpus_sha256"), **before.get("held_out_sha256", {})}
+  problems = [("data.source", config.data.source, f"the documents of {split!r} are not those that {workdir} has read "
+               f"(SHA-256 {ours[:12]}..., and {theirs[split][:12]}... there): {fix}")
+              for split, ours in {"train": read["corpus_sha256"], **read["held_out_sha256"]}.items()
+              if theirs.get(split, ours) not in (ours, None)]
+  if problems:
+    raise config_lib.ConfigError(problems)
+
+
+def versions() -> dict:
+  """What a later reader needs to know about the software and the devices."""
+  packages = {}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "nsa"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      packages[name] = importlib.metadata.version(name)
+  device = jax.devices()[0]
+  return {"python": platform.python_version(), **packages, **_checkout(), "platform": device.platform,
+          "device_kind": device.device_kind, "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+def _checkout() -> dict:
+  """The commit of the code that runs, and whether files differ from it; null outside a git checkout of it."""
+  def git(*arguments):
+    return subprocess.run(["git", "-C", os.fspath(pathlib.Path(__file__).parents[1]), *arguments], capture_output=True,
+                          text=True, timeout=20, check=True).stdout.strip()
+
+  try:
+    if not git("ls-files", "nsa/train.py"):  # somebody else's repository, with this package below it
+      return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+  except (OSError, subprocess.SubprocessError):
+    return {"commit": None, "dirty": None}

@@ -1,0 +1,69 @@
+"""Triton kernels of what stands between products: RMSNorm of a row and its gradient, SwiGLU's gate and its gradient.
+
+A program has ROWS rows whole. R replicas of rows / R rows each have gains of their own.
+"""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_forward_kernel(x, gain, out, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                        EPS: tl.constexpr, ROWS: tl.constexpr):
+  row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+  d = tl.arange(0, WIDTH)
+  ok = (row < M)[:, None] & (d < D)[None, :]
+  at = tl.cast(row, tl.int64)[:, None] * D + d[None, :]
+  v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+  scale = tl.rsqrt(tl.sum(v * v, axis=1) / D + EPS)[:, None]
+  g = tl.load(gain + tl.program_id(0) * ROWS // (M // R) * D + d, mask=d < D, other=0.0)[None, :]
+  tl.store(out + at, (v * scale * g).to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def norm_backward_kernel(x, gain, dout, beside, dx, dgain, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+                         WIDTH: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+  """dx = beside + the norm's own. A program has TILES tiles and leaves its share of dgain, float32[programs, D]."""
+  pid = tl.program_id(0)
+  d = tl.arange(0, WIDTH)
+  g = tl.load(gain + pid * (ROWS * TILES) // (M // R) * D + d, mask=d < D, other=0.0)[None, :]
+  total = tl.zeros([WIDTH], tl.float32)
+  for tile in range(TILES):
+    row = (pid * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    ok = (row < M)[:, None] & (d < D)[None, :]
+    at = tl.cast(row, tl.int64)[:, None] * D + d[None, :]
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    dv = tl.load(dout + at, mask=ok, other=0.0).to(tl.float32)
+    more = tl.load(beside + at, mask=ok, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v * v, axis=1) / D + EPS)[:, None]
+    v = v * scale
+    total += tl.sum(dv * v, axis=0)
+    dv = dv * g
+    mean = (tl.sum(dv * v, axis=1) / D)[:, None]
+    tl.store(dx + at, (more + scale * (dv - v * mean)).to(dx.dtype.element_ty), mask=ok)
+  tl.store(dgain + pid * D + d, total, mask=d < D)
+
+
+@triton.jit
+def gate_forward_kernel(y, out, M: tl.constexpr, F: tl.constexpr, SIZE: tl.constexpr):
+  """out[m, f] = silu(y[m, f]) y[m, F + f]."""
+  i = tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
+  ok = i < M * F
+  at = i // F * (2 * F) + i % F
+  gate = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+  up = tl.load(y + at + F, mask=ok, other=0.0).to(tl.float32)
+  tl.store(out + i, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def gate_backward_kernel(y, dout, dy, M: tl.constexpr, F: tl.constexpr, SIZE: tl.constexpr):
+  i = tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
+  ok = i < M * F
+  at = i // F * (2 * F) + i % F
+  gate = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+  up = tl.load(y + at + F, mask=ok, other=0.0).to(tl.float32)
+  d = tl.load(dout + i, mask=ok, other=0.0).to(tl.float32)
+  share = 1 / (1 + tl.exp(-gate))
+  tl.store(dy + at, (d * up * share * (1 + gate * (1 - share))).to(dy.dtype.element_ty), mask=ok)
+  tl.store(dy + at + F, (d * gate * share).to(dy.dtype.element_ty), mask=ok)

@@ -1,0 +1,41 @@
+"""One small attention layer and its parameters: what the tests of single methods begin with."""
+from flax import nnx
+import jax
+import numpy as np
+
+from nsa import config as config_lib, layers, methods, model as model_lib
+
+D, K, H = 12, 2, 4  # width of the model, KV heads, head dim
+
+
+def make_config(attention, heads, *, vocab_size=32, context=0, plan=None, **model):
+  shape = dict(vocab_size=vocab_size, num_layers=2, d_model=D, num_heads=heads, num_kv_heads=K, head_dim=H, mlp_dim=16)
+  config = config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention)
+  config.data.context, config.schedule = context or config.data.context, plan or config.schedule
+  return config
+
+
+def random_params(tree, size=0.3, seed=1):
+  """No norm or bias is trivial."""
+  rng = np.random.default_rng(seed)
+  draw = lambda path, x: (size * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def split(config, size=0.3):
+  """The layer's graph, to be merged with parameters, and random ones."""
+  graph, state = nnx.split(nnx.eval_shape(
+      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), config.model, config.attention, 1.0)))
+  return graph, random_params(nnx.to_pure_dict(state), size)
+
+
+def call(tokens, segments, mode="sparse"):
+  table = lambda x, stride: layers.rope_table(tokens, x.shape[-1], 10_000.0, stride)
+  rotate = lambda x, offset=0, stride=1: layers.rope(x, table(x, stride), offset)
+  return methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+
+
+def run(gradient, params, *rest, shape):
+  """(h, weights, what `gradient` makes of the parameters and them) for random hidden states [B, T, D]."""
+  h, weights = np.random.default_rng(5).standard_normal((2, *shape)).astype(np.float32)
+  return h, weights, jax.device_get(gradient(params, h, weights, *rest))
