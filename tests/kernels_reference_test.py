@@ -66,7 +66,8 @@ def check_attention(f, args, sets, scale=H ** -0.5, **tolerance):
 # --- against the oracles ------------------------------------------------------
 
 
-INHERITED = [(operation, situation) for operation in cases.RESULTS for situation in cases.situations(operation)]
+INHERITED = [(operation, situation) for operation in cases.RESULTS if operation != "paged_attention"  # has its own cases
+             for situation in cases.situations(operation)]
 
 
 @pytest.mark.parametrize("operation, situation", INHERITED)
