@@ -185,7 +185,8 @@ def records(config, params, step: int, mesh=None, during: bool = False,
         rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
       scores.count_flops(rows, run_config, selector, context)
       for name, examples in task_sets.items():
-        rows += scores.task(run, one, name, examples, e, not short)
+        listed = not short and run_mode in ("dense", "sparse", "oracle")
+        rows += scores.task(run, one, name, examples, e, listed)
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out

@@ -167,6 +167,24 @@ class Lock:
         logging.warning("%s could not be written: %s", self.path, error)
 
 
+@contextlib.contextmanager
+def waiting(workdir: str | os.PathLike, every: float = 2.0):
+  """Holds the directory, and waits as long as another process has it."""
+  said = False
+  while True:
+    with contextlib.ExitStack() as stack:
+      try:
+        held = stack.enter_context(Lock(workdir))
+      except Busy as error:
+        if not said:
+          logging.warning("waiting: %s", error)
+        said = True
+        time.sleep(every)
+        continue
+      yield held
+      return
+
+
 def _words(owner) -> str:
   age = time.time() - owner.get("began", time.time())
   since = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min" if age < 7200 else f"{age / 3600:.0f} h"

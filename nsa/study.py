@@ -6,6 +6,7 @@ Finished runs are reused, cut runs resume, a failed run is noted and does not st
 to machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the
 same bits.
 """
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import traceback
 
 from absl import logging
 from etils import epath
+import jax
 
 from nsa import checkpoint, config as config_lib, data, flops, lock, metrics, processes, programs, sharding, train
 from nsa.config import Config, ConfigError, EvalConfig
@@ -274,25 +276,34 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
   It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the
   last bit.
   """
-  workdir, name = directory / trunk.run, epath.Path(trunk.run).name
-  have = checkpoint.Checkpoints(workdir, read_only=True).steps()
-  if step in have or step < 0 and have:
+  workdir = directory / trunk.run
+  def there():
+    have = checkpoint.Checkpoints(workdir, read_only=True).steps()
+    return step in have or step < 0 and bool(have)
+
+  if there():
     return
   if trunk.trunk in known:
     _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory)
-  again = directory / "again" / name
   logging.info("%s has no checkpoint to fork from: it is trained again", workdir)
-  config = copy.deepcopy(trunk.config)
-  config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
-  train.train(config, again)
-  with processes.together("putting checkpoints back"):
-    if processes.first():
-      _same_run(workdir, again)
-      (workdir / "checkpoints").mkdir(exist_ok=True)
-      for one in (again / "checkpoints").iterdir():
-        if not (workdir / "checkpoints" / one.name).exists():
-          one.rename(workdir / "checkpoints" / one.name)
-      again.rmtree()
+  again = directory / "again" / epath.Path(trunk.run).name
+  train.make_workdir(again)
+  with contextlib.ExitStack() as stack:
+    if jax.process_count() == 1:  # another process may be at the same trunk, for another fork: its checkpoints will do
+      stack.enter_context(lock.waiting(again))
+    if there():
+      return
+    config = copy.deepcopy(trunk.config)
+    config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
+    train.train(config, again / "run")
+    with processes.together("putting checkpoints back"):
+      if processes.first():
+        _same_run(workdir, again / "run")
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        for one in (again / "run/checkpoints").iterdir():
+          if not (workdir / "checkpoints" / one.name).exists():
+            one.rename(workdir / "checkpoints" / one.name)
+        (again / "run").rmtree()
 
 
 def _same_run(finished, again) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -89,3 +90,14 @@ def test_an_owner_on_another_host_is_dead_once_it_is_silent(tmp_path, place, mon
       with pytest.raises(lock.Busy, match="was taken over by process"):
         elsewhere.check()
     assert not (path / "LOCK").exists()
+
+
+def test_who_waits_has_the_directory_when_it_is_free(tmp_path, owner):
+  timer = threading.Timer(0.5, owner.kill)
+  timer.start()
+  began = time.monotonic()
+  with lock.waiting(tmp_path, every=0.05):
+    assert time.monotonic() - began > 0.4
+    with pytest.raises(lock.Busy):
+      with lock.Lock(tmp_path):
+        pass

@@ -1,11 +1,12 @@
 """A study shared out over processes and machines, and arms with fewer seeds."""
+import contextlib
 import json
 import shutil
 
 import pytest
 
 from experiments import quickstart
-from nsa import methods, metrics, schedule, study as study_lib, train
+from nsa import lock, methods, metrics, schedule, study as study_lib, train
 from nsa.config import Config, ConfigError, ForkConfig
 from nsa.report import archive, endpoints, plan_file, verdict
 
@@ -145,14 +146,26 @@ def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, t
   monkeypatch.setattr(train, "train", counted)
   done = (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns
   jobs = study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
-  assert {job.status for job in jobs} == {"done"} and trained == ["again/dense-0.1M-s0", f"runs/{retrofit}"]
+  assert {job.status for job in jobs} == {"done"} and trained == ["dense-0.1M-s0/run", f"runs/{retrofit}"]
   assert logged(tmp_path / "runs" / retrofit) == logged(first / "runs" / retrofit)
   of = lambda root: json.loads((root / "runs" / retrofit / "eval/20.json").read_text())["records"]
   assert of(tmp_path) == of(first)
-  assert (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns == done and not list((tmp_path / "again").iterdir())
+  assert (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns == done
+  assert not list((tmp_path / "again").glob("*/*"))
   shutil.rmtree(tmp_path / "runs" / retrofit)  # another fork of it: its checkpoints are back
   study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
   assert trained[2:] == [f"runs/{retrofit}"]
+  shutil.rmtree(tmp_path / "runs" / retrofit)
+  shutil.move(tmp_path / "runs/dense-0.1M-s0/checkpoints", tmp_path / "elsewhere")
+
+  @contextlib.contextmanager
+  def waiting(_):  # for another process, which has brought them back meanwhile
+    shutil.move(tmp_path / "elsewhere", tmp_path / "runs/dense-0.1M-s0/checkpoints")
+    yield
+
+  monkeypatch.setattr(lock, "waiting", waiting)
+  study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
+  assert trained[3:] == [f"runs/{retrofit}"]
 
 
 def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
