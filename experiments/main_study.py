@@ -61,6 +61,8 @@ GATES = ("oracle", "random", "sink_window")
 FREE = ("block_topk", "quest", "vertical_slash", "flexprefill", "xattention")
 MORE_SEEDS = (1, 2, 3)                       # of these seeds alone: each costs as much as 500 steps of training
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
+# "dense-M", "native-M", ... -> tokens per second alone on one H200, where measured: the study's runs share their GPUs
+SPEEDS = {}
 # SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits
 # of 13 and 25 %.
 QUESTION = ("Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, "
@@ -117,7 +119,7 @@ def get_config(arg=None):
       controls={f"after_{100 * b:g}": f"dense_after_{100 * b:g}" for b in AFTER},
       branches={arm: tuple(f"{arm}_{100 * b:g}" for b in BRANCHES) for arm in ("dense", "native")},
       primary=PRIMARY if two else ("second_half_bits_per_byte", "far_exact_match"),
-      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"),
+      secondary=("far_answer_nll", "ar_hit_nll"), quantities=("R", "A"), speeds=SPEEDS,
       plan=a.plan or "experiments/results/main", notes=NOTES,
       tiers=tiers, expected_sd=EXPECTED_SD, flops_per_second=1e14, training_share=0.5)
 

@@ -189,7 +189,8 @@ def records(config, params, step: int, mesh=None, during: bool = False,
       scores.count_flops(rows, run_config, selector, context)
       decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
       for name, examples in task_sets.items():
-        rows += scores.task(run, one, name, examples, e, not short, decode and functools.partial(decode, one))
+        listed = not short and run_mode in ("dense", "sparse", "oracle")
+        rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one))
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out

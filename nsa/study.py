@@ -55,6 +55,9 @@ class Study:
                                                           # not `dense`
   # arm -> shorter runs of it with a decay of their own
   branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+  # "arm-size" -> tokens per second of the arm alone on its device, where runs share devices and what they log says
+  # nothing of it; None = as logged
+  speeds: dict[str, float] | None = None
   # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   solved: float = 0.0
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
@@ -379,6 +382,7 @@ def _save(study, todo, directory) -> None:
       **asked(study),
       "audit": [{**dataclasses.asdict(row), "geometry": str(row.geometry)} for row in audit.of_study(study)],
       **({"plan": metrics.read_json(plan)} if plan.exists() else {}),
+      **({} if study.speeds is None else {"speeds": study.speeds}),
       "jobs": [{"run": job.run, "arm": job.config.arm, "size": job.config.size, "seeds": list(job.config.seeds),
                 "status": job.status, "error": job.error} for job in todo]})
 

@@ -282,6 +282,20 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   at = 0.02 + (0.06 - 0.02) * np.log(7.4 / 6.2) / np.log(2)
   assert (np.mean(list(flops.differences.values())) == pytest.approx(at, abs=1e-4)
           and flops.cost == pytest.approx(8.192e6 * 6.2e6))
+  (arm, (half, whole)), = flops.between.items()
+  assert arm == "dense" and half - whole == pytest.approx(0.04, abs=1e-4) and not tokens.between
+  # Runs that shared a device: speeds measured alone count, where there are any. Native is half as fast.
+  base = json.loads((root / "study.json").read_text())
+  for speeds, at in (({"dense-tiny": 4e6, "native_msa-tiny": 2e6}, 8.192e6 / 4e6), ({"dense-tiny": 4e6}, None)):
+    (root / "study.json").write_text(json.dumps({**base, "speeds": speeds}))
+    seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[2]
+    assert not seconds.differences and seconds.reason.startswith(
+        "needs a decay branch of native_msa that ends at 2.05" if at else "no speed alone on its device of native_msa")
+  (root / "study.json").write_text(json.dumps({**base, "speeds": {"dense-tiny": 2e6, "native_msa-tiny": 3e6}}))
+  seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[2]
+  assert seconds.cost == pytest.approx(8.192e6 / 3e6) and np.mean(list(seconds.differences.values())) == pytest.approx(
+      0.02 + (0.06 - 0.02) * np.log(3 / 2) / np.log(2), abs=1e-4)
+  (root / "study.json").write_text(json.dumps(base))
   # A seed without a branch is left out, and said.
   (log,) = (root / "runs").glob("dense_half-*/metrics.jsonl")
   log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["seed"] != 2))

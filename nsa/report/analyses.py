@@ -21,6 +21,8 @@ class EqualCost:
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
   cost: float = math.nan           # at which they are compared, mean over seeds
   reason: str = ""
+  # arm that is read off its line -> its values at the line's two ends, means over seeds: far apart, the line is a guess
+  between: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[EqualCost]:
@@ -34,13 +36,19 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
   for basis, words in BASES.items():
     curves, seeds = {}, {}
     for arm in (study.dense, study.reference):
+      if basis == "seconds" and study.speeds is not None and f"{arm}-{size}" not in study.speeds:
+        seeds[arm] = set()
+        continue
       for one in [*study.branches.get(arm, ()), arm]:
         cost = own(study, table, one, size, basis)
+        if basis == "seconds" and study.speeds is not None:
+          speed = study.speeds[f"{arm}-{size}"]
+          cost = {seed: tokens / speed for seed, tokens in own(study, table, one, size, "tokens").items()}
         value = own(study, table, one, size, metric)
         for seed in set(cost) & set(value):
           curves.setdefault((arm, seed), []).append((cost[seed], value[seed]))
       seeds[arm] = {s for a, s in curves if a == arm}
-    differences, costs, reasons = {}, [], {}
+    differences, costs, reasons, ends = {}, [], {}, {}
     for seed in sorted(set.intersection(*seeds.values())):
       at = min(max(x for x, _ in curves[arm, seed]) for arm in seeds)
       values = []
@@ -50,13 +58,19 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
           reasons[seed] = (f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of "
                            "its own")
         values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
+        above = next((n for n, (x, _) in enumerate(points) if x >= at * (1 - 1e-9)), len(points) - 1)
+        if above and points[above][0] > 1.005 * at and points[above - 1][0] < at / 1.005:
+          ends.setdefault(arm, []).append((points[above - 1][1], points[above][1]))
       if seed not in reasons:
         differences[seed] = values[0] - values[1]
         costs.append(at)
-    reason = next(iter(reasons.values()), "" if differences else f"no seed with {words} of both")
+    missing = f"no speed alone on its device of {' and '.join(a for a in seeds if not seeds[a])}"
+    none = missing if basis == "seconds" and study.speeds is not None else f"no seed with {words} of both"
+    reason = next(iter(reasons.values()), "" if differences else none)
     if reasons and differences:
       reason = f"seeds {', '.join(map(str, reasons))}: {reason}"
-    out.append(EqualCost(basis, differences, float(np.mean(costs)) if differences else math.nan, reason))
+    between = {arm: tuple(np.mean(pairs, axis=0).tolist()) for arm, pairs in ends.items()} if differences else {}
+    out.append(EqualCost(basis, differences, float(np.mean(costs)) if differences else math.nan, reason, between))
   return out
 
 

@@ -124,14 +124,18 @@ def costs_of_anchor(study, table, found) -> list:
       for one in rows:
         words = analyses.BASES[one.basis]
         if not one.differences:
-          lines.append([words, "-", "-", "-", "-", one.reason])
+          lines.append([words, "-", "-", "-", "-", "-", one.reason])
         else:
           i = analyses.interval(one.differences)
-          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), one.reason])
-      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "not given"], lines,
+          line = ", ".join(f"{arm}: {m.text(low)} to {m.text(high)}" for arm, (low, high) in one.between.items())
+          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), line or "-",
+                        one.reason])
+      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "read off between",
+                           "not given"], lines,
                           f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
                           "time: at the end of the cheaper of the two, the other read off its decay branches. "
-                          "Exploratory but for equal tokens", left=1))
+                          "Where its ends lie far apart the line says little. Exploratory but for equal tokens",
+                          left=1))
   return blocks
 
 

@@ -105,7 +105,7 @@ def description(study: Study) -> dict:
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
           "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
           "audit": study.audit,
-          **({"opened": True} if study.opened else {}),
+          **({"opened": True} if study.opened else {}), **({} if study.speeds is None else {"speeds": study.speeds}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
                     "problems": [bare(study, p) for p in run.problems]} for run in study.runs]}
@@ -257,6 +257,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
       study.runs[at] = run
   study.arms += [arm for arm in other.arms if arm not in study.arms]
   study.opened |= other.opened
+  study.speeds = other.speeds if study.speeds is None else study.speeds
   study.budgets = {**other.budgets, **study.budgets}
   study.controls = {**other.controls, **study.controls}
 

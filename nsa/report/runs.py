@@ -113,6 +113,8 @@ class Study:
   branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   solved: float = 0.0
+  # "arm-size" -> tokens per second of the arm alone on its device; None = as the runs logged it
+  speeds: dict[str, float] | None = None
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   # rows of the shortcut audit (nsa.tasks), as study.json has them
   audit: list[dict] = dataclasses.field(default_factory=list)
@@ -206,7 +208,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("budgets", dict, "an object"),
                             ("controls", dict, "an object"), ("branches", dict, "an object"),
                             ("jobs", list, "a list of objects"),
-                            ("arms", list, "a list of names"), ("audit", list, "a list of objects")):
+                            ("speeds", dict, "an object"), ("arms", list, "a list of names"),
+                            ("audit", list, "a list of objects")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
   solved = plan.get("solved") or 0
   need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
@@ -237,7 +240,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                dense=plan.get("dense_arm") or "dense",
                budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},
                quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")),
-               **({"endpoints": endpoints} if endpoints else {}), **given)
+               speeds=plan.get("speeds"), **({"endpoints": endpoints} if endpoints else {}), **given)
 
 
 def load_study(path: Path, plan: dict) -> Study:

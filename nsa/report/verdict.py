@@ -283,10 +283,13 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
             f"No verdict: there is no arm to compare with {study.reference}.")
     return Verdict(head, counts, found, admitted)
   result = Verdict("", [], found, admitted)
+  begun = [size for size in study.sizes if any(r.status == "done" and r.size == size for r in study.runs)]
   for e in study.endpoints:
-    for size in study.sizes:
+    for size in begun or study.sizes:
       result.lines += _of_endpoint(study, table, result, e, size)
-  result.headline = _headline(study, primary, admitted)
+  result.headline = _headline(study, [c for c in primary if c.size in begun] or primary, admitted)
+  if begun and (rest := [size for size in study.sizes if size not in begun]):
+    counts = [f"Of size {' and '.join(rest)} no run has finished."] + counts
   result.lines += counts
   return result
 
@@ -319,7 +322,7 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   if e.primary and study.budgets:
     lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
   groups = counted(study, table, e.metric, size)
-  if groups:
+  if groups and not m.gated_by:
     lines.append("Seeds fall into two groups, which a mean does not describe: " + "; ".join(groups) + ".")
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 

@@ -250,8 +250,9 @@ def remarks(plan, runs, found, v, sizes):
           cut = int(np.diff(x).argmax()) + 1
           lines.append(f"{e['metric']} {size}: {arm}: {len(x) - cut} of {len(x)} seeds at {x[cut]:.3f} to {x[-1]:.3f}, "
                        f"{cut} at {x[0]:.3f} to {x[cut - 1]:.3f}")
-  failed = sum(j["status"] == "failed" for j in plan["jobs"])
-  done = sum("DONE" in runs.get(j["run"].removeprefix("runs/"), ()) for j in plan["jobs"])
+  files = [runs.get(j["run"].removeprefix("runs/"), ()) for j in plan["jobs"]]
+  failed = sum("FAILED" in f or "DONE" not in f and j["status"] == "failed" for j, f in zip(plan["jobs"], files))
+  done = sum("DONE" in f and "FAILED" not in f for f in files)
   return lines + [f"{len(plan['jobs'])} runs planned: {done} done, {failed} failed"]
 
 
