@@ -66,7 +66,8 @@ def check_attention(f, args, sets, scale=H ** -0.5, **tolerance):
 # --- against the oracles ------------------------------------------------------
 
 
-INHERITED = [(operation, situation) for operation in cases.RESULTS if operation != "paged_attention"  # has its own cases
+INHERITED = [(operation, situation) for operation in cases.RESULTS
+             if operation != "paged_attention"  # has cases of its own
              for situation in cases.situations(operation)]
 
 
