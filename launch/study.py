@@ -5,19 +5,22 @@
 
 With --plan it writes PLAN.md and plan.json (into the study's `plan` directory, or the workdir) and trains nothing:
 commit them before the first run that counts; the report lists what deviates. With --only the process runs the named
-runs alone; the report is written by the call that finds all runs done.
+runs alone; the report is written by the call that finds all runs done. With --devices=0,1,2,3 runs go side by side,
+a process for each (launch/side_by_side.py).
 """
 import time
 
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from launch import cli, side_by_side
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a study, e.g. experiments/quickstart.py",
                                           lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is not there.")
 _ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, e.g. *-s0; other processes take the rest.")
+_DEVICES = flags.DEFINE_list("devices", [], "GPUs of this host, each as often as it is to have processes: 0,0,1,1 runs "
+                             "two on each of two. Empty: one run after the other, in this process.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
 _PLAN = flags.DEFINE_bool("plan", False, "Write the plan of the study (PLAN.md, plan.json); train nothing.")
 flags.mark_flag_as_required("config")
@@ -25,6 +28,8 @@ cli.define_common()
 
 
 def main():
+  import jax
+
   from nsa import config as config_lib, report, study as study_lib
   from nsa.planning import plan
   study = _CONFIG.value
@@ -44,7 +49,19 @@ def main():
     return
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   began = time.monotonic()
-  jobs = study_lib.run(study, workdir, only=tuple(_ONLY.value), on_job=lambda line: print(line, flush=True))
+  say = lambda line: print(line, flush=True)
+  only = tuple(_ONLY.value)
+  if _DEVICES.value:
+    jax.config.update("jax_platforms", "cpu")  # of this process alone: the others need the devices' memory
+    study_lib.check_tasks(study)
+    jobs, others = study_lib.wanted(study, workdir, only)
+    study_lib.settle(study, workdir, jobs, others)
+    stopped = side_by_side.run(jobs, workdir, _DEVICES.value, say)
+    study_lib.settle(study, workdir, jobs, others)
+    if stopped:
+      return cli.PREEMPTED
+  else:
+    jobs = study_lib.run(study, workdir, only=only, on_job=say)
   left = study_lib.unfinished(study, workdir)
   if left:
     print(f"{len(left)} runs are left to other processes: {', '.join(left)}")

@@ -173,6 +173,28 @@ def _trunks_first(unordered: list[Job]) -> list[Job]:
   return out
 
 
+def wanted(study: Study, directory, only: tuple[str, ...] = ()) -> tuple[list[Job], list[Job]]:
+  """(the runs that `only` and study.now name, the others), trunks first. ConfigError where none is named."""
+  todo = jobs(study, directory)
+  matches = lambda job: any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only or ("*",))
+  others = [job for job in todo
+            if not matches(job) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
+  mine = [job for job in todo if job not in others]
+  if not mine:
+    raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
+                                                  f"{', '.join(job.run for job in others)}")])
+  return mine, others
+
+
+def settle(study: Study, directory, todo: list[Job], others: list[Job]) -> None:
+  """Gives runs that other processes have ended their status, and writes study.json."""
+  for job in todo:
+    failed = epath.Path(directory) / job.run / "FAILED"
+    if failed.exists():
+      job.status, job.error = "failed", metrics.read_json(failed).get("error", "")
+  _save(study, todo + others, epath.Path(directory))
+
+
 def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) -> list[Job]:
   """Runs what is not done yet and writes study.json after every run. Returns the jobs.
 
@@ -183,15 +205,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
   goes on). Everything else that happens to a run is its own failure.
   """
   directory = epath.Path(directory)
-  todo = jobs(study, directory)
   check_tasks(study)
-  matches = lambda job: any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only or ("*",))
-  others = [job for job in todo
-            if not matches(job) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
-  todo = [job for job in todo if job not in others]
-  if not todo:
-    raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
-                                                  f"{', '.join(job.run for job in others)}")])
+  todo, others = wanted(study, directory, only)
   train.make_workdir(directory)
   data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   known = {job.run: job for job in todo + others}
