@@ -1,22 +1,19 @@
 """docs/extend.md, done: its files written, its commands run each in a new process, nothing edited in the package."""
 import hashlib
 import json
-import os
 from pathlib import Path
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import time
 
+import commands
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/extend.md").read_text()
 
 
-def commands():
+def written_commands():
   return [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 
 
@@ -24,30 +21,25 @@ def test_the_page_does_what_it_says(tmp_path):
   for name, text in re.findall(r"`(\w+\.py)`:\n```python\n(.*?)```", PAGE, re.S):
     (tmp_path / name).write_text(text)
   assert {path.name for path in tmp_path.iterdir()} == {"strided.py", "farthest.py", "shelves.py"}
-  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
   def start(command):
-    words = shlex.split(command)
-    assert words[0] == "python"
-    return subprocess.Popen([sys.executable, *words[1:]], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    python, m, *words = shlex.split(command)
+    assert (python, m) == ("python", "-m")
+    return commands.Command(*words, directory=tmp_path)
 
   def run(command, code=0):
-    process = start(command)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"{command}\n{out}\n{err}"
-    return out + err
+    return "".join(start(command).end(code))
 
-  train, *rest = commands()
+  train, *rest = written_commands()
   assert len(rest) == 6
   # cut once, so that the next process has to find the method
   run_dir, process = tmp_path / "runs/strided", start(train)
   while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
-    assert process.poll() is None, process.communicate()
+    assert process.running(), process.end()
     time.sleep(0.1)
-  process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 75 and "of 100" in err, err
+  process.terminate()
+  _, err = process.end(75)
+  assert "of 100" in err, err
   assert "100 steps done" in run(train)
   config = json.loads((run_dir / "config.json").read_text())
   assert config["modules"] == ["strided.py"] and config["attention"] == {

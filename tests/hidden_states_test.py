@@ -1,12 +1,9 @@
 """Measures of hidden states against NumPy in float64, and the snapshots that a run takes of them."""
 import copy
 import json
-import os
-from pathlib import Path
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -267,10 +264,7 @@ def test_the_launcher_reports_a_run_and_measures_one_that_was_not(run, tmp_path)
   config, workdir = run
 
   def look(*arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "launch.look", *map(str, arguments)], cwd=Path(__file__).parents[1],
-                          capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    return commands.run("launch.look", *arguments, code=code)[1]
 
   look(f"--workdir={workdir}", "--hidden_states", f"--out={tmp_path / 'out'}")
   text = (tmp_path / "out/hidden_states.md").read_text()

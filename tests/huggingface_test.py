@@ -5,11 +5,9 @@
 """
 import dataclasses
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -29,7 +27,6 @@ from nsa import (
 )
 
 safetensors = pytest.importorskip("safetensors.numpy")
-ROOT = Path(__file__).resolve().parent.parent
 V, D, F, L, N, K, H, T = 288, 32, 48, 3, 4, 2, 12, 40
 SHAPE = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
              num_key_value_heads=K, hidden_act="silu", attention_bias=False, max_position_embeddings=512)
@@ -294,11 +291,8 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   monkeypatch.setattr(f"{__name__}.V", 352)
   source = write("qwen3", tmp_path / "source")
   tiny_tokenizer(source)
-  command = [sys.executable, "-m", "launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'trunk'}",
-             "--context=64"]
-  done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-                        check=False)
-  assert done.returncode == 0 and "parameters, 3 layers" in done.stdout, done.stderr
+  out, _ = commands.run("launch.import_hf", f"--source={source}", f"--workdir={tmp_path / 'trunk'}", "--context=64")
+  assert "parameters, 3 layers" in out
   imported = rundir.read_config(tmp_path / "trunk")
   assert imported.data.tokenizer == f"hf:{tmp_path / 'trunk/hf'}"
   before = checkpoint.load_params(tmp_path / "trunk")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,17 +18,15 @@ TINY = ["--config.model.num_layers=1", "--config.model.d_model=16", "--config.mo
         "--config.data.tasks=('mqar:pairs=4',)"]
 
 
-def start(module, *args, **kw):
+def start(module, *args):
+  """In an interpreter of its own."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
   return subprocess.Popen([sys.executable, "-m", f"launch.{module}", *map(str, args)], cwd=ROOT, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def run(module, *args, code=0):
-  process = start(module, *args)
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-  return out, err
+  return commands.run(f"launch.{module}", *args, code=code)
 
 
 def mqar(*args, steps=4, arm="msa"):
@@ -37,8 +36,9 @@ def mqar(*args, steps=4, arm="msa"):
 def test_train_evaluate_report(tmp_path):
   work = tmp_path / "run"
   relative = os.path.relpath(work, ROOT)  # as a user types it
-  out, err = run("train", *mqar("--workdir", relative))
-  assert "4 steps done" in out
+  process = start("train", *mqar("--workdir", relative))
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0 and "4 steps done" in out, err
   assert "selected_attention: reference (cpu)" in err, "which implementation ran is said once"
   assert {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval", "DONE"} <= {
       p.name for p in work.iterdir()}
