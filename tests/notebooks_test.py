@@ -7,8 +7,26 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The first numbers that let every cell run: the study's smallest stage still has to last one step.
-TOY = {"look_inside.ipynb": "STEPS = 16", "native_vs_retrofit.ipynb": "STEPS, SEEDS = 48, 1"}
+# What makes them toys, in a cell behind their parameters. The study's smallest stage still has to last one step.
+TOY = {"look_inside.ipynb": """
+from experiments import mqar as made
+STEPS, whole = 16, made.get_config
+
+def get_config(arg):
+  config = whole(arg)
+  config.data.context, config.model.d_model, config.model.mlp_dim = 128, 16, 32
+  return config
+""", "native_vs_retrofit.ipynb": """
+from experiments import quickstart as made
+STEPS, SEEDS, whole = 48, 1, made.get_config
+
+def get_config(arg):
+  study = whole(arg)
+  for arm in study.arms:
+    arm.model.d_model, arm.model.mlp_dim, arm.data.global_batch = 16, 32, 4
+    arm.eval.during_examples = 4  # and as many as before in the end: arms must differ in something
+  return study
+"""}
 
 
 def read(name):
@@ -25,7 +43,8 @@ def test_runs(name, tmp_path, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = read(name)
   at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
-  notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(f"{TOY[name]}\nWORKDIR = {os.fspath(tmp_path / 'work')!r}"))
+  work = f"made.get_config, WORKDIR = get_config, {os.fspath(tmp_path / 'work')!r}"
+  notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(TOY[name] + work))
   NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
   pictures, texts = _outputs(notebook)
   assert pictures == _outputs(read(name))[0] > 0, "as many pictures as the committed run has"
