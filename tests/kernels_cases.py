@@ -2,7 +2,8 @@
 
 A case is an operation, a shape (what a backend serves) and a situation (what happens in the arrays). The reference
 meets all of them against float64 oracles (kernels_reference_test.py), kernels against the reference: in the
-interpreters of Triton, Mosaic GPU and Mosaic TPU, and on devices Triton, Mosaic GPU and cuDNN.
+interpreters of Triton, Mosaic GPU and Mosaic TPU, and on devices Triton, Mosaic GPU and cuDNN. Choices of blocks have
+no gradients; they are compared with the oracles' scores everywhere.
 """
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kernels_oracle as oracle
 import numpy as np
 
 from pallas_kernels import arg_specs, masked, reference
@@ -18,7 +20,9 @@ on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
 RESULTS = {operation: ("o", "lse", "dq", "dk", "dv")
            for operation in ("attention", "compressed_attention", "selected_attention")}
 RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
-RESULTS["paged_attention"] = ("o", "lse")
+DIFFERENTIABLE = tuple(RESULTS)
+RESULTS["paged_attention"] = ("o", "lse")  # whose cases are those of paged_test.py
+SELECTIONS = ("index_top_k", "compressed_top_k", "block_top_k")
 
 
 # --- what happens in the arrays ---------------------------------------------------
@@ -93,17 +97,23 @@ def shape(**fields) -> Shape:
 
 
 class Inputs(NamedTuple):
-  arrays: tuple      # what gets gradients
-  cotangents: Any    # of the results
+  arrays: tuple      # what gets gradients, or chooses
+  cotangents: Any    # of the results, None of a choice
   rest: dict         # other arrays, by keyword; segment_ids and query_offset among them
 
 
-def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: int = 0, *, always: bool = True):
-  """Inputs of a call. Without `always` segment ids are None if nothing is packed, and an offset that all have an
-  int."""
+def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: int = 0, *, always: bool = True,
+         whole: bool = False):
+  """Inputs of a call.
+
+  Args:
+    always: without it segment ids are None if nothing is packed, and an offset that all have an int.
+    whole: q, k, v and scores are small whole numbers: sums of their products are exact, and tie.
+  """
   what = SITUATIONS[situation] if isinstance(situation, str) else situation
   rng, dtype = np.random.default_rng(seed), jnp.dtype(s.dtype)
-  array = lambda *shape, size=1.0: jnp.asarray(rng.normal(size=shape) * size, dtype)
+  new = lambda shape: rng.integers(-2, 3, shape) if whole else rng.normal(size=shape)
+  array = lambda *shape, size=1.0: jnp.asarray(new(shape) * size, dtype)
   number = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   B, T, S, N, K, H = s.B, s.T, s.keys, s.N, s.K, s.H
   C = max(0, (S - s.block_len) // s.block_stride + 1)
@@ -114,23 +124,30 @@ def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: 
   if not always:
     rest["segment_ids"] = rest["segment_ids"] if packed else None
     rest["query_offset"] = int(offset[0]) if (offset == offset[0]).all() else rest["query_offset"]
-  keys = C if operation == "compressed_attention" else S
+  if operation == "block_top_k":
+    return Inputs((array(B, T, K, -(-S // s.block_size)),), None, rest)
+  if operation == "index_top_k":
+    return Inputs((array(B, T, K, s.index_dim, size=what.magnitude), array(B, S, s.index_dim)), None, rest)
+  keys = C if operation in ("compressed_attention", "compressed_top_k") else S
   q, k, v = array(B, T, N, H, size=what.magnitude), array(B, keys, K, H, size=what.magnitude), array(B, keys, K, H)
   if operation in ("selected_attention", "index_kl"):
     blocks = (what.blocks or anything)(rng, (B, T, K, s.J), -(-S // s.block_size))
     rest["block_indices"] = jnp.asarray(blocks, jnp.int32)
-  if operation != "index_kl":
+  if operation not in ("index_kl", "compressed_top_k"):
     return Inputs((q, k, v), (array(B, T, N, H), number(B, T, N)), rest)
+  main = "selected_attention" if operation == "index_kl" else "compressed_attention"
   with on_cpu():
-    where = on_host(rest)
-    lse = _lse(*on_host((up(q), up(k), up(v))), where, s.block_size)
+    lse = _reference(main, **options_of(main, s))(on_host(up((q, k, v))), on_host(rest))[1]
+  rest["lse"] = jnp.asarray(np.asarray(lse))
+  if operation == "compressed_top_k":
+    return Inputs((q, k), None, rest)
   index = array(B, T, K, s.index_dim, size=what.magnitude), array(B, S, s.index_dim)
-  return Inputs(index, number(B, T, K), dict(rest, q=q, k=k, lse=jnp.asarray(np.asarray(lse))))
+  return Inputs(index, number(B, T, K), dict(rest, q=q, k=k))
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _lse(q, k, v, rest, block_size):
-  return reference.selected_attention(q, k, v, **rest, block_size=block_size)[1]
+@functools.cache
+def _reference(operation, **options):
+  return jax.jit(lambda arrays, rest: getattr(reference, operation)(*arrays, **rest, **options))
 
 
 def up(tree):
@@ -145,8 +162,11 @@ def on_host(tree):
 
 def options_of(operation: str, s: Shape) -> dict:
   """The plain arguments that the operation needs at a shape."""
-  return {"attention": {}, "compressed_attention": dict(block_len=s.block_len, block_stride=s.block_stride),
-          "selected_attention": dict(block_size=s.block_size), "index_kl": dict(block_size=s.block_size)}[operation]
+  lengths, size = dict(block_len=s.block_len, block_stride=s.block_stride), dict(block_size=s.block_size)
+  choice = dict(size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)
+  return {"attention": {}, "compressed_attention": lengths, "selected_attention": size, "index_kl": size,
+          "index_top_k": choice, "compressed_top_k": {**lengths, **choice},
+          "block_top_k": dict(choice, keys=s.keys)}[operation]
 
 
 def sets_of(operation: str, inputs: Inputs, options: dict):
@@ -164,6 +184,15 @@ def sets_of(operation: str, inputs: Inputs, options: dict):
     how = {name: options[name] for name in ("causal", "window") if name in options}
     mask = masked.visible_tokens(pos, seg, slice(0, k.shape[1]), ids, **how)[:, None]
   return jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+
+
+def positions_of(s: Shape, inputs: Inputs) -> dict:
+  """segment_ids and query_offset as the oracles take them: a query past the keys is of the last key's segment."""
+  where = {name: inputs.rest[name] for name in ("segment_ids", "query_offset")}
+  if where["segment_ids"] is not None:
+    ids, past = np.asarray(where["segment_ids"]), np.max(where["query_offset"]) + s.T - s.keys
+    where["segment_ids"] = np.pad(ids, ((0, 0), (0, max(past, 0))), mode="edge")
+  return {**where, "query_offset": np.asarray(where["query_offset"])}
 
 
 # --- results and their errors -----------------------------------------------------
@@ -251,6 +280,41 @@ def check(operation, program, inputs: Inputs, *, options=None, **tolerance):
   got = jax.block_until_ready(program(inputs))
   compare(operation, got, truth(operation, **options or {})(up(inputs)), inputs.arrays[0].dtype, **tolerance)
   return [np.asarray(x, np.float32) for x in got]
+
+
+def check_by_oracle(operation, got, s: Shape, inputs: Inputs, options, **tolerance):
+  """Compares results and gradients with those of float64, one query at a time."""
+  where, (q, k), rest = positions_of(s, inputs), inputs.arrays[:2], inputs.rest
+  if operation == "attention":
+    how = {name: options[name] for name in ("causal", "window") if name in options}
+    sets = oracle.dense_sets(s.B, s.T, s.K, s.keys, **where, **how)
+  elif operation == "compressed_attention":
+    sets = oracle.compressed_sets(s.B, s.T, s.K, k.shape[1], s.block_len, s.block_stride, **where)
+  else:
+    sets = oracle.selected_sets(np.asarray(rest["block_indices"]), s.block_size, s.keys, **where)
+  scale, cotangents = options.get("scale", s.H ** -0.5), jax.tree.map(np.asarray, inputs.cotangents)
+  if operation == "index_kl":
+    want = oracle.index_kl(rest["q"], rest["k"], q, k, sets, scale, s.index_dim ** -0.5, cotangents)
+  else:
+    want = oracle.attend(*inputs.arrays, sets, scale, *cotangents)
+  compare(operation, got, want, q.dtype, **tolerance)
+
+
+def check_selection(operation, choose, s: Shape, inputs: Inputs, *, whole=False, atol=1e-5):
+  """Checks choose(*arrays, **rest) -> lists against the scores of the oracle; of whole numbers, whose scores are exact,
+  the lower block wins a tie."""
+  got, where = np.asarray(choose(*inputs.arrays, **inputs.rest)), positions_of(s, inputs)
+  if operation == "index_top_k":
+    scores = oracle.index_block_scores(*inputs.arrays, s.block_size, **where)
+  elif operation == "compressed_top_k":
+    lengths = s.block_len, s.block_stride, s.block_size
+    scores = oracle.compressed_block_scores(*inputs.arrays, *lengths, s.keys, s.H ** -0.5, **where)
+  else:
+    nothing = np.zeros((s.B, s.T, s.K, 1)), np.zeros((s.B, s.keys, 1))
+    visible = np.isfinite(oracle.index_block_scores(*nothing, s.block_size, **where))
+    scores = np.where(visible, np.asarray(inputs.arrays[0], np.float64), -np.inf)
+  oracle.check_selection(got, scores, s.J, s.num_initial, s.num_local, s.block_size, where["query_offset"], atol=atol,
+                         exact=whole and operation != "compressed_top_k")  # whose scores are probabilities
 
 
 def check_on_device(operation, f, s: Shape, situation, *, seed=0, **options):

@@ -153,10 +153,11 @@ def compressed_block_scores(q, k_cmp, block_len, block_stride, block_size, S, sc
 
 
 def check_selection(indices, scores, num_blocks, num_initial, num_local, block_size, query_offset=0,
-                    atol=1e-5):
+                    atol=1e-5, exact=False):
   """Asserts a valid top-k: forced blocks, no duplicate, nothing invisible, full rows, and scores of the best.
 
-  By score, not by index: where two blocks score the same within `atol` either will do.
+  By score, not by index: where two blocks score the same within `atol` either will do, unless the scores are `exact`:
+  then the lower one.
   """
   B, T, K, blocks = scores.shape
   assert indices.shape == (B, T, K, num_blocks) and indices.dtype == np.int32
@@ -172,6 +173,9 @@ def check_selection(indices, scores, num_blocks, num_initial, num_local, block_s
         assert set(chosen) <= set(visible), (chosen, visible)
         assert forced <= set(chosen), (chosen, forced)
         assert len(chosen) == min(num_blocks, len(visible)), (chosen, visible)
+        if exact:
+          best = sorted(set(visible) - forced, key=lambda j: (-row[j], j))[:len(chosen) - len(forced)]
+          assert set(chosen) == forced | set(best), (chosen, forced, best)
         free = sorted((row[j] for j in set(chosen) - forced), reverse=True)
         best = sorted((row[j] for j in set(visible) - forced), reverse=True)[:len(free)]
         np.testing.assert_allclose(free, best, atol=atol, rtol=atol)

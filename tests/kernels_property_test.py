@@ -4,6 +4,7 @@ import functools
 from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
+import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
 
@@ -14,44 +15,21 @@ few = functools.partial(settings, deadline=None, database=None, derandomize=True
 seeds = st.integers(0, 2**31)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "options"))
-def run(args, rest, do, dlse, *, op="selected_attention", options=(("block_size", BLOCK),)):
-  """o, lse, (dq, dk, dv) of an operation; `rest` are keyword arguments that may be traced."""
-  f = lambda q, k, v: getattr(pk, op)(q, k, v, **rest, **dict(options))
-  out, vjp = jax.vjp(f, *args)
-  return *out, vjp((do, dlse))
+@functools.cache
+def program(operation, **options):
+  return cases.with_gradients(getattr(pk, operation), **options)
 
 
-@jax.jit
-def kl_and_grads(q, k, v, indices):
-  """Loss and gradients of an index that is the single-headed attention, and the loss of its opposite."""
-  _, lse = pk.selected_attention(q, k, v, indices, block_size=BLOCK)
-  f = lambda q_idx, k_idx: pk.index_kl(q, k, lse, q_idx, k_idx, indices, block_size=BLOCK)
-  loss, vjp = jax.vjp(f, q[:, :, :1], k[:, :, 0])
-  return loss, vjp(jnp.ones_like(loss)), f(-q[:, :, :1], k[:, :, 0])
+select = program("selected_attention", block_size=BLOCK)
+draw = functools.partial(cases.draw, "selected_attention")
 
 
-def draw(seed, T=24, S=24, N=4, K=2, J=3, B=2, integers=False):
-  """q, k, v, cotangents and block indices that break habits: future blocks, duplicates, pads anywhere."""
-  rng = np.random.default_rng(seed)
-  new = lambda *shape: (rng.integers(-2, 3, shape) if integers else rng.normal(size=shape)).astype(np.float32)
-  qkv = new(B, T, N, H), new(B, S, K, H), new(B, S, K, H)
-  return qkv, new(B, T, N, H), new(B, T, N), rng.integers(-1, -(-S // BLOCK), (B, T, K, J), dtype=np.int32)
+def choosing(inputs, blocks):
+  return inputs._replace(rest={**inputs.rest, "block_indices": jnp.asarray(blocks, jnp.int32)})
 
 
-def draw_segments(seed, S, B=2):
-  rng = np.random.default_rng(seed)
-  return np.cumsum(rng.random((B, S)) < 0.15, axis=1).astype(np.int32)
-
-
-def check(qkv, do, dlse, sets, got, scale=H ** -0.5, **tolerance):
-  tolerance = tolerance or dict(rtol=2e-5, atol=2e-5)
-  want_o, want_lse, *want_grads = oracle.attend(*qkv, sets, scale, do, dlse)
-  o, lse, grads = got
-  np.testing.assert_allclose(o, want_o, **tolerance)
-  np.testing.assert_allclose(lse, want_lse, **tolerance)  # compares -inf with -inf
-  for name, grad, want in zip("qkv", grads, want_grads):
-    np.testing.assert_allclose(grad, want, err_msg=f"d{name}", **tolerance)
+def assert_same(got, want, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), got, want)
 
 
 # --- selected attention -------------------------------------------------------
@@ -59,97 +37,46 @@ def check(qkv, do, dlse, sets, got, scale=H ** -0.5, **tolerance):
 
 @few(max_examples=10)
 @given(seeds, st.sampled_from([(1, 2), (2, 2), (4, 1), (8, 1), (16, 1), (3, 2)]),
-       st.sampled_from([(24, 1), (21, 3), (13, 7)]), st.booleans())
-def test_any_group_any_length_any_row(seed, heads, lengths, packed):
-  (G, K), (S, J) = heads, lengths
-  qkv, do, dlse, indices = draw(seed, T=S, S=S, N=G * K, K=K, J=J)
-  rest = dict(block_indices=indices)
-  if packed:
-    rest["segment_ids"] = draw_segments(seed, S)
-  got = run(qkv, rest, do, dlse)
-  check(qkv, do, dlse, oracle.selected_sets(indices, BLOCK, S, rest.get("segment_ids")), got)
+       st.sampled_from([(24, 1), (21, 3), (13, 7)]), st.sampled_from(["from_the_start", "crumbs"]))
+def test_any_group_any_length_any_row(seed, heads, lengths, situation):
+  (G, K), (T, J) = heads, lengths
+  s = cases.shape(T=T, N=G * K, K=K, J=J)
+  inputs = draw(s, situation, seed)
+  cases.check_by_oracle("selected_attention", select(inputs), s, inputs, {})
 
 
 @few(max_examples=5)
 @given(seeds)
 def test_order_and_duplicates_do_not_matter(seed):
-  qkv, do, dlse, indices = draw(seed)
-  rng = np.random.default_rng(seed)
-  shuffled = rng.permuted(indices, axis=-1)
-  doubled = np.concatenate([indices, shuffled], axis=-1)
-  plain = run(qkv, dict(block_indices=indices), do, dlse)
-  for other in (shuffled, doubled):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), plain,
-                 run(qkv, dict(block_indices=other), do, dlse))
+  inputs = draw(cases.shape(T=24), "from_the_start", seed)
+  blocks = np.asarray(inputs.rest["block_indices"])
+  shuffled = np.random.default_rng(seed).permuted(blocks, axis=-1)
+  for other in (shuffled, np.concatenate([blocks, shuffled], axis=-1)):
+    assert_same(select(choosing(inputs, other)), select(inputs), rtol=1e-6, atol=1e-6)
 
 
 @few(max_examples=5)
-@given(seeds, st.booleans())
-def test_all_blocks_are_dense_attention(seed, packed):
-  qkv, do, dlse, _ = draw(seed, T=21, S=21)
-  rng = np.random.default_rng(seed)
-  indices = rng.permuted(np.broadcast_to(np.int32([0, 1, 2, -1]), (2, 21, 2, 4)), axis=-1)
-  rest = dict(segment_ids=draw_segments(seed, 21)) if packed else {}
-  dense = run(qkv, rest, do, dlse, op="attention", options=())
-  sparse = run(qkv, dict(rest, block_indices=indices), do, dlse)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), sparse, dense)
-
-
-def test_all_queries_select_one_block_and_nobody_the_others():
-  qkv, do, dlse, indices = draw(0)
-  indices = np.full_like(indices, 1)
-  got = run(qkv, dict(block_indices=indices), do, dlse)
-  check(qkv, do, dlse, oracle.selected_sets(indices, BLOCK, 24), got)
-  for grad in got[2][1:]:
-    assert np.any(grad[:, 8:16]) and not np.any(grad[:, :8]) and not np.any(grad[:, 16:])
-  o, lse, (dq, _, _) = got
-  assert not np.any(o[:, :8]) and np.isneginf(lse[:, :8]).all() and not np.any(dq[:, :8])  # before the block
-
-
-def test_nothing_selected_anywhere():
-  (q, k, v), do, dlse, indices = draw(0)
-  indices = np.full_like(indices, -1)
-  o, lse, grads = run((q, k, v), dict(block_indices=indices), do, dlse)
-  assert not np.any(o) and np.isneginf(lse).all()
-  assert all(not np.any(g) for g in grads), "NaN counts as any, too"
-  losses = kl_and_grads(q[:, :, :2], k[:, :, :1], v[:, :, :1], indices[:, :, :1])
-  assert not any(np.any(x) for x in jax.tree.leaves(losses))
+@given(seeds, st.sampled_from(["from_the_start", "crumbs"]))
+def test_all_blocks_are_dense_attention(seed, situation):
+  s = cases.shape(T=21)
+  inputs, dense = draw(s, situation, seed), cases.draw("attention", s, situation, seed)
+  blocks = np.random.default_rng(seed).permuted(np.broadcast_to([0, 1, 2, -1], (s.B, s.T, s.K, 4)), axis=-1)
+  inputs = choosing(inputs, blocks)._replace(arrays=dense.arrays, cotangents=dense.cotangents)
+  assert_same(select(inputs), program("attention")(dense), rtol=1e-5, atol=1e-5)
 
 
 @few(max_examples=4)
 @given(seeds, st.sampled_from([1e2, 1e4]))
 def test_huge_logits(seed, size):
   # Small integers times a scale: scores are exact in float32, so the oracle's softmax is comparable.
-  qkv, do, dlse, indices = draw(seed, integers=True)
-  got = run(qkv, dict(block_indices=indices, scale=size), do, dlse)
-  assert all(np.isfinite(x).all() for x in (got[0], *got[2]))
-  o, lse = oracle.attend(*qkv, oracle.selected_sets(indices, BLOCK, 24), size)
+  s = cases.shape(T=24)
+  inputs = draw(s, "from_the_start", seed, whole=True)
+  got = program("selected_attention", block_size=BLOCK, scale=size)(inputs)
+  assert all(np.isfinite(x).all() for x in (got[0], *got[2:]))
+  sets = oracle.selected_sets(np.asarray(inputs.rest["block_indices"]), BLOCK, s.T)
+  o, lse = oracle.attend(*inputs.arrays, sets, size)
   np.testing.assert_allclose(got[0], o, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(got[1], lse, rtol=1e-6)
-
-
-# --- selections ---------------------------------------------------------------
-
-
-@few(max_examples=12)
-@given(seeds, st.sampled_from([(1, 0, 1), (3, 1, 1), (3, 0, 0), (4, 1, 2), (9, 2, 2)]), st.booleans(),
-       st.booleans())
-def test_index_top_k_of_any_packing(seed, sizes, packed, coarse):
-  num_blocks, num_initial, num_local = sizes
-  rng = np.random.default_rng(seed)
-  sample = (lambda shape: rng.integers(-1, 2, shape)) if coarse else rng.standard_normal  # coarse scores tie
-  new = lambda *shape: sample(shape).astype(np.float32)
-  q_idx, k_idx = new(2, 29, 2, HI), new(2, 29, HI)
-  segment_ids = draw_segments(seed, 29) if packed else None
-  f = functools.partial(pk.index_top_k, block_size=BLOCK, num_blocks=num_blocks, num_initial=num_initial,
-                        num_local=num_local)
-  indices = np.asarray(jax.jit(f)(q_idx, k_idx, segment_ids=segment_ids))
-  scores = oracle.index_block_scores(q_idx, k_idx, BLOCK, segment_ids)
-  oracle.check_selection(indices, scores, num_blocks, num_initial, num_local, BLOCK)
-  if coarse and num_initial == num_local == 0:  # exact scores: the lowest index wins every tie
-    for row, chosen in zip(scores.reshape(-1, 4), indices.reshape(-1, num_blocks)):
-      best = [j for j in np.argsort(-row, kind="stable")[:num_blocks] if row[j] > -np.inf]
-      assert set(chosen) - {-1} == set(best)
 
 
 # --- across operations --------------------------------------------------------
@@ -255,9 +182,21 @@ def test_heads_do_not_mix():
 @few(max_examples=5)
 @given(seeds)
 def test_an_index_that_equals_the_attention_has_no_loss(seed):
-  (q, k, v), _, _, indices = draw(seed, N=2, K=1)
-  loss, grads, other = kl_and_grads(np.repeat(q[:, :, :1], 2, axis=2), k, v, indices)
+  """Two heads with one query are their own index; its opposite is none."""
+  inputs = draw(cases.shape(T=24, N=2, K=1), "from_the_start", seed)
+  (q, k, v), blocks = inputs.arrays, inputs.rest["block_indices"]
+  q = q[:, :, :1].repeat(2, axis=2)
+  loss, grads, other = kl_and_grads(q, k, v, blocks)
   np.testing.assert_allclose(loss, 0, atol=2e-6)
   for grad in grads:
     np.testing.assert_allclose(grad, 0, atol=5e-6)
   assert np.min(other) > -2e-6 and np.max(other) > 0.1
+
+
+@jax.jit
+def kl_and_grads(q, k, v, blocks):
+  """Loss and gradients of an index that is the single-headed attention, and the loss of its opposite."""
+  _, lse = pk.selected_attention(q, k, v, blocks, block_size=BLOCK)
+  f = lambda q_idx, k_idx: pk.index_kl(q, k, lse, q_idx, k_idx, blocks, block_size=BLOCK)
+  loss, vjp = jax.vjp(f, q[:, :, :1], k[:, :, 0])
+  return loss, vjp(jnp.ones_like(loss)), f(-q[:, :, :1], k[:, :, 0])

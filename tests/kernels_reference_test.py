@@ -34,12 +34,6 @@ def value_and_vjp(f, args, cotangents):
   return jax.jit(run)(args, cotangents)
 
 
-def segments(S):
-  """Two rows of packed documents: one begins inside blocks, one has an id that comes again."""
-  rows = (np.repeat([0, 1, 2], [S // 4, S // 3, S - S // 4 - S // 3]), np.repeat([5, 9, 5], [10, 3, S - 13]))
-  return np.stack(rows).astype(np.int32)
-
-
 def random_indices(seed, T, blocks, J):
   """Anything the contract allows: future blocks, duplicates, -1 in any place, empty rows."""
   rng = np.random.default_rng(seed)
@@ -49,90 +43,60 @@ def random_indices(seed, T, blocks, J):
   return indices
 
 
-def check_attention(f, args, sets, scale=H ** -0.5, **tolerance):
-  tolerance = tolerance or CLOSE
-  do, dlse = normal(7, *args[0].shape), normal(8, *args[0].shape[:3])
-  want_o, want_lse, *want_grads = oracle.attend(*args, sets, scale, do, dlse)
-  seen = np.isfinite(want_lse)
-  (o, lse), grads = value_and_vjp(f, args, (do, dlse))
-  assert o.dtype == args[0].dtype and lse.dtype == jnp.float32
-  np.testing.assert_allclose(o, want_o, **tolerance)
-  np.testing.assert_array_equal(np.isneginf(lse), ~seen)
-  np.testing.assert_allclose(np.where(seen, lse, 0), np.where(seen, want_lse, 0), **tolerance)
-  for name, grad, want in zip("qkv", grads, want_grads):
-    np.testing.assert_allclose(grad, want, err_msg=f"d{name}", **tolerance)
-
-
 # --- against the oracles ------------------------------------------------------
 
 
-INHERITED = [(operation, situation) for operation in cases.RESULTS
-             if operation != "paged_attention"  # has cases of its own
-             for situation in cases.situations(operation)]
+ONE = cases.Situation(offset=(0.5,))  # an offset that all have
+CASES = [  # operation, shape, situation, options
+    # What all implementations inherit, whose truth elsewhere is the reference.
+    *((operation, dict(T=13, S=29), situation, {}) for operation in cases.DIFFERENTIABLE
+      for situation in cases.situations(operation)),
+    *(("attention", dict(T=28), "from_the_start", options) for options in (
+        dict(causal=False), dict(window=5), dict(window=1), dict(scale=0.3))),
+    *(("attention", dict(T=28), "segments", options) for options in (dict(window=6), dict(causal=False))),
+    *(("attention", dict(T=30, S=12), "from_the_start", options) for options in ({}, dict(window=4))),
+    *((operation, dict(T=7, S=29), ONE, {}) for operation in cases.DIFFERENTIABLE),
+    *(("selected_attention", shape, "from_the_start", {}) for shape in (
+        dict(N=2), dict(T=40, S=12), dict(block_size=64))),
+    ("selected_attention", {}, "segments", dict(scale=0.3)),
+    ("compressed_attention", dict(T=38, block_len=6, block_stride=6), "from_the_start", {}),
+    ("compressed_attention", dict(T=5), "from_the_start", {}),  # no block is complete
+]
 
 
-@pytest.mark.parametrize("operation, situation", INHERITED)
-def test_inherited_cases_match_the_oracle(operation, situation):
-  """The cases that all implementations inherit, whose truth elsewhere is the reference."""
-  s = cases.shape(T=13, S=29)
-  inputs, options = cases.draw(operation, s, situation), cases.options_of(operation, s)
-  where = {name: np.asarray(inputs.rest[name]) for name in ("segment_ids", "query_offset")}
-  past = where["query_offset"][:, None] + np.arange(s.T) >= s.keys  # such queries are of the last key's segment
-  where["segment_ids"] = np.pad(where["segment_ids"], ((0, 0), (0, 2 * s.T)), mode="edge")
-  assert past.any() == (situation == "past_the_keys")
-  sets = {"attention": lambda: oracle.dense_sets(s.B, s.T, s.K, s.keys, **where),
-          "compressed_attention": lambda: oracle.compressed_sets(
-              s.B, s.T, s.K, inputs.arrays[1].shape[1], **options, **where)}.get(
-      operation, lambda: oracle.selected_sets(np.asarray(inputs.rest["block_indices"]), s.block_size, s.keys,
-                                              **where))()
-  if operation == "index_kl":
-    want = oracle.index_kl(inputs.rest["q"], inputs.rest["k"], *inputs.arrays, sets, s.H ** -0.5, s.index_dim ** -0.5,
-                           np.asarray(inputs.cotangents))
-  else:
-    want = oracle.attend(*inputs.arrays, sets, s.H ** -0.5, *map(np.asarray, inputs.cotangents))
-  cases.compare(operation, cases.truth(operation, **options)(inputs), want, jnp.float32,
-                exact=2.0 ** -16 if situation == "huge_logits" else 2e-6)
+def named(case):
+  operation, shape, situation, options = case
+  return f"{operation}, {situation if isinstance(situation, str) else 'one offset'}, {shape}, {options}"
 
 
-@pytest.mark.parametrize("case", [
-    dict(causal=False), dict(window=5), dict(window=1), dict(scale=0.3), dict(segments=True, window=6),
-    dict(segments=True, causal=False), dict(T=7, query_offset=11), dict(T=30, S=12), dict(T=30, S=12, window=4),
-], ids=str)
-def test_attention_matches_the_oracle(case):
-  case = dict(case)
-  T, S = case.pop("T", 28), case.pop("S", 28)
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  sets = oracle.dense_sets(B, T, K, S, **{k: v for k, v in case.items() if k != "scale"})
-  check_attention(functools.partial(pk.attention, **case), make(T, S), sets, case.get("scale", H ** -0.5))
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_results_and_gradients_match_the_oracle(case):
+  operation, shape, situation, options = case
+  s = cases.shape(**shape)
+  inputs = cases.draw(operation, s, situation, always=isinstance(situation, str))
+  past = np.reshape(inputs.rest["query_offset"], (-1, 1)) + np.arange(s.T) >= s.keys
+  assert past.any() == (situation == "past_the_keys" or s.T > s.keys)
+  options = {**cases.options_of(operation, s), **options}
+  cases.check_by_oracle(operation, cases.truth(operation, **options)(inputs), s, inputs, options,
+                        exact=2.0 ** -16 if situation == "huge_logits" else 2e-6)
 
 
-@pytest.mark.parametrize("case", [
-    dict(N=2), dict(scale=0.3), dict(segments=True), dict(T=7, query_offset=11), dict(T=40, S=12), dict(block_size=64),
-], ids=str)
-def test_selected_attention_matches_the_oracle(case):
-  case = dict(case)
-  T, S, N, block_size = (case.pop(n, d) for n, d in (("T", 29), ("S", 29), ("N", 4), ("block_size", 8)))
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  indices = random_indices(3, T, 5, 4)
-  sets = oracle.selected_sets(indices, block_size, S, **{k: v for k, v in case.items() if k != "scale"})
-  f = lambda q, k, v: pk.selected_attention(q, k, v, indices, block_size=block_size, **case)
-  check_attention(f, make(T, S, N), sets, case.get("scale", H ** -0.5))
+CHOICES = [(operation, shape) for operation in cases.SELECTIONS for shape in (
+    dict(), dict(num_initial=0, num_local=1), dict(num_initial=0, num_local=0), dict(J=9), dict(J=3, num_local=1))]
+CHOICES += [(operation, dict(T=40, S=12, J=3)) for operation in ("index_top_k", "block_top_k")]  # they know the keys
 
 
-@pytest.mark.parametrize("case", [
-    dict(), dict(block_len=6, block_stride=6), dict(segments=True), dict(T=9, query_offset=17), dict(C=0),
-    dict(C=12),
-], ids=str)
-def test_compressed_attention_matches_the_oracle(case):
-  case = dict(dict(block_len=8, block_stride=4), **case)
-  T, S = case.pop("T", 38), 38
-  C = case.pop("C", (S - case["block_len"]) // case["block_stride"] + 1)
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  sets = oracle.compressed_sets(B, T, K, C, **case)
-  check_attention(functools.partial(pk.compressed_attention, **case), make(T, C), sets)
+@pytest.mark.parametrize("operation, shape", CHOICES, ids=str)
+def test_choices_match_the_oracle(operation, shape):
+  s = cases.shape(**{**dict(T=13, S=38), **shape})
+  f = functools.partial(getattr(pk, operation), **cases.options_of(operation, s))
+  choose = jax.jit(f)
+  for situation in cases.situations(operation):
+    for whole in (False, True):
+      cases.check_selection(operation, choose, s, cases.draw(operation, s, situation, whole=whole), whole=whole)
+  known = lambda *arrays, query_offset, segment_ids, **rest: jax.jit(  # the offset an int, and no ids
+      functools.partial(f, query_offset=query_offset))(*arrays, **rest)
+  cases.check_selection(operation, known, s, cases.draw(operation, s, ONE, always=False))
 
 
 def test_overlap_weights_are_those_of_the_paper():
@@ -146,37 +110,6 @@ def test_overlap_weights_are_those_of_the_paper():
   np.testing.assert_array_equal(reference.overlap_weights(4, 4, 16, 16, 16), np.eye(4))
 
 
-@pytest.mark.parametrize("case", [
-    dict(), dict(num_initial=0, num_local=1), dict(num_initial=0, num_local=0), dict(num_blocks=9),
-    dict(segments=True), dict(segments=True, num_blocks=2, num_local=1), dict(T=6, query_offset=23),
-    dict(block_len=8, block_stride=8),
-    dict(T=6, query_offset=np.array([4, 30], np.int32)),
-], ids=str)
-def test_compressed_top_k_matches_the_oracle(case):
-  defaults = dict(block_len=8, block_stride=4, block_size=8, num_blocks=4, num_initial=1, num_local=2)
-  case = dict(defaults, **case)
-  S = 38
-  T = case.pop("T", S)
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  C = (S - case["block_len"]) // case["block_stride"] + 1
-  q, k_cmp, _ = make(T, C)
-  where = {n: case[n] for n in ("segment_ids", "query_offset") if n in case}
-  q *= 3  # peaked
-
-  @jax.jit
-  def select(q, k_cmp):
-    _, lse = pk.compressed_attention(q, k_cmp, k_cmp, block_len=case["block_len"],
-                                     block_stride=case["block_stride"], **where)
-    return pk.compressed_top_k(q, k_cmp, lse, **case)
-
-  indices = np.asarray(select(q, k_cmp))
-  scores = oracle.compressed_block_scores(q, k_cmp, case["block_len"], case["block_stride"], 8, S, H ** -0.5,
-                                          **where)
-  oracle.check_selection(indices, scores, case["num_blocks"], case["num_initial"], case["num_local"], 8,
-                         where.get("query_offset", 0))
-
-
 def test_a_query_before_the_first_compressed_block_sees_its_own_block_wherever_its_offset_is_known():
   """No compressed key, position 17: blocks 0, 1 and 2 of 8 tokens are all there is, traced or not."""
   q, k_cmp, _ = make(1, 0)
@@ -185,38 +118,6 @@ def test_a_query_before_the_first_compressed_block_sees_its_own_block_wherever_i
                                               query_offset=offset)
   for indices in (select(17), jax.jit(select)(17)):
     np.testing.assert_array_equal(np.sort(indices, -1), np.broadcast_to([0, 1, 2], (B, 1, K, 3)))
-
-
-@pytest.mark.parametrize("case", [
-    dict(), dict(num_initial=1, num_local=2), dict(num_local=0), dict(num_blocks=9), dict(segments=True),
-    dict(segments=True, num_initial=1, num_blocks=2), dict(T=6, query_offset=23),
-    dict(T=40, S=12, num_blocks=1),
-    dict(T=6, query_offset=np.array([4, 30], np.int32)),
-], ids=str)
-def test_index_top_k_matches_the_oracle(case):
-  case = dict(dict(block_size=8, num_blocks=3, num_initial=0, num_local=1), **case)
-  S = case.pop("S", 38)
-  T = case.pop("T", S)
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  where = {n: case[n] for n in ("segment_ids", "query_offset") if n in case}
-  q_idx, k_idx = normal(0, B, T, K, HI), normal(1, B, S, HI)
-  indices = np.asarray(jax.jit(functools.partial(pk.index_top_k, **case))(q_idx, k_idx))
-  scores = oracle.index_block_scores(q_idx, k_idx, 8, **where)
-  oracle.check_selection(indices, scores, case["num_blocks"], case["num_initial"], case["num_local"], 8,
-                         where.get("query_offset", 0))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_top_k_takes_given_scores(packed):
-  S = 38
-  segment_ids = segments(S) if packed else None
-  given = normal(0, B, S, K, 5)
-  f = functools.partial(pk.block_top_k, block_size=8, num_blocks=2, num_initial=1, num_local=1, keys=S)
-  indices = np.asarray(jax.jit(f)(given, segment_ids=segment_ids))
-  zeros = np.zeros((B, S, K, HI), np.float32)
-  visible = np.isfinite(oracle.index_block_scores(zeros, zeros[:, :, 0], 8, segment_ids))
-  oracle.check_selection(indices, np.where(visible, given, -np.inf), 2, 1, 1, 8)
 
 
 def test_block_mass_matches_the_softmax():
@@ -244,25 +145,20 @@ def test_ties_go_to_the_lower_block_and_masking_precedes_pooling():
   assert set(indices[29]) == {0, 1} and 3 in indices[30]
 
 
-@pytest.mark.parametrize("case", [
-    dict(warmup=True), dict(T=7, query_offset=11, index_scale=0.7, scale=0.2),
-], ids=str)
-def test_index_kl_matches_the_oracle(case):
-  case = dict(case)
-  T, S, N = case.pop("T", 29), 29, 4
-  if case.pop("segments", False):
-    case["segment_ids"] = segments(S)
-  where = {n: case[n] for n in ("segment_ids", "query_offset") if n in case}
-  q, k, v = make(T, S, N)
+@pytest.mark.parametrize("T, case", [(29, {}), (7, dict(query_offset=11, index_scale=0.7, scale=0.2))],
+                         ids=["warm-up", "scales"])
+def test_index_kl_trains_the_index_alone(T, case):
+  S, where = 29, {n: case[n] for n in ("query_offset",) if n in case}
+  q, k, v = make(T, S)
   q_idx, k_idx = normal(4, B, T, K, HI), normal(5, B, S, HI)
-  if case.pop("warmup", False):
-    indices, sets = None, oracle.dense_sets(B, T, K, S)
-    main = pk.attention
-  else:
+  if case:
     indices = random_indices(3, T, 4, 4)
     sets = oracle.selected_sets(indices, 8, S, **where)
     main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8,
-                             scale=case.get("scale"), **where)
+                             scale=case["scale"], **where)
+  else:
+    indices, sets = None, oracle.dense_sets(B, T, K, S)
+    main = pk.attention
   _, lse = jax.jit(main)(q, k, v)
   dloss = normal(6, B, T, K)
   want, want_dq, want_dk = oracle.index_kl(q, k, q_idx, k_idx, sets, case.get("scale", H ** -0.5),

@@ -2,12 +2,10 @@
 import dataclasses
 import functools
 
-from hypothesis import example, given, settings, strategies as st
 import jax
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import kernels_cases as cases
-import kernels_oracle as oracle
 import numpy as np
 import pytest
 
@@ -18,21 +16,6 @@ FUNCTIONS = dict(attention=attention.attention, compressed_attention=compressed_
                  compressed_top_k=compressed_top_k.compressed_top_k, index_top_k=index_top_k.index_top_k)
 H = 16
 COMPRESSED = dict(block_len=8, block_stride=4)
-few = functools.partial(settings, deadline=None, database=None, derandomize=True)
-seeds = st.integers(0, 2**31)
-
-
-def draw(seed, T, S, N, K, C=None, B=2, integers=False):
-  """q, k, v, segment_ids, query_offset of a selection; offsets may lie past the last key."""
-  rng = np.random.default_rng(seed)
-  new = lambda *shape: rng.integers(-2, 3, shape) if integers else rng.normal(size=shape)
-  array = lambda *shape: jnp.asarray(new(*shape), jnp.float32)
-  keys = S if C is None else C
-  ids = np.cumsum(rng.random((B, S)) < rng.choice([0.0, 0.03, 0.3]), axis=1).astype(np.int32)
-  offset = rng.choice([0, 1, S - T, S - T // 2, S + 5], B).astype(np.int32)
-  return array(B, T, N, H), array(B, keys, K, H), array(B, keys, K, H), jnp.asarray(ids), jnp.asarray(offset)
-
-
 SHAPE = functools.partial(cases.shape, H=H)
 ATTENTIONS = {  # operation, options, tiles, shape
     "window": ("attention", dict(window=21), (16, 16), SHAPE(T=37, S=61)),
@@ -82,69 +65,33 @@ def test_huge_logits(small_parts):
 
 # --- selections ---------------------------------------------------------------
 
-SELECTIONS = {  # block_size, num_blocks, num_initial, num_local
-    "free": (16, 3, 0, 0), "forced": (8, 4, 1, 2), "all": (16, 9, 1, 1)}
+FREE, FORCED = dict(num_initial=0, num_local=0), dict(num_initial=1, num_local=1)
+CHOICES = {  # operation, shape, tiles
+    "index_free": ("index_top_k", dict(block_size=16, J=3, **FREE), (128, 128, 1)),
+    "index_forced": ("index_top_k", dict(block_size=8, J=4), (128, 64, 1)),
+    "index_all": ("index_top_k", dict(block_size=16, J=9, **FORCED), (128, 128, 1)),
+    "nsa": ("compressed_top_k", dict(block_size=16, J=4, **FORCED), (128, 32)),
+    "wide": ("compressed_top_k", dict(block_len=24, block_size=8, J=3, **FORCED), (128, 16)),
+    "mean": ("compressed_top_k", dict(block_len=16, block_stride=16, block_size=16, J=5, **FORCED), (128, 8)),
+}
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_index_top_k_is_the_references(name):
-  block_size, num_blocks, num_initial, num_local = SELECTIONS[name]
-  options = dict(block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local)
-  kernel = jax.jit(functools.partial(index_top_k.index_top_k, **options, tiles=(128, 8 * block_size, 1),
-                                     interpret=True))
-  truth = jax.jit(functools.partial(reference.index_top_k, **options))
-
-  @few(max_examples=5)
-  @given(seeds, st.booleans())
-  @example(0, True)
-  def check(seed, coarse):
-    q, k, *_, ids, offset = draw(seed, T=40, S=200, N=2, K=1, integers=coarse)  # coarse scores tie
-    where = dict(segment_ids=ids, query_offset=offset)
-    got = np.asarray(kernel(q, k[:, :, 0], **where))
-    if coarse:  # exact: the lower block wins every tie, and the order is the reference's too
-      np.testing.assert_array_equal(got, truth(q, k[:, :, 0], **where))
-    else:
-      check_selection(got, truth(q, k[:, :, 0], **where), seed)
-
-  check()
-
-
-def check_selection(got, want, seed):
-  """Equal selections; scores that differ by a rounding may swap, which none of these seeds does."""
-  np.testing.assert_array_equal(np.sort(got, axis=-1), np.sort(np.asarray(want), axis=-1), err_msg=f"seed {seed}")
-
-
-LENGTHS = {"nsa": (8, 4, 16, 4), "wide": (24, 4, 8, 3), "mean": (16, 16, 16, 5)}  # len, stride, block_size, J
-
-
-@pytest.mark.parametrize("name", LENGTHS)
-def test_compressed_top_k_is_the_references(name):
-  block_len, block_stride, block_size, num_blocks = LENGTHS[name]
-  lengths = dict(block_len=block_len, block_stride=block_stride)
-  options = dict(lengths, block_size=block_size, num_blocks=num_blocks, num_initial=1, num_local=1)
-  S = 90
-  C = (S - block_len) // block_stride + 1
-  attend = jax.jit(functools.partial(reference.compressed_attention, **lengths))
-  kernel = jax.jit(functools.partial(compressed_top_k.compressed_top_k, **options,
-                                 tiles=(128, 8 * block_size // block_stride), interpret=True))
-
-  @few(max_examples=3)
-  @given(seeds, st.booleans())
-  @example(0, True)
-  def check(seed, packed):
-    q, k, v, *_, ids, offset = draw(seed, T=10, S=S, N=2, K=1, C=C)
-    where = dict(segment_ids=ids if packed else None, query_offset=np.minimum(offset, S - 10))
-    got = np.asarray(kernel(q, k, attend(q, k, v, **where)[1], **where))
-    scores = oracle.compressed_block_scores(q, k, block_len, block_stride, block_size, S, H ** -0.5, **where)
-    oracle.check_selection(got, scores, num_blocks, 1, 1, block_size, where["query_offset"])
-
-  check()
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_the_oracles(name):
+  operation, shape, tiles = CHOICES[name]
+  size = dict(T=24, S=200, K=2, index_dim=H) if operation == "index_top_k" else dict(T=10, S=90, N=2, K=1)
+  s = SHAPE(**size, **shape)
+  how = dict(cases.options_of(operation, s), tiles=tiles, interpret=True)
+  choose = jax.jit(functools.partial(FUNCTIONS[operation], **how))
+  for situation in cases.situations(operation):
+    for whole in (False, True):
+      cases.check_selection(operation, choose, s, cases.draw(operation, s, situation, whole=whole), whole=whole)
 
 
 def test_no_mass_anywhere_goes_to_the_lower_blocks():
   """Queries too early for a compressed block: every score is 0, and ties go to the lower block."""
-  q, k, v, *_ = draw(3, T=7, S=70, N=4, K=2, C=16)
-  options = dict(COMPRESSED, block_size=4, num_blocks=2, num_initial=0, num_local=0)
+  s = SHAPE(T=7, S=70, block_size=4, J=2, **FREE)
+  (q, k), options = cases.draw("compressed_top_k", s).arrays, cases.options_of("compressed_top_k", s)
   lse = jnp.full(q.shape[:3], -jnp.inf)
   kernel = functools.partial(compressed_top_k.compressed_top_k, tiles=(128, 16), interpret=True, **options)
   got = jax.jit(kernel)(q, k, lse)
@@ -172,17 +119,12 @@ def test_attention_does_not_race():
       inputs, options=window)
 
 
-def test_selections_do_not_race():
-  q, k, v, *_, ids, _ = draw(0, T=40, S=200, N=2, K=1, C=49, B=1)
-  options = dict(block_size=8, num_blocks=2, num_initial=0, num_local=1, segment_ids=ids, query_offset=150)
-  truth = lambda f, **options: jax.jit(functools.partial(f, **options))
-  _, lse = truth(reference.compressed_attention, **COMPRESSED, segment_ids=ids, query_offset=150)(q, k, v)
-  got = strictly(compressed_top_k.compressed_top_k, q, k, lse, **COMPRESSED, **options, tiles=(128, 16))
-  want = truth(reference.compressed_top_k, **COMPRESSED, **options)(q, k, lse)
-  np.testing.assert_array_equal(got, want)
-  q, k, *_ = draw(0, T=40, S=200, N=2, K=1, B=1)
-  got = strictly(index_top_k.index_top_k, q, k[:, :, 0], **options, tiles=(128, 64, 2))
-  np.testing.assert_array_equal(got, truth(reference.index_top_k, **options)(q, k[:, :, 0]))
+def test_choices_do_not_race():
+  s = SHAPE(B=1, T=40, S=200, J=2, num_initial=0, num_local=1, index_dim=H)
+  for operation, tiles in (("compressed_top_k", (128, 16)), ("index_top_k", (128, 64, 2))):
+    choose = functools.partial(strictly, FUNCTIONS[operation], tiles=tiles, **cases.options_of(operation, s))
+    inputs = cases.draw(operation, s, cases.Situation(documents=lambda S: 9, offset=(0.94,)))
+    cases.check_selection(operation, choose, s, inputs)
 
 
 # --- compilation and dispatch ---------------------------------------------------
