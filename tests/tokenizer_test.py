@@ -219,3 +219,33 @@ def test_what_is_wrong_is_named(tmp_path):
     config_lib.validate(config)
   assert f"model.vocab_size = 256: the tokenizer has {tokenizer.get(name).vocab_size} tokens" in str(error.value)
   assert "data.tasks = 'mqar': has token ids of its own" in str(error.value) and "'copy'" not in str(error.value)
+
+
+def test_text_is_tokenized_once_for_all_processes(tmp_path, monkeypatch, caplog):
+  """Kept ids are those of the texts and the tokenizer at hand; a file that is damaged is no shorter text."""
+  name = save(tmp_path / "hf", "byte_level", {"eos_token": "</s>"})
+  kind, texts, kept = tokenizer.get(name), [TEXT.encode(), b"x = 1\n", TEXT[:99].encode()], tmp_path / "kept"
+  monkeypatch.setenv("NSA_TOKENS", str(kept))
+  want = kind.encode_all(texts)
+  assert tokenizer.encode_kept(kind, texts)[0].tolist() == want[0].tolist() and not kept.exists()  # seconds: not kept
+  monkeypatch.setattr(tokenizer, "_KEPT_FROM", 0)
+  tokenizer.encode_kept(kind, texts)
+  file, = kept.iterdir()
+  monkeypatch.setattr(kind, "encode_all", lambda texts: pytest.fail("tokenized again"))
+  for ids, its in zip(tokenizer.encode_kept(kind, texts), want, strict=True):
+    assert ids.dtype == np.uint32 and ids.tolist() == its.tolist()
+  with pytest.raises(pytest.fail.Exception, match="again"):
+    tokenizer.encode_kept(kind, texts[::-1])
+  other = change(name, lambda tree: tree["model"].update(merges=tree["model"]["merges"][:-1]))
+  assert len(tokenizer.encode_kept(other, texts)) == 3 and len(list(kept.iterdir())) == 2
+
+  monkeypatch.undo()
+  monkeypatch.setenv("NSA_TOKENS", str(kept))
+  monkeypatch.setattr(tokenizer, "_KEPT_FROM", 0)
+  whole = file.read_bytes()
+  for damaged in (whole[:-40], whole[:200] + b"?" + whole[201:], b""):
+    file.write_bytes(damaged)
+    assert [ids.tolist() for ids in tokenizer.encode_kept(kind, texts)] == [ids.tolist() for ids in want]
+    assert "is damaged" in caplog.records.pop().getMessage() and file.read_bytes() == whole
+  monkeypatch.setenv("NSA_TOKENS", str(file / "no folder"))
+  assert len(tokenizer.encode_kept(kind, texts)) == 3 and "NSA_TOKENS" in caplog.records.pop().getMessage()

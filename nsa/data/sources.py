@@ -82,9 +82,28 @@ def read_ahead(listed: Iterable[str]) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document, ...]:
-  kind, _, rest = source.partition(":")
   if source == "tasks":
     return ()
+  if tokens != "bytes" and split != "train":  # tasks hide their evidence in the bytes of the same documents
+    texts = {d.name: d.tokens.astype(np.uint8).tobytes() for d in _load(source, split, data_dir, "bytes")}
+  else:
+    texts = _texts(source, split, data_dir)
+  kind, names = tokenizer.get(tokens), sorted(texts)
+  if tokens == "bytes":
+    return tuple(_document(name, kind.encode(texts[name])) for name in names)
+  documents, counted = [], {}
+  for name, ids in zip(names, tokenizer.encode_kept(kind, [texts[name] for name in names])):
+    made = int(kind.token_bytes[ids].sum())
+    prefix = kind.prefix * (made == len(texts[name]) + kind.prefix)
+    documents.append(_document(name, ids, prefix))
+    counted[name] = made - prefix
+  _compare_bytes(source, split, tokens, texts, counted)
+  return tuple(documents)
+
+
+def _texts(source, split, data_dir) -> dict[str, bytes]:
+  """The documents with text in them, by name."""
+  kind, _, rest = source.partition(":")
   if source == "stdlib":
     texts = _stdlib(split)
   elif kind == "files" and rest:
@@ -98,17 +117,7 @@ def _load(source: str, split: str, data_dir: str, tokens: str) -> tuple[Document
   if not texts:
     raise ValueError(f"data.source = {source!r}: the split {split!r} has no document with text in it; "
                      "add text files or take another split")
-  kind = tokenizer.get(tokens)
-  if tokens == "bytes":
-    return tuple(_document(name, kind.encode(texts[name])) for name in sorted(texts))
-  documents, counted, names = [], {}, sorted(texts)
-  for name, ids in zip(names, kind.encode_all([texts[name] for name in names])):
-    made = int(kind.token_bytes[ids].sum())
-    prefix = kind.prefix * (made == len(texts[name]) + kind.prefix)
-    documents.append(_document(name, ids, prefix))
-    counted[name] = made - prefix
-  _compare_bytes(source, split, tokens, texts, counted)
-  return tuple(documents)
+  return texts
 
 
 def _compare_bytes(source, split, tokens, texts, counted):
