@@ -88,6 +88,9 @@ class Row:
   def compile(self):
     """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python."""
     import jax
+
+    from nsa import step as step_lib
+    step_lib.compile_init(self.config, self.mesh)
     began = time.perf_counter()
     program = self.lowered.compile()
     seconds, apart = time.perf_counter() - began, program if self.profile else None

@@ -14,7 +14,8 @@ of tracing and compiling, little where the compilation cache has the program. MF
 pairs alone, recomputation not counted) over the chip's published peak. floor: the least time of this device for those
 FLOPs at the measured rate of a large product, plus, one after the other, the bytes that the optimizer cannot avoid
 (weights, gradients and two moments, read and written in float32: 32 per parameter that learns) at the measured rate of
-a large copy; "of floor" is floor / ms. vs dense: the dense step's time of the same model and batch over this one's.
+a large copy; "of floor" is floor / ms. vs dense: the dense step's time of the same model, batch and `--one_pass` over
+this one's.
 """
 from __future__ import annotations
 
@@ -35,16 +36,22 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds that train as one program.", lo
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Groups; the median counts.", lower_bound=1)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the attention operations; empty: the best one.")
-_ONE_PASS = flags.DEFINE_boolean("one_pass", False, "Config.one_pass: what stands between products in one pass each.")
+_ONE_PASS = flags.DEFINE_list("one_pass", ["false"], "Config.one_pass: what stands between products in one pass each; "
+                              "false,true times each row without and with it.")
 _PROFILE = flags.DEFINE_boolean("profile", False, "Adds the device time by kind of kernel.")
 _THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 cli.define_common()
 
 
+def _name(row) -> str:
+  method = row["method"] + ("+one_pass" if row["one_pass"] else "")
+  return f"{row['model']:<8} {method:<20} {row['batch']:<9}"
+
+
 def _line(row) -> str:
   number = lambda name, form: f"{row[name]:{form}}" if row.get(name) is not None else "-"
-  return (f"{row['model']:<8} {row['method']:<11} {row['batch']:<9} {row['ms']:9.2f} "
+  return (f"{_name(row)} {row['ms']:9.2f} "
           f"{row['tokens_per_second'] / 1e3:9.0f} {number('mfu', '.3f'):>6} {number('of_floor', '.2f'):>8} "
           f"{number('vs_dense', '.2f'):>8} {row['compile_seconds']:8.1f}")
 
@@ -58,12 +65,15 @@ def main():
     if not (sequences.isdigit() and tokens.isdigit()):
       raise ValueError(f"--batch: {text!r}; take SEQUENCESxTOKENS, as 8x4096")
     batches.append((int(sequences), int(tokens)))
-  how = _SEEDS.value, _IMPLEMENTATION.value, _ONE_PASS.value
-  plan = [(model, batch, method, models.config_of(model, method, *batch, *how))
-          for model in _MODELS.value for batch in batches for method in _METHODS.value]  # all checked before one runs
+  if not set(_ONE_PASS.value) <= {"false", "true"}:
+    raise ValueError(f"--one_pass={','.join(_ONE_PASS.value)}: take false, true, or false,true")
+  how = _SEEDS.value, _IMPLEMENTATION.value
+  plan = [(model, batch, method, one_pass, models.config_of(model, method, *batch, *how, one_pass))  # all checked first
+          for model in _MODELS.value for batch in batches for method in _METHODS.value
+          for one_pass in (value == "true" for value in _ONE_PASS.value)]
   device = jax.devices()[0]
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seeds in a program: {_SEEDS.value}")
-  print(f"{'model':<8} {'method':<11} {'batch':<9} {'ms':>9} {'ktok/s':>9} {'MFU':>6} {'of floor':>8} {'vs dense':>8} "
+  print(f"{'model':<8} {'method':<20} {'batch':<9} {'ms':>9} {'ktok/s':>9} {'MFU':>6} {'of floor':>8} {'vs dense':>8} "
         f"{'compile':>8}")
   rows, dense, traced = [], collections.defaultdict(lambda: None), []
   compilers = concurrent.futures.ThreadPoolExecutor(_THREADS.value)
@@ -74,19 +84,20 @@ def main():
     except Exception as error:  # a shape that an implementation refuses
       traced.append(error)
   concurrent.futures.wait([pair[1] for pair in traced if isinstance(pair, tuple)])
-  for (model, (sequences, tokens), method, _), made in zip(plan, traced):
-    row = dict(model=model, method=method, batch=f"{sequences}x{tokens}", seeds=_SEEDS.value)
+  for (model, (sequences, tokens), method, one_pass, _), made in zip(plan, traced):
+    row = dict(model=model, method=method, batch=f"{sequences}x{tokens}", seeds=_SEEDS.value, one_pass=one_pass)
     try:
       if isinstance(made, Exception):
         raise made
       row.update(made[0].measure(made[1].result(), steps=_STEPS.value, repeats=_REPEATS.value))
     except Exception as error:  # memory, a compiler that gives up; other rows go on
       row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-      print(f"{model:<8} {method:<11} {row['batch']:<9} {row['error']}", flush=True)
+      print(f"{_name(row)} {row['error']}", flush=True)
     else:
       if method == "dense":
-        dense[model, row["batch"]] = row["ms"]
-      row["vs_dense"] = dense[model, row["batch"]] and dense[model, row["batch"]] / row["ms"]
+        dense[model, row["batch"], one_pass] = row["ms"]
+      baseline = dense[model, row["batch"], one_pass]
+      row["vs_dense"] = baseline and baseline / row["ms"]
       print(_line(row), flush=True)
       for kind, ms in row.get("kinds_ms", {}).items():
         print(f"    {kind:<34} {ms:9.3f} ms")
