@@ -34,8 +34,9 @@ Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, 
 (archives or folders; none: the standard library's source), tier=1 (0 to 5, or all of 1 to 5; a tier brings the dense
 arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
 context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
-(of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, remat=layer (or none), plan=
-(its directory; empty: experiments/results/smollm2).
+(of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, once=true (the imported
+model also with what is chosen once per prompt: masked dense attention in float32, which takes longest), remat=layer
+(or none), plan= (its directory; empty: experiments/results/smollm2).
 """
 import dataclasses
 
@@ -60,7 +61,7 @@ TASKS = ("needle:digits=4", "needle:keys=2,digits=4", "phonebook")
 def get_config(arg=None):
   a = arguments.parse(arg, model="", novels="", code="", tier="1", rate=1e-3, selector_steps=60, budgets="0.5+2+8+32",
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
-                      windows=48, examples=32, decoded=8, eval_batch=4, remat="layer", plan="")
+                      windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
   make = Arms(a)
   tiers = {str(number): make.tier(number) for number in range(1, 6)}
   if a.tier == "0":
@@ -137,8 +138,9 @@ class Arms:
   def imported(self, free=True):
     """The model as it came, and with every training-free selection."""
     half = [f"{mode}:num_blocks={self.a.blocks // 2}" for mode in BLOCKS]
-    return self.arm("dense", self.method("dense"), schedule.as_it_is(), RATIOS[""], ("dense",),
-                    (*BLOCKS, *ONCE, *half) if free else (), decoded=True)
+    modes = (*BLOCKS, *(ONCE if self.a.once else ()), *half)
+    return self.arm("dense", self.method("dense"), schedule.as_it_is(), RATIOS[""], ("dense",), modes if free else (),
+                    decoded=True)
 
   def continued(self, millions, rates=""):
     """The control: dense to the end, with the tokens and the rates of the retrofits."""

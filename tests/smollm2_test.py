@@ -55,6 +55,8 @@ def test_every_tier_is_what_its_docstring_says(arguments):
     assert one.optimizer.selector_learning_rate == (5 if "5to1" in one.arm else 40)
   assert arms["msa_0.002M_first2"].layers == ("dense", "dense", "attention")
   assert arms["msa_0.002M_j2"].attention.num_blocks == 2
+  free = {once: set(smollm2.get_config(f"{arguments},once={once}").arms[0].eval.more_modes) for once in (True, False)}
+  assert free[True] - free[False] == set(smollm2.ONCE) and set(smollm2.BLOCKS) < free[False]
   with pytest.raises(ValueError, match="tier = '6': 0, 1, 2, 3, 4, 5 or all"):
     smollm2.get_config("tier=6")
 
