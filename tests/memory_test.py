@@ -121,6 +121,33 @@ def test_chunks_equal_the_recurrence_token_by_token(name):
     np.testing.assert_allclose((np.asarray(grad, np.float64) * move).sum(), want, rtol=1e-4, atol=1e-4 * scale)
 
 
+@functools.lru_cache(maxsize=None)
+def both_of(**options):
+  """y and all gradients of two documents in chunks of 16."""
+  model = config_lib.ModelConfig(d_model=16, num_heads=4, num_kv_heads=2, head_dim=32, short_conv=0)
+  mem = memory.Memory(layers.Init(jax.random.key(2)), model, methods.LMM(chunk=16, **options), project=False)
+  graph, state = memory.nnx.split(mem)
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), (2, 64) + shape)
+  segments = jnp.broadcast_to(jnp.arange(64) // 32, (2, 64))
+
+  def objective(state, q, k, v, h):
+    mem = memory.nnx.merge(graph, state)
+    y, _ = mem(q, k, v, mem.gates_of(h), None, segment_ids=segments)
+    return jnp.sum(y * draw(4, 4, 32)), y
+
+  grads, y = jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4), has_aux=True))(
+      state, draw(0, 4, 32), draw(1, 2, 32), draw(2, 2, 32), draw(3, 16))
+  return [y, *jax.tree.leaves(grads)]
+
+
+def test_rounded_products_stay_near_and_kept_interiors_change_nothing():
+  want = both_of()
+  for a, b in zip(both_of(recompute=False), want):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+  away = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(both_of(products="bfloat16"), want)]
+  assert 1e-4 < min(away) and max(away) < 1e-2, away  # rounded, and by no more than bfloat16 does
+
+
 def test_calls_may_end_anywhere_in_a_chunk():
   name, x = "guarded", as_float32(inputs())
   p = as_float32(holder(name)[1])
@@ -254,6 +281,7 @@ def test_memory_flops_by_hand_and_the_window_that_costs_as_much():
     ("lmm", "backprop", "none", "local or full"), ("mag", "heads", 3, "divisor"),
     ("mal", "window", 128, "context of 64"),
     ("mag", "persistent", -1, "negative"), ("mag", "join", "sum", "product"),
+    ("mal", "products", "float16", "bfloat16"),
     ("mac", "segment", 6, "multiple of chunk = 4")])
 def test_wrong_options_name_field_and_fix(method, field, value, fix):
   options = dataclasses.replace(LAYERS[method], **{field: value})

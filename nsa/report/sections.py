@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, planning
+from nsa.report import answer, endpoints, lengths, planning
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -100,7 +100,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
       blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
-  blocks += answer.exploratory(study, verdict)
+  blocks += answer.exploratory(study, verdict) + lengths.section(study, gallery)
   for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"),
                       ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),

@@ -44,6 +44,8 @@ class Titans(interface.Method):
   gradient: str = "chunk"         # taken at the memory of the chunk's start (paper) | of the document's start
   backprop: str = "full"          # through the inner gradients' M' too (paper) | local: M' is a constant there
   read: str = "token"             # of the memory after the token's own write (paper) | at the chunk's start
+  products: str = "float32"       # operands of the products within chunks: float32 | bfloat16. State and sums: float32
+  recompute: bool = True          # chunks' interiors are made again in the backward pass: less memory
 
   def memory_shape(self, model) -> tuple[int, int, int]:
     """Memories R, queries per memory G, width d; R * G * d = N * H."""
@@ -67,7 +69,8 @@ class Titans(interface.Method):
     if self.clip < 0:
       problems.append(("clip", self.clip, "cannot be negative; 0 for no clipping"))
     for name, known in (("gradient", ("chunk", "document")), ("backprop", ("local", "full")),
-                        ("read", ("token", "chunk")), ("join", ("add", "product"))):
+                        ("read", ("token", "chunk")), ("join", ("add", "product")),
+                        ("products", ("float32", "bfloat16"))):
       if getattr(self, name, known[0]) not in known:
         problems.append((name, getattr(self, name), " or ".join(known)))
     if self.heads < 0 or self.heads and model.num_heads * model.head_dim % self.heads:

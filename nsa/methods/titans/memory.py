@@ -14,10 +14,18 @@ reads M', as public code does, instead of M_t. Chunks lie on the absolute grid [
 No weights per token are ever built. The gradient of one matrix for one token is an outer product a_i d_i^T (input
 and error signal of that matrix), and the recurrences are linear, so within a chunk
 
-  W_t = beta_t W' + gamma_t S' - sum_{i <= t} C[t, i] a_i d_i^T,    C = decay(1 - alpha) decay(eta) diag(theta),
+  W_t = beta_t W' + gamma_t S' - sum_{i <= t} C[t, i] theta_i a_i d_i^T,    C = decay(1 - alpha) decay(eta),
 
-with decay(x)[t, j] = x_{j+1} ... x_t. Reading a_t W_t is then two products with the carried matrices and one causal,
+with decay(x)[t, j] = x_{j+1} ... x_t. Reading a_t W_t is then a product with the carried matrices and one causal,
 weighted attention over the chunk per matrix. The result equals the recurrence token by token (tests/memory_oracle.py).
+
+How it is computed: chunks follow one another in a scan, and only what needs the memory is in it. Decays, C and all that
+reads the first matrix' input (q, k and q k^T, weighted) are made for all chunks side by side; the inner gradient is
+written out (`_gradients`), so no product is made twice; a matrix and its surprise are one array, read by one product
+and written by one. Per chunk of b tokens and matrix that leaves five products forward, of [b, 2 I] x [2 I, O],
+[b, b] x [b, O], [2 I, b] x [b, O] and the two of the gradient, for all sequences and heads at a time.
+`products` = "bfloat16" rounds their operands, and those of their gradients; sums, state, decays and all else stay
+float32. What bounds it on a GPU: benchmarks/memory.py, docs/kernels.md.
 
 What keeps it finite, by construction and for any weights and any length:
 * theta_t = max_step * sigmoid(.) * (1 - eta_t): S is a weighted mean of single steps, so
@@ -31,7 +39,7 @@ What keeps it finite, by construction and for any weights and any length:
 * backprop = "full" differentiates everything when the model is trained, as the paper and public code do: a chain of
   chunks is then a chain of factors (I - theta * Hessian), bounded by nothing. "local" takes M' as a constant of the
   inner gradients; the past is reached through the linear recurrence alone, whose factors are at most one.
-All of it is float32, with full-precision products.
+All of it is float32, with full-precision products unless `products` says otherwise.
 
 Measured, depth 4. (a) Forward alone: 512 tokens of 20 repeated keys, width 16, theta about 1/4: the plain MLP without
 clipping is NaN between tokens 128 and 256; with clipping it stays finite, but there a plain RMS norm in place of
@@ -47,6 +55,7 @@ that begins inside a chunk neither writes nor reads (y = 0) until the next bound
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -107,9 +116,12 @@ class Memory(nnx.Module):
 
   def read(self, weights: list, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """M(q) of one memory [B, R, I, O] for all tokens, without writing."""
-    q_BRGTd = self._heads_first(unit(q))
-    y = _network(lambda i, a: _dot("brgti,brio->brgto", a, weights[i]), q_BRGTd, self.options.depth, self._gain(3))
-    return self._heads_last(y, q)
+    B, T, N, H = q.shape
+    heads = self.gate_bias.shape[0]
+    q_BRGTd = jnp.moveaxis(unit(q).reshape(B, T, heads, N // heads, H), 1, 3)
+    linear = lambda i, a: self._product("brgti,brio->brgto", a, weights[i])
+    y = self._output(q_BRGTd, _network(linear, q_BRGTd, self.options.depth, self.options.norm))
+    return jnp.moveaxis(y, 3, 1).reshape(q.shape)
 
   def __call__(self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], gates: Gates,
                state: dict | None, *, offset=0, segment_ids=None) -> tuple[Float[Array, "B T N H"], dict]:
@@ -128,97 +140,139 @@ class Memory(nnx.Module):
     live, fresh = documents(segment_ids, positions, size, B)
     live, fresh = live & valid, fresh & valid
 
-    def place(x):    # [B, T, ...] -> [B, slots, ...]
+    def place(x):    # [B, T, ...] -> float32[B, slots, ...]
       x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, slots - T)) + ((0, 0),) * (x.ndim - 2))
       return x if isinstance(phase, int) and not phase else jnp.roll(x, phase, axis=1)
 
-    def split(x):    # [B, slots, ...] -> [chunks, B, width, ...]
-      return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), 1, 0)
+    def split(x):    # [B, slots, R, ...] -> [chunks, B, R, width, ...]
+      return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), (1, 3), (0, 2))
 
     mask = live[..., None].astype(jnp.float32)
-    xs = {"q": place(unit(q)), "k": place(unit(k)), "v": place(jax.nn.silu(v)), "live": mask[..., 0],
-          "keep": place(gates.log_keep) * mask, "momentum": place(gates.log_momentum) * mask,
-          "step": place(gates.step) * mask}
-    xs = {**jax.tree.map(split, xs), "fresh": fresh[:, ::width].T,
-          "complete": (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]}
+    queries = place(unit(q)).reshape(B, slots, self.gate_bias.shape[0], -1, q.shape[-1])
+    xs = self._prepare(jnp.moveaxis(split(queries), 4, 3), split(place(unit(k))), split(mask),
+                       *(split(place(gate) * mask) for gate in (gates.log_keep, gates.log_momentum)))
+    xs |= {"v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask)}
+    first = [_pair(w, jnp.zeros_like(w)) for w in self.begin(B)["now"]]
+    whole = state is None and not T % size  # the memory as it is, is what every chunk begins with
     state = self.begin(B) if state is None else state
-    state, y = jax.lax.scan(jax.checkpoint(self._chunk), state, xs)
-    y = jnp.moveaxis(y, 0, 1).reshape((B, slots) + y.shape[3:])
+    carry = {"pairs": [_pair(now, s) for now, s in zip(state["now"], state["surprise"])]}
+    if not whole:
+      carry["start"] = list(state["start"])
+      xs["complete"] = (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]
+    if segment_ids is not None:  # a chunk leaves what the next one begins with
+      fresh = fresh[:, ::width].T
+      xs["anew"] = jnp.concatenate([fresh[1:], jnp.zeros_like(fresh[:1])])
+      carry = _anew(fresh[0], first, carry)
+    chunk = functools.partial(self._chunk, first)
+    carry, z = jax.lax.scan(jax.checkpoint(chunk) if self.options.recompute else chunk, carry, xs)
+    z = jnp.moveaxis(z, (0, 4), (1, 2)).reshape(queries.shape)
+    y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
     if not isinstance(phase, int) or phase:
       y = jnp.roll(y, -phase, axis=1)
-    return y[:, :T].reshape(q.shape), state
+    now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in carry["pairs"]))
+    return y[:, :T], {"start": carry.get("start", list(now)), "now": list(now), "surprise": list(surprise)}
 
-  def _chunk(self, state, x):
-    """One chunk: [B, width, ...] each. Returns the state after it and y [B, width, N, H]."""
-    o = self.options
-    first = self.weights()
-    anew = lambda new, old: jnp.where(x["fresh"][:, None, None, None], new, old)
-    start, now = ([anew(w, old) for w, old in zip(first, state[name])] for name in ("start", "now"))
-    surprise = [anew(0.0, s) for s in state["surprise"]]
+  def _prepare(self, q, k, live, keep, momentum) -> dict:
+    """What chunks need that no memory has to be known for, of all chunks side by side: [chunks, B, R, ...] each."""
+    keep, momentum = jnp.cumsum(keep, -1), jnp.cumsum(momentum, -1)
+    gained, lasting = _decays(keep) * live[..., None, :], _decays(momentum)  # a slot without a token adds no surprise
+    xs = {"k": k, "mixing": _dot("cbrtj,cbrji->cbrti", gained, lasting), "lasting": lasting[..., -1, :],
+          "beta": jnp.exp(keep), "gamma": _dot("cbrtj,cbrj->cbrt", gained, jnp.exp(momentum)),
+          "kept": jnp.exp(momentum[..., -1])}
+    if self.options.read == "token":
+      xs["shares"] = self._product("cbrgta,cbrja->cbrgtj", q, k) * xs["mixing"][:, :, :, None]
+      q = _carried(q, xs)
+    low = {name: x.astype(self._operands) for name, x in {**xs, "q": q, "ends": _ends(k, xs)}.items()
+           if name in ("q", "shares", "ends")}
+    return {**xs, **low}
 
-    k, v = (jnp.moveaxis(x[name], 2, 1) for name in "kv")                        # [B, R, t, d]
+  def _chunk(self, first, carry, x):
+    """One chunk, [B, R, ...] each: the carry after it, and what the last matrix gives for the queries, [B, R, G, t, d].
+
+    A pair is [B, R, 2 I, O]: a matrix of the memory, and its surprise below. One product reads both, one writes both.
+    """
+    o, pairs = self.options, carry["pairs"]
+    upper = lambda pair: pair[:, :, :pair.shape[2] // 2]
+    start = carry.get("start") or [upper(pair) for pair in pairs]
+    base = start
     if o.gradient == "document":
-      base = [jnp.broadcast_to(w, s.shape) for w, s in zip(first, start)]
-    else:
-      base = jax.lax.stop_gradient(start) if o.backprop == "local" else start
-    inputs, errors = self._gradients(base, k, v)
-    squared = sum(jnp.sum(a * a, -1) * jnp.sum(d * d, -1) for a, d in zip(inputs, errors))
-    step = jnp.moveaxis(x["step"], 2, 1)                                         # [B, R, t]
+      base = [upper(pair) for pair in first]
+    elif o.backprop == "local":
+      base = jax.lax.stop_gradient(start)
+    inputs, errors = self._gradients(base, x["k"], x["v"])
+    step = x["step"][..., None]                                                  # [B, R, t, 1]
     if o.clip:
-      limit = o.clip ** 2 * v.shape[-1]
+      squared = sum(jnp.sum(a * a, -1, keepdims=True) * jnp.sum(d * d, -1, keepdims=True)
+                    for a, d in zip(inputs, errors))
+      limit = o.clip ** 2 * x["v"].shape[-1]
       step = step * jnp.sqrt(limit) * jax.lax.rsqrt(jnp.maximum(squared, limit))
+    errors = [(d * step).astype(self._operands) for d in errors]
 
-    keep, momentum = (jnp.cumsum(jnp.moveaxis(x[name], 2, 1), -1) for name in ("keep", "momentum"))
-    # a slot without a token adds no surprise
-    gained = _decays(keep) * x["live"][:, None, None, :]
-    writes = _decays(momentum) * step[:, :, None, :]                             # [B, R, t, i], of S
-    mixing = _dot("brtj,brji->brti", gained, writes)                             # C
-    beta, gamma = jnp.exp(keep), _dot("brtj,brj->brt", gained, jnp.exp(momentum))
-
-    q = self._heads_first(x["q"])                                                # [B, R, G, t, d]
     def moved(i, a):
-      carried = beta[:, :, None, :, None] * _dot("brgti,brio->brgto", a, now[i]) \
-          + gamma[:, :, None, :, None] * _dot("brgti,brio->brgto", a, surprise[i])
-      shares = _dot("brgta,brja->brgtj", a, inputs[i]) * mixing[:, :, None]
-      return carried - _dot("brgtj,brjo->brgto", shares, errors[i])
-    linear = moved if o.read == "token" else lambda i, a: _dot("brgti,brio->brgto", a, start[i])
-    y = self._heads_last(_network(linear, q, o.depth, self._gain(3)), x["q"]) * x["live"][:, :, None, None]
+      shares = x["shares"]
+      if i:
+        shares, a = self._product("brgta,brja->brgtj", a, inputs[i]) * x["mixing"][:, :, None], _carried(a, x)
+      return self._product("brgti,brio->brgto", a, pairs[i]) - self._product("brgtj,brjo->brgto", shares, errors[i])
 
-    def outer(i, shares):  # the last row of a mixing matrix is what stays
-      return _dot("brja,brjo->brao", inputs[i] * shares[:, :, -1, :, None], errors[i])
-    last = lambda c: c[:, :, -1, None, None]
-    new = [last(beta) * now[i] + last(gamma) * surprise[i] - outer(i, mixing) for i in range(o.depth)]
-    surprise = [last(jnp.exp(momentum)) * surprise[i] - outer(i, writes) for i in range(o.depth)]
-    start = [jnp.where(x["complete"], n, s) for n, s in zip(new, start)]
-    return {"start": start, "now": new, "surprise": surprise}, y
+    linear = moved if o.read == "token" else lambda i, a: self._product("brgti,brio->brgto", a, start[i])
+    z = _network(linear, x["q"], o.depth, o.norm)
+    new = []
+    for i, pair in enumerate(pairs):  # the last row of a mixing matrix is what stays
+      now, surprise = jnp.split(pair, 2, axis=2)
+      beta, gamma, kept = (d[..., None, None] for d in (x["beta"][..., -1], x["gamma"][..., -1], x["kept"]))
+      ends = _ends(inputs[i], x) if i else x["ends"]
+      new.append(_pair(beta * now + gamma * surprise, kept * surprise)
+                 - self._product("brji,brjo->brio", ends, errors[i]))
+    out = {"pairs": new}
+    if "start" in carry:
+      out["start"] = [jnp.where(x["complete"], upper(n), s) for n, s in zip(new, carry["start"])]
+    return _anew(x["anew"], first, out) if "anew" in x else out, z
 
   def _gradients(self, weights, k, v):
-    """Inputs a [B, R, t, I] and error signals d [B, R, t, O] of every matrix: its gradient for token i is a_i d_i^T."""
-    def loss(bumps):
-      inputs = []
-      def linear(i, a):
-        inputs.append(a)
-        return _dot("brti,brio->brto", a, weights[i]) + bumps[i]
-      y = _network(linear, k, self.options.depth, self._gain(2))
-      return 0.5 * jnp.sum((y - v) ** 2), inputs
+    """Inputs a [B, R, t, I] and error signals d [B, R, t, O] of every matrix: its gradient for token i is a_i d_i^T.
 
-    errors, inputs = jax.grad(loss, has_aux=True)([jnp.zeros(k.shape[:3] + w.shape[-1:]) for w in weights])
+    Back-propagation through the memory's MLP, written out: its products and no others are made.
+    """
+    o, a, inputs, raw = self.options, k, [], []
+    for w in weights:
+      inputs.append(a)
+      raw.append(self._product("brti,brio->brto", a, w))
+      z = bounded(raw[-1]) if o.norm else raw[-1]
+      a = jax.nn.silu(z) / np.sqrt(z.shape[-1])
+    g = self._output(k, z) - v                                                   # of |M(k) - v|^2 / 2
+    if o.norm:
+      g = g * self._gain(2)
+    errors = []
+    for i in reversed(range(o.depth)):
+      z, scale = raw[i], 1.0
+      if o.norm:  # of bounded: n = z scale, dn = scale dz - scale^3 z mean(z dz)
+        scale = jax.lax.rsqrt(1 + jnp.mean(z * z, -1, keepdims=True))
+        g = scale * g - scale ** 3 * z * jnp.mean(z * g, -1, keepdims=True)
+      errors.insert(0, g)
+      if i:
+        z = raw[i - 1]
+        n = bounded(z) if o.norm else z
+        gate = jax.nn.sigmoid(n)
+        g = self._product("brto,brio->brti", g, weights[i]) * gate * (1 + n * (1 - gate)) / np.sqrt(n.shape[-1])
     return inputs, errors
 
-  def _gain(self, inner: int):
-    """The gain, to go with [B, R, ..., d] of that many dimensions behind R; None without norm."""
+  def _output(self, x, z, behind: int = 0):
+    """M(x) of the last matrix's output, [B, (T,) R, ..., d]; `behind`: whether time stands before R."""
     if not self.options.norm:
-      return None
+      return z
+    return x + self._gain(x.ndim - 2 - behind) * z
+
+  @property
+  def _operands(self):
+    return jnp.dtype(self.options.products)
+
+  def _product(self, spec, x, y):
+    return _dot(spec, x, y) if self._operands == jnp.float32 else _rounded(spec, x, y)
+
+  def _gain(self, inner: int):
+    """The gain, to go with [..., R, ..., d] of `inner` dimensions behind R."""
     gain = self.gain[...]
     return gain.reshape((gain.shape[0],) + (1,) * (inner - 1) + gain.shape[1:])
-
-  def _heads_first(self, q_BTNH):
-    B, T, N, H = q_BTNH.shape
-    heads = self.gate_bias.shape[0]
-    return jnp.moveaxis(q_BTNH.reshape(B, T, heads, N // heads, H), 1, 3)
-
-  def _heads_last(self, y_BRGTd, like):
-    return jnp.moveaxis(y_BRGTd, 3, 1).reshape(like.shape)
 
 
 def unit(x):
@@ -233,15 +287,38 @@ def bounded(z):
   return z * jax.lax.rsqrt(1 + jnp.mean(z * z, -1, keepdims=True))
 
 
-def _network(linear, x, depth, gain):
-  """The memory's MLP; `linear(i, a)` is the product with its i-th matrix."""
+def _network(linear, x, depth, norm):
+  """What the last matrix of the memory's MLP gives; `linear(i, a)` is the product with its i-th matrix."""
   a = x
   for i in range(depth):
     z = linear(i, a)
-    if gain is not None:
+    if norm:
       z = bounded(z)
     a = jax.nn.silu(z) / np.sqrt(z.shape[-1])
-  return z if gain is None else x + gain * z
+  return z
+
+
+def _pair(upper, lower):
+  return jnp.concatenate([upper, lower], axis=2)
+
+
+def _carried(a: Float[Array, "... R G t I"], x) -> Float[Array, "... R G t J"]:
+  """What reads a pair: [beta a, gamma a], J = 2 I."""
+  return jnp.concatenate([x[name][..., None, :, None] * a for name in ("beta", "gamma")], axis=-1)
+
+
+def _ends(a: Float[Array, "... t I"], x) -> Float[Array, "... t J"]:
+  """What writes a pair: a by how much of each token is left in memory and surprise at the chunk's end, J = 2 I."""
+  return jnp.concatenate([x["mixing"][..., -1, :, None] * a, x["lasting"][..., None] * a], axis=-1)
+
+
+def _anew(fresh: Bool[Array, "B"], first: list, carry: dict) -> dict:
+  """The carry, begun anew where another document begins."""
+  reset = lambda w, old: jnp.where(fresh[:, None, None, None], w, old)
+  out = {"pairs": [reset(w, pair) for w, pair in zip(first, carry["pairs"])]}
+  if "start" in carry:
+    out["start"] = [reset(w[:, :, :w.shape[2] // 2], old) for w, old in zip(first, carry["start"])]
+  return out
 
 
 def _decays(cumulated: Float[Array, "... t"]) -> Float[Array, "... t t"]:
@@ -264,3 +341,24 @@ def documents(segment_ids, positions, size, batch) -> tuple[Bool[Array, "B slots
 
 def _dot(spec, x, y):
   return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(spec, x, y):
+  """The product of bfloat16 operands, summed in float32; so are the products of its gradients."""
+  return jnp.einsum(spec, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _rounded_forward(spec, x, y):
+  return _rounded(spec, x, y), (x, y)
+
+
+def _rounded_backward(spec, kept, g):
+  x, y = kept
+  inputs, out = spec.split("->")
+  left, right = inputs.split(",")
+  return (_rounded(f"{out},{right}->{left}", g, y).astype(x.dtype),
+          _rounded(f"{left},{out}->{right}", x, g).astype(y.dtype))
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)

@@ -1,0 +1,125 @@
+"""What a step with Titans' memory costs, what the memory alone costs, and what bounds it.
+
+  python -m benchmarks.memory --out=memory.jsonl                                   # minutes of one GPU
+  python -m benchmarks.memory --steps= --layers=4096/128,4096/16 --products=bfloat16
+  python -m benchmarks.memory --tiny                                               # on a CPU, to see that it runs
+
+--steps names arms of experiments/titans.py: their whole train step, at their size and sequence, one seed. --layers
+names TOKENS/CHUNK pairs: the memory of one layer alone (writing and reading with q, k, v and gates given), as many
+sequences as make --tokens, forward and forward + backward.
+
+Each row is printed as it is measured and appended to --out, a JSON object a line. ms: median over groups of calls.
+tflops: useful FLOPs (`Titans.memory_costs`; backward twice the forward) over ms. chunks: steps that have to follow one
+another. kernels: of one chunk, forward and backward, counted in the compiled loops; chunk_us: ms over chunks;
+us_per_kernel: chunk_us over kernels, near a launch where launches are the bound and far above it where products or
+traffic are. state_gbs: the least traffic of the carried matrices over ms (read and written once a chunk; with a
+backward pass also saved, read again, and so their gradients). gbs: what XLA reckons that the kernels of one chunk,
+forward and backward, read and write, times chunks, over ms.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import time
+
+from absl import flags
+
+from launch import cli
+
+_STEPS = flags.DEFINE_list("steps", ["dense", "window_equal", "window", "native", "native_mag", "native_mal"],
+                           "Arms of experiments/titans.py whose train steps are timed.")
+_LAYERS = flags.DEFINE_list("layers", ["4096/128", "4096/64", "4096/256", "16384/128", "16384/256", "4096/16"],
+                            "TOKENS/CHUNK of the memory alone.")
+_PRODUCTS = flags.DEFINE_list("products", ["bfloat16"], "Of the memory alone: bfloat16, float32.")
+_KEEP = flags.DEFINE_boolean("keep", True, "Times the first of --layers with recompute = False too.")
+_TOKENS = flags.DEFINE_integer("tokens", 32_768, "Of all sequences of the memory alone.", lower_bound=1)
+_ARGUMENTS = flags.DEFINE_string("arguments", "", "Of experiments/titans.py, e.g. chunk=64.")
+_TINY = flags.DEFINE_boolean("tiny", False, "Shapes that a CPU can take.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
+_THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
+_SECONDS = flags.DEFINE_integer("seconds", 0, "No row is begun after so many; 0: all are measured.")
+_OUT = flags.DEFINE_string("out", None, "File for the rows.")
+cli.define_common()
+
+
+def main():
+  import jax
+
+  from benchmarks import loops, models
+  from experiments import titans
+  from nsa import flops
+  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  tiny = "context=256,batch=2,chunk=32" if _TINY.value else ""
+  study = titans.get_config(",".join(filter(None, (tiny, _ARGUMENTS.value))))
+  arms = {config.arm: config for config in study.arms}
+  if unknown := [name for name in _STEPS.value if name not in arms]:
+    raise ValueError(f"--steps: {unknown[0]!r} is no arm of experiments/titans.py; take some of {', '.join(arms)}")
+  pairs = []
+  for text in _LAYERS.value:
+    tokens, _, chunk = text.partition("/")
+    if not (tokens.isdigit() and chunk.isdigit()):
+      raise ValueError(f"--layers: {text!r}; take TOKENS/CHUNK, as 4096/128")
+    pairs.append((int(tokens) // (16 if _TINY.value else 1), int(chunk) // (4 if _TINY.value else 1)))
+  device, began = jax.devices()[0], time.monotonic()
+  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
+  model = arms["native_mag"].model
+  total = _TOKENS.value if not _TINY.value else 512
+
+  def write(row):
+    row |= dict(device=device.device_kind, jax=jax.__version__)
+    print(json.dumps({n: float(f"{x:.4g}") if isinstance(x, float) else x for n, x in row.items()}), flush=True)
+    if _OUT.value:  # after each row: what was measured stays if a later one fails
+      with open(_OUT.value, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+  def step_of(name):
+    return lambda: models.Row(dataclasses.replace(arms[name], seeds=(1,)))
+
+  def layer_of(tokens, chunk, products, recompute):
+    options = dataclasses.replace(arms["native_mag"].attention, chunk=chunk, products=products, recompute=recompute)
+    return lambda: loops.MemoryLayer(model, options, max(1, total // tokens), tokens)
+
+  def measure(one, compiled):
+    if isinstance(one, loops.MemoryLayer):
+      return one.measure(compiled, _REPEATS.value)
+    row, what = one.measure(compiled, steps=2 if _TINY.value else 8, repeats=_REPEATS.value), one.config
+    costs = flops.forward(what, what.data.context, one.what.mode)
+    kept = {n: row[n] for n in ("ms", "ms_of_groups", "tokens_per_second", "useful_tflop", "mfu", "compile_seconds",
+                                "temporary_bytes", "loss", "mode")}
+    return dict(row="step", arm=what.arm, tokens=what.data.context, sequences=what.data.global_batch,
+                forward_flops_per_token=sum(costs.values()), tflops=row["useful_tflop"] / row["ms"] * 1e3,
+                kernels=loops.kernels(compiled[0].as_text()), **kept)
+
+  layers = [(tokens, chunk, products, True) for products in _PRODUCTS.value for tokens, chunk in pairs]
+  layers[1:1] = [(*layers[0][:3], False)] if _KEEP.value and layers else []
+  made = [(f"step of {name}", step_of(name)) for name in _STEPS.value]
+  made += [("layer {}/{} {} recompute={}".format(*what), layer_of(*what)) for what in layers]
+  compilers, work = concurrent.futures.ThreadPoolExecutor(_THREADS.value), []
+  for label, make in made:
+    try:
+      one = make()
+      work.append((label, one, compilers.submit(one.compile)))
+    except Exception as error:  # a shape that an implementation refuses
+      write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+  print(f"traced in {time.monotonic() - began:.0f} s", flush=True)
+  # Nothing compiles while something is timed, unless it takes too long.
+  concurrent.futures.wait([future for *_, future in work], timeout=0.7 * _SECONDS.value or None)
+  print(f"compiled {sum(future.done() for *_, future in work)} of {len(work)} in {time.monotonic() - began:.0f} s",
+        flush=True)
+  for label, one, future in sorted(work, key=lambda item: not item[2].done()):
+    left = _SECONDS.value - (time.monotonic() - began) if _SECONDS.value else None
+    try:
+      if left is not None and left < 0:
+        raise TimeoutError(f"--seconds={_SECONDS.value} are over")
+      write(measure(one, future.result(timeout=left)))
+    except Exception as error:  # memory, a compiler that gives up; other rows go on
+      write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+  print(f"done in {time.monotonic() - began:.0f} s", flush=True)
+  if any(not future.done() for *_, future in work):
+    os._exit(0)  # a compiler cannot be stopped otherwise
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,154 @@
+"""Does a neural memory close more of what a window lacks than a longer window, or a selector, of the same cost?
+
+    python -m launch.study --config=experiments/titans.py:novels=A.tar.xz,code=B.tar.xz --workdir=runs/titans
+    python -m benchmarks.memory                     # step times of the arms alone, and of the memory: `SPEEDS`
+
+The recipe of `experiments/main_study.py` at size S (3M parameters, 4,096 bytes of context, 8 rows a batch of which one
+is tasks), with `scale` of its steps, and documents that begin at multiples of the memory's chunk in all arms.
+
+| arm | attention | memory | compared with |
+|---|---|---|---|
+| dense | dense | - | the anchor |
+| native_mag | window of 256 | beside it (MAG), from step 0 | window_equal |
+| window_equal | the longest window that costs no more than native_mag | - | |
+| native | MSA, 24 blocks of 32 | - | native_mag |
+| window | window of 256 | - | native_mag: what the memory adds |
+| mag_window_free, mag_window_frozen | window of 256 | put onto the finished window | window_after |
+| window_after | window of 256, going on alike | - | |
+| native_mal | window of 256 over what the memory returned (MAL) | from step 0 | window_equal |
+| mag_dense_free, mag_dense_frozen | dense | put onto the finished dense model | dense_after |
+| dense_after | dense, going on alike | - | |
+| dense_yarn, native_yarn | the finished models, RoPE stretched by YaRN, no step of training | - | |
+
+The retrofits' gate begins at zero: their first step is the base's function, to the bit. `free` learns with the base,
+`frozen` learns the memory alone; both, and the controls, take 25 % more steps at the second plan of the main study.
+
+**Stated before the runs.** Every model is evaluated once, at four times the trained length: recall on examples of one,
+two and four times it (mqar of 16 and 64 pairs, `examples` of each), text on windows of four times it, by position: the
+second half of the trained length, the second one, the third and fourth. Positions beyond the trained length: a window
+and a memory meet no distance that they have not seen; dense and MSA do, so their YaRN arms (factor 4) stand beside
+them, and dense counts as an anchor at the trained length alone. *Far*: the evidence lies behind the first block and
+farther back than window_equal reaches, the same for all arms. Four layers of a window pass on four windows.
+
+- Endpoint: far exact match, mean over the two tasks, at 1x and at 4x. Smallest effect that matters: 10 points.
+- Secondary: bits per byte of novels and of code by position. Smallest effect: 0.005 bits per byte.
+- Family of tests: each arm with a memory minus what it is compared with, paired by seed, at 1x and 4x, two-sided t
+  tests under Holm (nsa/report/lengths.py). All else is exploratory.
+- Gate: recall at 1x says nothing unless dense answers 90 %.
+- The report's general verdict is of windows of four times the trained length and of examples of all lengths; what is
+  stated here its section on lengths judges. FLOPs of training of what is put onto a window count its trunk as dense.
+- Seeds 1 to 3 train as one program. A run that diverges is counted.
+- Costs: FLOPs per token counted at each length, and measured: the step alone on its device, not the study's runs, which
+  share theirs.
+
+With 3 seeds and the scatter of the main study's recall (SD of paired differences 1 to 3 points where both learn, far
+more where a seed fails to) an effect of 10 points is seen unless seeds fall into two groups, which is then said.
+
+Arguments: novels=, code= (archives or folders; none: the standard library's source), seeds=3, scale=0.75 (of the main
+study's steps), context=4096, batch=8, window=256, chunk=128, expansion=2 (of the memory's MLP), blocks=24 (MSA),
+budget=0.25 (of the steps, on top), rate=3e-3, examples=64 (per task and length), windows=64 (of each corpus; -1 = all),
+tiny=false (true: a model for a CPU).
+"""
+import dataclasses
+import types
+
+from experiments import arguments, main_study
+from nsa import flops, methods, schedule
+from nsa.config import EvalConfig, ForkConfig, RopeScaling, ScheduleConfig, Stage
+from nsa.study import Study
+
+MULTIPLES = (1, 2, 4)   # of the trained length, at evaluation
+PAIRS = (16, 64)
+TINY = dict(num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, mlp_dim=128)
+# "dense-S", ... -> tokens per second of one seed's step alone on one H200 (benchmarks/memory.py), where measured
+SPEEDS = {}
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, novels="", code="", seeds=3, scale=0.75, context=4096, batch=8, window=256, chunk=128,
+                      expansion=2, blocks=24, budget=0.25, rate=3e-3, examples=64, windows=64, tiny=False)
+  make = Arms(a)
+  arms = make.all()
+  two = bool(a.novels and a.code)
+  text = [f"second_half_bits_per_byte:{name}" for name in ("novels", "code")] if two else ["second_half_bits_per_byte"]
+  retrofits = ("mag_window_free", "mag_window_frozen", "mag_dense_free", "mag_dense_frozen")
+  return Study(name="titans", question=__doc__.splitlines()[0], arms=arms, seeds=tuple(range(1, 1 + a.seeds)),
+               dense="dense", reference="native_mag", budgets=dict.fromkeys(retrofits, a.budget),
+               controls={"native_mag": "window_equal", "native_mal": "window_equal",
+                         **{arm: f"{arm.split('_')[1]}_after" for arm in retrofits}},
+               primary=("far_exact_match", *text), task_margin=0.1, quantities=("R", "A"), speeds=SPEEDS)
+
+
+class Arms:
+  """Makes the arms, with the main study's config of size S as the base of each."""
+
+  def __init__(self, a):
+    self.a = a
+    main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate_m=a.rate,
+                                 rate_s=a.rate, rate_l=a.rate)
+    self.make = make = main_study.Arms(main, "S")
+    make.context, make.batch = a.context, a.batch
+    if a.tiny:
+      make.shape, make.steps = TINY, max(4, round(a.scale * 40))
+      make.warmup = max(1, round(0.02 * make.steps)) / make.steps
+    self.steps, self.plan = make.steps, make.plan
+    memory = dict(chunk=a.chunk, expansion=a.expansion, products="bfloat16")
+    self.mag = methods.MAG(window=a.window, **memory)
+    self.mal = methods.MAL(window=a.window, persistent=0, **memory)
+    self.beside = methods.MAG(**memory)
+    self.window = methods.Window(a.window)
+    self.equal = methods.Window(flops.equal_window(self.base("native_mag", self.mag, self.native()), a.context))
+
+  def all(self):
+    dense, equal, window = methods.Dense(), self.equal, self.window
+    going_on = schedule.dense_continuation(self.steps, self.a.budget, **self.plan)
+    windowed = dataclasses.replace(going_on, stages=[Stage(1.0, "sparse")])
+    msa = schedule.native(self.steps, selector_warmup=self.make.warmup, **self.plan)
+    arms = [
+        self.arm("dense", dense, schedule.dense(self.steps, **self.plan)),
+        self.arm("native_mag", self.mag, self.native()),
+        self.arm("window_equal", equal, self.native()),
+        self.arm("native", self.make.msa, msa),
+        self.arm("window", window, self.native()),
+        self.retrofit("mag_window_free", self.mag, "window", "all"),
+        self.retrofit("mag_window_frozen", self.mag, "window", "memory"),
+        self.arm("window_after", window, windowed, ForkConfig("@window", step=self.steps)),
+        self.arm("native_mal", self.mal, self.native()),
+        self.retrofit("mag_dense_free", self.beside, "dense", "all"),
+        self.retrofit("mag_dense_frozen", self.beside, "dense", "memory"),
+        self.arm("dense_after", dense, going_on, ForkConfig("@dense", step=self.steps)),
+        self.stretched("dense_yarn", dense, "dense", "dense"),
+        self.stretched("native_yarn", self.make.msa, "native", "sparse"),
+    ]
+    return arms
+
+  def native(self):
+    return schedule.native(self.steps, selector_warmup=0, **self.plan)
+
+  def retrofit(self, name, attention, trunk, train):
+    stages = schedule.retrofit_after(self.steps, self.a.budget, warmup_steps=0, **self.plan)
+    stages.stages[-1].train = train
+    return self.arm(name, attention, stages, ForkConfig(f"@{trunk}", step=self.steps))
+
+  def stretched(self, name, attention, trunk, mode):
+    """The finished trunk with YaRN (arXiv 2309.00071), evaluated as it is."""
+    still = ScheduleConfig(1, [Stage(mode=mode, learning_rate=0.0)])
+    out = self.arm(name, attention, still, ForkConfig(f"@{trunk}", reset=True))
+    scaling = RopeScaling("yarn", float(MULTIPLES[-1]), self.a.context, high_frequency=32.0)
+    return dataclasses.replace(out, model=dataclasses.replace(out.model, rope_scaling=scaling))
+
+  def base(self, name, attention, stages, fork=None):
+    out = self.make.arm(name, attention, stages, fork, modes=("dense" if attention.name == "dense" else "sparse",))
+    lengths = tuple(n for n in out.data.task_lengths if n <= self.a.context)
+    # Tasks whose examples have no room in a short context are left out of it.
+    out.data = dataclasses.replace(out.data, task_lengths=lengths, align=max(out.data.align, self.a.chunk))
+    return out
+
+  def arm(self, name, attention, stages, fork=None):
+    a, out = self.a, self.base(name, attention, stages, fork)
+    tasks = tuple(f"mqar:pairs={n}@{a.context * k}" for k in MULTIPLES for n in PAIRS)
+    out.eval = EvalConfig(
+        sequences=a.windows, context=a.context * MULTIPLES[-1], batch=4, run_modes=out.eval.run_modes, tasks=tasks,
+        task_examples=a.examples, near=(main_study.BLOCK, self.equal.window), context_gain=(a.context,),
+        diagnostics=False)
+    return out

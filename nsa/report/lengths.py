@@ -1,0 +1,191 @@
+"""Recall and text by the length that a model is asked at, in multiples of the trained one, against what a token costs.
+
+Of studies whose evaluations ask examples of several lengths ("mqar@4096", "mqar@8192", ...): what the other sections
+mean over, this one takes apart. Text at k times the trained length is that of the second half of the first k lengths of
+a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
+shortest and the longest length: two-sided t tests under Holm.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from nsa.report import endpoints, statistics
+from nsa.report.document import Heading, Table, Text
+from nsa.report.runs import Run, Study
+
+RECALL = "far_exact_match"
+SMALLEST = 0.1   # of far exact match, where the study states no margin of it
+ANCHOR = 0.9     # what dense has to answer at the shortest length
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """An arm minus its control at one length. interval: of 95 %, of the mean over seeds. p: by Holm over the family.
+
+  word: "differs by enough" (the interval lies beyond the smallest effect), "differs" (p at or below alpha), "no more
+  than that apart" (the interval lies within), "undecided", or "one seed".
+  """
+  arm: str
+  against: str
+  multiple: float
+  interval: statistics.Interval
+  p: float
+  word: str
+
+
+def lengths(study: Study, size: str) -> tuple[int, list[int]]:
+  """(tokens of the trained context, tokens of the examples asked, ascending); (0, []) where there is but one length."""
+  runs = [run for run in study.finished if run.size == size]
+  asked = sorted({_tokens(r["task"]) for run in runs for r in run.records if r["kind"] == "task"} - {0})
+  trained = next((int(n) for run in runs if (n := (run.config or {}).get("data", {}).get("context"))), 0)
+  return (trained, asked) if trained and len(asked) > 1 else (0, [])
+
+
+def recall(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
+  """{(tokens of the examples, seed): far exact match, a mean over tasks}, of the arm's own run mode."""
+  records = endpoints.select(study, "task", arm, size, study.headline_mode(arm))
+  found = endpoints.group(records, ("task", "seed"), RECALL, "far_answers")
+  cells: dict[tuple[int, int], list[float]] = {}
+  for (task, seed), value in found.items():
+    if _tokens(task):
+      cells.setdefault((_tokens(task), seed), []).append(value)
+  return {cell: float(np.mean(values)) for cell, values in cells.items()}
+
+
+def text(study: Study, arm: str, size: str, asked: list[int]) -> dict[tuple[str, int, int], float]:
+  """{(corpus, tokens, seed): bits per byte at the positions from tokens / 2 to tokens}, of the arm's own run mode."""
+  out = {}
+  for n in asked:
+    mine = [r for r in endpoints.select(study, "position", arm, size, study.headline_mode(arm))
+            if n // 2 <= r["start"] and r["end"] <= n]
+    found = endpoints.group(mine, ("corpus", "seed"), "bits_per_byte", "bytes")
+    out |= {(corpus or "text", n, seed): value for (corpus, seed), value in found.items()}
+  return out
+
+
+def flops_per_token(run: Run, tokens: int) -> float:
+  """Forward FLOPs per token of the run's own mode over `tokens`, all parts; NaN where the config says nothing."""
+  config = endpoints.parsed(run.config) if run.config else None
+  if config is None:
+    return math.nan
+  from nsa import flops  # here: it imports jax, which the statistics do without
+  return sum(flops.forward(config, tokens, run.headline_mode).values())
+
+
+def compare(study: Study, size: str) -> list[Compared]:
+  """The family of tests; a pair without a common seed is left out."""
+  _, asked = lengths(study, size)
+  margin = next((e.margin for e in study.endpoints if e.metric == RECALL), SMALLEST)
+  found = []
+  for arm, against in study.controls.items():
+    ours, theirs = recall(study, arm, size), recall(study, against, size)
+    for n in (asked[0], asked[-1]) if asked else ():
+      at = lambda values: {seed: value for (tokens, seed), value in values.items() if tokens == n}
+      seeds, differences = statistics.paired_differences(at(ours), at(theirs))
+      if seeds:
+        found.append((arm, against, n, differences))
+  trained, _ = lengths(study, size)
+  out = []
+  for (arm, against, n, differences), p in zip(found, statistics.holm([statistics.t_test(d) for *_, d in found])):
+    i = statistics.t_interval(differences)
+    word = ("one seed" if not i.bounded else
+            "differs by enough" if p <= study.alpha and (i.low > margin or i.high < -margin) else
+            "no more than that apart" if -margin < i.low and i.high < margin else
+            "differs" if p <= study.alpha else "undecided")
+    out.append(Compared(arm, against, n / trained, i, float(p), word))
+  return out
+
+
+def section(study: Study, gallery) -> list:
+  """Heading, tables and a figure for each size that was asked at several lengths; [] where none was."""
+  sizes = [size for size in study.sizes if lengths(study, size)[1]]
+  return [Heading("By length")] * bool(sizes) + [block for size in sizes for block in _of_size(study, size, gallery)]
+
+
+def _of_size(study, size, gallery):
+  trained, asked = lengths(study, size)
+  times = [f"{n / trained:g}x" for n in asked]
+  exact = endpoints.METRIC[RECALL]
+  runs = {arm: next(r for r in study.finished if (r.arm, r.size) == (arm, size)) for arm in study.arms
+          if any((r.arm, r.size) == (arm, size) for r in study.finished)}
+  values = {arm: recall(study, arm, size) for arm in runs}
+  of_text = {arm: text(study, arm, size, asked) for arm in runs}
+  pick = lambda cells, *key: [v for (*k, _), v in cells.items() if tuple(k) == key]
+  blocks = []
+  anchor = pick(values.get(study.dense, {}), asked[0])
+  if not anchor or np.mean(anchor) < ANCHOR:
+    said = f"answers {100 * np.mean(anchor):.1f} %" if anchor else "has no evaluation"
+    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * ANCHOR:.0f} %: recall there says "
+                       "nothing of what the others lack.**", "note"))
+  speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
+  measured = any(math.isfinite(speed(arm)) for arm in runs)
+  rows = []
+  for arm, run in runs.items():
+    cost = [flops_per_token(run, n) / 1e6 for n in asked]
+    rows.append([arm, str(len({seed for _, seed in values[arm]}))]
+                + [endpoints.interval_text(exact, pick(values[arm], n), False) for n in asked]
+                + [f"{c:.2f}" if math.isfinite(c) else "-" for c in cost]
+                + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if measured else []))
+  blocks.append(Table(
+      ["arm", "seeds"] + [f"recall, {t} (%)" for t in times] + [f"MFLOPs per token, {t}" for t in times]
+      + ["training step, ns per token"] * measured, rows,
+      f"Exact match where the evidence is far, mean over tasks, on examples of so many times the trained {trained:,} "
+      "tokens; ± is the half-width of the 95 % t interval over seeds. FLOPs: counted, forward."
+      + (" Training step: one seed alone on its device, at the trained length." if measured else "")))
+  corpora = list(dict.fromkeys(corpus for cells in of_text.values() for corpus, *_ in cells))
+  bits = endpoints.METRIC["bits_per_byte"]
+  if corpora:
+    blocks.append(Table(
+        ["arm"] + [f"{corpus}, {t}" for corpus in corpora for t in times],
+        [[arm] + [endpoints.interval_text(bits, pick(of_text[arm], corpus, n), False) for corpus in corpora
+                  for n in asked] for arm in runs],
+        "Bits per byte of held-out text in the second half of so many times the trained length: all windows are of the "
+        "longest one"))
+  family = compare(study, size)
+  if family:
+    margin = next((e.margin for e in study.endpoints if e.metric == RECALL), SMALLEST)
+    blocks.append(Table(
+        ["arm", "minus", "at", "points", "95 % interval", "p (Holm)", "word"],
+        [[c.arm, c.against, f"{c.multiple:g}x", exact.text(c.interval.mean, True), exact.between(c.interval),
+          f"{c.p:.3f}" if math.isfinite(c.p) else "-", c.word] for c in family],
+        f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(margin)} points. Everything "
+        "else in this section is exploratory", left=2))
+  figure = _figure(gallery, runs, values, asked, times, speed if measured else None)
+  caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
+             "means")
+  return blocks + [gallery.block("lengths", figure, caption, "Recall against cost per token by length",
+                                 "No recall by length", size)]
+
+
+def _figure(gallery, runs, values, asked, times, speed):
+  counted = lambda arm, n: flops_per_token(runs[arm], n) / 1e6
+  panels = [(f"{t} the trained length", n, "MFLOPs per token, forward", counted) for t, n in zip(times, asked)]
+  if speed is not None:
+    panels.append((f"{times[-1]}, by measured cost", asked[-1], "training step, ns per token",
+                   lambda arm, n: 1e9 / speed(arm)))
+  fig, axes = gallery.style.figure(3.1 * len(panels) + 1.6, 3.6, columns=len(panels), sharey=True)
+  drawn = False
+  for ax, (title, n, label, cost) in zip(axes, panels):
+    for arm in runs:
+      mine, x = [100 * v for (tokens, _), v in values[arm].items() if tokens == n], cost(arm, n)
+      if not mine or not math.isfinite(x):
+        continue
+      colour, marker = gallery.look(arm)
+      ax.plot([x] * len(mine), mine, marker, color=colour, alpha=0.45, ms=4)
+      ax.plot([x], [np.mean(mine)], marker, color=colour, label=arm)
+      drawn = True
+    ax.set_title(title)
+    ax.set_xlabel(label)
+  axes[0].set_ylabel("far exact match (%)")
+  axes[0].set_ylim(-3, 103)
+  gallery.style.key(fig, axes[0])
+  return fig if drawn else None
+
+
+def _tokens(task: str) -> int:
+  """Of the examples of a task whose name says it; 0 for others."""
+  _, at, text = task.partition("@")
+  return int(text) if at and text.isdecimal() else 0

@@ -1,0 +1,95 @@
+"""The report's section on lengths, on planted records."""
+import copy
+import math
+
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, flops, methods, schedule
+from nsa.report import lengths, runs
+
+TRAINED, SEEDS = 64, (1, 2, 3)
+# arm -> (attention, far exact match at 1x and 4x, bits per byte at 1x and 4x)
+PLANTED = {
+    "dense": (methods.Dense(), (1.0, 0.3), (2.0, 3.0)),
+    "with_memory": (methods.MAG(window=16, chunk=8), (0.9, 0.8), (2.1, 2.2)),
+    "window": (methods.Window(24), (0.4, 0.78), (2.1, 2.3)),
+}
+NOISE = dict(zip(SEEDS, (-0.004, 0.001, 0.003)))
+
+
+def run_of(arm, path):
+  attention, recall, bits = PLANTED[arm]
+  stages = schedule.dense(10) if arm == "dense" else schedule.native(10, selector_warmup=0)
+  model = config_lib.ModelConfig(num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32)
+  config = config_lib.to_dict(config_lib.Config(
+      arm=arm, size="s", seeds=SEEDS, attention=attention, schedule=stages, model=model,
+      data=config_lib.DataConfig(context=TRAINED, align=8)))
+  records = []
+  for seed in SEEDS:
+    common = dict(seed=seed, arm=arm, size="s", run_mode="dense" if arm == "dense" else "sparse")
+    noise = NOISE[seed] * (arm == "with_memory")
+    for n, share in zip((TRAINED, 4 * TRAINED), recall):
+      for pairs, apart in ((4, 0.0), (16, -0.1)):  # a mean over tasks, however many answers each has
+        for far in (1, pairs):
+          records.append({"kind": "task", "task": f"mqar:pairs={pairs}@{n}", "far_answers": far,
+                          "far_exact_match": share + apart + noise, **common})
+    records.append({"kind": "task", "task": "mqar:pairs=4", "far_answers": 9, "far_exact_match": 0.0, **common})
+    for first, end, value in ((0, 32, 9.0), (32, 64, bits[0]), (64, 128, 9.0), (128, 256, bits[1])):
+      records.append({"kind": "position", "start": first, "end": end, "bits_per_byte": value, "bytes": 10, **common})
+  return runs.Run(path / arm, arm, "s", SEEDS, config, {}, {}, records, 10, "done")
+
+
+@pytest.fixture
+def study(tmp_path):
+  return runs.Study("lengths", [run_of(arm, tmp_path) for arm in PLANTED], declared=True, arms=list(PLANTED),
+                    sizes=["s"], endpoints=[runs.Endpoint("far_exact_match", 0.1)], reference="with_memory",
+                    controls={"with_memory": "window"}, speeds={"dense-s": 1e6, "with_memory-s": 2e6})
+
+
+def test_recall_and_text_are_taken_apart_by_length(study):
+  assert lengths.lengths(study, "s") == (64, [64, 256])
+  recall = lengths.recall(study, "with_memory", "s")
+  assert recall == {(n, seed): pytest.approx(share - 0.05 + NOISE[seed])
+                    for n, share in ((64, 0.9), (256, 0.8)) for seed in SEEDS}
+  assert lengths.text(study, "dense", "s", [64, 256]) == {
+      ("text", n, seed): value for n, value in ((64, 2.0), (256, 3.0)) for seed in SEEDS}
+
+
+def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(study):
+  short, long = lengths.compare(study, "s")
+  assert [(c.arm, c.against, c.multiple) for c in (short, long)] == [("with_memory", "window", m) for m in (1, 4)]
+  assert short.interval.mean == pytest.approx(0.5) and short.word == "differs by enough"
+  assert long.interval.mean == pytest.approx(0.02) and long.word == "no more than that apart"
+  assert short.p <= long.p <= 0.05  # a difference of 2 points is seen, and is too small to matter
+  alone = copy.deepcopy(study)
+  for run in alone.runs:
+    run.records = [r for r in run.records if r["seed"] == 1]
+  assert [c.word for c in lengths.compare(alone, "s")] == ["one seed"] * 2
+  study.controls = {}
+  assert lengths.compare(study, "s") == []
+
+
+def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked(study, tmp_path):
+  from nsa.report import document, sections
+  gallery = sections.Gallery(study, tmp_path, ("png",))
+  page = document.markdown("x", lengths.section(study, gallery))
+  assert gallery.names == ["lengths"] and (tmp_path / "lengths.png").stat().st_size > 1000
+  config = config_lib.from_dict(study.runs[1].config)
+  cost = [f"{sum(flops.forward(config, n, 'sparse').values()) / 1e6:.2f}" for n in (64, 256)]
+  row = next(line for line in page.splitlines() if line.startswith("| with_memory | 3 | 85.0"))
+  assert row.endswith(f"| {cost[0]} | {cost[1]} | 500 |") and "| window | 3 | 35.0 ± 0.0 | 73.0 ± 0.0 |" in page
+  assert "| dense | 2.0000 ± 0.0000 | 3.0000 ± 0.0000 |" in page and "smallest effect that matters: 10.0 points" in page
+  assert "recall there says nothing" not in page
+  for r in study.runs[0].records:
+    r["far_exact_match"] = 0.5
+  assert "dense answers 50.0 % at 1x, less than 90 %" in document.markdown("x", lengths.section(study, gallery))
+  for run in study.runs:
+    run.records = [r for r in run.records if "@256" not in r.get("task", "")]
+  assert lengths.section(study, gallery) == []
+
+
+def test_a_config_that_cannot_be_read_costs_its_place_in_the_figure_alone(study):
+  study.runs[1].config = {"model": {"no_such": 1}}
+  assert math.isnan(lengths.flops_per_token(study.runs[1], 64))
+  assert np.isfinite(lengths.flops_per_token(study.runs[0], 64))
