@@ -164,7 +164,9 @@ class Memory(nnx.Module):
       xs["anew"] = jnp.concatenate([fresh[1:], jnp.zeros_like(fresh[:1])])
       carry = _anew(fresh[0], first, carry)
     chunk = functools.partial(self._chunk, first)
-    carry, z = jax.lax.scan(jax.checkpoint(chunk) if self.options.recompute else chunk, carry, xs)
+    if self.options.recompute:
+      chunk = jax.checkpoint(chunk, prevent_cse=False)  # between a scan's two loops there is nothing in common to find
+    carry, z = jax.lax.scan(chunk, carry, xs)
     z = jnp.moveaxis(z, (0, 4), (1, 2)).reshape(queries.shape)
     y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
     if not isinstance(phase, int) or phase:
