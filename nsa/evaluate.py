@@ -280,14 +280,14 @@ def _on_mesh(static, mesh):
 
 def _compiled(static, batch: int, context: int):
   """The program of a run mode on one device, for batches of [batch, context]."""
-  def build():
+  def lower():
     tokens = {name: jax.ShapeDtypeStruct((batch, context), jnp.int32) for name in ("inputs", "targets", "segment_ids")}
     rows = {"prompt": jax.ShapeDtypeStruct((batch,), jnp.int32), "rows": jax.ShapeDtypeStruct((batch,), jnp.float32)}
     params = model_lib.abstract_params(static.value[0])
     return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows},
-                                                    jax.ShapeDtypeStruct((), bool)).compile()
+                                                    jax.ShapeDtypeStruct((), bool))
 
-  return programs.get(("evaluation", static, batch, context), build)
+  return programs.compiled(("evaluation", static, batch, context), lower)
 
 
 def _evaluation(static, mesh):

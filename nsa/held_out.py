@@ -13,7 +13,7 @@ import json
 
 import numpy as np
 
-from nsa import data, tasks
+from nsa import data, programs, tasks
 from nsa.data import recurrence, tokenizer
 
 TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
@@ -106,12 +106,24 @@ def _load(config, asked):
   examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
 
   def back(corpus):
-    return recurrence.of_windows(config.data.texts[corpus], e.split, e.sequences, context, config.data.tokenizer,
-                                 config.data.data_dir,
-                                 e.near[1] if e.near else context // 8) if asked["ar_hits"] else None
+    return _back(config, config.data.texts[corpus]) if asked["ar_hits"] else None
 
   documents = read(config.data.tokenizer) if windows else haystack
   return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "", back)
+
+
+def _back(config, source: str) -> np.ndarray:
+  """Counted once per process, by whoever asks first."""
+  e, context = config.eval, config.eval.context or config.data.context
+  asked = (source, e.split, e.sequences, context, config.data.tokenizer, config.data.data_dir,
+           e.near[1] if e.near else context // 8)
+  return programs.get(("ar_hits", *asked), functools.partial(recurrence.of_windows, *asked))
+
+
+def counted_ahead(config):
+  """What the last evaluation of a run counts over its training text, seconds of the host's: for `programs.ahead`."""
+  for source in _texts(config).values() if config.eval.ar_hits else ():
+    yield functools.partial(_back, config, source)
 
 
 @functools.lru_cache(maxsize=64)

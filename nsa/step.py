@@ -167,11 +167,11 @@ def _key(config, mesh):
 
 def compile_init(config, mesh):
   """The compiled seeds -> state at step 0."""
-  def build():
+  def lower():
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    return jax.jit(lambda seeds: init_state(config, seeds), out_shardings=shardings).lower(seeds_of(config)).compile()
+    return jax.jit(lambda seeds: init_state(config, seeds), out_shardings=shardings).lower(seeds_of(config))
 
-  return programs.get(("init", *_key(config, mesh)), build)
+  return programs.compiled(("init", *_key(config, mesh)), lower)
 
 
 def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
@@ -189,11 +189,11 @@ def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
 
 def compile_step(config, step: schedule.Step, mesh):
   """The compiled train step, the state donated."""
-  def build():
+  def lower():
     function, arguments, options = program(config, step, mesh)
-    return jax.jit(function, **options).lower(*arguments).compile()
+    return jax.jit(function, **options).lower(*arguments)
 
-  return programs.get(step_key(config, step, mesh), build)
+  return programs.compiled(step_key(config, step, mesh), lower)
 
 
 def step_key(config, step: schedule.Step, mesh):

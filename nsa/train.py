@@ -32,6 +32,7 @@ from nsa import (
   evaluate,
   flops,
   forks,
+  held_out,
   lock,
   metrics,
   model as model_lib,
@@ -234,12 +235,13 @@ def _evaluates(config, done: int) -> bool:
 
 
 def compilations(config, mesh, start: int = 0):
-  """What a run compiles from step `start` on, in the order in which it needs it: for `programs.ahead`."""
+  """What a run compiles from step `start` on and counts, in the order in which it needs it: for `programs.ahead`."""
   yield functools.partial(step_lib.compile_init, config, mesh)
   for step in schedule.programs(config, start):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
   yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
+  yield from held_out.counted_ahead(config)
 
 
 # --- logging, failure, preemption ---------------------------------------------------

@@ -81,11 +81,11 @@ def test_what_is_compiled_ahead_is_what_an_evaluation_runs(monkeypatch):
   class Asked(Exception):
     pass
 
-  def get(key, build):
+  def compiled(key, lower):
     asked.append(key)
     raise Asked
 
-  monkeypatch.setattr(evaluate.programs, "get", get)
+  monkeypatch.setattr(evaluate.programs, "compiled", compiled)
   for attention in (methods.Dense(), methods.MSA(index_dim=4, **BLOCKS)):
     modes = ("dense", "sparse:num_blocks=2", "oracle", "snapkv")
     config = make_config(attention, run_modes=modes, during=("block_topk",), every=10,

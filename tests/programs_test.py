@@ -51,6 +51,53 @@ def test_a_failure_ahead_is_told_and_fails_again_for_who_needs_it():
   programs.check(["bad"])
 
 
+class Lowered:
+  """Stands for what jax.jit(...).lower(...) gives."""
+
+  def __init__(self, name, compiled_by, wait=None):
+    self.name, self.compiled_by, self.wait = name, compiled_by, wait
+
+  def compile(self):
+    assert self.wait is None or self.wait.wait(10)
+    self.compiled_by[self.name] = threading.current_thread().name
+    return f"compiled {self.name}"
+
+
+def test_the_next_program_is_traced_while_one_compiles():
+  by, go, traced = {}, threading.Event(), threading.Event()
+
+  def lower(name, wait=None):
+    traced_by = threading.current_thread().name
+    assert traced_by == ("MainThread" if name == "c" else "compile ahead")
+    if name == "b":
+      traced.set()
+    return Lowered(name, by, wait)
+
+  with programs.ahead([lambda: programs.compiled("a", lambda: lower("a", go)),
+                       lambda: programs.compiled("b", lambda: lower("b"))]):
+    assert traced.wait(10) and "a" not in by  # b is traced, a not compiled yet
+    go.set()
+    assert [programs.compiled(name, None) for name in ("a", "b")] == ["compiled a", "compiled b"]
+    assert programs.compiled("c", lambda: lower("c")) == "compiled c"
+  assert by["a"].startswith("compile ahead, ") and by["b"].startswith("compile ahead, ") and by["c"] == "MainThread"
+
+
+def test_what_is_traced_and_not_compiled_when_a_block_ends_is_forgotten(monkeypatch):
+  monkeypatch.setattr(programs, "_MAX_COMPILERS", 1)
+  by, go, traced = {}, threading.Event(), threading.Event()
+
+  def last():
+    programs.compiled("b", lambda: Lowered("b", by))
+    traced.set()
+
+  with programs.ahead([lambda: programs.compiled("a", lambda: Lowered("a", by, go)), last]):
+    assert traced.wait(10)
+    threading.Timer(0.2, go.set).start()  # behind the block's end
+  assert list(by) == ["a"] and list(programs._programs) == ["a"]
+  programs.check(["a", "b"])
+  assert programs.compiled("b", lambda: Lowered("b", by)) == "compiled b"
+
+
 def test_an_inner_block_leaves_it_to_the_outer_one_and_its_end_stops_the_thread():
   called, first = [], threading.Event()
 
@@ -69,7 +116,7 @@ def test_an_inner_block_leaves_it_to_the_outer_one_and_its_end_stops_the_thread(
       pass
   count = len(called)
   assert "inner" not in called
-  assert not programs._working and len(called) == count
+  assert programs._ahead is None and len(called) == count
 
 
 def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):

@@ -9,8 +9,6 @@ to an n-gram.
 """
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
 from nsa.data import sources, windows
@@ -93,9 +91,8 @@ def _hashes(tokens: np.ndarray, ngram: int) -> np.ndarray:
   return h ^ (h >> np.uint64(29))
 
 
-@functools.lru_cache(maxsize=8)
 def of_windows(source: str, split: str, count: int, context: int, tokens: str, data_dir: str, least: int) -> np.ndarray:
-  """`distances` of the windows that are evaluated, kept for the runs that follow: int32[windows, T]."""
+  """`distances` of the windows that are evaluated: int32[windows, T]."""
   from nsa.config import DataConfig  # here: it brings JAX along
 
   config = DataConfig(source=source, tokenizer=tokens, data_dir=data_dir)

@@ -234,16 +234,16 @@ def _on_mesh(static, mesh):
 
 
 def _compiled(static, batch, T):
-  def build():
+  def lower():
     config = static.value[0]
     D, points = config.model.d_model, config.model.num_layers + 1
     tokens, number = (jax.ShapeDtypeStruct((batch, T), dtype) for dtype in (jnp.int32, jnp.float32))
     rows = dict(inputs=tokens, targets=tokens, weights=number)
     keep = jax.ShapeDtypeStruct((points, D - hidden_states.trim(D)), jnp.int32)
     return jax.jit(hidden_states.make(*static.value)).lower(
-        model_lib.abstract_params(config), rows, jax.ShapeDtypeStruct((D, D), jnp.float32), keep).compile()
+        model_lib.abstract_params(config), rows, jax.ShapeDtypeStruct((D, D), jnp.float32), keep)
 
-  return programs.get(("hidden states", static, batch, T), build)
+  return programs.compiled(("hidden states", static, batch, T), lower)
 
 
 # --- in a run -------------------------------------------------------------------------
