@@ -117,7 +117,7 @@ def _of_size(study, size, gallery):
   blocks = []
   anchor = pick(values.get(study.dense, {}), asked[0])
   if not anchor or np.mean(anchor) < ANCHOR:
-    said = f"answers {100 * np.mean(anchor):.1f} %" if anchor else "has no evaluation"
+    said = f"answers {100 * np.mean(anchor):.1f} %" if anchor else "has no far answer"
     blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * ANCHOR:.0f} %: recall there says "
                        "nothing of what the others lack.**", "note"))
   speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
@@ -181,7 +181,7 @@ def _figure(gallery, runs, values, asked, times, speed):
     ax.set_xlabel(label)
   axes[0].set_ylabel("far exact match (%)")
   axes[0].set_ylim(-3, 103)
-  gallery.style.key(fig, axes[0])
+  gallery.style.key(fig, max(axes, key=lambda ax: len(ax.lines)))
   return fig if drawn else None
 
 
