@@ -190,7 +190,8 @@ def records(config, params, step: int, mesh=None, during: bool = False,
       decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
       for name, examples in task_sets.items():
         listed = not short and run_mode in ("dense", "sparse", "oracle")
-        rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one))
+        rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one),
+                            once=isinstance(run_config.attention, methods.PromptMethod))
       rows = [row for row in rows if row["kind"] != "heat"] if short else rows
       out += [{**row, **base} for row in rows]
   return out

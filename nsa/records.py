@@ -22,7 +22,8 @@ class Field:
 
   role: key (tells records apart, and stays), item (names one window or item: gone once condensed), mean (averaged,
   weighted
-    by the field `weight`), total (summed), count (summed; 1 where it is not written: of a single window or item).
+    by the field `weight`), total (summed), count (summed; 1 where it is not written: of a single window or item),
+    list (what the field `weight` names of each item, in the order of their numbers: see `condense`).
   needed: whether every record of the kind has it.
   digits: significant digits that a published archive keeps; 0 = all.
   column: whether the mean over a run's records is a column of results.csv.
@@ -94,6 +95,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "far_answer_nll": Field("nats per token of the far answers", weight="far_answers"),
         "far_answers": _total("how many answers are far"),
         "items": Field("how many items", "count"),
+        "exact_matches": Field("exact_match of each item: where a section of the report draws items anew", "list",
+                               "exact_match"),
+        "tokens_visible": Field("tokens that a query attends to, of a method that chooses once per prompt: mean over "
+                                "layers, heads and the queries that it thins out", weight="items", digits=6),
+        "tokens_causal": Field("the same of dense attention", weight="items", digits=6),
         "evidence_distance": _item("tokens from the evidence to the question, mean over the answers"),
         "depth": _item("place of the evidence, 0 to 1"),
         "answers": _item("one by one: [first token of the query, last token of the evidence, 1 if right, nats per "
@@ -201,11 +207,11 @@ def mean(records: list[dict], name: str) -> float:
   return math.fsum(v * w for v, w in pairs) / total if total else math.nan
 
 
-def condense(records: list[dict]) -> list[dict]:
+def condense(records: list[dict], lists: bool = False) -> list[dict]:
   """One record for all that agree in COMMON and the keys of their kind: means by weight, totals summed, items gone.
 
   Digits are cut as the schema says. A kind that the schema does not have is left out. The same means come out of the
-  condensed records, to the last digits of a float.
+  condensed records, to the last digits of a float. lists: whether what is asked of each item stays, as a list.
   """
   groups: dict[tuple, list[dict]] = {}
   for record in records:
@@ -225,8 +231,16 @@ def condense(records: list[dict]) -> list[dict]:
       elif field.role == "mean" and any(r.get(name) is not None for r in mine):
         value = first[name] if len(mine) == 1 else mean(mine, name)
         one[name] = _cut(value, field.digits)
+      elif field.role == "list" and lists:
+        one[name] = each(mine, field.weight, name)
     out.append(one)
   return out
+
+
+def each(records: list[dict], name: str, listed: str) -> list[float]:
+  """A field of every item in the order of their numbers, of records of items or of one record that has them listed."""
+  ordered = sorted(records, key=lambda r: r.get("index", 0))
+  return [value for r in ordered for value in r.get(listed, [r.get(name)])]
 
 
 def _weight(record, name):

@@ -169,8 +169,9 @@ def _mean(answers, name):
   return float(np.mean([getattr(a, name) for a in answers]))
 
 
-def task(run, params, name, examples, e, listed: bool, decode=None):
-  """One record per example and one per range of distances; `listed`: the examples' answers one by one.
+def task(run, params, name, examples, e, listed: bool, decode=None, once: bool = False):
+  """One record per example and one per range of distances; `listed`: the examples' answers one by one; `once`: whether
+  the method chooses once per prompt, and measures itself: what it saw stands in the records, a mean over each batch.
 
   decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], of the first `e.decoded`
     examples.
@@ -179,10 +180,16 @@ def task(run, params, name, examples, e, listed: bool, decode=None):
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  done = [(rows, *run(params, batch, False)[:2]) for batch, rows in _batches(examples, e.batch)]
-  for rows, values, right in done:  # as in _nll
+  done, seen = [], [{}] * count
+  for batch, rows in _batches(examples, e.batch):
+    values, right, layers = run(params, batch, False)
+    done.append((rows, values, right, layers if once else ()))  # others' are maps of zeros, many of them
+  for rows, values, right, layers in done:  # as in _nll
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
+    if layers:
+      seen[rows] = [{name: float(np.mean([layer[name] for layer in layers]))
+                     for name in ("tokens_visible", "tokens_causal")}] * keep
   first, last = e.near or (length // 32, length // 8)
   longest = max(int(np.bincount(group[group >= 0]).max()) for group in examples["answer_group"])
   out, answers = [], []
@@ -212,7 +219,7 @@ def task(run, params, name, examples, e, listed: bool, decode=None):
     out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
                                answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
                                depth=float(examples["depth"][i]),
-                               evidence_distance=int(examples["evidence_distance"][i]), **more))
+                               evidence_distance=int(examples["evidence_distance"][i]), **more, **seen[i]))
   return out + _answer_records(name, answers, length)
 
 

@@ -79,6 +79,7 @@ class Study:
   expected_sd: dict[str, float] = field(default_factory=dict)
   flops_per_second: float = 1e14   # of one device, of the FLOPs that an arm needs
   training_share: float = 1.0      # of the wall time that is training steps
+  sections: tuple[str, ...] = ()   # further sections of the report, of nsa/report/sections.py: FURTHER
   shortcuts: bool = False          # True: tasks may be answerable from the first block and a window (tasks/audit.py),
                                    # on purpose
 
@@ -172,7 +173,8 @@ def asked(study: Study) -> dict:
                         for m in (*study.primary, *study.secondary)],
           "quantities": list(study.quantities), "alpha": study.alpha, "reference_arm": study.reference,
           "dense_arm": study.dense, "budgets": study.budgets, "controls": study.controls, "solved": study.solved,
-          "branches": {arm: list(b) for arm, b in study.branches.items()}}
+          "branches": {arm: list(b) for arm, b in study.branches.items()},
+          **({"sections": list(study.sections)} if study.sections else {})}
 
 
 def _directory(config) -> str:

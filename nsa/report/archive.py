@@ -104,7 +104,7 @@ def description(study: Study) -> dict:
           "endpoints": [vars(e) for e in study.endpoints], "quantities": list(study.quantities), "alpha": study.alpha,
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
           "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
-          "audit": study.audit,
+          "audit": study.audit, **({"sections": list(study.sections)} if study.sections else {}),
           **({"opened": True} if study.opened else {}), **({} if study.speeds is None else {"speeds": study.speeds}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
@@ -128,7 +128,8 @@ def _files(study, run: Run, text, drawn) -> dict[str, str]:
     settings = {"settings": run.settings} if step == run.eval_step and run.settings else {}
     files[f"eval/{step}.json"] = text({"step": step, "arm": run.arm, "size": run.size, **settings,
                                        "records": record_lib.condense(
-                                           [r for r in records if r["kind"] != "heat" or id(r) in drawn])})
+                                           [r for r in records if r["kind"] != "heat" or id(r) in drawn],
+                                           lists="frontier" in study.sections)})
   for step, snapshots in run.hidden.items():
     files[f"hidden/{step}.json"] = text({"step": step, "snapshots": snapshots})
   if run.sealed:

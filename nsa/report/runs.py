@@ -113,6 +113,7 @@ class Study:
   branches: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   # recall is a mean over the tasks of which the dense arm answers so much; 0 = over all
   solved: float = 0.0
+  sections: tuple[str, ...] = ()   # further sections that the study asks for (sections.py: FURTHER)
   # "arm-size" -> tokens per second of the arm alone on its device; None = as the runs logged it
   speeds: dict[str, float] | None = None
   plan: dict | None = None         # what was planned before the data (plan_file.py)
@@ -209,7 +210,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("controls", dict, "an object"), ("branches", dict, "an object"),
                             ("jobs", list, "a list of objects"),
                             ("speeds", dict, "an object"), ("arms", list, "a list of names"),
-                            ("audit", list, "a list of objects")):
+                            ("audit", list, "a list of objects"), ("sections", list, "a list of names")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
   solved = plan.get("solved") or 0
   need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
@@ -236,6 +237,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                                        "solved")
            if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
+               sections=tuple(plan.get("sections") or ()),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
                dense=plan.get("dense_arm") or "dense",
                budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},

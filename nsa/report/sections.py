@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, lengths, planning
+from nsa.report import answer, endpoints, frontier, isoflop, lengths, planning
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -59,6 +59,10 @@ PICTURES = {
 }
 
 
+# name in Study.sections: (study, table, gallery) -> blocks
+FURTHER = {"frontier": frontier.section, "isoflop": isoflop.section}
+
+
 class Gallery:
   """Draws figures as the sections ask for them, and saves them under plots/."""
 
@@ -94,6 +98,9 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   blocks = [Text(study.question, "note")] if study.question else []
   blocks += answer.verdict(study, table, verdict) + answer.opened(study, verdict, opened)
   blocks += answer.gates(study, table, verdict)
+  for name in study.sections:
+    blocks += FURTHER[name](study, table, gallery) if name in FURTHER else [
+        Text(f"The section {name!r} that the study asks for is not known to this version.", "note")]
   if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
     blocks.append(Heading("When recall is learnt"))
     for size in study.sizes:

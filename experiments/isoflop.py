@@ -1,0 +1,200 @@
+"""At equal training FLOPs and long context: a larger model with sparse attention, or a smaller dense one?
+
+    python -m launch.study --plan --workdir=runs/isoflop \
+        --config=experiments/isoflop.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz
+    python -m launch.study --workdir=runs/isoflop --config=experiments/isoflop.py:novels=...,code=...,slice=true
+    python -m experiments.isoflop reduction.png  # 28.4x at 1M tokens by arithmetic, beside measured time
+
+Sparse Frontier (arXiv 2504.17768) says larger and sparse, of models that it did not train. Here they are trained: T =
+16,384 bytes, where attention is most of a dense model's training FLOPs, and at each budget of FLOPs every size of the
+ladder 2XS 0.4M, XS 1.3M, S 2.8M, M 10M, L 28M, XL 75M (the backbone without embeddings) whose run has at least `least`
+steps and at most `most` tokens.
+
+| arm | attention |
+|---|---|
+| dense | dense |
+| msa_8, msa_32 | MSA, 1/8 and 1/32 of the context visible in blocks of 64; native, 2 % of the steps warm the selector |
+| window_32 | the window whose forward pass costs what msa_32's does, its index branch counted |
+
+Stated before the runs. Effect that matters: 0.005 bits per byte between the optima. Fits, intervals and the rule:
+nsa/report/isoflop.py; what a window of equal cost has too is no merit of selection. Text of each corpus is judged;
+recall (exact match and NLL of far answers) is shown in a panel of its own. Half of the rows are recall, with 15 % of
+the loss, in all arms. x is training FLOPs, analytic, selector and its loss counted. A second figure has device time,
+for which each run needs a device of its own; a third the models of the largest budget run with other numbers of blocks.
+Controls: the window; one peak rate per size for all arms (from experiments/rates.py at 4,096 bytes: not tuned here, a
+limit). Seed 0 is a pilot, by which the next sizes may be chosen; seeds 1 to 3 at all points are the replicates, and the
+first that count as training scatter.
+
+`slice`: a tenth of the budgets, sizes to L, MSA at 1/32 alone.
+
+Arguments: novels=, code= (archives or folders; none: the standard library's source), slice=false, budgets= (joined by
++; empty: 5e15+1.5e16+4.5e16, of a slice 5e14+1.5e15+4.5e15), shares= (MSA's; empty: 8+32, of a slice 32), windows=32
+(shares whose cost a window gets), sizes= (joined by +; empty: all), least=0, most=0 (0: 300 steps and 4e8 tokens, of a
+slice 100 and 2.5e8), seeds=0 (joined by +), context=16384, batch=2, block=64, windows_of_text=24 (of each corpus),
+examples=32 (per task), view=true (other numbers of blocks at the largest budget), plan= (its directory; empty: none).
+"""
+import functools
+import json
+import pathlib
+import sys
+
+from experiments import arguments
+from nsa import flops, methods, schedule
+from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig
+from nsa.study import Study
+
+LADDER = {  # shape with four query heads of 64 to a KV head; peak rate
+    "2XS": (dict(num_layers=2, d_model=128, num_heads=4, num_kv_heads=1, mlp_dim=352), 5e-3),
+    "XS": (dict(num_layers=3, d_model=192, num_heads=4, num_kv_heads=1, mlp_dim=512), 4e-3),
+    "S": (dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=1, mlp_dim=704), 3e-3),
+    "M": (dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, mlp_dim=1024), 2e-3),
+    "L": (dict(num_layers=10, d_model=512, num_heads=8, num_kv_heads=2, mlp_dim=1408), 1.5e-3),
+    "XL": (dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=3, mlp_dim=2048), 1e-3),
+}
+TASKS = ("mqar:pairs=4", "mqar:pairs=16", "mqar:pairs=64")
+WARMUP = 0.02                    # share of MSA's steps
+
+
+def get_config(arg=None):
+  a = arguments.parse(arg, novels="", code="", slice=False, budgets="", shares="", windows="32", sizes="", least=0,
+                      most=0.0, seeds="0", context=16384, batch=2, block=64, windows_of_text=24, examples=32, view=True,
+                      plan="")
+  make = Arms(a)
+  budgets = numbers("budgets", a.budgets or ("5e14+1.5e15+4.5e15" if a.slice else "5e15+1.5e16+4.5e16"), float)
+  shares = numbers("shares", a.shares or ("32" if a.slice else "8+32"), int)
+  seeds = numbers("seeds", a.seeds, int)
+  sizes = a.sizes.split("+") if a.sizes else list(LADDER)[:5 if a.slice else 6]
+  if unknown := [size for size in sizes if size not in LADDER]:
+    raise ValueError(f"experiment argument sizes = {a.sizes!r}: {unknown[0]} is none of {', '.join(LADDER)}")
+  least, most = a.least or (100 if a.slice else 300), a.most or (2.5e8 if a.slice else 4e8)
+  names = ["dense", *(f"msa_{s}" for s in shares), *(f"window_{s}" for s in numbers("windows", a.windows, int))]
+  arms = []
+  for name in names:
+    for budget in budgets:
+      of_sizes = [make.arm(name, budget, size, a.view and budget == max(budgets)) for size in sizes]
+      arms += [one for one in of_sizes
+               if least <= one.schedule.steps and one.schedule.steps * a.batch * a.context <= most]
+  if not arms:
+    raise ValueError(f"experiment arguments budgets, least, most = {a.budgets!r}, {least}, {most}: no size is left")
+  there = [one.arm for one in arms]
+  last = lambda name: [arm for arm in there if arm.startswith(f"{name}_")][-1:] or there[-1:]
+  corpora = tuple(f"second_half_bits_per_byte:{name}" for name in make.corpora) if len(make.corpora) > 1 else (
+      "second_half_bits_per_byte",)
+  return Study(
+      name="isoflop", question=__doc__.splitlines()[0], arms=arms, seeds=seeds, vmap_seeds=False,
+      dense=last("dense")[0], reference=last(names[1])[0], primary=corpora,
+      secondary=("far_answer_nll", "far_exact_match"), quantities=("A",),
+      sections=("isoflop",), plan=a.plan, flops_per_second=1e14, training_share=0.7,
+      tiers={name: tuple(f"{one.arm}-{one.size}" for one in arms if one.arm.startswith(f"{name}_")) for name in names})
+
+
+def numbers(name, text, kind):
+  """The numbers of an argument, joined by +."""
+  try:
+    found = tuple(kind(one) for one in text.replace("e+", "e").split("+"))
+  except ValueError:
+    raise ValueError(f"experiment argument {name} = {text!r}: numbers joined by +") from None
+  if any(n < 0 for n in found):
+    raise ValueError(f"experiment argument {name} = {text!r}: none below 0")
+  return found
+
+
+class Arms:
+  """Makes the runs of a method, a budget and a size."""
+
+  def __init__(self, a):
+    self.a = a
+    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+
+  def arm(self, name, budget, size, view):
+    """Its steps are those that cost the budget, nearest whole number; at least one."""
+    shape, peak = LADDER[size]
+    a, attention = self.a, self.attention(name, size)
+    dense, learns = isinstance(attention, methods.Dense), isinstance(attention, methods.MSA)
+
+    def stages(steps):
+      plan = dict(peak=peak, warmup=0.02, decay=0.2)
+      warm = max(1, round(WARMUP * steps)) / steps if learns else 0
+      return schedule.dense(steps, **plan) if dense else schedule.native(steps, selector_warmup=warm, **plan)
+
+    counts = [n for n in (2, 8, 32) if learns and n != attention.num_blocks and n * a.block <= a.context // 2]
+    more = [f"sparse:num_blocks={n}" for n in counts] + ["dense"] * (not dense)
+    more += [f"quest:num_blocks={a.context // share // a.block}" for share in (8, 32) if dense]
+    own = "dense" if dense else "sparse"
+    config = Config(
+        arm=f"{name}_{label(budget)}", size=size, attention=attention, schedule=stages(1000),
+        model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **shape),
+        data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=max(1, a.batch // 2),
+                        task_loss=0.15, tasks=TASKS, filler_weight=0.0,
+                        task_lengths=tuple(n for n in (64, 256, 1024, 4096, 16384) if n <= a.context)),
+        optimizer=OptimizerConfig(selector_learning_rate=5.0),
+        eval=EvalConfig(sequences=a.windows_of_text, task_examples=a.examples, batch=4, diagnostics=False,
+                        run_modes=(own, *(more if view else ())), tasks=TASKS[1:],
+                        blocks=dict(block_size=a.block) if dense else {}),
+        checkpoint=CheckpointConfig(every=0, keep=1), log_every=10)
+    config.schedule = stages(max(1, round(1000 * budget / flops.cumulative(config, 1000))))
+    return config
+
+  def attention(self, name, size):
+    kind, _, share = name.partition("_")
+    if kind == "dense":
+      return methods.Dense()
+    msa = methods.MSA(index_dim=64, block_size=self.a.block, num_blocks=self.a.context // int(share) // self.a.block)
+    return msa if kind == "msa" else methods.Window(_window(repr(msa), size, self.a.context))
+
+
+@functools.lru_cache(maxsize=None)
+def _window(msa, size, context):
+  options = eval(msa, {"MSA": methods.MSA})
+  beside = Config(attention=options, model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False,
+                                                       **LADDER[size][0]), data=DataConfig(context=context))
+  return flops.equal_window(beside, context)
+
+
+def label(budget: float) -> str:
+  """1.5e15, as arms are named."""
+  return f"{budget:.3g}".replace("e+", "e")
+
+
+# --- 28.4x --------------------------------------------------------------------------
+
+
+def reduction(out, measured=None) -> list[tuple[str, int, float]]:
+  """Draws dense over MSA by context: attention FLOPs by arithmetic, and what one layer takes on an H200.
+
+  The shape of arXiv 2606.13392: 64/4 heads of 128, J 16, index width 128, blocks of 128; measured with blocks of 64,
+  too. measured: rows as benchmarks.kernels writes them; None: experiments/results/kernels/layers_h200.json. Returns
+  (what, context, ratio) of every measured point, and of 1M tokens by arithmetic.
+  """
+  import numpy as np
+
+  from nsa.report import style
+  measured = measured or pathlib.Path(__file__).parent / "results/kernels/layers_h200.json"
+  rows = [r for r in json.loads(pathlib.Path(measured).read_text()) if r["operation"] == "msa_layer" and r["H"] == 128]
+  shape = ModelConfig(d_model=3072, num_heads=64, num_kv_heads=4, head_dim=128)
+  fig, (ax,) = style.figure(7.2, 4.4)
+  found = []
+  at = 2 ** np.arange(13, 21)
+  for size, colour in ((128, "#0072b2"), (64, "#c4511f")):
+    msa = methods.MSA(block_size=size, num_blocks=16, index_dim=128)
+    ax.plot(at, [flops.attention_reduction(msa, shape, int(n)) for n in at], color=colour,
+            label=f"attention FLOPs, blocks of {size}")
+    found.append((f"attention FLOPs, blocks of {size}", 2 ** 20, flops.attention_reduction(msa, shape, 2 ** 20)))
+    for key, words, marker in (("forward_vs_dense", "forward", "o"), ("both_vs_dense", "forward and backward", "s")):
+      mine = sorted((r["T"], r[key]) for r in rows if r["block_size"] == size)
+      ax.plot(*zip(*mine), marker, color=colour, mfc="none", label=f"measured time of a layer, {words}, {size}")
+      found += [(f"measured, {words}, blocks of {size}", n, ratio) for n, ratio in mine]
+  ax.axhline(1, color="#888888", lw=1, ls=":")
+  ax.set_xscale("log", base=2)
+  ax.set_yscale("log", base=2)
+  ax.set_yticks([0.5, 1, 2, 4, 8, 16, 28.4], ["0.5", "1", "2", "4", "8", "16", "28.4"])
+  ax.set_xlabel("context (tokens)")
+  ax.set_ylabel("dense over MSA")
+  style.key(fig, ax)
+  fig.savefig(out, dpi=130)
+  return found
+
+
+if __name__ == "__main__":
+  for what, context, ratio in reduction(sys.argv[1]):
+    print(f"{what:48s} {context:9,d} tokens: {ratio:.2f}")
