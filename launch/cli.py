@@ -184,11 +184,12 @@ def _connect(processes) -> None:
                      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), one process needs none")
 
 
-def compilation_cache(directory: str | None) -> None:
+def compilation_cache(directory: str | None, programs: bool = False) -> None:
   """Keeps compiled programs between processes. Before the first computation.
 
   A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to
-  another machine, under another name.
+  another machine, under another name. programs: those of `nsa.programs` are found before they are traced, too
+  (nsa/kept.py).
   """
   import jax
   if directory:
@@ -197,6 +198,9 @@ def compilation_cache(directory: str | None) -> None:
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.__version_info__ < (0, 11):  # it would make the directory's name a part of what a program is found by
       jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if programs and jax.config.jax_enable_compilation_cache:
+      from nsa import programs as nsa_programs  # --help needs none of it
+      nsa_programs.keep(os.path.join(os.path.expanduser(directory), "programs"))
 
 
 def define_common() -> None:

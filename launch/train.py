@@ -28,7 +28,7 @@ def main():
   config_lib.validate(config)
   if not _DRY_RUN.value and not _WORKDIR.value:
     raise config_lib.ConfigError([("--workdir", "", "name the run directory, or take --dry_run")])
-  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=True)
   if _DRY_RUN.value:
     print(plan.describe(config))
     return

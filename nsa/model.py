@@ -200,6 +200,9 @@ class Static:
     self.value = value
     self._key = repr(value)
 
+  def __repr__(self):
+    return f"Static({self._key})"
+
   def __hash__(self):
     return hash(self._key)
 

@@ -39,6 +39,11 @@ def _importable(name: str, path: str) -> bool:
   return spec is not None and spec.origin is not None and os.path.realpath(spec.origin) == os.path.realpath(path)
 
 
+def any_registered() -> bool:
+  """Whether this process knows a class from outside of this package."""
+  return bool(_ORIGINS)
+
+
 def modules_of(classes) -> list[str]:
   """What a new process has to import for these classes; nothing for those of this package."""
   return sorted({_ORIGINS[cls][0] for cls in classes if cls in _ORIGINS} - {""})

@@ -20,6 +20,8 @@ from typing import Any
 from absl import logging
 import jax
 
+from nsa import kept
+
 # Of Python's lock, while two threads want it: the default of 5 ms would be a quarter of a small model's step.
 _SWITCH_SECONDS = 5e-4
 
@@ -31,6 +33,7 @@ _MAX_COMPILERS = 4
 _lock = threading.Lock()
 _programs: dict[Hashable, concurrent.futures.Future] = {}
 _ahead: _Ahead | None = None  # the threads of `ahead`
+_kept: kept.Kept | None = None
 _threads: list[threading.Thread] = []  # those that an exception did not wait for
 
 
@@ -42,25 +45,42 @@ def get(key: Hashable, build: Callable[[], Any]) -> Any:
   return future.result()
 
 
+def keep(directory: str | os.PathLike | None) -> None:
+  """Keeps what `compiled` makes in a directory, for later processes, and looks there first; None ends that.
+
+  For commands, which trace what the source says: not for a process that changes this project's modules, as tests do.
+  """
+  global _kept
+  _kept = kept.Kept(directory) if directory else None
+
+
 def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
-  """lower().compile() as `get` would give it.
+  """lower().compile() as `get` would give it, or the same from an earlier process (`keep`).
 
   In the thread that traces ahead it returns None as soon as the program is traced: another thread compiles it.
   """
   future, mine = _claim(key)
   threads = _ahead if _ahead is not None and threading.current_thread() is _ahead.tracer else None
-  if threads is None:
-    if mine:
-      _settle(future, lambda: lower().compile())
-    return future.result()
   if mine:
     try:
-      lowered = lower()
+      found = _kept and _kept.load(key)
+      compile_ = None if found else lower().compile
     except BaseException as error:
       future.set_exception(error)
       raise
-    threads.todo.put((key, future, lowered.compile))
-  return None
+    if found:
+      future.set_result(found)
+    elif threads:
+      threads.todo.put((key, future, compile_))
+    else:
+      _finish(key, future, compile_)
+  return None if threads else future.result()
+
+
+def _finish(key, future, compile_) -> None:
+  _settle(future, compile_)
+  if _kept:
+    _kept.save(key, future.result())
 
 
 def _claim(key) -> tuple[concurrent.futures.Future, bool]:
@@ -130,7 +150,7 @@ class _Ahead:
         future.set_exception(concurrent.futures.CancelledError())
         continue
       with contextlib.suppress(Exception):
-        _settle(future, compile_)
+        _finish(key, future, compile_)
 
   def end(self, grace: float | None) -> None:
     """Waits until what is in hand is compiled, at most `grace` seconds where that is a number; the rest is dropped."""

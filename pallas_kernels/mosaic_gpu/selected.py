@@ -79,6 +79,8 @@ def _slices(B, T, S, K, G, J, H, block_size):
   """The plan of one slice of the queries, and how many slices there are."""
   per_token = B * K * G * J * H * 2
   slices = -(-T * per_token // PARTIAL_BYTES)
+  # Slices of one size where that takes few more of them: padded queries are a copy of all of them.
+  slices = next((n for n in range(slices, 2 * slices) if T % n == 0), slices)
   size = -(-T // slices)
   return make_plan(B, size, S, K, G, J, H, block_size), -(-T // size)
 
@@ -133,7 +135,8 @@ def _invert(block_indices, plan, segment_ids, offset, interpret):
 def _cut(x, plan, slices, fill=0):
   """[B, T, ...] to [slices, B, plan.queries, ...]."""
   missing = slices * plan.queries - x.shape[1]
-  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  if missing:
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
   return jnp.moveaxis(x.reshape(x.shape[0], slices, plan.queries, *x.shape[2:]), 1, 0)
 
 
@@ -206,11 +209,11 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
       dq, more = one(*args)
       return jax.tree.map(jnp.add, sums, more), dq
 
-    cut = [*(_cut(x, plan, slices) for x in (q, do, lse, delta)), _cut(block_indices, plan, slices, -1),
-           jnp.arange(slices, dtype=jnp.int32) * plan.queries]
-    first, more = one(*(x[0] for x in cut))
-    (dk, dv), dq = lax.scan(step, more, tuple(x[1:] for x in cut))
-    dq = _join(jnp.concatenate([first[None], dq]), q.shape[1])
+    cut = (*(_cut(x, plan, slices) for x in (q, do, lse, delta)), _cut(block_indices, plan, slices, -1),
+           jnp.arange(slices, dtype=jnp.int32) * plan.queries)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *(x[0] for x in cut))[1])
+    (dk, dv), dq = lax.scan(step, none, cut)
+    dq = _join(dq, q.shape[1])
 
   def tokens_first(x, factor):
     if backward.transposed(H):

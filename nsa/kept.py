@@ -1,0 +1,122 @@
+"""Compiled programs on disk, between processes: who finds one there neither traces nor compiles it.
+
+JAX's own cache finds a program by its text, and making that text takes seconds of Python per program. This one finds
+it by what the text is made from: the key that `programs` gives it (architecture, mode, shapes, mesh, ...), the source
+of this project, versions, devices, JAX's settings and the environment that it and XLA read. What is found is what was
+compiled then, bit for bit. Where methods of a user's own are registered nothing is kept or found: their source may be
+anywhere.
+
+For accelerators alone. On a CPU XLA cannot write every program (not one that sorts), nor again what it has read from
+JAX's cache.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+import pickle
+import platform
+import tempfile
+import time
+from typing import Any
+
+from absl import logging
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from nsa import origins
+
+DAYS = 14  # a program that nobody has asked for so long is dropped
+_PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "numpy", "libtpu",
+             *(name.format(cuda) for cuda in (12, 13) for name in ("jax-cuda{}-plugin", "jax-cuda{}-pjrt",
+                                                                  "nvidia-cudnn-cu{}", "nvidia-cublas-cu{}")),
+             "nvidia-cublas")
+_PREFIXES = ("JAX_", "XLA_", "TRITON_", "LIBTPU_", "CUDA_", "NVIDIA_", "NSA_")
+# Where things lie and who shares the device: of no account for a program.
+_NO_MATTER = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_COORDINATOR", "JAX_PROCESS_ID",
+              "JAX_NUM_PROCESSES", "XLA_PYTHON_CLIENT_", "TRITON_CACHE_DIR", "TRITON_HOME", "CUDA_VISIBLE_DEVICES",
+              "NVIDIA_VISIBLE_DEVICES", "NSA_TOKENS")
+_NO_MATTER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_logging", "jax_log_", "jax_pprint",
+                       "jax_platforms", "jax_cuda_visible_devices")
+
+
+class Kept:
+  """The programs of a directory, made when the first one is kept."""
+
+  def __init__(self, directory: str | os.PathLike, without: tuple[str, ...] = ("cpu",)):
+    self.directory, self.without = Path(directory), without
+
+  def load(self, key) -> Any:
+    """The compiled program of a key, or None: none is there, or it cannot be loaded here."""
+    path = self._path(key)
+    if path is None or not path.exists():
+      return None
+    try:
+      found = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+      os.utime(path)
+      return found
+    except Exception as error:  # another version's, cut, of a device that is gone: it is compiled
+      logging.info("%s cannot be loaded: %s: %s", path, type(error).__name__, error)
+      return None
+
+  def save(self, key, compiled) -> None:
+    """Keeps a program, if it can be kept: a full disk or a program with a callback costs nothing but this."""
+    path = self._path(key)
+    if path is None:
+      return
+    try:
+      made = pickle.dumps(serialize_executable.serialize(compiled))
+      self.directory.mkdir(parents=True, exist_ok=True)
+      with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".part", delete=False) as file:
+        file.write(made)
+      os.replace(file.name, path)  # readers see all of it or nothing
+      old = time.time() - DAYS * 86400
+      for other in self.directory.iterdir():
+        if other.stat().st_mtime < old:
+          other.unlink(missing_ok=True)
+    except Exception as error:
+      logging.info("%s is not kept: %s: %s", path, type(error).__name__, error)
+
+  def _path(self, key) -> Path | None:
+    if origins.any_registered() or jax.process_count() > 1 or jax.default_backend() in self.without:
+      return None
+    text = _text(key)
+    return self.directory / hashlib.sha256(f"{_surroundings()}\n{text}".encode()).hexdigest() if text else None
+
+
+def _text(key) -> str:
+  """A key in words that mean the same in every process; "" for one that has none."""
+  if isinstance(key, tuple):
+    parts = [_text(part) for part in key]
+    return f"({', '.join(parts)})" if all(parts) else ""
+  if isinstance(key, Mesh):
+    return f"{key!r} {[device.id for device in key.devices.flat]}"
+  text = repr(key)
+  return "" if " at 0x" in text else f"{type(key).__name__} {text}"
+
+
+@functools.cache
+def _surroundings() -> str:
+  """What all programs of this process depend on beside their keys."""
+  digest = hashlib.sha256()
+  root = Path(__file__).resolve().parents[1]
+  for path in sorted(path for room in ("nsa", "pallas_kernels") for kind in ("*.py", "*.json")
+                     for path in (root / room).rglob(kind)):
+    digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+  versions = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  environment = {name: value for name, value in os.environ.items()
+                 if name.startswith(_PREFIXES) and not name.startswith(_NO_MATTER)}
+  settings = {name: str(value) for name, value in jax.config.values.items()
+              if not name.startswith(_NO_MATTER_SETTINGS)}
+  devices = jax.devices()
+  told = [(d.device_kind, d.platform, str(getattr(d, "compute_capability", "")), getattr(d, "core_count", 0))
+          for d in devices]
+  return repr((digest.hexdigest(), sorted(versions.items()), platform.python_version(), sorted(environment.items()),
+               sorted(settings.items()), told, devices[0].client.platform_version))
