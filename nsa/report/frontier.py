@@ -12,19 +12,21 @@ the dense arm answers enough (Study.solved); text of each corpus stands beside t
   within x   the largest sparsity whose loss is at most x, and that of every step with less; 0 = dense alone. Its
              interval: examples drawn anew, the same for all steps (documents of text, 95 %, percentiles)
 
-The verdict on "there is no sparsity that is safe for all tasks", for each x of LIMITS and each size, at alpha .05:
+The verdict on "there is no sparsity that is safe for all tasks", for each x of LIMITS and each size, at alpha .05, over
+the steps that leave out at least LEAST of the attention, as the paper's grid does:
 
-  confirmed  every step of every way loses more than x on some cell: the lower limit is above x, one-sided, at
+  confirmed  every such step of every way loses more than x on some cell: the lower limit is above x, one-sided, at
              alpha / cells. All steps have to be shown, so their number needs no correction
-  refuted    some way's mildest step loses at most x on every cell: all upper limits are at most x, one-sided, at
-             alpha / ways. All cells have to be shown, so their number needs no correction. How far up it holds:
+  refuted    the mildest such step of some way loses at most x on every cell: all upper limits are at most x, one-sided,
+             at alpha / ways. All cells have to be shown, so their number needs no correction. How far up it holds:
              the steps of that way in their order, as long as they are safe
   undecided  neither
 
 The oracle (which costs a dense pass) and random blocks are no ways to save anything: shown, not judged. Limits of tasks
 are drawn from the examples and one more that dense answers, and the step does not (upper) or does, too (lower): where
 all of few examples end alike every draw is the same, and the true loss is not known to be. Examples speak of these
-checkpoints and of these tasks.
+checkpoints and of these tasks. Prefill methods thin out the prompt and let the answer see all of it, snapkv the other
+way round; the rest thin out both, text that is scored included: ways are not on one footing.
 """
 from __future__ import annotations
 
@@ -41,6 +43,7 @@ from nsa.report.document import Heading, Table, Text
 from nsa.report.runs import Study
 
 LIMITS = (0.01, 0.05)            # shares of the dense arm's score
+LEAST = 0.5                      # sparsity that the verdict asks for
 ALPHA = 0.05
 DRAWS = 4000
 CONTROLS = ("oracle", "random")  # no ways to save anything
@@ -81,8 +84,10 @@ class Grid:
     return [cell for cell in self.cells if cell.task]
 
   @property
-  def judged(self) -> list[str]:
-    return [way for way in self.ways if way not in CONTROLS]
+  def judged(self) -> dict[str, list[Step]]:
+    """The steps that the verdict is about, by way."""
+    steps = {way: [s for s in steps if s.sparsity >= LEAST] for way, steps in self.ways.items() if way not in CONTROLS}
+    return {way: mine for way, mine in steps.items() if mine}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +231,7 @@ def judge(found: Grid, limit: float) -> Verdict | None:
   if not tasks or not ways:
     return None
   safe, unsafe, count = {}, 0, 0
-  for way in ways:
-    steps = found.ways[way]
+  for way, steps in ways.items():
     of_cells = [limits(cell, steps, ALPHA / len(tasks), ALPHA / len(ways)) for cell in tasks]
     unsafe += sum(any(cell[i][0] > limit for cell in of_cells) for i in range(len(steps)))
     count += len(steps)
@@ -246,8 +250,9 @@ def section(study: Study, table, gallery) -> list:
   """The blocks of the report."""
   blocks = [Heading("What sparsity is safe?"), Text(
       f"Ways to run {study.dense} without training (and the own selectors of other arms), by the share of attention "
-      "that they leave out. Claim on trial: *no sparsity is safe for all tasks* (Sparse Frontier, arXiv 2504.17768). "
-      "The rule was stated before the runs: nsa/report/frontier.py.")]
+      "that they leave out. Prefill methods thin out the prompt, snapkv what the answer sees of it, the others every "
+      "query. Claim on trial: *no sparsity is safe for all tasks* (Sparse Frontier, arXiv 2504.17768). "
+      "The rule is in nsa/report/frontier.py.")]
   for size in study.sizes:
     found = grid(study, size)
     if not found.cells or not found.ways:
@@ -267,13 +272,13 @@ def _verdicts(study, found, size) -> list:
     if one is None:
       return [Text(f"Size {size}: no verdict: no way, or no task of which {study.dense} answers "
                    f"{100 * study.solved:g} %.", "note")]
-    how = {"confirmed": "every step of every way loses more on some task",
+    how = {"confirmed": "every step loses more on some task",
            "refuted": "safe for all tasks: " + ", ".join(f"{way} up to {s:.2f}" for way, s in one.safe.items()),
            "undecided": "no way is shown to be safe, nor every step to be unsafe"}[one.word]
     lines.append(f"within {100 * limit:g} %: **{one.word}** ({how}; {one.unsafe} of {one.steps} steps are shown to "
                  "lose more)")
-  return [Text(f"**Size {size}**, {len(found.tasks)} tasks, {len(found.judged)} ways; \"no sparsity is safe for all "
-               "tasks\", " + "; ".join(lines) + ".", "verdict")]
+  return [Text(f"**Size {size}**, {len(found.tasks)} tasks, {len(found.judged)} ways with {LEAST:g} and more left "
+               "out; \"no sparsity is safe for all tasks\", " + "; ".join(lines) + ".", "verdict")]
 
 
 def _tables(study, found: Grid, size) -> list:

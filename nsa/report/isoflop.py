@@ -20,6 +20,8 @@ simultaneous over sparse methods and endpoints (Bonferroni):
   refuted                  above dense's
   undecided                none of these
 
+A difference below SMALLEST, however sure, is called less than what matters.
+
 Recall is shown beside and not judged: it is there or not, and a parabola describes neither.
 Equal time: the same optima by the device seconds of their training, read off the sizes that ran (linear in logarithms).
 """
@@ -38,6 +40,7 @@ from nsa.report.document import Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 
+SMALLEST = 0.005                 # bits per byte between optima that matter
 DRAWS = 4000
 LEVEL = 0.95
 ARM = re.compile(r"(.+)_(\d[\d.]*(?:e\d+)?)$")
@@ -343,6 +346,7 @@ def _verdict(study, fits) -> list:
     m = endpoints.metric(one.metric)
     of = "; ".join(f"minus {name} {m.text(d, True)} ({m.text(low, True)} to {m.text(high, True)})"
                    for name, (d, low, high) in one.against.items())
+    of += "; less than what matters" * (bool(of) and abs(next(iter(one.against.values()))[0]) < SMALLEST)
     at = f"at {one.budget:.2g} FLOPs, {of}" if of else "no budget at which its optimum and dense's are bracketed"
     lines.append(f"{one.method}, {m.title}: **{one.word}** ({at})")
   seeds = "one seed: a word about these runs, not about training" if _one_seed(study) else ""

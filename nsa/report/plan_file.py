@@ -86,7 +86,7 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Endpoints"), Table(["endpoint", "role", "margin"], [
       [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"]
       for m, e in metrics.values()],
-      "Text is measured on all of val, recall on 256 items per task and length, the same for all arms and seeds",
+      f"Text is measured on {_asked(study)} items per task and length, the same for all arms and seeds",
       left=2)]
   blocks += [Heading("Gates"),
              Text("An endpoint counts only if its controls behave; one that fails is shown and supports no verdict."),
@@ -115,6 +115,14 @@ def text(study, plan: dict) -> str:
   blocks += [Heading("Power"), *_power(study, plan, kinds, tests)]
   blocks += [Heading("Cost"), *_cost(study)]
   return document.markdown(f"Plan: {plan['name']}", blocks)
+
+
+def _asked(study) -> str:
+  """How much text and how many items the last evaluations ask."""
+  listed = lambda found: " or ".join(map(str, dict.fromkeys(found)))
+  text = listed(f"{arm.eval.sequences} windows of each corpus" if arm.eval.sequences >= 0 else "all of val"
+                for arm in study.arms)
+  return f"{text}, recall on {listed(arm.eval.task_examples for arm in study.arms)}"
 
 
 def _sizes(study) -> list[str]:
