@@ -8,7 +8,8 @@
 names TOKENS/CHUNK pairs: the memory of one layer alone (writing and reading with q, k, v and gates given), as many
 sequences as make --tokens, forward and forward + backward.
 
-Each row is printed as it is measured and appended to --out, a JSON object a line. ms: median over groups of calls.
+Each row is printed as it is measured and appended to --out, a JSON object a line. compiling: programs that
+were still being compiled meanwhile, which makes times doubtful. ms: median over groups of calls.
 tflops: useful FLOPs (`Titans.memory_costs`; backward twice the forward) over ms. chunks: steps that have to follow one
 another. kernels: of one chunk, forward and backward, counted in the compiled loops; chunk_us: ms over chunks;
 us_per_kernel: chunk_us over kernels, near a launch where launches are the bound and far above it where products or
@@ -39,7 +40,7 @@ _ARGUMENTS = flags.DEFINE_string("arguments", "", "Of experiments/titans.py, e.g
 _TINY = flags.DEFINE_boolean("tiny", False, "Shapes that a CPU can take.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
-_SECONDS = flags.DEFINE_integer("seconds", 0, "No row is begun after so many; 0: all are measured.")
+_SECONDS = flags.DEFINE_integer("seconds", 0, "What is not compiled after so many is left out; 0: all is measured.")
 _OUT = flags.DEFINE_string("out", None, "File for the rows.")
 cli.define_common()
 
@@ -104,20 +105,27 @@ def main():
     except Exception as error:  # a shape that an implementation refuses
       write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
   print(f"traced in {time.monotonic() - began:.0f} s", flush=True)
-  # Nothing compiles while something is timed, unless it takes too long.
-  concurrent.futures.wait([future for *_, future in work], timeout=0.7 * _SECONDS.value or None)
-  print(f"compiled {sum(future.done() for *_, future in work)} of {len(work)} in {time.monotonic() - began:.0f} s",
-        flush=True)
-  for label, one, future in sorted(work, key=lambda item: not item[2].done()):
+  # Nothing compiles while something is timed, unless that takes more than half of the time.
+  concurrent.futures.wait([future for *_, future in work], timeout=0.5 * _SECONDS.value or None)
+  while work:
+    ready = [item for item in work if item[2].done()]
     left = _SECONDS.value - (time.monotonic() - began) if _SECONDS.value else None
-    try:
+    print(f"compiled {len(ready)} of {len(work)} in {time.monotonic() - began:.0f} s", flush=True)
+    if not ready:
       if left is not None and left < 0:
-        raise TimeoutError(f"--seconds={_SECONDS.value} are over")
-      write(measure(one, future.result(timeout=left)))
-    except Exception as error:  # memory, a compiler that gives up; other rows go on
-      write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+        for label, *_ in work:
+          write(dict(row="failed", what=label, error=f"not compiled within --seconds={_SECONDS.value}"))
+        break
+      concurrent.futures.wait([future for *_, future in work], left, concurrent.futures.FIRST_COMPLETED)
+    for item in ready:
+      work.remove(item)
+      label, one, future = item
+      try:
+        write({**measure(one, future.result()), "compiling": sum(not f.done() for *_, f in work)})
+      except Exception as error:  # memory, a compiler that gives up; other rows go on
+        write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
   print(f"done in {time.monotonic() - began:.0f} s", flush=True)
-  if any(not future.done() for *_, future in work):
+  if work:
     os._exit(0)  # a compiler cannot be stopped otherwise
 
 
