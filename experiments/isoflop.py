@@ -180,13 +180,15 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
   too. measured: rows as benchmarks.kernels writes them; None: experiments/results/kernels/layers_h200.json. Returns
   (what, context, ratio) of every measured point, and of 1M tokens by arithmetic.
   """
+  import matplotlib
   import numpy as np
 
   from nsa.report import style
   measured = measured or pathlib.Path(__file__).parent / "results/kernels/layers_h200.json"
   rows = [r for r in json.loads(pathlib.Path(measured).read_text()) if r["operation"] == "msa_layer" and r["H"] == 128]
   shape = ModelConfig(d_model=3072, num_heads=64, num_kv_heads=4, head_dim=128)
-  fig, (ax,) = style.figure(7.2, 4.4)
+  with matplotlib.rc_context(style.STYLE):
+    fig, (ax,) = style.figure(10, 4.4)
   found = []
   at = 2 ** np.arange(13, 21)
   for size, colour in ((128, "#0072b2"), (64, "#c4511f")):

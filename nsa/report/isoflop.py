@@ -161,6 +161,8 @@ def _costs(modes: str, config: _Config) -> tuple[float, dict[str, float]] | None
 def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   """The fit of one method's points, or why there is none. draw: seed of the draws, another for each method."""
   found = [p for p in found if math.isfinite(p.row[metric])]
+  if not endpoints.metric(metric).lower_is_better:
+    return "it has no minimum to be fitted"
   budgets = sorted({p.budget for p in found})
   sizes = {c: {p.parameters for p in found if p.budget == c} for c in budgets}
   budgets = [c for c in budgets if len(sizes[c]) > 1]
@@ -322,7 +324,7 @@ def section(study: Study, table: list[Row], gallery) -> list:
                   "analytic, selectors and their losses counted; parameters are those of the backbone.")]
   blocks += _verdict(study, fits)
   for metric in metrics:
-    blocks += _table(fits[metric], metric)
+    blocks += _table(fits[metric], metric) if endpoints.metric(metric).lower_is_better else []
   blocks += _multipliers(fits, names)
   shown = [("isoflop", curves(found, fits), "Held-out loss over parameters at equal training FLOPs, a colour for each "
             "method, a marker for each budget; lines: fitted parabolas, stars: their optima with 95 % intervals. "
@@ -439,7 +441,7 @@ def curves(found: list[Point], fits):
     ax.set_xscale("log")
     ax.set_xlabel("parameters of the backbone, without embeddings (M)")
     ax.set_ylabel(f"{m.unit}")
-    ax.set_title(m.title, fontsize=9)
+    ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
   style.key(fig, axes[0])
   return fig
 
@@ -493,6 +495,6 @@ def inference(found: list[Point], metrics: list[str]):
     ax.set_xscale("log")
     ax.set_xlabel("forward FLOPs per token")
     ax.set_ylabel(m.unit)
-    ax.set_title(m.title, fontsize=9)
+    ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
   style.key(fig, axes[0])
   return fig
