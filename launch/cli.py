@@ -14,12 +14,15 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterable
+import contextlib
 import difflib
 import errno
 import logging as python_logging
 import os
 import re
 import sys
+import threading
 import traceback
 
 from absl import app, flags, logging
@@ -103,32 +106,39 @@ def _main(main, rest, arguments) -> int:
   if rest and not arguments:
     _exit(BAD_INPUT, f"unexpected arguments {rest}: flags begin with --")
   _quiet_logs()
-  from nsa import checkpoint, processes, train
   try:
     if "coordinator" in flags.FLAGS:
-      _connect(processes)
+      _connect()
     return main(*([rest] if arguments else [])) or 0
-  except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+  except Exception as error:
+    return _told(error)
+
+
+def _told(error: Exception):
+  """Ends the process with the exit code that says what `error` is; raises it again where none does."""
+  from nsa import checkpoint, processes, train
+  if isinstance(error, (ValueError, FileNotFoundError, ModuleNotFoundError)):
     # Our own ValueErrors name the field, the value and the fix; one from elsewhere is a bug, with its traceback.
     if isinstance(error, ValueError) and not _ours(error):
-      raise
+      raise error
     _exit(BAD_INPUT, str(error))
-  except train.Diverged as error:
+  if isinstance(error, train.Diverged):
     _exit(DIVERGED, str(error))
-  except checkpoint.CheckpointError as error:
+  if isinstance(error, checkpoint.CheckpointError):
     _exit(CHECKPOINT, str(error))
-  except processes.ProcessError as error:
+  if isinstance(error, processes.ProcessError):
     _exit(PROCESSES, str(error))
-  except train.Preempted as error:
+  if isinstance(error, train.Preempted):
     _exit(PREEMPTED, str(error))
-  except OSError as error:
+  if isinstance(error, OSError):
     if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
         and error.filename):
       _exit(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
+      raise error
     _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest "
                       "checkpoint")
+  raise error
 
 
 def _ours(error) -> bool:
@@ -156,7 +166,22 @@ def _exit(code: int, message: str):
   sys.exit(code)
 
 
-def _connect(processes) -> None:
+def begin_early(sources: Iterable[str] = ()) -> None:
+  """Begins what takes seconds and no Python, while the caller goes on to import: opening the devices, and reading the
+  archives among `sources` (`nsa.data.read_ahead`). Whoever needs them waits for them, and is told what fails."""
+  import jax
+
+  from nsa import data
+
+  def open_devices():
+    with contextlib.suppress(Exception):
+      jax.devices()
+
+  data.read_ahead(sources)
+  threading.Thread(target=open_devices, name="open devices", daemon=True).start()
+
+
+def _connect() -> None:
   """Connects the processes of a run that was started as several: by flag, or by what the cluster has set.
 
   The cluster speaks through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (any launcher, a JobSet),
@@ -170,15 +195,19 @@ def _connect(processes) -> None:
   given = {"--coordinator": bool(address), "--num_processes": count > 0, "--process_id": index >= 0}
   if count == 1:
     return
+  several = int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+  if address != "auto" and not several and not any(given.values()):
+    return
+  from nsa import processes
   if address == "auto":
     return processes.initialize(timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
   if all(given.values()):
     if index >= count:
       raise ValueError(f"--process_id={index}: there are --num_processes={count}, counted from 0")
     processes.initialize(address, count, index, timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
-  elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+  elif several:
     processes.initialize(address, timeout=f.initialization_timeout, heartbeat=f.heartbeat_timeout)
-  elif any(given.values()):
+  else:
     missing = ", ".join(name for name, there in given.items() if not there)
     raise ValueError(f"{missing}: missing; a run of several processes needs all of {', '.join(given)} (or "
                      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), one process needs none")

@@ -30,8 +30,7 @@ cli.define_common()
 def main():
   import jax
 
-  from nsa import config as config_lib, report, study as study_lib
-  from nsa.planning import plan
+  from nsa import config as config_lib, study as study_lib
   study = _CONFIG.value
   if not isinstance(study, study_lib.Study):
     raise config_lib.ConfigError(
@@ -40,6 +39,7 @@ def main():
   if not workdir:
     raise config_lib.ConfigError([("--workdir", "", "name the study directory, or take --dry_run")])
   if _DRY_RUN.value:
+    from nsa.planning import plan
     print(plan.describe_study(study, workdir))
     return
   if _PLAN.value:
@@ -61,11 +61,13 @@ def main():
     if stopped:
       return cli.PREEMPTED
   else:
+    cli.begin_early(dict.fromkeys(source for arm in study.arms for source in arm.data.texts.values()))
     jobs = study_lib.run(study, workdir, only=only, on_job=say)
   left = study_lib.unfinished(study, workdir)
   if left:
     print(f"{len(left)} runs are left to other processes: {', '.join(left)}")
     return exit_code(jobs)
+  from nsa import report
   paths = report.write([workdir], f"{workdir}/report")
   print("\n" + report.verdict_table(workdir))
   print(f"\nreport: {paths.html}\n        {paths.markdown}\nin {time.monotonic() - began:.0f} s")

@@ -19,8 +19,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import config as config_lib, processes, train
-  from nsa.planning import plan
+  from nsa import config as config_lib
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):
     raise config_lib.ConfigError(
@@ -30,8 +29,11 @@ def main():
     raise config_lib.ConfigError([("--workdir", "", "name the run directory, or take --dry_run")])
   cli.compilation_cache(flags.FLAGS.compilation_cache, programs=True)
   if _DRY_RUN.value:
+    from nsa.planning import plan
     print(plan.describe(config))
     return
+  cli.begin_early(config.data.texts.values())
+  from nsa import processes, train
   step = train.train(config, _WORKDIR.value, hang_seconds=flags.FLAGS.hang_timeout)
   if processes.first():
     print(f"{_WORKDIR.value}: {step} steps done")

@@ -19,7 +19,7 @@ import jax
 
 logger = logging.getLogger("pallas_kernels")
 
-# as an implementation: what None gives but for reasons to avoid it, e.g. gradients of no fixed bits
+# as an implementation: what None gives but for reasons to avoid it that are of fixed bits
 FASTEST = "fastest"
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
@@ -42,6 +42,7 @@ class Implementation:
   platforms: tuple[str, ...] | None
   supports: Callable[..., str | None]
   avoid: Callable[..., str | None] = lambda **_: None
+  avoided_for_bits: bool = False
 
 
 _registered: dict[str, dict[str, Implementation]] = {operation: {} for operation in OPERATIONS}
@@ -52,7 +53,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 def register(operation: str, name: str, function: Callable[..., Any], *,
              platforms: tuple[str, ...] | None, supports: Callable[..., str | None],
-             avoid: Callable[..., str | None] = lambda **_: None):
+             avoid: Callable[..., str | None] = lambda **_: None, avoided_for_bits: bool = False):
   """Makes `implementation=name` serve `operation`; a second call with the same names replaces the first.
 
   Args:
@@ -65,10 +66,12 @@ def register(operation: str, name: str, function: Callable[..., Any], *,
       (name those that matter, `**_` the rest); returns None, or the reason why not, beginning with the argument's name.
     avoid: like `supports`, but a reason only says that others are better here: a call that names this
       implementation gets it, one that names none gets it before the reference alone.
+    avoided_for_bits: whether what `avoid` says is that gradients have no fixed bits, or what fixing them costs: FASTEST
+      does not ask it then.
   """
   if operation not in _registered:
     raise ValueError(f"operation = {operation!r}: take one of {', '.join(OPERATIONS)}")
-  _registered[operation][name] = Implementation(name, function, platforms, supports, avoid)
+  _registered[operation][name] = Implementation(name, function, platforms, supports, avoid, avoided_for_bits)
 
 
 def available(operation: str) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ def current_platform() -> str:
 def choose(operation: str, implementation: str | None, arguments: Mapping[str, Any]) -> Implementation:
   """The implementation that serves this call.
 
-  `implementation`: a name; None for the best one; FASTEST for the best one whatever there is to `avoid`.
+  `implementation`: a name; None for the best one; FASTEST for the best one if gradients need no fixed bits.
 
   Raises:
     ValueError: `implementation` is no known name.
@@ -123,7 +126,7 @@ def choose(operation: str, implementation: str | None, arguments: Mapping[str, A
              for name, module in BACKENDS[platform]
              if _import_errors[module] or name not in _registered[operation]]
   order = _in_order(operation)
-  avoided = {i.name: None if implementation == FASTEST else i.avoid(**arguments) for i in order}
+  avoided = {i.name: None if implementation == FASTEST and i.avoided_for_bits else i.avoid(**arguments) for i in order}
   candidates = sorted(order, key=lambda i: 2 if i.name == "reference" else avoided[i.name] is not None)
   for candidate in candidates:
     if candidate.platforms is not None and platform not in candidate.platforms:

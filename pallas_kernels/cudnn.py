@@ -183,6 +183,6 @@ def _backward(causal, window, scale, residuals, cotangents):
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 backends.register("attention", "cudnn", attention, platforms=("gpu",), supports=supports_attention,
-                  avoid=avoid)
+                  avoid=avoid, avoided_for_bits=True)
 backends.register("compressed_attention", "cudnn", compressed_attention, platforms=("gpu",),
-                  supports=supports_compressed_attention, avoid=avoid)
+                  supports=supports_compressed_attention, avoid=avoid, avoided_for_bits=True)

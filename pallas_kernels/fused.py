@@ -5,10 +5,10 @@ numbers between the steps stay float32. The model asks for them where `Config.on
 without goes on without, to the same bits. On several devices XLA's passes serve: its partitioner cannot cut a kernel.
 
 On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled, in one run in turn: the
-dense step 15.1 ms instead of 16.4 (on the device 13.8 instead of 15.6), MSA 17.3 instead of 19.3, NSA 21.4 instead of
-24.4; of 28M parameters dense 29.0 instead of 31.8, MSA 32.1 instead of 37.3. By the shapes in the compiled dense step
-20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. Far from its bytes is the gradient of `qkv` alone:
-206 us a layer, five times what they need. docs/kernels.md has the parts one by one.
+dense step 14.4 ms instead of 15.9 (on the device 13.8 instead of 15.6, another day), MSA 16.8 instead of 19.4, NSA 21.2
+instead of 24.6; of 28M parameters dense 27.9 instead of 31.2, MSA 31.2 instead of 36.8. By the shapes in the compiled
+dense step 20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. Far from its bytes is the gradient of
+`qkv` alone: 206 us a layer, five times what they need. docs/kernels.md has the parts one by one.
 """
 from __future__ import annotations
 
