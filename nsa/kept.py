@@ -6,11 +6,13 @@ of this project, versions, devices, JAX's settings and the environment that it a
 compiled then, bit for bit. Where methods of a user's own are registered nothing is kept or found: their source may be
 anywhere.
 
-For accelerators alone. On a CPU XLA cannot write every program (not one that sorts), nor again what it has read from
-JAX's cache.
+For accelerators alone: on a CPU XLA cannot write every program (not one that sorts). Only what was compiled here is
+kept, not what came from JAX's cache: a CPU's programs that are written a second time do not run, and no other device
+has been asked.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
 import functools
 import hashlib
@@ -20,6 +22,7 @@ from pathlib import Path
 import pickle
 import platform
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -42,6 +45,23 @@ _NO_MATTER = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_COORDINA
               "NVIDIA_VISIBLE_DEVICES", "NSA_TOKENS")
 _NO_MATTER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_logging", "jax_log_", "jax_pprint",
                        "jax_platforms", "jax_cuda_visible_devices")
+
+
+_thread = threading.local()  # .read: whether JAX's cache had what this thread last compiled
+
+
+def _listen(event: str, **_) -> None:
+  if event == "/jax/compilation_cache/cache_hits":
+    _thread.read = True
+
+
+jax.monitoring.register_event_listener(_listen)
+
+
+def compile_here(compile_: Callable[[], Any]) -> tuple[Any, bool]:
+  """(what `compile_` gives, whether it was compiled here and now)."""
+  _thread.read = False
+  return compile_(), not _thread.read
 
 
 class Kept:

@@ -78,8 +78,15 @@ def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
 
 
 def _finish(key, future, compile_) -> None:
-  _settle(future, compile_)
-  if _kept:
+  here = []
+
+  def build():
+    made, fresh = kept.compile_here(compile_)
+    here.append(fresh)
+    return made
+
+  _settle(future, build)
+  if _kept and here[0]:
     _kept.save(key, future.result())
 
 

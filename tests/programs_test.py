@@ -4,6 +4,7 @@ from pathlib import Path
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as cache
@@ -150,18 +151,20 @@ def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
 
 def test_a_kept_program_is_found_by_its_key_before_it_is_traced(tmp_path, monkeypatch):
   """As a later process finds it; `lower` is called where nothing is found that may be taken."""
-  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path, without=()))
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path / "programs", without=()))
+  tmp_path = tmp_path / "programs"
   monkeypatch.setattr(origins, "_ORIGINS", {})
-  traced = []
+  traced, salt = [], time.time_ns() % 1_000_000  # programs that JAX's cache does not have yet
 
   def program(*key, factor):
     monkeypatch.setattr(programs, "_programs", {})
 
     def lower():
       traced.append(factor)
-      return jax.jit(lambda tree: jax.tree.map(lambda x: factor * x, tree)).lower({"x": jnp.zeros(3)})
+      return jax.jit(lambda tree: jax.tree.map(lambda x: (factor + salt) * x, tree)).lower({"x": jnp.zeros(3)})
 
-    return programs.compiled(key, lower)({"x": jnp.arange(3.0)})["x"].tolist()
+    one = programs.compiled(key, lower)({"x": jnp.arange(3.0)})["x"].tolist()
+    return [x - salt * i for i, x in enumerate(one)]
 
   config = model_lib.Static(Config(arm="a"))
   assert program("step", config, 8, factor=2) == [0, 2, 4] and traced == [2]
@@ -182,6 +185,11 @@ def test_a_kept_program_is_found_by_its_key_before_it_is_traced(tmp_path, monkey
     path.write_bytes(path.read_bytes()[:1000])  # a copy that was cut
   assert program("step", config, 8, factor=11) == [0, 11, 22]
   assert program("step", config, 8, factor=12) == [0, 11, 22]
+
+  for path in tmp_path.iterdir():
+    path.unlink()
+  assert program("step", config, 8, factor=11) == [0, 11, 22]  # from JAX's cache: kept here no second time
+  assert not list(tmp_path.iterdir())
 
 
 def test_what_a_kept_program_depends_on_beside_its_key(monkeypatch):
