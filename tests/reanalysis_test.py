@@ -25,8 +25,7 @@ def compare(path, sealed=False):
   if sealed:
     opened = archive.unsealed(study)
     result = verdict.verdict(opened, endpoints.rows(opened), result.admissions)
-  file = path / archive.NAME
-  found, admitted, lines = reanalysis.analyse(file if file.exists() else path, sealed)
+  found, admitted, lines = reanalysis.analyse(reanalysis.published(path) or [path], sealed)
   assert {key: all(gates.values()) for key, gates in admitted.items()} == {
       key: one.admitted for key, one in result.admissions.items()}
   theirs = {(c.endpoint.metric, c.size, c.quantity, c.arm): c for c in result.comparisons if c.family}

@@ -5,6 +5,7 @@ Each function takes one model size and returns a Figure, or None where there is 
 from __future__ import annotations
 
 import math
+import textwrap
 
 from matplotlib import ticker
 from matplotlib.figure import Figure
@@ -55,12 +56,12 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
       _with_interval(ax, places[c.arm], c.judgement.interval, m.scale, marker, color,
                      None if label in named else label, mfc="white" if on_top[c.arm] else color)
       named.add(label)
-  ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g} %" for b in budgets])
+  ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g}" for b in budgets])
   ax.xaxis.set_minor_locator(ticker.NullLocator())
   ax.set_xlim(100 * budgets[0] * math.exp(-0.1 * span), 100 * budgets[-1] * math.exp(0.12 * span))
-  ax.set_xlabel("retrofit budget b (share of the training tokens)")
+  ax.set_xlabel("retrofit budget b (% of the training tokens)")
   ax.set_ylabel(f"difference ({m.unit})\n{'above' if m.lower_is_better else 'below'} 0 is behind")
-  ax.set_title(m.title)
+  ax.set_title(textwrap.fill(m.title, 46))  # the legend begins where the axes end
   key(fig, ax)
   return fig
 

@@ -1,9 +1,10 @@
 """Every number of the study's verdict once more, from its records alone, by other code: NumPy and SciPy.
 
-    python experiments/results/main/reanalysis.py                     # study.tar.xz beside this file
+    python experiments/results/main/reanalysis.py                     # all study*.tar.xz beside this file
     python experiments/results/main/reanalysis.py runs/main [--sealed]
 
-The path is a published archive, what it unpacks to, or a study's own directory. --sealed: the values of the sealed
+A path is a published archive, what it unpacks to, or a study's own directory; of several, one after the other, runs
+add up and the last one's study.json counts. --sealed: the values of the sealed
 evaluations; endpoints are admitted by the controls of the plain ones all the same. Rules: PLAN.md.
 """
 import collections
@@ -33,15 +34,16 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(300)
 GATED_BY = {"answer_nll": "exact_match", "far_answer_nll": "far_exact_match"}
 
 
-def read(path):
-  """(study.json, {run: {file: text}}) of an archive or a directory."""
-  path, files = pathlib.Path(path), {}
-  if path.is_file():
-    with tarfile.open(path) as tar:
-      files = {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
-  else:
+def read(*paths):
+  """(study.json, {run: {file: text}}) of archives and directories."""
+  files = {}
+  for path in map(pathlib.Path, paths):
+    if path.is_file():
+      with tarfile.open(path) as tar:
+        files |= {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
+      continue
     names = ("config.json", "metrics.jsonl", "DONE", "FAILED", "eval/*.json")
-    files = {str(f.relative_to(path)): f.read_text() for name in names for f in path.glob(f"runs/*/{name}")}
+    files |= {str(f.relative_to(path)): f.read_text() for name in names for f in path.glob(f"runs/*/{name}")}
     files["study.json"] = (path / "study.json").read_text()
   runs = collections.defaultdict(dict)
   for name, text in files.items():
@@ -185,9 +187,9 @@ def holm(p):
   return out
 
 
-def analyse(path, sealed=False):
+def analyse(paths, sealed=False):
   """(comparisons, admissions, lines) of the verdict: lists of dicts, {(metric, size): {control: passed}}, words."""
-  plan, runs = read(path)
+  plan, runs = read(*paths)
   metrics = [e["metric"] for e in plan["endpoints"]]
   metrics += [GATED_BY[base] + m[len(base):] for m in metrics if (base := m.partition(":")[0]) in GATED_BY]
   control_values = Values(runs, metrics)
@@ -256,10 +258,15 @@ def remarks(plan, runs, found, v, sizes):
   return lines + [f"{len(plan['jobs'])} runs planned: {done} done, {failed} failed"]
 
 
+def published(folder):
+  """The archives of a folder, study.tar.xz, study-2.tar.xz and so on, as they were added."""
+  return sorted(folder.glob("study*.tar.xz"), key=lambda path: (len(path.name), path.name))
+
+
 def main(arguments):
   sealed = "--sealed" in arguments
-  paths = [a for a in arguments if not a.startswith("--")] or [pathlib.Path(__file__).parent / "study.tar.xz"]
-  found, admitted, lines = analyse(paths[0], sealed)
+  paths = [a for a in arguments if not a.startswith("--")]
+  found, admitted, lines = analyse(paths or published(pathlib.Path(__file__).parent), sealed)
   for (metric, size), passed in admitted.items():
     failed = [name for name, ok in passed.items() if not ok]
     print(f"{metric} {size}: " + (f"NOT ADMITTED: {', '.join(failed)}" if failed else "admitted"))
