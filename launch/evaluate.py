@@ -33,7 +33,7 @@ def main():
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
   e.sequences = e.sequences if _SEQUENCES.value is None else _SEQUENCES.value
   config_lib.validate(config)
-  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=True)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   mesh, params = evaluate.place_here(config, params)
   with capacity.told(config, "evaluating", evaluation=True):
     rows, path = evaluate.write(config, params, _WORKDIR.value, step, mesh)

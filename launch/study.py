@@ -47,7 +47,7 @@ def main():
     study_lib.jobs(study, workdir)  # raises for what cannot run
     print(plan_file.write(study, study.plan or workdir))
     return
-  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=True)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   began = time.monotonic()
   say = lambda line: print(line, flush=True)
   only = tuple(_ONLY.value)

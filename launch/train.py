@@ -27,7 +27,7 @@ def main():
   config_lib.validate(config)
   if not _DRY_RUN.value and not _WORKDIR.value:
     raise config_lib.ConfigError([("--workdir", "", "name the run directory, or take --dry_run")])
-  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=True)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   if _DRY_RUN.value:
     from nsa.planning import plan
     print(plan.describe(config))

@@ -8,7 +8,7 @@ anywhere.
 
 For accelerators alone: on a CPU XLA cannot write every program (not one that sorts). Only what was compiled here is
 kept, not what came from JAX's cache: a CPU's programs that are written a second time do not run, and no other device
-has been asked.
+has been asked. So commands take it with --keep_programs alone.
 """
 from __future__ import annotations
 
