@@ -119,6 +119,10 @@ def make(operation, spec, implementation=None, keys=None):
     o, lse = pk.selected_attention(x["q"], x["k"], x["v"], blocks, **size)
     return o, pk.index_kl(x["q"], x["k"], lse, x["q_idx"], x["k_idx"], blocks, **size).mean()
 
+  def msa_attention(x, blocks):
+    blocks = pk.index_top_k(x["q_idx"], x["k_idx"], **choice, **others)
+    return pk.selected_attention(x["q"], x["k"], x["v"], blocks, **size)[0]
+
   qkv, cmp, idx = ("q", "k", "v"), ("q", "k_cmp", "v_cmp"), ("q_idx", "k_idx")
   add = lambda *pairs: tuple(map(sum, zip(*pairs)))
   cases = {
@@ -141,6 +145,7 @@ def make(operation, spec, implementation=None, keys=None):
           ("q", "k", "lse", *idx), idx, (kl, both_kl), patterned=True),
       "nsa_layer": lambda: Case(nsa, ("q", "k", "v", "k_cmp", "v_cmp"), ("q", "k", "v", "k_cmp", "v_cmp"),
                                 add(attention(sparse + window + compressed), (2 * s.H * compressed,) * 2)),
+      "msa_attention": lambda: Case(msa_attention, (*qkv, *idx), (), (index + attention(sparse)[0], None)),
       "msa_layer": lambda: Case(msa, (*qkv, *idx), (*qkv, *idx),
                                 add(attention(sparse), (index + kl, index + both_kl))),
   }
@@ -149,7 +154,7 @@ def make(operation, spec, implementation=None, keys=None):
 
 
 OPERATIONS = ("attention", "window", "compressed_attention", "compressed_and_top_k", "pooled_and_top_k", "index_top_k",
-              "selected_attention", "index_kl", "nsa_layer", "msa_layer")
+              "selected_attention", "index_kl", "nsa_layer", "msa_attention", "msa_layer")
 DECODE_STEPS = 8  # of a timed program
 
 

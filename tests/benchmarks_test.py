@@ -28,6 +28,7 @@ def test_useful_flops_of_a_layer_are_those_of_its_operations():
   forward = lambda name: cases.make(name, spec).flops[0]
   parts = ("compressed_and_top_k", "selected_attention", "window")
   assert forward("nsa_layer") == pytest.approx(sum(map(forward, parts)))
+  assert forward("msa_attention") == pytest.approx(forward("index_top_k") + forward("selected_attention"))
   assert forward("msa_layer") == pytest.approx(sum(map(forward, ("index_top_k", "selected_attention", "index_kl"))))
 
 
