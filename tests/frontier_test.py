@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import special
 
 from experiments import frontier as experiment
 from nsa import config as config_lib, methods, records, report, schedule, study as study_lib, train
@@ -77,6 +78,7 @@ def test_what_is_read_is_by_example_and_the_same_from_what_is_published(tmp_path
     assert frontier.judge(found, 0.05).word == "undecided"  # 40 examples do not show 5 %
   text = (tmp_path / "out/report.md").read_text()
   assert "## What sparsity is safe?" in text and "within 5 %: **undecided**" in text
+  assert "dense answers too little of needle, book for any way to be shown safe" in text  # 40 and 32
   assert "| quest | quest:num_blocks=2 | 0.750 |" in text and "common: dense answers 25.0 %" in text
   assert (tmp_path / "out/plots/frontier.png").stat().st_size > 1000
 
@@ -122,6 +124,17 @@ def test_limits_hold_the_truth_as_often_as_they_say():
     assert np.mean(inside) > 0.92, (n, true, np.mean(inside))
 
 
+@pytest.mark.parametrize("right, lost", [(128, 0), (128, 1), (97, 0), (64, 7)])
+def test_limits_of_few_losses_are_exact(right, lost, monkeypatch):
+  """Those of Clopper and Pearson: whole counts of examples would call 1 of 128 safe within 5 % at alpha / 7."""
+  monkeypatch.setattr(frontier, "DRAWS", 20_000)
+  cell = frontier.Cell("task", True, tuple(range(right + 9)), np.repeat([1.0, 0.0], [right, 9]))
+  step = frontier.Step("a", "dense", "a", 0.5, {"task": (np.arange(right + 9) < lost).astype(float)})
+  (low, high), = frontier.limits(cell, [step], 0.05 / 3, 0.05 / 7)
+  assert high == pytest.approx(special.betaincinv(lost + 1, right - lost, 1 - 0.05 / 7), rel=0.05)
+  assert low == pytest.approx(special.betaincinv(lost, right - lost + 1, 0.05 / 3) if lost else 0, rel=0.2)
+
+
 @pytest.mark.parametrize("lost, word", [((0, 0, 0), "undecided"), ((1, 0, 0), "undecided"), ((1, 1, 1), "confirmed")])
 def test_few_examples_show_little(lost, word):
   """Of three none lost says nothing of 5 %; all three would be lost once in 8,000 times at 5 %."""
@@ -164,5 +177,7 @@ def test_the_experiment_runs_from_a_model_to_its_section(tmp_path):
   once = [r for r in loaded.runs[1].records if r["kind"] == "task" and r["run_mode"].startswith("xattention")]
   assert all(0 < r["tokens_visible"] < r["tokens_causal"] < 128 for r in once) and len(once) == 4
   assert "no verdict" in report.write([tmp_path / "study"], tmp_path / "report").markdown.read_text()
-  with pytest.raises(ValueError, match="lengths = '2x': whole numbers joined by +"):
-    experiment.get_config("lengths=2x")
+  for wrong, said in (("lengths=2x", "lengths = '2x': whole numbers of at least 1"), ("shares=0", "shares = '0'"),
+                      ("block=0", "block = 0: at least 1"), ("trained=x", "'x' names no run; take name:run directory")):
+    with pytest.raises(ValueError, match=said):
+      experiment.get_config(wrong)

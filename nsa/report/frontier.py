@@ -10,7 +10,7 @@ the dense arm answers enough (Study.solved); text of each corpus stands beside t
   loss       what is lost of the dense arm's score, as a share of it: on the same examples 1 - sum / sum of dense; of
              text what is added to the bits. Below 0 is a gain
   within x   the largest sparsity whose loss is at most x, and that of every step with less; 0 = dense alone. Its
-             interval: examples drawn anew, the same for all steps (documents of text, 95 %, percentiles)
+             interval: weights of examples drawn, the same for all steps (documents of text, 95 %, percentiles)
 
 The verdict on "there is no sparsity that is safe for all tasks", for each x of LIMITS and each size, at alpha .05, over
 the steps that leave out at least LEAST of the attention, as the paper's grid does:
@@ -22,10 +22,12 @@ the steps that leave out at least LEAST of the attention, as the paper's grid do
              the steps of that way in their order, as long as they are safe
   undecided  neither
 
-The oracle (which costs a dense pass) and random blocks are no ways to save anything: shown, not judged. Limits of tasks
-are drawn from the examples and one more that dense answers, and the step does not (upper) or does, too (lower): where
-all of few examples end alike every draw is the same, and the true loss is not known to be. Examples speak of these
-checkpoints and of these tasks. Prefill methods thin out the prompt and let the answer see all of it, snapkv the other
+The oracle (which costs a dense pass) and random blocks are no ways to save anything: shown, not judged. Draws weight
+the examples by exponential variates (the Bayesian bootstrap, Rubin 1981). Limits of tasks have one example more, that
+dense answers, and the step does not (upper) or does, too (lower): of answers that are right or wrong and that no step
+improves they are Clopper and Pearson's, exact for few losses and for none, where whole counts of examples would say
+"safe" up to twice as often as alpha. Words are per size and limit. Examples speak of these checkpoints and of these
+tasks. Prefill methods thin out the prompt and let the answer see all of it, snapkv the other
 way round; the rest thin out both, text that is scored included: ways are not on one footing.
 """
 from __future__ import annotations
@@ -34,6 +36,7 @@ import collections
 import dataclasses
 import functools
 import math
+import zlib
 
 import numpy as np
 
@@ -45,7 +48,7 @@ from nsa.report.runs import Study
 LIMITS = (0.01, 0.05)            # shares of the dense arm's score
 LEAST = 0.5                      # sparsity that the verdict asks for
 ALPHA = 0.05
-DRAWS = 4000
+DRAWS = 10_000
 CONTROLS = ("oracle", "random")  # no ways to save anything
 _COLOURS = {"oracle": "#111111", "random": "#aaaaaa", "quest": "#0072b2", "block_topk": "#56b4e9",
             "sink_window": "#c4511f", "vertical_slash": "#009e73", "flexprefill": "#7b5ea7", "xattention": "#cc79a7",
@@ -184,7 +187,7 @@ def loss(step: Step, cell: Cell) -> float:
 
 
 def drawn(cell: Cell, steps: list[Step], more: float | None = None) -> np.ndarray:
-  """float64[DRAWS, steps]: losses with the cell's examples drawn anew, the same for all steps.
+  """float64[DRAWS, steps]: losses under drawn weights of the cell's examples, the same for all steps.
 
   more: what every step loses on one more example that dense answers; None = no such example.
   """
@@ -192,15 +195,14 @@ def drawn(cell: Cell, steps: list[Step], more: float | None = None) -> np.ndarra
   base = cell.dense
   if more is not None:
     lost, base = np.concatenate([lost, np.full((1, lost.shape[1]), more)]), np.append(base, 1.0)
-  counts = _counts(len(base), DRAWS)
-  below = counts @ base
-  return np.where(below[:, None] > 0, counts @ lost / np.maximum(below, 1e-12)[:, None], 1.0)
+  weights = _weights(len(base), DRAWS, zlib.crc32(cell.name.encode()))  # other examples than another cell's
+  return weights @ lost / (weights @ base)[:, None]
 
 
-@functools.lru_cache(maxsize=8)
-def _counts(n: int, draws: int) -> np.ndarray:
-  """How often each of n examples is drawn: float64[draws, n], the same whenever it is asked."""
-  return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+@functools.lru_cache(maxsize=16)
+def _weights(n: int, draws: int, seed: int) -> np.ndarray:
+  """Exponential variates of mean 1, float64[draws, n], the same whenever they are asked for."""
+  return np.random.default_rng(seed).standard_exponential((draws, n))
 
 
 def limits(cell: Cell, steps: list[Step], low: float, high: float) -> list[tuple[float, float]]:
@@ -272,9 +274,11 @@ def _verdicts(study, found, size) -> list:
     if one is None:
       return [Text(f"Size {size}: no verdict: no way, or no task of which {study.dense} answers "
                    f"{100 * study.solved:g} %.", "note")]
+    few = [cell.name for cell in found.tasks if 1 - (ALPHA / len(found.judged)) ** (1 / cell.dense.sum()) > limit]
     how = {"confirmed": "every step loses more on some task",
            "refuted": "safe for all tasks: " + ", ".join(f"{way} up to {s:.2f}" for way, s in one.safe.items()),
            "undecided": "no way is shown to be safe, nor every step to be unsafe"}[one.word]
+    how += f"; {study.dense} answers too little of {', '.join(few)} for any way to be shown safe" * bool(few)
     lines.append(f"within {100 * limit:g} %: **{one.word}** ({how}; {one.unsafe} of {one.steps} steps are shown to "
                  "lose more)")
   return [Text(f"**Size {size}**, {len(found.tasks)} tasks, {len(found.judged)} ways with {LEAST:g} and more left "
@@ -294,7 +298,7 @@ def _tables(study, found: Grid, size) -> list:
       lines.append([name, str(count or "-"), level, *values])
     blocks.append(Table(["", "examples", study.dense, *ways], lines,
                         f"Largest sparsity within {100 * limit:g} % of {study.dense}, size {size}; 0 = dense alone. In "
-                        "brackets: examples drawn anew (95 %; documents of text). Oracle and random are controls"))
+                        "brackets: 95 % intervals over examples (documents of text). Oracle and random are controls"))
   lines = []
   for way in ways:
     steps = found.ways[way]
