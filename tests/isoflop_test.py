@@ -1,4 +1,5 @@
 """nsa.report.isoflop on planted truths: how often its intervals and words are right; and the experiment's arms."""
+import dataclasses
 import json
 import math
 
@@ -30,7 +31,7 @@ def planted(rng, method, noise=0.006, gain=0.0, sizes=(0.44e6, 1.26e6, 2.8e6, 10
       loss = best_loss(budget, gain) + BEND * math.log(n / optimum(budget)) ** 2 + rng.normal(0, noise)
       row = endpoints.Row("r", f"{method}_{budget:g}", str(n), 0, "sparse", True, "done", "val", 1, {METRIC: loss})
       seconds = budget / (1e14 if method == "dense" else 5e13)
-      out.append(isoflop.Point(method, budget, str(n), 0, n, budget, seconds, {}, row, {"sparse": row}))
+      out.append(isoflop.Point(method, budget, str(n), 0, n, seconds, {}, row, {"sparse": row}))
   return out
 
 
@@ -80,6 +81,22 @@ def test_what_is_not_bracketed_or_bends_down_supports_no_word():
   assert isoflop.fit(falling[:2], METRIC) == "too few sizes for a parabola"
 
 
+def test_a_gain_without_a_window_to_compare_with_has_no_cause():
+  (one,) = isoflop.judge(None, fits(np.random.default_rng(5), {"dense": 0.0, "msa_8": 0.03, "window_32": 0.03}))
+  assert one.word == "confirmed, cause open" and set(one.against) == {"dense"} and one.window is None
+
+
+def test_seeds_of_a_run_are_no_further_sizes():
+  """What the parabola misses at a size is the same for its seeds: three of them must not narrow the intervals."""
+  rng, inside = np.random.default_rng(6), []
+  for draw in range(100):
+    one = planted(rng, "dense")
+    found = isoflop.fit(one + [dataclasses.replace(p, seed=s) for p in one for s in (1, 2)], METRIC, draw)
+    assert found.df == 15 - 7
+    inside += [o.loss_between[0] <= best_loss(c) <= o.loss_between[1] for c, o in found.optima.items()]
+  assert np.mean(inside) >= 0.92
+
+
 def test_the_multiplier_is_what_was_planted():
   """A gain of .05 ln 2 at every budget is worth twice the FLOPs, and equal seconds at half the speed."""
   of = fits(np.random.default_rng(3), {"dense": 0.0, "msa_32": 0.05 * math.log(2)}, noise=0.002)[METRIC]
@@ -102,8 +119,11 @@ def test_the_experiment_spends_its_budgets_and_its_report_says_so(tmp_path):
   top = {one.arm: one.eval.run_modes for one in study.arms if one.size == "M"}
   assert top["msa_32_9e13"] == ("sparse", "sparse:num_blocks=2", "dense")
   assert top["msa_32_1e13"] == ("sparse",)
-  with pytest.raises(ValueError, match="sizes = 'M.Q': Q is none of 2XS, XS"):
-    experiment.get_config("sizes=M+Q")
+  for wrong, said in (("sizes=M+Q", "sizes = 'M.Q': Q is none of 2XS, XS"), ("shares=0", "shares = '0': at least 1"),
+                      ("budgets=nan", "budgets = 'nan': at least 1"), ("batch=0", "batch = 0: at least 1"),
+                      ("block=4096", "shares, block = 32, 4096: 1/32 of 16384 tokens has no block")):
+    with pytest.raises(ValueError, match=said):
+      experiment.get_config(wrong)
 
   rng, jobs = np.random.default_rng(4), []
   for one in study.arms:

@@ -5,7 +5,8 @@ Of every method and endpoint one least-squares fit over all its runs, a parabola
 
     loss = a_C + b_C x + c x^2,  x = ln(parameters without embeddings, selectors and memories)
 
-Every seed is a point. Optimum: x = -b_C / 2c, its loss a_C - b_C^2 / 4c. Exponent e: the same fit with b_C = g + h
+A point is the mean over a run's seeds: what the parabola misses at a size, all of its seeds share, and they would count
+it as often as they are. Optimum: x = -b_C / 2c, its loss a_C - b_C^2 / 4c. Exponent e: the same fit with b_C = g + h
 ln C, so that the best size grows as C^e, e = -h / 2c. Intervals (95 %): DRAWS draws of the coefficients from their t
 distribution, scattered by the residuals, misfit of the parabola included. An optimum is *bracketed* where its interval
 lies within the sizes that were run at its budget; one that is not is shown and supports no word.
@@ -15,8 +16,9 @@ of text at the largest budget at which both optima are bracketed, all draws inde
 simultaneous over sparse methods and endpoints (Bonferroni):
 
   confirmed by selection   the optimum's loss is below dense's, and below that of the window of equal cost
-  confirmed by locality    below dense's, and not shown to be below the window's: what a window has too is no merit of
-                           selection
+  confirmed by locality    below dense's, as is the window's, and not shown to be below that: what a window has, too,
+                           is no merit of selection
+  confirmed, cause open    below dense's; which of the two it is, is not shown, or no window's optimum is bracketed
   refuted                  above dense's
   undecided                none of these
 
@@ -30,12 +32,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import math
 import re
 
 import numpy as np
 
-from nsa.report import endpoints, style
+from nsa.report import endpoints, isoflop_plots as plots
 from nsa.report.document import Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -44,21 +47,17 @@ SMALLEST = 0.005                 # bits per byte between optima that matter
 DRAWS = 4000
 LEVEL = 0.95
 ARM = re.compile(r"(.+)_(\d[\d.]*(?:e\d+)?)$")
-_COLOURS = {"dense": "#555555", "msa_32": "#0072b2", "msa_8": "#56b4e9", "window_32": "#c4511f", "window_8": "#f2a65a"}
-_OTHERS = ("#009e73", "#cc79a7", "#7b5ea7", "#b8a500")
-_MARKERS = "osD^vP"
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One run. parameters: without embeddings, selectors and memories. flops: of training. inference: {run mode: forward
-  FLOPs per token}."""
+  """One seed of a run. parameters: without embeddings, selectors and memories. inference: {run mode: forward FLOPs per
+  token}."""
   method: str
   budget: float
   size: str
   seed: int
   parameters: float
-  flops: float
   seconds: float                   # of training at the usual speed; NaN where unknown
   inference: dict[str, float]
   row: Row
@@ -111,40 +110,26 @@ def points(study: Study, table: list[Row]) -> list[Point]:
   for (arm, size, seed), modes in by_run.items():
     own = next((row for row in modes.values() if row.headline), None)
     run = configs.get((arm, size))
-    cost = None if run is None else _costs(repr(sorted(modes)), _Config(run.config))
+    cost = None if run is None else _costs(tuple(sorted(modes)), json.dumps(run.config))
     if own is None or cost is None:
       continue
     method, budget = ARM.match(arm).groups()
-    out.append(Point(method, float(budget), size, seed, cost[0], own["flops"], own["seconds"], cost[1], own, modes))
+    out.append(Point(method, float(budget), size, seed, cost[0], own["seconds"], cost[1], own, modes))
   return out
 
 
-class _Config:
-  """A config.json that can be a key."""
-
-  def __init__(self, tree):
-    self.tree, self.text = tree, repr(tree)
-
-  def __eq__(self, other):
-    return self.text == other.text
-
-  def __hash__(self):
-    return hash(self.text)
-
-
 @functools.lru_cache(maxsize=512)
-def _costs(modes: str, config: _Config) -> tuple[float, dict[str, float]] | None:
-  """(parameters, {run mode: forward FLOPs per token at the run's context}); None of a config that cannot be read."""
-  import ast
-
+def _costs(modes: tuple[str, ...], config: str) -> tuple[float, dict[str, float]] | None:
+  """(parameters, {run mode: forward FLOPs per token at the run's context}) of a config in JSON; None if it cannot be
+  read."""
   from nsa import evaluate, flops, methods  # here: the verdict alone does without jax
-  parsed = endpoints.parsed(config.tree)
+  parsed = endpoints.parsed(json.loads(config))
   if parsed is None:
     return None
   counts = flops.parameters(parsed)
   embeddings = counts["total"] - counts["non_embedding"]
   inference = {}
-  for mode in ast.literal_eval(modes):
+  for mode in modes:
     found = evaluate.how(parsed, mode)
     if found is None:
       continue
@@ -163,17 +148,20 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   found = [p for p in found if math.isfinite(p.row[metric])]
   if not endpoints.metric(metric).lower_is_better:
     return "it has no minimum to be fitted"
-  budgets = sorted({p.budget for p in found})
-  sizes = {c: {p.parameters for p in found if p.budget == c} for c in budgets}
-  budgets = [c for c in budgets if len(sizes[c]) > 1]
-  found = [p for p in found if p.budget in budgets]
-  df = len(found) - 2 * len(budgets) - 1
-  if not budgets or df < 1 or max(len(sizes[c]) for c in budgets) < 3:
+  losses = collections.defaultdict(list)
+  for p in found:
+    losses[p.budget, p.parameters].append(p.row[metric])
+  count = collections.Counter(budget for budget, _ in losses)
+  budgets = sorted(c for c, sizes in count.items() if sizes > 1)
+  cells = sorted(cell for cell in losses if cell[0] in budgets)
+  df = len(cells) - 2 * len(budgets) - 1
+  if not budgets or df < 1 or max(count.values()) < 3:
     return "too few sizes for a parabola"
-  centre = float(np.mean([math.log(p.parameters) for p in found]))
-  x = np.array([math.log(p.parameters) for p in found]) - centre
-  y = np.array([p.row[metric] for p in found])
-  at = np.array([budgets.index(p.budget) for p in found])
+  x = np.log([parameters for _, parameters in cells])
+  centre = float(x.mean())
+  x = x - centre
+  y = np.array([np.mean(losses[cell]) for cell in cells])
+  at = np.array([budgets.index(budget) for budget, _ in cells])
   one = (at[:, None] == np.arange(len(budgets))).astype(float)
   design = np.concatenate([one, one * x[:, None], x[:, None] ** 2], axis=1)
   best, sd, draws = _least_squares(design, y, draw)
@@ -187,18 +175,18 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   for i, c in enumerate(budgets):
     a, b, bend = best[i], best[B + i], best[-1]
     place = -draws[:, B + i] / (2 * draws[:, -1])
-    losses = draws[:, i] - draws[:, B + i] ** 2 / (4 * draws[:, -1])
+    lowest = draws[:, i] - draws[:, B + i] ** 2 / (4 * draws[:, -1])
     low, high = np.quantile(place, _ends(LEVEL))
     mine = [p for p in found if p.budget == c]
     inside = min(x[at == i]) <= low and high <= max(x[at == i])
     optimum = math.exp(centre - b / (2 * bend))
     out[c] = Optimum(c, optimum, (math.exp(centre + low), math.exp(centre + high)), float(a - b * b / (4 * bend)),
-                     tuple(np.quantile(losses, _ends(LEVEL)).tolist()), len(sizes[c]), bool(inside), losses,
+                     tuple(np.quantile(lowest, _ends(LEVEL)).tolist()), count[c], bool(inside), lowest,
                      _seconds(mine, optimum))
     coefficients[c] = (float(a), float(b), float(bend))
   exponent, between = math.nan, (math.nan, math.nan)
   if B > 1:
-    log = np.array([math.log(p.budget) for p in found])
+    log = np.log([budget for budget, _ in cells])
     log -= log.mean()
     straight = np.concatenate([one, x[:, None], (x * log)[:, None], x[:, None] ** 2], axis=1)
     best, _, draws = _least_squares(straight, y, draw)
@@ -280,6 +268,7 @@ class Judgement:
   budget: float
   word: str
   against: dict[str, tuple[float, float, float]]   # method -> difference, simultaneous
+  window: tuple[float, float, float] | None = None  # the window of equal cost minus dense
 
 
 def judge(study: Study, fits: dict[str, dict[str, Fit | str]], dense: str = "dense") -> list[Judgement]:
@@ -298,12 +287,15 @@ def judge(study: Study, fits: dict[str, dict[str, Fit | str]], dense: str = "den
     budget = max(common)
     level = 1 - (1 - LEVEL) / len(tests)
     against = {dense: difference(mine.optima[budget], theirs.optima[budget], level)}
+    equal = None
     if budget in good(window):
       against[window.method] = difference(mine.optima[budget], window.optima[budget], level)
-    below = {name: high < 0 for name, (_, _, high) in against.items()}
-    word = ("refuted" if against[dense][1] > 0 else "undecided" if not below[dense]
-            else "confirmed by selection" if len(below) == 2 and all(below.values()) else "confirmed by locality")
-    out.append(Judgement(method, metric, budget, word, against))
+      equal = difference(window.optima[budget], theirs.optima[budget], level)
+    below = lambda found: found is not None and found[2] < 0
+    word = ("refuted" if against[dense][1] > 0 else "undecided" if not below(against[dense])
+            else "confirmed by selection" if equal and below(against[window.method])
+            else "confirmed by locality" if below(equal) else "confirmed, cause open")
+    out.append(Judgement(method, metric, budget, word, against, equal))
   return out
 
 
@@ -326,14 +318,14 @@ def section(study: Study, table: list[Row], gallery) -> list:
   for metric in metrics:
     blocks += _table(fits[metric], metric) if endpoints.metric(metric).lower_is_better else []
   blocks += _multipliers(fits, names)
-  shown = [("isoflop", curves(found, fits), "Held-out loss over parameters at equal training FLOPs, a colour for each "
-            "method, a marker for each budget; lines: fitted parabolas, stars: their optima with 95 % intervals. "
+  shown = [("isoflop", plots.curves(found, fits), "Held-out loss over parameters at equal training FLOPs, a colour for "
+            "each method, a marker for each budget; lines: fitted parabolas, stars: their optima with 95 % intervals. "
             "Recall is a panel of its own, not judged", "Loss over model size at equal training FLOPs"),
-           ("isoflop_cost", frontiers(fits), "Loss at each method's best size, by training FLOPs and by device time of "
-            "training. Bars: 95 % intervals. Hollow: the optimum is not bracketed", "Loss by training cost"),
-           ("isoflop_inference", inference(found, metrics), "Models of the largest budget, run with other numbers of "
-            "blocks than they were trained with: loss by forward FLOPs per token, selection counted. Line: the lower "
-            "edge of each method", "Loss by inference FLOPs")]
+           ("isoflop_cost", plots.frontiers(fits), "Loss at each method's best size, by training FLOPs and by device "
+            "time of training. Bars: 95 % intervals. Hollow: the optimum is not bracketed", "Loss by training cost"),
+           ("isoflop_inference", plots.inference(found, metrics), "Models of the largest budget, run with other "
+            "numbers of blocks than they were trained with: loss by forward FLOPs per token, selection counted. Line: "
+            "the lower edge of each method", "Loss by inference FLOPs")]
   for name, figure, caption, alt in shown:
     blocks.append(gallery.block(name, figure, caption, alt, f"Not drawn ({name}): too few runs"))
   return blocks
@@ -346,9 +338,10 @@ def _verdict(study, fits) -> list:
   lines = []
   for one in judged:
     m = endpoints.metric(one.metric)
-    of = "; ".join(f"minus {name} {m.text(d, True)} ({m.text(low, True)} to {m.text(high, True)})"
-                   for name, (d, low, high) in one.against.items())
-    of += "; less than what matters" * (bool(of) and abs(next(iter(one.against.values()))[0]) < SMALLEST)
+    said = lambda d, low, high: (f"{m.text(d, True)} ({m.text(low, True)} to {m.text(high, True)})"
+                                 + ", less than what matters" * (abs(d) < SMALLEST))
+    of = "; ".join(f"minus {name} {said(*found)}" for name, found in one.against.items())
+    of += f"; that window minus dense {said(*one.window)}" if one.window else ""
     at = f"at {one.budget:.2g} FLOPs, {of}" if of else "no budget at which its optimum and dense's are bracketed"
     lines.append(f"{one.method}, {m.title}: **{one.word}** ({at})")
   seeds = "one seed: a word about these runs, not about training" if _one_seed(study) else ""
@@ -403,98 +396,3 @@ def _multipliers(fits, names) -> list:
                 "What dense needs for the loss that a method has at its largest budget, along the line of dense's own "
                 "optima (beyond its ends where it must be). Above 1: the method is cheaper. 95 % intervals of the "
                 "fits; exploratory", left=2)]
-
-
-# --- figures ------------------------------------------------------------------------
-
-
-def _colour(method, k=0):
-  return _COLOURS.get(method, _OTHERS[k % len(_OTHERS)])
-
-
-def curves(found: list[Point], fits):
-  """Loss over parameters: a panel for each endpoint."""
-  metrics = list(fits)
-  if not metrics:
-    return None
-  fig, axes = style.figure(2.4 + 3.9 * len(metrics), 4.2, len(metrics))
-  budgets = sorted({p.budget for p in found})
-  names = list(dict.fromkeys(p.method for p in found))
-  for ax, metric in zip(axes, metrics):
-    m = endpoints.metric(metric)
-    for k, name in enumerate(names):
-      colour, one = _colour(name, k), fits[metric][name]
-      for i, c in enumerate(budgets):
-        mine = [p for p in found if (p.method, p.budget) == (name, c) and math.isfinite(p.row[metric])]
-        ax.plot([p.parameters / 1e6 for p in mine], [p.row[metric] * m.scale for p in mine], _MARKERS[i % 6],
-                color=colour, ms=4, mfc="none", label=name if not i else None)
-        if isinstance(one, Fit) and c in one.optima:
-          at = np.geomspace(min(p.parameters for p in mine), max(p.parameters for p in mine), 50)
-          ax.plot(at / 1e6, one.parabola(c, at) * m.scale, color=colour, lw=1.1, alpha=0.8)
-          o = one.optima[c]
-          if at[0] <= o.parameters <= at[-1]:
-            ax.plot(o.parameters / 1e6, o.loss * m.scale, "*", color=colour, ms=9)
-            low, high = np.clip(o.between, at[0], at[-1]) / 1e6
-            ax.hlines(o.loss * m.scale, low, high, color=colour, lw=1)
-    for i, c in enumerate(budgets):
-      ax.plot([], [], _MARKERS[i % 6], color="#999999", mfc="none", label=f"{c:.2g} FLOPs")
-    ax.set_xscale("log")
-    ax.set_xlabel("parameters of the backbone, without embeddings (M)")
-    ax.set_ylabel(f"{m.unit}")
-    ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
-  style.key(fig, axes[0])
-  return fig
-
-
-def frontiers(fits):
-  """Loss at the optimum by FLOPs and by seconds, a row for each endpoint of text."""
-  metrics = [metric for metric in fits if endpoints.metric(metric).kind == "text"
-             and any(isinstance(f, Fit) for f in fits[metric].values())]
-  if not metrics:
-    return None
-  fig = style.Figure(figsize=(9.6, 0.4 + 3.3 * len(metrics)), layout="constrained")
-  axes = fig.subplots(len(metrics), 2, squeeze=False, sharey="row")
-  for row, metric in zip(axes, metrics):
-    m = endpoints.metric(metric)
-    for ax, by, words in zip(row, ("budget", "seconds"), ("training FLOPs", "device seconds of training")):
-      for k, (name, one) in enumerate(fits[metric].items()):
-        if isinstance(one, str):
-          continue
-        mine = [o for o in one.optima.values() if getattr(o, by) > 0]
-        ax.plot([getattr(o, by) for o in mine], [o.loss for o in mine], color=_colour(name, k), lw=1.2, label=name)
-        for o in mine:
-          ax.plot(getattr(o, by), o.loss, "o", color=_colour(name, k), ms=5, mfc=None if o.bracketed else "none")
-          ax.vlines(getattr(o, by), *o.loss_between, color=_colour(name, k), lw=1)
-      ax.set_xscale("log")
-      ax.set_xlabel(words)
-    row[0].set_ylabel(m.unit)
-    row[0].set_title(m.title, fontsize=9)
-  style.key(fig, axes[0, 0])
-  return fig
-
-
-def inference(found: list[Point], metrics: list[str]):
-  """Loss by forward FLOPs per token of the models of the largest budget, in all their run modes."""
-  top = max(p.budget for p in found)
-  mine = [p for p in found if p.budget == top]
-  if not any(len(p.modes) > 1 for p in mine):
-    return None
-  fig, axes = style.figure(2.4 + 3.9 * len(metrics), 4.2, len(metrics))
-  names = list(dict.fromkeys(p.method for p in mine))
-  for ax, metric in zip(axes, metrics):
-    m = endpoints.metric(metric)
-    for k, name in enumerate(names):
-      of = [(p.inference[mode], row[metric] * m.scale, mode, row.headline) for p in mine if p.method == name
-            for mode, row in p.modes.items() if mode in p.inference and math.isfinite(row[metric])]
-      sign = 1 if m.lower_is_better else -1
-      edge = [(x, y) for x, y, *_ in sorted(of) if all(sign * y < sign * v for u, v, *_ in of if u < x)]
-      ax.plot([x for x, *_ in of], [y for _, y, *_ in of], ".", color=_colour(name, k), ms=4, alpha=0.6)
-      ax.plot([x for x, _ in edge], [y for _, y in edge], color=_colour(name, k), lw=1.2, label=name)
-      ax.plot([x for x, *_, own in of if own], [y for _, y, _, own in of if own], "o", color=_colour(name, k),
-              mfc="none", ms=6)
-    ax.set_xscale("log")
-    ax.set_xlabel("forward FLOPs per token")
-    ax.set_ylabel(m.unit)
-    ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
-  style.key(fig, axes[0])
-  return fig
