@@ -66,8 +66,24 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   for run in alone.runs:
     run.records = [r for r in run.records if r["seed"] == 1]
   assert [c.word for c in lengths.compare(alone, "s")] == ["one seed"] * 2
-  study.controls = {}
+  dense, study.runs[0].records = study.runs[0].records, []
+  assert [c.word for c in lengths.compare(study, "s")] == ["not judged"] * 2
+  study.runs[0].records, study.controls = dense, {}
   assert lengths.compare(study, "s") == []
+
+
+@pytest.mark.parametrize("true, false", [(0.1, ["differs by enough"]), (0.1, ["no more than that apart"]),
+                                         (0.0, ["differs", "differs by enough"])])
+def test_words_are_of_the_whole_family(true, false, study, monkeypatch):
+  """Six pairs at two lengths: where the truth is no difference, or just the smallest that matters, few studies have a
+  false word at all. Intervals for themselves would have one in a quarter of them."""
+  rng = np.random.default_rng(0)
+  study.controls = {f"memory {i}": "window" for i in range(6)}
+  cells = lambda of: {(n, seed): of() for n in (64, 256) for seed in SEEDS}
+  monkeypatch.setattr(lengths, "recall", lambda study, arm, size: cells(
+      (lambda: true + 0.02 * rng.standard_normal()) if "memory" in arm else (lambda: float(arm == "dense"))))
+  wrong = [any(c.word in false for c in lengths.compare(study, "s")) for _ in range(200)]
+  assert np.mean(wrong) <= 0.08  # 5 %, and two standard errors
 
 
 def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked(study, tmp_path):

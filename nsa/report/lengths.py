@@ -3,7 +3,9 @@
 Of studies whose evaluations ask examples of several lengths ("mqar@4096", "mqar@8192", ...): what the other sections
 mean over, this one takes apart. Text at k times the trained length is that of the second half of the first k lengths of
 a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
-shortest and the longest length: two-sided t tests under Holm.
+shortest and the longest length. Three questions are asked of every pair, each of the family under Holm: is there a
+difference (two-sided t test), is it beyond the smallest effect that matters (the same test against that), is it within
+(two one-sided tests)? Where dense answers less than ANCHOR at the shortest length, no pair is judged.
 """
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ ANCHOR = 0.9     # what dense has to answer at the shortest length
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """An arm minus its control at one length. interval: of 95 %, of the mean over seeds. p: by Holm over the family.
+  """An arm minus its control at one length, in shares of the answers. interval: of 95 %, of the mean over seeds, for
+  itself. p: of a difference, by Holm over the family.
 
-  word: "differs by enough" (the interval lies beyond the smallest effect), "differs" (p at or below alpha), "no more
-  than that apart" (the interval lies within), "undecided", or "one seed".
+  word: "differs by enough", "no more than that apart", "differs", "undecided"; "one seed"; "not judged" where the
+  anchor fails.
   """
   arm: str
   against: str
@@ -55,6 +58,12 @@ def recall(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
   return {cell: float(np.mean(values)) for cell, values in cells.items()}
 
 
+def anchor(study: Study, size: str) -> list[float]:
+  """What the dense arm answers at the shortest length, 0 to 1, one number per seed."""
+  _, asked = lengths(study, size)
+  return [value for (tokens, _), value in recall(study, study.dense, size).items() if tokens in asked[:1]]
+
+
 def text(study: Study, arm: str, size: str, asked: list[int]) -> dict[tuple[str, int, int], float]:
   """{(corpus, tokens, seed): bits per byte at the positions from tokens / 2 to tokens}, of the arm's own run mode."""
   out = {}
@@ -77,8 +86,8 @@ def flops_per_token(run: Run, tokens: int) -> float:
 
 def compare(study: Study, size: str) -> list[Compared]:
   """The family of tests; a pair without a common seed is left out."""
-  _, asked = lengths(study, size)
-  margin = next((e.margin for e in study.endpoints if e.metric == RECALL), SMALLEST)
+  trained, asked = lengths(study, size)
+  margin = _margin(study)
   found = []
   for arm, against in study.controls.items():
     ours, theirs = recall(study, arm, size), recall(study, against, size)
@@ -87,16 +96,28 @@ def compare(study: Study, size: str) -> list[Compared]:
       seeds, differences = statistics.paired_differences(at(ours), at(theirs))
       if seeds:
         found.append((arm, against, n, differences))
-  trained, _ = lengths(study, size)
+  tests = [differences for *_, differences in found]
+  different = statistics.holm([statistics.t_test(d) for d in tests])
+  enough = statistics.holm([_beyond(d, margin) for d in tests])
+  within = statistics.holm([statistics.tost(d, margin) for d in tests])
+  admitted = np.mean(anchor(study, size) or [0.0]) >= ANCHOR
   out = []
-  for (arm, against, n, differences), p in zip(found, statistics.holm([statistics.t_test(d) for *_, d in found])):
+  for k, (arm, against, n, differences) in enumerate(found):
     i = statistics.t_interval(differences)
-    word = ("one seed" if not i.bounded else
-            "differs by enough" if p <= study.alpha and (i.low > margin or i.high < -margin) else
-            "no more than that apart" if -margin < i.low and i.high < margin else
-            "differs" if p <= study.alpha else "undecided")
-    out.append(Compared(arm, against, n / trained, i, float(p), word))
+    word = ("not judged" if not admitted else "one seed" if not i.bounded else
+            "differs by enough" if enough[k] <= study.alpha else
+            "no more than that apart" if within[k] <= study.alpha else
+            "differs" if different[k] <= study.alpha else "undecided")
+    out.append(Compared(arm, against, n / trained, i, float(different[k]), word))
   return out
+
+
+def _beyond(differences, margin: float) -> float:
+  """p of "the mean is the margin, or nearer to 0": two-sided, in the direction of the mean found. NaN of one seed."""
+  mean = float(np.mean(differences))
+  if len(differences) > 1 and abs(mean) <= margin:
+    return 1.0
+  return statistics.t_test(differences - math.copysign(margin, mean))
 
 
 def section(study: Study, gallery) -> list:
@@ -115,11 +136,11 @@ def _of_size(study, size, gallery):
   of_text = {arm: text(study, arm, size, asked) for arm in runs}
   pick = lambda cells, *key: [v for (*k, _), v in cells.items() if tuple(k) == key]
   blocks = []
-  anchor = pick(values.get(study.dense, {}), asked[0])
-  if not anchor or np.mean(anchor) < ANCHOR:
-    said = f"answers {100 * np.mean(anchor):.1f} %" if anchor else "has no far answer"
-    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * ANCHOR:.0f} %: recall there says "
-                       "nothing of what the others lack.**", "note"))
+  found = anchor(study, size)
+  if not found or np.mean(found) < ANCHOR:
+    said = f"answers {100 * np.mean(found):.1f} %" if found else "has no far answer"
+    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * ANCHOR:.0f} %: recall says nothing of "
+                       "what the others lack.**", "note"))
   speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
   measured = any(math.isfinite(speed(arm)) for arm in runs)
   rows = []
@@ -146,13 +167,12 @@ def _of_size(study, size, gallery):
         "longest one"))
   family = compare(study, size)
   if family:
-    margin = next((e.margin for e in study.endpoints if e.metric == RECALL), SMALLEST)
     blocks.append(Table(
         ["arm", "minus", "at", "points", "95 % interval", "p (Holm)", "word"],
         [[c.arm, c.against, f"{c.multiple:g}x", exact.text(c.interval.mean, True), exact.between(c.interval),
           f"{c.p:.3f}" if math.isfinite(c.p) else "-", c.word] for c in family],
-        f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(margin)} points. Everything "
-        "else in this section is exploratory", left=2))
+        f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(_margin(study))} points. "
+        f"Words: t tests under Holm, of {len(family)} pairs. Everything else in this section is exploratory", left=2))
   figure = _figure(gallery, runs, values, asked, times, speed if measured else None)
   caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
              "means")
@@ -183,6 +203,10 @@ def _figure(gallery, runs, values, asked, times, speed):
   axes[0].set_ylim(-3, 103)
   gallery.style.key(fig, max(axes, key=lambda ax: len(ax.lines)))
   return fig if drawn else None
+
+
+def _margin(study) -> float:
+  return next((e.margin for e in study.endpoints if e.metric == RECALL), SMALLEST)
 
 
 def _tokens(task: str) -> int:
