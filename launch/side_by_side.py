@@ -1,13 +1,14 @@
-"""The runs of a study side by side: one process for each, on the devices of this host, as many at a time as are named.
+"""The runs of a study side by side: as many processes as devices are named, each takes one run after the other.
 
     python -m launch.study --config=... --workdir=runs/main --devices=0,0,1,1      # two on each of two GPUs
 
-Forks wait for their trunks. A device that is named twice has its memory shared out. Each process writes
-workdir/logs/<run>.log; what one has compiled the others find in the compilation cache.
+A process that stays has imported, read the texts, made the tasks of the evaluation and compiled what runs share. Forks
+wait for their trunks. A device that is named twice has its memory shared out. Each run writes workdir/logs/<run>.log;
+what one process has compiled the others find in the compilation cache.
 """
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 import os
 from pathlib import Path
 import signal
@@ -23,13 +24,44 @@ MEMORY = 0.9     # share of a device's memory that its processes take together
 PATIENCE = 300   # seconds from SIGTERM until a process has saved its state
 
 
-@dataclasses.dataclass
-class Running:
-  """A process at a run, on the `slot`-th of the devices named."""
-  job: Job
-  slot: int
-  process: subprocess.Popen
-  began: float
+class Worker:
+  """A process on devices[slot] that takes names of runs, one a line, and answers each with a line once it has ended.
+
+  Its last words, if it breaks before it can open a run's log, are in `log`.
+  """
+
+  def __init__(self, command: list[str], devices: list[str], slot: int, log: Path):
+    self.job, self.slot, self.began, self.log = None, slot, 0.0, log
+    with open(log, "wb") as file:
+      self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+                                      env=environment(devices, slot))
+    os.set_blocking(self.process.stdout.fileno(), False)
+
+  def begin(self, job: Job) -> None:
+    self.job, self.began = job, time.monotonic()
+    try:
+      self.process.stdin.write(f"{Path(job.run).name}\n".encode())
+      self.process.stdin.flush()
+    except BrokenPipeError:  # it has ended, which `ended` sees
+      pass
+
+  def ended(self) -> bool:
+    """Whether the run in hand is over: answered, or its process is gone."""
+    return self.process.poll() is not None or bool(self.process.stdout.read())
+
+
+def serve(run: Callable[[str], None], logs: Path) -> None:
+  """The other end of `Worker`: calls run(name) for each line of standard input, with logs/<name>.log as its output."""
+  answers = os.fdopen(os.dup(1), "w")
+  for line in sys.stdin:
+    name = line.strip()
+    with open(logs / f"{name}.log", "ab") as file:
+      os.dup2(file.fileno(), 1)
+      os.dup2(file.fileno(), 2)
+    run(name)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print(name, file=answers, flush=True)
 
 
 def environment(devices: list[str], slot: int) -> dict[str, str]:
@@ -39,15 +71,15 @@ def environment(devices: list[str], slot: int) -> dict[str, str]:
   return {**os.environ, "CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
 
 
-def command(run: str) -> list[str]:
-  """This process's own command, for one run."""
+def command() -> list[str]:
+  """This process's own command, as a worker."""
   mine, skip = [], False
   for argument in sys.argv[1:]:
     name = argument.lstrip("-").partition("=")[0]
     if not skip and name not in ("devices", "only"):
       mine.append(argument)
     skip = name in ("devices", "only") and "=" not in argument and not skip
-  return [sys.executable, "-m", "launch.study", *mine, f"--only={run}"]
+  return [sys.executable, "-m", "launch.study", *mine, "--worker"]
 
 
 def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None:
@@ -66,54 +98,65 @@ def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None
 def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, make_command=command) -> bool:
   """Runs `todo`, trunks first, until each is done or failed. Whether a SIGTERM came, which is passed on.
 
-  A process that ends and leaves its run neither done nor failed gets a FAILED with the end of its log. So does a fork
-  whose trunk failed.
+  A run that ends and is neither done nor failed gets a FAILED with the end of its log; where its process has ended,
+  another takes its place. A fork whose trunk failed gets one, too.
   """
   directory, stopped = Path(directory), []
   before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-  waiting, running, total = [j for j in todo if not (directory / j.run / "DONE").exists()], [], len(todo)
+  waiting, total = [j for j in todo if not (directory / j.run / "DONE").exists()], len(todo)
   for job in waiting:  # a failed run is tried again
     (directory / job.run / "FAILED").unlink(missing_ok=True)
   logs = directory / "logs"
   logs.mkdir(parents=True, exist_ok=True)
-  log = lambda job: logs / f"{Path(job.run).name}.log"
+  workers: dict[int, Worker] = {}
+  busy = lambda: [one for one in workers.values() if one.job is not None]
   try:
-    while (waiting or running) and not stopped:
+    while (waiting or busy()) and not stopped:
       for lost in [j for j in waiting if j.trunk and (directory / j.trunk / "FAILED").exists()]:
         waiting.remove(lost)
         _fail(directory / lost.run, f"its trunk {lost.trunk} failed")
         on_line(f"{lost.run}: FAILED: its trunk failed")
-      free = [slot for slot in range(len(devices)) if slot not in [one.slot for one in running]]
-      while free and (job := ready(waiting, [one.job for one in running], directory)) is not None:
+      at_work = [one.slot for one in busy()]
+      free = [slot for slot in range(len(devices)) if slot not in at_work]
+      while free and (job := ready(waiting, [one.job for one in busy()], directory)) is not None:
         waiting.remove(job)
         slot = free.pop(0)
-        with open(log(job), "ab") as file:
-          process = subprocess.Popen(make_command(Path(job.run).name), stdout=file, stderr=subprocess.STDOUT,
-                                     stdin=subprocess.DEVNULL, env=environment(devices, slot))
-        running.append(Running(job, slot, process, time.monotonic()))
+        if slot not in workers:
+          workers[slot] = Worker(make_command(), devices, slot, logs / f"worker{slot}.log")
+        workers[slot].begin(job)
         on_line(f"{job.run}: on device {devices[slot]}; {len(waiting)} wait")
-      if not running:  # their trunks are not among the runs
+      if not busy():  # their trunks are not among the runs
         on_line(f"left for later, their trunks are not done: {', '.join(job.run for job in waiting)}")
         break
       time.sleep(0.2)
-      for one in [one for one in running if one.process.poll() is not None]:
-        running.remove(one)
-        workdir = directory / one.job.run
+      for one in [one for one in busy() if one.ended()]:
+        job, one.job = one.job, None
+        workdir = directory / job.run
+        gone = one.process.poll()
+        if gone is not None:
+          del workers[one.slot]
         if not any((workdir / name).exists() for name in ("DONE", "FAILED")):
-          end = log(one.job).read_text(errors="replace").strip()[-500:]
-          _fail(workdir, f"its process ended with {one.process.returncode}: {end}")
+          how = "it was left" if gone is None else f"its process ended with {gone}"
+          _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
         finished = sum((directory / j.run / "DONE").exists() for j in todo)
-        on_line(f"{one.job.run}: {'done' if (workdir / 'DONE').exists() else 'FAILED'} in "
+        on_line(f"{job.run}: {'done' if (workdir / 'DONE').exists() else 'FAILED'} in "
                 f"{time.monotonic() - one.began:.0f} s; {finished} of {total} done")
-    for one in running:
-      one.process.terminate()
-    for one in running:
+    for one in workers.values():
+      one.process.terminate()  # who has no run in hand has nothing to save
+    for one in workers.values():
       one.process.wait(timeout=PATIENCE)
   finally:
-    for one in running:
+    for one in workers.values():
       one.process.kill()
+      one.process.wait()
+      one.process.stdin.close()
+      one.process.stdout.close()
     signal.signal(signal.SIGTERM, before)
   return bool(stopped)
+
+
+def _end(log: Path) -> str:
+  return log.read_text(errors="replace").strip()[-500:] if log.exists() else ""
 
 
 def _fail(workdir: Path, error: str) -> None:

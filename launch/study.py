@@ -8,6 +8,7 @@ commit them before the first run that counts; the report lists what deviates. Wi
 runs alone; the report is written by the call that finds all runs done. With --devices=0,1,2,3 runs go side by side,
 a process for each (launch/side_by_side.py).
 """
+from pathlib import Path
 import time
 
 from absl import flags
@@ -21,6 +22,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is 
 _ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, e.g. *-s0; other processes take the rest.")
 _DEVICES = flags.DEFINE_list("devices", [], "GPUs of this host, each as often as it is to have processes: 0,0,1,1 runs "
                              "two on each of two. Empty: one run after the other, in this process.")
+_WORKER = flags.DEFINE_bool("worker", False, "What --devices starts: takes names of runs from standard input, a line "
+                            "each.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
 _PLAN = flags.DEFINE_bool("plan", False, "Write the plan of the study (PLAN.md, plan.json); train nothing.")
 flags.mark_flag_as_required("config")
@@ -60,6 +63,9 @@ def main():
     study_lib.settle(study, workdir, jobs, others)
     if stopped:
       return cli.PREEMPTED
+  elif _WORKER.value:
+    side_by_side.serve(lambda name: study_lib.run(study, workdir, only=(name,), on_job=say), Path(workdir) / "logs")
+    return
   else:
     jobs = study_lib.run(study, workdir, only=only, on_job=say)
   left = study_lib.unfinished(study, workdir)

@@ -5,19 +5,26 @@ from types import SimpleNamespace
 
 from launch import side_by_side
 
-# A run of half a second: it notes its device and its share of memory, and is done, fails, or ends without a word.
+# Takes names and answers; each run takes half a second, notes its device, its share of memory and its process, and is
+# done, is left, or ends its process without a word.
 PROCESS = """
 import os, pathlib, sys, time
-root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-(root / "runs" / name).mkdir(parents=True, exist_ok=True)
-note = lambda what: open(root / "notes", "a").write(f"{time.time()} {what} {name} {os.environ['CUDA_VISIBLE_DEVICES']} "
-                                                   f"{os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION']}\\n")
-note("began")
-time.sleep(0.5)
-note("ended")
-if name.startswith("breaks"):
-  sys.exit("out of memory")
-(root / "runs" / name / "DONE").write_text("")
+from launch import side_by_side
+root = pathlib.Path(sys.argv[1])
+def run(name):
+  (root / "runs" / name).mkdir(parents=True, exist_ok=True)
+  note = lambda what: open(root / "notes", "a").write(
+      f"{time.time()} {what} {name} {os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} "
+      f"{os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION']}\\n")
+  note("began")
+  print("about", name)
+  time.sleep(0.5)
+  note("ended")
+  if name.startswith("breaks"):
+    sys.exit("out of memory")
+  if not name.startswith("left"):
+    (root / "runs" / name / "DONE").write_text("")
+side_by_side.serve(run, root / "logs")
 """
 
 
@@ -27,7 +34,7 @@ def jobs(**trunk_of):
 
 def run(todo, root, devices):
   lines = []
-  command = lambda name: [sys.executable, "-c", PROCESS, str(root), name]
+  command = lambda: [sys.executable, "-c", PROCESS, str(root)]
   assert not side_by_side.run(todo, root, devices, lines.append, command)
   return lines, [line.split() for line in (root / "notes").read_text().splitlines()]
 
@@ -40,6 +47,8 @@ def test_runs_share_the_devices_and_forks_wait_for_their_trunks(tmp_path):
   at = {(what, name): float(t) for t, what, name, *_ in notes}
   assert at["began", "fork"] > at["ended", "dense"] and at["began", "cold"] < at["ended", "dense"], "three at a time"
   assert {(device, share) for *_, device, share in notes} == {("0", "0.450"), ("1", "0.900")}
+  assert len({process for *_, process, _, _ in notes}) == 3, "a process stays for the next run"
+  assert (tmp_path / "logs/native.log").read_text() == "about native\n"
   assert at["began", "later"] > at["ended", "fork"], "the trunk has no checkpoints: one fork trains it again"
   assert lines[-1] == "left for later, their trunks are not done: runs/orphan"
   lines, again = run(todo[:5], tmp_path, ["0"])
@@ -47,15 +56,21 @@ def test_runs_share_the_devices_and_forks_wait_for_their_trunks(tmp_path):
 
 
 def test_a_run_that_ends_without_a_word_fails_and_takes_its_forks_along(tmp_path):
-  lines, notes = run(jobs(breaks="", fork="breaks", other=""), tmp_path, ["0"])
-  assert "out of memory" in (tmp_path / "runs/breaks/FAILED").read_text()
+  lines, notes = run(jobs(breaks="", fork="breaks", other="", left=""), tmp_path, ["0"])
+  assert "its process ended with 1: about breaks\\nout of memory" in (tmp_path / "runs/breaks/FAILED").read_text()
   assert "its trunk runs/breaks failed" in (tmp_path / "runs/fork/FAILED").read_text()
-  assert [name for _, what, name, *_ in notes if what == "began"] == ["breaks", "other"]
-  assert any(line.startswith("runs/other: done in") and line.endswith("1 of 3 done") for line in lines)
+  assert [name for _, what, name, *_ in notes if what == "began"] == ["breaks", "other", "left"]
+  assert any(line.startswith("runs/other: done in") and line.endswith("1 of 4 done") for line in lines)
+  assert "it was left: about left" in (tmp_path / "runs/left/FAILED").read_text()
 
 
-def test_the_command_is_this_one_for_one_run(monkeypatch):
+def test_a_process_that_cannot_begin_says_why(tmp_path):
+  command = lambda: [sys.executable, "-c", "import nothing_there"]
+  assert not side_by_side.run(jobs(one=""), tmp_path, ["0"], print, command)
+  assert "nothing_there" in (tmp_path / "runs/one/FAILED").read_text()
+
+
+def test_the_command_is_this_one_as_a_worker(monkeypatch):
   monkeypatch.setattr(sys, "argv", ["study", "--config=x.py:a=1", "--devices", "0,1", "--only=*-s0", "--workdir=w",
                                     "--devices=2"])
-  assert side_by_side.command("dense-M-s0")[1:] == [
-      "-m", "launch.study", "--config=x.py:a=1", "--workdir=w", "--only=dense-M-s0"]
+  assert side_by_side.command()[1:] == ["-m", "launch.study", "--config=x.py:a=1", "--workdir=w", "--worker"]
