@@ -68,9 +68,10 @@ def assert_close(got, want, rtol=2e-5):
 @pytest.mark.parametrize("taps, norm, rope",
                          [(3, True, True), (0, True, True), (2, True, False), (4, False, False), (0, False, True)])
 @pytest.mark.parametrize("seeds", [0, 2])
-def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds):
+def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds, monkeypatch):
   """Packed rows that no tile divides; `seeds`: as many models with parameters of their own, vmapped."""
   kernels_run()
+  monkeypatch.setattr("pallas_kernels.triton.heads.TILES", 2)  # two programs for a sequence
   B, T, N, H = 2, 70, 3, 16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
@@ -89,8 +90,9 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
 @pytest.mark.gpu
 @pytest.mark.parametrize("taps, norm", [(3, True), (0, True), (2, False), (0, False)])
 @pytest.mark.parametrize("seeds", [0, 2])
-def test_q_k_and_v_of_one_projection_in_one_pass(taps, norm, seeds):
+def test_q_k_and_v_of_one_projection_in_one_pass(taps, norm, seeds, monkeypatch):
   kernels_run()
+  monkeypatch.setattr("pallas_kernels.triton.heads.TILES", 2)
   B, T, N, K, H = 2, 70, 3, 2, 16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)

@@ -15,6 +15,7 @@ import numpy as np
 from pallas_kernels.triton import call, heads_kernels
 
 ROWS = 32  # tokens of a tile
+TILES = 8  # of a program of the backward pass, which sums gradients of taps and gains over their rows once
 
 
 def heads(y, taps, gain, cos, sin, first, eps):
@@ -121,21 +122,25 @@ def _forward(y, taps, gains, cos, sin, first, eps, kv_heads):
 def _backward(y, taps, gains, cos, sin, first, do, eps, kv_heads):
   def run(y, taps, gains, cos, sin, first, do):
     B, T, N, H = y.shape
-    shares, W, NQ = B * -(-T // ROWS), 0 if taps is None else taps.shape[1], N - 2 * kv_heads
+    W, NQ = 0 if taps is None else taps.shape[1], N - 2 * kv_heads
+    parts = -(-T // (ROWS * TILES))
+    how = dict(grid=(B * N * parts,), num_warps=4, num_stages=1, TILES=TILES)
     do = do if kv_heads else (do[0],) * 3
-    outputs = [jax.ShapeDtypeStruct(y.shape, y.dtype), jax.ShapeDtypeStruct((shares, max(W, 1), N, H), jnp.float32),
-               jax.ShapeDtypeStruct((shares, N, H), jnp.float32)]
-    dy, dtaps, dgains = call.kernel_call(
-        heads_kernels.heads_backward_kernel, (*_inputs(y, taps, gains, cos, sin, first), *do), outputs, grid=_grid(y),
-        name="heads_backward", num_warps=4, num_stages=1, EPS=eps, **_sizes(y, taps, gains, cos, kv_heads))
+    like_y = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    dy, dgains = call.kernel_call(
+        heads_kernels.heads_backward_kernel, (*_inputs(y, taps, gains, cos, sin, first), *do),
+        [like_y, jax.ShapeDtypeStruct((B * parts, N, H), jnp.float32)], name="heads_backward", EPS=eps, **how,
+        **_sizes(y, taps, gains, cos, kv_heads))
+    dtaps = None
     if W:
-      dy = call.kernel_call(heads_kernels.unconvolve_kernel, (dy, taps, first), outputs[0], grid=_grid(y),
-                            name="heads_unconvolve", num_warps=4, num_stages=1, B=B, R=taps.shape[0], T=T, N=N, H=H,
-                            W=W, ROWS=ROWS)
+      dy, dtaps = call.kernel_call(
+          heads_kernels.unconvolve_kernel, (dy, y, taps, first),
+          [like_y, jax.ShapeDtypeStruct((B * parts, W, N, H), jnp.float32)], name="heads_unconvolve", B=B,
+          R=taps.shape[0], T=T, N=N, H=H, W=W, ROWS=ROWS, **how)
       dtaps = dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1)
     if gains is not None:
       of = lambda first, end: dgains.reshape(gains.shape[0], -1, N, H)[:, :, first:end].sum((1, 2))
       dgains = jnp.stack([of(0, NQ), of(NQ, NQ + kv_heads)] if kv_heads else [of(0, N)], axis=1)
-    return dy, dtaps if W else None, dgains if gains is not None else None
+    return dy, dtaps, dgains if gains is not None else None
 
   return _folded(run)(y, taps, gains, cos, sin, first, do)
