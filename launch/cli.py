@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable
-import contextlib
 import difflib
 import errno
 import logging as python_logging
@@ -168,14 +167,18 @@ def _exit(code: int, message: str):
 
 def begin_early(sources: Iterable[str] = ()) -> None:
   """Begins what takes seconds and no Python, while the caller goes on to import: opening the devices, and reading the
-  archives among `sources` (`nsa.data.read_ahead`). Whoever needs them waits for them, and is told what fails."""
+  archives among `sources` (`nsa.data.read_ahead`). Whoever needs them waits for them. Devices that do not open end the
+  process, exit code 1; what is wrong with an archive, its reader says."""
   import jax
 
   from nsa import data
 
   def open_devices():
-    with contextlib.suppress(Exception):
+    try:
       jax.devices()
+    except Exception as error:  # whoever asks JAX again gets the CPU, which it opens first, without a word
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      os._exit(1)
 
   data.read_ahead(sources)
   threading.Thread(target=open_devices, name="open devices", daemon=True).start()

@@ -33,6 +33,25 @@ def mqar(*args, steps=4, arm="msa"):
   return [f"--config=experiments/mqar.py:arm={arm},steps={steps}", *TINY, *args]
 
 
+def test_devices_that_do_not_open_end_the_process():
+  """JAX opens the CPU first and gives it to whoever asks again: a run would go on there in silence."""
+  code = """
+from jax._src import xla_bridge
+def fail(*_):
+  raise RuntimeError("planted: out of memory")
+xla_bridge.register_backend_factory("planted", fail, priority=300, fail_quietly=False)
+from launch import cli
+import jax, time
+cli.begin_early()
+time.sleep(60)
+print(jax.devices())
+"""
+  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, "CUDA_VISIBLE_DEVICES": ""}, text=True,
+                        capture_output=True, timeout=120)
+  assert done.returncode == 1 and "planted: out of memory" in done.stderr and not done.stdout
+
+
 def test_train_evaluate_report(tmp_path):
   work = tmp_path / "run"
   relative = os.path.relpath(work, ROOT)  # as a user types it

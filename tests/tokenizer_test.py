@@ -243,9 +243,12 @@ def test_text_is_tokenized_once_for_all_processes(tmp_path, monkeypatch, caplog)
   monkeypatch.setenv("NSA_TOKENS", str(kept))
   monkeypatch.setattr(tokenizer, "_KEPT_FROM", 0)
   whole = file.read_bytes()
-  for damaged in (whole[:-40], whole[:200] + b"?" + whole[201:], b""):
+  at = whole.index(b"PK\1\2")  # a zip's directory: byte 8 says "encrypted", byte 10 how it is packed
+  changed = lambda place, byte: whole[:place] + byte + whole[place + 1:]
+  for damaged in (whole[:-40], b"", changed(200, b"?"), changed(at + 8, b"\1"), changed(at + 10, b"\7")):
     file.write_bytes(damaged)
     assert [ids.tolist() for ids in tokenizer.encode_kept(kind, texts)] == [ids.tolist() for ids in want]
     assert "is damaged" in caplog.records.pop().getMessage() and file.read_bytes() == whole
+  assert not list(kept.glob("*.part"))
   monkeypatch.setenv("NSA_TOKENS", str(file / "no folder"))
   assert len(tokenizer.encode_kept(kind, texts)) == 3 and "NSA_TOKENS" in caplog.records.pop().getMessage()

@@ -1,14 +1,13 @@
 """Tokenizers: text to token ids and back. "bytes", and "hf:PATH", that of an imported model."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import zipfile
+import tempfile
 
 from absl import logging
 from etils import epath
@@ -185,19 +184,22 @@ def encode_kept(kind: HuggingFace, texts: list[bytes]) -> list[np.ndarray]:
       with np.load(file) as kept:  # the container has a checksum of each array
         ids, ends = kept["ids"].astype(np.uint32), kept["ends"]
       return np.split(ids, ends[:-1])
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a byte that is wrong makes zipfile and NumPy raise many kinds
       logging.warning("%s is damaged (%s) and is written again", file, error)
   found = kind.encode_all(texts)
-  mine = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(mine, "wb") as out:
-      np.savez(out, ids=np.concatenate(found).astype(np.min_scalar_type(kind.vocab_size - 1)),
-               ends=np.cumsum([len(ids) for ids in found]))
-    os.replace(mine, file)
+    # A name of its own: threads, processes and hosts may write the same tokens at a time; each file appears whole.
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as out:
+      try:
+        np.savez(out, ids=np.concatenate(found).astype(np.min_scalar_type(kind.vocab_size - 1)),
+                 ends=np.cumsum([len(ids) for ids in found]))
+        out.close()
+        os.replace(out.name, file)
+      except BaseException:
+        os.unlink(out.name)
+        raise
   except OSError as error:  # no such home, a full disk: it is only slower
-    with contextlib.suppress(OSError):
-      mine.unlink()
     logging.warning("tokens are not kept in %s: %s; set NSA_TOKENS to a folder that can be written", where, error)
   return found
 
