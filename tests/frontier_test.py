@@ -83,6 +83,13 @@ def test_what_is_read_is_by_example_and_the_same_from_what_is_published(tmp_path
   assert (tmp_path / "out/plots/frontier.png").stat().st_size > 1000
 
 
+def test_dense_layers_of_a_hybrid_leave_nothing_out():
+  seen = dict(tokens_visible=12.0, tokens_causal=64.0)
+  assert frontier._sparsity({"task": [], "layer": [{"layer": 0}, {"layer": 1, **seen}]}) == pytest.approx(
+      0.5 * (1 - 12 / 64))
+  assert frontier._sparsity({"task": [{}, seen], "layer": []}) == pytest.approx(1 - 12 / 64)
+
+
 def planted(rng, n, losses, level=0.9):
   """A grid of two tasks: losses {way: [[true loss of each task] of each step]}, of a dense score of `level`."""
   dense = [(rng.random(n) < level).astype(float) for _ in range(2)]

@@ -170,10 +170,14 @@ def _scores(kinds) -> dict[tuple[bool, str], dict]:
 
 
 def _sparsity(kinds) -> float:
-  """1 - tokens attended to over those of dense attention: of tasks where they are measured there, else of text."""
+  """1 - tokens attended to over those of dense attention: of tasks where they are measured there, else of text. A layer
+  that does not say how many it attends to, as a hybrid's dense ones, counts as dense."""
   for kind in ("task", "layer"):
-    pairs = [(r["tokens_visible"], r["tokens_causal"], r.get("items", 1)) for r in kinds[kind] if "tokens_visible" in r]
-    if pairs:
+    known = [r for r in kinds[kind] if "tokens_visible" in r]
+    if known:
+      causal = known[0]["tokens_causal"]
+      pairs = [(r.get("tokens_visible", causal), r.get("tokens_causal", causal), r.get("items", 1))
+               for r in (known if kind == "task" else kinds[kind])]
       return 1 - sum(v * n for v, _, n in pairs) / sum(c * n for _, c, n in pairs)
   return math.nan
 
