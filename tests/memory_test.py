@@ -160,6 +160,10 @@ def test_calls_may_end_anywhere_in_a_chunk():
     assert jax.tree.map(jnp.shape, state) == shapes  # the state does not grow
     parts.append(y)
   np.testing.assert_allclose(np.concatenate(parts, 1), want, rtol=1e-5, atol=1e-5)
+  eight = {n: v[:, :8] for n, v in x.items()}  # two chunks long, and ends inside one
+  _, given = call(name, p, eight, None, jax.tree.map(jnp.asarray, with_weights(holder(name)[0], p).begin(B)), 2)
+  for got, wanted in zip(jax.tree.leaves(call(name, p, eight, None, None, 2)[1]), jax.tree.leaves(given), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 # --- as layers -------------------------------------------------------------------------

@@ -135,6 +135,7 @@ class Memory(nnx.Module):
     else:            # shifted so that chunks of the call are chunks of the grid
       width, phase = size, offset % size
       slots = -(-(T + (phase if isinstance(phase, int) else size - 1)) // size) * size
+    at_start = isinstance(phase, int) and not phase
     positions = offset - phase + jnp.arange(slots)
     valid = (jnp.arange(slots) >= phase) & (jnp.arange(slots) < phase + T)
     live, fresh = documents(segment_ids, positions, size, B)
@@ -142,7 +143,7 @@ class Memory(nnx.Module):
 
     def place(x):    # [B, T, ...] -> float32[B, slots, ...]
       x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, slots - T)) + ((0, 0),) * (x.ndim - 2))
-      return x if isinstance(phase, int) and not phase else jnp.roll(x, phase, axis=1)
+      return x if at_start else jnp.roll(x, phase, axis=1)
 
     def split(x):    # [B, slots, R, ...] -> [chunks, B, R, width, ...]
       return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), (1, 3), (0, 2))
@@ -153,7 +154,7 @@ class Memory(nnx.Module):
                        *(split(place(gate) * mask) for gate in (gates.log_keep, gates.log_momentum)))
     xs |= {"v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask)}
     first = [_pair(w, jnp.zeros_like(w)) for w in self.begin(B)["now"]]
-    whole = state is None and not T % size  # the memory as it is, is what every chunk begins with
+    whole = state is None and at_start and not T % size  # the memory as it is, is what every chunk begins with
     state = self.begin(B) if state is None else state
     carry = {"pairs": [_pair(now, s) for now, s in zip(state["now"], state["surprise"])]}
     if not whole:
@@ -169,7 +170,7 @@ class Memory(nnx.Module):
     carry, z = jax.lax.scan(chunk, carry, xs)
     z = jnp.moveaxis(z, (0, 4), (1, 2)).reshape(queries.shape)
     y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
-    if not isinstance(phase, int) or phase:
+    if not at_start:
       y = jnp.roll(y, -phase, axis=1)
     now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in carry["pairs"]))
     return y[:, :T], {"start": carry.get("start", list(now)), "now": list(now), "surprise": list(surprise)}
