@@ -26,7 +26,7 @@ The oracle (which costs a dense pass) and random blocks are no ways to save anyt
 the examples by exponential variates (the Bayesian bootstrap, Rubin 1981). Limits of tasks have one example more, that
 dense answers, and the step does not (upper) or does, too (lower): of answers that are right or wrong and that no step
 improves they are Clopper and Pearson's, exact for few losses and for none, where whole counts of examples would say
-"safe" up to twice as often as alpha. Words are per size and limit. Examples speak of these checkpoints and of these
+"safe" more than twice as often as alpha. Words are per size and limit. Examples speak of these checkpoints and of these
 tasks. Prefill methods thin out the prompt and let the answer see all of it, snapkv the other
 way round; the rest thin out both, text that is scored included: ways are not on one footing.
 """
@@ -34,14 +34,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
 import zlib
 
 import numpy as np
 
 from nsa import records as record_lib
-from nsa.report import style
+from nsa.report import statistics, style
 from nsa.report.document import Heading, Table, Text
 from nsa.report.runs import Study
 
@@ -199,14 +198,7 @@ def drawn(cell: Cell, steps: list[Step], more: float | None = None) -> np.ndarra
   base = cell.dense
   if more is not None:
     lost, base = np.concatenate([lost, np.full((1, lost.shape[1]), more)]), np.append(base, 1.0)
-  weights = _weights(len(base), DRAWS, zlib.crc32(cell.name.encode()))  # other examples than another cell's
-  return weights @ lost / (weights @ base)[:, None]
-
-
-@functools.lru_cache(maxsize=16)
-def _weights(n: int, draws: int, seed: int) -> np.ndarray:
-  """Exponential variates of mean 1, float64[draws, n], the same whenever they are asked for."""
-  return np.random.default_rng(seed).standard_exponential((draws, n))
+  return statistics.weighted_ratios(lost, base, DRAWS, zlib.crc32(cell.name.encode()))  # a cell's own draws
 
 
 def limits(cell: Cell, steps: list[Step], low: float, high: float) -> list[tuple[float, float]]:

@@ -38,7 +38,7 @@ import re
 
 import numpy as np
 
-from nsa.report import endpoints, isoflop_plots as plots
+from nsa.report import endpoints, isoflop_plots as plots, statistics
 from nsa.report.document import Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -164,7 +164,7 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   at = np.array([budgets.index(budget) for budget, _ in cells])
   one = (at[:, None] == np.arange(len(budgets))).astype(float)
   design = np.concatenate([one, one * x[:, None], x[:, None] ** 2], axis=1)
-  best, sd, draws = _least_squares(design, y, draw)
+  best, sd, draws = statistics.least_squares(design, y, DRAWS, draw)
   if best[-1] <= 0:
     return "no minimum: the fitted curve bends down"
   if np.mean(draws[:, -1] <= 0) > (1 - LEVEL) / 2:
@@ -189,7 +189,7 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
     log = np.log([budget for budget, _ in cells])
     log -= log.mean()
     straight = np.concatenate([one, x[:, None], (x * log)[:, None], x[:, None] ** 2], axis=1)
-    best, _, draws = _least_squares(straight, y, draw)
+    best, _, draws = statistics.least_squares(straight, y, DRAWS, draw)
     if best[-1] > 0:
       exponent = float(-best[-2] / (2 * best[-1]))
       draws = draws[draws[:, -1] > 0]
@@ -199,18 +199,6 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
 
 def _ends(level):
   return [(1 - level) / 2, (1 + level) / 2]
-
-
-def _least_squares(design, y, draw) -> tuple[np.ndarray, float, np.ndarray]:
-  """(coefficients, SD of the residuals, float64[DRAWS, coefficients] draws from their t distribution)."""
-  best = np.linalg.lstsq(design, y, rcond=None)[0]
-  df = len(y) - design.shape[1]
-  sd = math.sqrt(float(np.sum((y - design @ best) ** 2)) / df)
-  rng = np.random.default_rng(draw)
-  # R of a QR: the covariance is sd^2 (R^T R)^-1. Each draw has a variance of its own, chi-square of df.
-  right = np.linalg.qr(design, mode="r")
-  scale = sd / np.sqrt(rng.chisquare(df, DRAWS) / df)
-  return best, sd, best + scale[:, None] * np.linalg.solve(right, rng.standard_normal((len(best), DRAWS))).T
 
 
 def _seconds(found: list[Point], parameters: float) -> float:

@@ -243,6 +243,39 @@ def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: i
   return Interval(mean, float(low), float(high), S, level=level)
 
 
+def weighted_ratios(above, below, draws: int, seed: int = 0) -> np.ndarray:
+  """float64[draws, K]: sums of above[n, K] over the sum of below[n], with exponential weights of the n items, drawn anew
+  each time and the same for all K (the Bayesian bootstrap, Rubin 1981).
+
+  For items that are 0 or 1 quantiles of these are those of a beta distribution: with one more item that is 1 (0) the
+  upper (lower) limits of Clopper and Pearson (1934). `below` has a sum above 0.
+  """
+  weights = _exponential(len(below), draws, seed)
+  return weights @ np.asarray(above, np.float64) / (weights @ np.asarray(below, np.float64))[:, None]
+
+
+@functools.lru_cache(maxsize=16)
+def _exponential(n: int, draws: int, seed: int) -> np.ndarray:
+  return np.random.default_rng(seed).standard_exponential((draws, n))
+
+
+def least_squares(design: np.ndarray, y: np.ndarray, draws: int,
+                  seed: int = 0) -> tuple[np.ndarray, float, np.ndarray]:
+  """(coefficients float64[P], SD of the residuals, draws of the coefficients float64[draws, P]).
+
+  Of design float64[N, P], N > P, and y float64[N]. Draws are from the coefficients' t distribution, of N - P degrees of
+  freedom and independent normal residuals.
+  """
+  best = np.linalg.lstsq(design, y, rcond=None)[0]
+  df = len(y) - design.shape[1]
+  sd = math.sqrt(float(np.sum((y - design @ best) ** 2)) / df)
+  rng = np.random.default_rng(seed)
+  # R of a QR: the covariance is sd^2 (R^T R)^-1. Each draw has a variance of its own, chi-square of df.
+  right = np.linalg.qr(design, mode="r")
+  scale = sd / np.sqrt(rng.chisquare(df, draws) / df)
+  return best, sd, best + scale[:, None] * np.linalg.solve(right, rng.standard_normal((len(best), draws))).T
+
+
 def _one_sided(x, bound: float) -> float:
   """p of the t test of "mean <= bound" against "mean > bound"."""
   x = _finite("differences", x)
