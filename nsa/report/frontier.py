@@ -335,7 +335,6 @@ def figure(found: Grid):
         ends = 100 * np.quantile(drawn(cell, steps), [0.025, 0.975], axis=0)
         ax.vlines(x, *ends, color=colours[way], lw=0.8, alpha=0.6)
     ax.set_yscale("symlog", linthresh=5)
-    ax.set_ylim(-5, 250)
     ax.set_yticks([0, 1, 5, 20, 100], ["0", "1", "5", "20", "100"])
     ax.set_xlim(0, 1)
     ax.set_title(cell.name if cell else "worst of the tasks", fontsize=9)
@@ -343,5 +342,7 @@ def figure(found: Grid):
       ax.set_ylabel("loss (% of dense)")
     if number + columns >= len(panels):
       ax.set_xlabel("sparsity (share left out)")
+  shown = [ax.dataLim for ax in axes.flat[:len(panels)]]
+  axes[0, 0].set_ylim(min(-0.5, 1.1 * min(d.y0 for d in shown)), max(120.0, 1.2 * max(d.y1 for d in shown)))
   style.key(fig, axes[0, 0])
   return fig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from matplotlib import ticker
 import numpy as np
 
 from nsa.report import endpoints, style
@@ -70,12 +71,17 @@ def frontiers(fits):
         if isinstance(one, str):
           continue
         mine = [o for o in one.optima.values() if getattr(o, by) > 0]
-        ax.plot([getattr(o, by) for o in mine], [o.loss for o in mine], color=_colour(name, k), lw=1.2, label=name)
+        ax.plot([getattr(o, by) for o in mine], [o.loss * m.scale for o in mine], color=_colour(name, k), lw=1.2,
+                label=name)
         for o in mine:
-          ax.plot(getattr(o, by), o.loss, "o", color=_colour(name, k), ms=5, mfc=None if o.bracketed else "none")
-          ax.vlines(getattr(o, by), *o.loss_between, color=_colour(name, k), lw=1)
+          ax.plot(getattr(o, by), o.loss * m.scale, "o", color=_colour(name, k), ms=5,
+                  mfc=None if o.bracketed else "none")
+          ax.vlines(getattr(o, by), *(m.scale * end for end in o.loss_between), color=_colour(name, k), lw=1)
       ax.set_xscale("log")
+      ax.xaxis.set_minor_formatter(ticker.NullFormatter())  # they run into each other
       ax.set_xlabel(words)
+    budgets = sorted({c for one in fits[metric].values() if not isinstance(one, str) for c in one.optima})
+    row[0].set_xticks(budgets, [f"{c:.2g}" for c in budgets])
     row[0].set_ylabel(m.unit)
     row[0].set_title(m.title, fontsize=9)
   style.key(fig, axes[0, 0])

@@ -244,8 +244,8 @@ def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: i
 
 
 def weighted_ratios(above, below, draws: int, seed: int = 0) -> np.ndarray:
-  """float64[draws, K]: sums of above[n, K] over the sum of below[n], with exponential weights of the n items, drawn anew
-  each time and the same for all K (the Bayesian bootstrap, Rubin 1981).
+  """float64[draws, K]: sums of above[n, K] over the sum of below[n], with exponential weights of the n items that are
+  drawn anew each time and the same for all K (the Bayesian bootstrap, Rubin 1981).
 
   For items that are 0 or 1 quantiles of these are those of a beta distribution: with one more item that is 1 (0) the
   upper (lower) limits of Clopper and Pearson (1934). `below` has a sum above 0.
