@@ -66,6 +66,18 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   for run in alone.runs:
     run.records = [r for r in run.records if r["seed"] == 1]
   assert [c.word for c in lengths.compare(alone, "s")] == ["one seed"] * 2
+  for run in study.runs:
+    run.records, run.old = [{**r, "far_exact_match": float(run.arm != "window")} for r in run.records
+                            if r["kind"] == "task"], run.records
+  assert [c.word for c in lengths.compare(study, "s")] == ["no scatter"] * 2  # of 3 seeds: an interval of no width
+  for run in study.runs:
+    run.records = run.old
+  for r in study.runs[0].records:  # what dense has to answer, the study says; tasks of which it does not are left out
+    r["exact_match"] = r["far_exact_match"] = 0.4 if "pairs=16" in r.get("task", "") else 0.6
+  assert [c.word for c in lengths.compare(study, "s")] == ["not judged"] * 2
+  study.solved = 0.5
+  assert lengths.recall(study, "window", "s")[64, 1] == pytest.approx(0.4)  # the other task has 0.3
+  assert [c.word for c in lengths.compare(study, "s")] == ["differs by enough", "no more than that apart"]
   dense, study.runs[0].records = study.runs[0].records, []
   assert [c.word for c in lengths.compare(study, "s")] == ["not judged"] * 2
   study.runs[0].records, study.controls = dense, {}

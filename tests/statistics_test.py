@@ -79,6 +79,7 @@ def test_values_that_cannot_be_judged_are_refused():
     statistics.t_interval([0.1, math.nan])
   with pytest.raises(ValueError, match="margin = 0"):
     statistics.tost([0.1, 0.2], 0)
+  assert math.isnan(statistics.t_test([0.1])) and math.isnan(statistics.tost([0.1], 0.2))  # no hypothesis under Holm
 
 
 def test_holm_by_hand():

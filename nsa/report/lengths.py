@@ -5,7 +5,8 @@ mean over, this one takes apart. Text at k times the trained length is that of t
 a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
 shortest and the longest length. Three questions are asked of every pair, each of the family under Holm: is there a
 difference (two-sided t test), is it beyond the smallest effect that matters (the same test against that), is it within
-(two one-sided tests)? Where dense answers less than ANCHOR at the shortest length, no pair is judged.
+(two one-sided tests)? No pair is judged where dense answers less than Study.solved, or ANCHOR where the study states
+none, at the shortest length.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from nsa.report.runs import Run, Study
 
 RECALL = "far_exact_match"
 SMALLEST = 0.1   # of far exact match, where the study states no margin of it
-ANCHOR = 0.9     # what dense has to answer at the shortest length
+ANCHOR = 0.9     # what dense has to answer at the shortest length, where the study states nothing (Study.solved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Compared:
   """An arm minus its control at one length, in shares of the answers. interval: of 95 %, of the mean over seeds, for
   itself. p: of a difference, by Holm over the family.
 
-  word: "differs by enough", "no more than that apart", "differs", "undecided"; "one seed"; "not judged" where the
-  anchor fails.
+  word: "differs by enough", "no more than that apart", "differs", "undecided"; "one seed"; "no scatter" where all
+  seeds differ by the same, as few answers do by chance: no test; "not judged" where the anchor fails.
   """
   arm: str
   against: str
@@ -48,8 +49,13 @@ def lengths(study: Study, size: str) -> tuple[int, list[int]]:
 
 
 def recall(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
-  """{(tokens of the examples, seed): far exact match, a mean over tasks}, of the arm's own run mode."""
-  records = endpoints.select(study, "task", arm, size, study.headline_mode(arm))
+  """{(tokens of the examples, seed): far exact match, a mean over tasks}, of the arm's own run mode.
+
+  Tasks of which dense answers less than Study.solved at that length are left out.
+  """
+  lacking = {task for task, share in endpoints.recall_of_dense(study, size).items() if share < study.solved}
+  records = [r for r in endpoints.select(study, "task", arm, size, study.headline_mode(arm))
+             if r["task"] not in lacking]
   found = endpoints.group(records, ("task", "seed"), RECALL, "far_answers")
   cells: dict[tuple[int, int], list[float]] = {}
   for (task, seed), value in found.items():
@@ -100,11 +106,12 @@ def compare(study: Study, size: str) -> list[Compared]:
   different = statistics.holm([statistics.t_test(d) for d in tests])
   enough = statistics.holm([_beyond(d, margin) for d in tests])
   within = statistics.holm([statistics.tost(d, margin) for d in tests])
-  admitted = np.mean(anchor(study, size) or [0.0]) >= ANCHOR
+  admitted = np.mean(anchor(study, size) or [0.0]) >= (study.solved or ANCHOR)
   out = []
   for k, (arm, against, n, differences) in enumerate(found):
     i = statistics.t_interval(differences)
     word = ("not judged" if not admitted else "one seed" if not i.bounded else
+            "no scatter" if i.half_width < 1e-9 < abs(i.mean) else
             "differs by enough" if enough[k] <= study.alpha else
             "no more than that apart" if within[k] <= study.alpha else
             "differs" if different[k] <= study.alpha else "undecided")
@@ -137,9 +144,10 @@ def _of_size(study, size, gallery):
   pick = lambda cells, *key: [v for (*k, _), v in cells.items() if tuple(k) == key]
   blocks = []
   found = anchor(study, size)
-  if not found or np.mean(found) < ANCHOR:
+  least = study.solved or ANCHOR
+  if not found or np.mean(found) < least:
     said = f"answers {100 * np.mean(found):.1f} %" if found else "has no far answer"
-    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * ANCHOR:.0f} %: recall says nothing of "
+    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * least:.0f} %: recall says nothing of "
                        "what the others lack.**", "note"))
   speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
   measured = any(math.isfinite(speed(arm)) for arm in runs)
@@ -153,7 +161,9 @@ def _of_size(study, size, gallery):
   blocks.append(Table(
       ["arm", "seeds"] + [f"recall, {t} (%)" for t in times] + [f"MFLOPs per token, {t}" for t in times]
       + ["training step, ns per token"] * measured, rows,
-      f"Exact match where the evidence is far, mean over tasks, on examples of so many times the trained {trained:,} "
+      "Exact match where the evidence is far, mean over tasks"
+      + f" of which {study.dense} answers {100 * study.solved:g} %" * bool(study.solved)
+      + f", on examples of so many times the trained {trained:,} "
       "tokens; ± is the half-width of the 95 % t interval over seeds. FLOPs: counted, forward."
       + (" Training step: one seed alone on its device, at the trained length." if measured else "")))
   corpora = list(dict.fromkeys(corpus for cells in of_text.values() for corpus, *_ in cells))

@@ -69,7 +69,8 @@ def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[
 
 def t_test(differences: Sequence[float]) -> float:
   """Two-sided p of "the mean difference is 0". NaN with fewer than 2 differences."""
-  return min(1.0, 2 * min(_one_sided(differences, 0.0), _one_sided(np.negative(differences), 0.0)))
+  less, more = _one_sided(differences, 0.0), _one_sided(np.negative(differences), 0.0)
+  return float(np.minimum(1.0, 2 * np.minimum(less, more)))  # Python's min would make 1 of NaN
 
 
 def tost(differences: Sequence[float], margin: float) -> float:
