@@ -156,7 +156,7 @@ def positions(study: Study, look: Look, size: str) -> Figure | None:
   for ax in axes:
     ax.set_xticks(range(len(edges)), [f"{_short(a)}–{_short(b)}" for a, b in edges],
                   rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_xlabel("position in the context (bytes)")
+    ax.set_xlabel("position in the context (tokens)")
   axes[0].set_ylabel("bits per byte")
   axes[0].set_title("loss by position")
   _minus_reference(study, axes[1:])
@@ -271,7 +271,7 @@ def far_context(study: Study, look: Look, size: str) -> Figure | None:
     return None
   fig, axes = figure(10.4 if len(panels) == 2 else 7.6, 4.2, columns=len(panels))
   words = {"ar_hit": ("least distance to the earlier occurrence (tokens)", "NLL (nats/token)", "repeated n-grams"),
-           "context_gain": ("context before the scored bytes (bytes)", "bits per byte", "gain by context")}
+           "context_gain": ("context before what is scored (tokens)", "bits per byte", "gain by context")}
   for ax, (kind, found) in zip(axes, panels):
     xs = sorted({x for by in found.values() for _, x in by})
     for arm, by in found.items():
