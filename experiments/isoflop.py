@@ -26,8 +26,8 @@ limit). Seed 0 is a pilot, by which the next sizes may be chosen; seeds 1 to 3 a
 first that count as training scatter.
 
 `slice`: a tenth of the budgets, sizes to L, MSA at 1/32 alone. Its power, of 100 simulated studies each (curvature .03,
-residuals with an SD of .003, .006, .012 bits per byte): a gain of .02 is confirmed in 100, 83, 29 of them, of .01 in 82,
-29, 9. The smallest effect that matters is not seen.
+residuals with an SD of .003, .006, .012 bits per byte): a gain of .02 is confirmed in 100, 83, 29, of .01 in 82, 29,
+9. The smallest effect that matters is not seen.
 
 Arguments: novels=, code= (archives or folders; none: the standard library's source), slice=false, budgets= (joined by
 +; empty: 5e15+1.5e16+4.5e16, of a slice 5e14+1.5e15+4.5e15), shares= (MSA's; empty: 8+32, of a slice 32), windows=32
