@@ -31,14 +31,14 @@ class Worker:
   """
 
   def __init__(self, command: list[str], devices: list[str], slot: int, log: Path):
-    self.job, self.slot, self.began, self.log = None, slot, 0.0, log
+    self.job, self.slot, self.began, self.log, self.said = None, slot, 0.0, log, b""
     with open(log, "wb") as file:
       self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
                                       env=environment(devices, slot))
     os.set_blocking(self.process.stdout.fileno(), False)
 
   def begin(self, job: Job) -> None:
-    self.job, self.began = job, time.monotonic()
+    self.job, self.began, self.said = job, time.monotonic(), b""
     try:
       self.process.stdin.write(f"{Path(job.run).name}\n".encode())
       self.process.stdin.flush()
@@ -47,7 +47,14 @@ class Worker:
 
   def ended(self) -> bool:
     """Whether the run in hand is over: answered, or its process is gone."""
-    return self.process.poll() is not None or bool(self.process.stdout.read())
+    self.said += self.process.stdout.read() or b""  # whatever an import has printed is no answer
+    return self.process.poll() is not None or Path(self.job.run).name.encode() in self.said.splitlines()
+
+  def end(self) -> None:
+    self.process.kill()
+    self.process.wait()
+    self.process.stdin.close()
+    self.process.stdout.close()
 
 
 def serve(run: Callable[[str], None], logs: Path) -> None:
@@ -98,8 +105,8 @@ def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None
 def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, make_command=command) -> bool:
   """Runs `todo`, trunks first, until each is done or failed. Whether a SIGTERM came, which is passed on.
 
-  A run that ends and is neither done nor failed gets a FAILED with the end of its log; where its process has ended,
-  another takes its place. A fork whose trunk failed gets one, too.
+  A run that ends and is neither done nor failed gets a FAILED with the end of its log. A fork whose trunk failed gets
+  one, too. Behind a run that is not done another process takes the place.
   """
   directory, stopped = Path(directory), []
   before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -133,11 +140,11 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
         job, one.job = one.job, None
         workdir = directory / job.run
         gone = one.process.poll()
-        if gone is not None:
-          del workers[one.slot]
         if not any((workdir / name).exists() for name in ("DONE", "FAILED")):
           how = "it was left" if gone is None else f"its process ended with {gone}"
           _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
+        if gone is not None or not (workdir / "DONE").exists():  # a device's error may stay with its process
+          workers.pop(one.slot).end()
         finished = sum((directory / j.run / "DONE").exists() for j in todo)
         on_line(f"{job.run}: {'done' if (workdir / 'DONE').exists() else 'FAILED'} in "
                 f"{time.monotonic() - one.began:.0f} s; {finished} of {total} done")
@@ -147,10 +154,7 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
       one.process.wait(timeout=PATIENCE)
   finally:
     for one in workers.values():
-      one.process.kill()
-      one.process.wait()
-      one.process.stdin.close()
-      one.process.stdout.close()
+      one.end()
     signal.signal(signal.SIGTERM, before)
   return bool(stopped)
 

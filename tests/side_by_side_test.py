@@ -11,6 +11,7 @@ PROCESS = """
 import os, pathlib, sys, time
 from launch import side_by_side
 root = pathlib.Path(sys.argv[1])
+print("an import says this")
 def run(name):
   (root / "runs" / name).mkdir(parents=True, exist_ok=True)
   note = lambda what: open(root / "notes", "a").write(
@@ -56,11 +57,13 @@ def test_runs_share_the_devices_and_forks_wait_for_their_trunks(tmp_path):
 
 
 def test_a_run_that_ends_without_a_word_fails_and_takes_its_forks_along(tmp_path):
-  lines, notes = run(jobs(breaks="", fork="breaks", other="", left=""), tmp_path, ["0"])
+  lines, notes = run(jobs(breaks="", fork="breaks", other="", left="", last=""), tmp_path, ["0"])
   assert "its process ended with 1: about breaks\\nout of memory" in (tmp_path / "runs/breaks/FAILED").read_text()
   assert "its trunk runs/breaks failed" in (tmp_path / "runs/fork/FAILED").read_text()
-  assert [name for _, what, name, *_ in notes if what == "began"] == ["breaks", "other", "left"]
-  assert any(line.startswith("runs/other: done in") and line.endswith("1 of 4 done") for line in lines)
+  began = {name: process for _, what, name, process, *_ in notes if what == "began"}
+  assert list(began) == ["breaks", "other", "left", "last"]
+  assert began["breaks"] != began["other"] == began["left"] != began["last"], "a failure may be the process's own"
+  assert any(line.startswith("runs/other: done in") and line.endswith("1 of 5 done") for line in lines)
   assert "it was left: about left" in (tmp_path / "runs/left/FAILED").read_text()
 
 
