@@ -19,7 +19,7 @@ from nsa.report.style import Look, figure, key
 def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
   """R(b) and Delta(b) of one endpoint: every seed, mean and t interval per budget, A as a line.
 
-  Hollow means: retrofits on top of a finished model, against a dense continuation of their own.
+  Hollow means: against a dense continuation of their own, not the trunk.
   """
   groups = {q: [c for c in verdict.of(q, name, size) if c.budget and c.judgement] for q in ("R", "Delta")}
   if not any(groups.values()):
@@ -40,21 +40,20 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
       if i.bounded:
         ax.axhspan(i.low * m.scale, i.high * m.scale, facecolor="none", edgecolor="#0072b2", hatch="....", alpha=0.25,
                    lw=0, label="95 % t interval of A")
-  styles = {"R": ("s", "#c4511f", -0.012, "R(b), {}: minus {}"),
-            "Delta": ("D", "#333333", 0.012, "Delta(b), {}: R(b) + A")}
-  families = {False: ("within budget", study.dense), True: ("on top", "its continuation")}
+  styles = {"R": ("s", "#c4511f", -0.012, {False: f"R(b): minus {study.dense}", True: "R(b): minus its continuation"}),
+            "Delta": ("D", "#333333", 0.012, dict.fromkeys((False, True), "Delta(b) = R(b) + A"))}
   for quantity, mine in groups.items():
-    marker, color, shift, text = styles[quantity]
-    on_top, named = {c.arm: study.control(c.arm) != study.dense for c in mine}, set()
-    places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * on_top[c.arm]) * span) for c in mine}
+    marker, color, shift, labels = styles[quantity]
+    continued, named = {c.arm: study.control(c.arm) != study.dense for c in mine}, set()
+    places = {c.arm: 100 * c.budget * math.exp((shift + 0.05 * continued[c.arm]) * span) for c in mine}
     for c in mine:
       y = np.array(list(c.differences.values())) * m.scale
       # beside the mean
       x = places[c.arm] * np.exp(span * math.copysign(1, shift) * (0.02 + 0.02 * np.arange(len(y)) / len(y)))
       ax.plot(x, y, marker, mfc="none", mec=color, mew=0.8, ms=3.5, alpha=0.6, zorder=3)
-      label = text.format(*families[on_top[c.arm]])
+      label = labels[continued[c.arm]]
       _with_interval(ax, places[c.arm], c.judgement.interval, m.scale, marker, color,
-                     None if label in named else label, mfc="white" if on_top[c.arm] else color)
+                     None if label in named else label, mfc="white" if continued[c.arm] else color)
       named.add(label)
   ax.set_xticks([100 * b for b in budgets], [f"{100 * b:.3g}" for b in budgets])
   ax.xaxis.set_minor_locator(ticker.NullLocator())
