@@ -39,7 +39,7 @@ experiments/results/frontier).
 """
 import dataclasses
 
-from experiments import arguments, retrofit_hf, smollm2
+from experiments import arguments, smollm2
 from nsa import flops, methods, rundir, schedule
 from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig
 from nsa.study import Study
@@ -90,10 +90,7 @@ class Arms:
     self.a = a
     self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
     self.tasks = tuple(a.tasks.split("+")) if a.tasks else smollm2.TASKS
-    self.model, self.tokenizer = retrofit_hf.SHAPE, "bytes"
-    if a.model:
-      run = rundir.read_config(a.model, field="experiment argument model")
-      self.model, self.tokenizer = run.model, run.data.tokenizer
+    self.model, self.tokenizer = smollm2.source(a.model)
     self.parameters = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
 
   def numbers(self, name):

@@ -103,6 +103,14 @@ def get_config(arg=None):
       expected_sd={"text R": 0.002, "recall R": 0.03}, flops_per_second=1e14, training_share=0.6)
 
 
+def source(directory: str):
+  """(the shape, the tokenizer's name) of the model of a run directory; "": a shape to be looked at, and bytes."""
+  if not directory:
+    return retrofit_hf.SHAPE, "bytes"
+  run = rundir.read_config(directory, field="experiment argument model")
+  return run.model, run.data.tokenizer
+
+
 class Arms:
   """Makes the arms, and remembers the control and the budget of each retrofit."""
 
@@ -113,10 +121,7 @@ class Arms:
     self.geometry = dict(block_size=a.block, num_blocks=a.blocks)
     self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
     self.tasks = self.at_lengths(a.tasks.split("+") if a.tasks else TASKS)
-    self.model, self.tokenizer = retrofit_hf.SHAPE, "bytes"
-    if a.model:
-      trunk = rundir.read_config(a.model, field="experiment argument model")
-      self.model, self.tokenizer = trunk.model, trunk.data.tokenizer
+    self.model, self.tokenizer = source(a.model)
     self.size = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
 
   def at_lengths(self, names):

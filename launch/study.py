@@ -63,13 +63,12 @@ def main():
     study_lib.settle(study, workdir, jobs, others)
     if stopped:
       return cli.PREEMPTED
-  elif _WORKER.value:
-    cli.begin_early(dict.fromkeys(source for arm in study.arms for source in arm.data.texts.values()))
-    side_by_side.serve(lambda name: study_lib.run(study, workdir, only=(name,), on_job=say), Path(workdir) / "logs")
-    return
   else:
     cli.begin_early(dict.fromkeys(source for arm in study.arms for source in arm.data.texts.values()))
-    jobs = study_lib.run(study, workdir, only=only, on_job=say)
+    run = lambda patterns: study_lib.run(study, workdir, only=patterns, on_job=say)
+    if _WORKER.value:
+      return side_by_side.serve(lambda name: run((name,)), Path(workdir) / "logs")
+    jobs = run(only)
   left = study_lib.unfinished(study, workdir)
   if left:
     print(f"{len(left)} runs are left to other processes: {', '.join(left)}")

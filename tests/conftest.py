@@ -44,3 +44,13 @@ def bucket(monkeypatch):
   backend.fsspec_backend._get_filesystem.cache_clear()
   yield Bucket
   backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Figures are made and not rendered, for tests that read the text."""
+  from nsa.report import style
+  def save(fig, folder, name, endings):
+    for ending in endings:
+      (folder / f"{name}.{ending}").write_text("<?xml")
+  monkeypatch.setattr(style, "save", save)

@@ -13,7 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import memory_oracle as oracle
-import methods_test as shared
+import methods_models as shared
 import numpy as np
 import pytest
 
