@@ -194,15 +194,19 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
   """Draws dense over MSA by context: attention FLOPs by arithmetic, and what one layer takes on an H200.
 
   The shape of arXiv 2606.13392: 64/4 heads of 128, J 16, index width 128, blocks of 128; measured with blocks of 64,
-  too. measured: rows as benchmarks.kernels writes them; None: experiments/results/kernels/layers_h200.json. Returns
-  (what, context, ratio) of every measured point, and of 1M tokens by arithmetic.
+  too. measured: rows as benchmarks.kernels writes them; None: those of experiments/results/kernels, and
+  from 262,144 tokens on those of benchmarks.long (forward: without the index KL). Returns (what, context, ratio) of
+  every measured point, and of 1M tokens by arithmetic.
   """
   import matplotlib
   import numpy as np
 
   from nsa.report import style
-  measured = measured or pathlib.Path(__file__).parent / "results/kernels/layers_h200.json"
-  rows = [r for r in json.loads(pathlib.Path(measured).read_text()) if r["operation"] == "msa_layer" and r["H"] == 128]
+  kernels = pathlib.Path(__file__).parent / "results/kernels"
+  read = lambda path: json.loads(pathlib.Path(path).read_text())
+  rows = [r for r in read(measured or kernels / "layers_h200.json") if r["operation"] == "msa_layer" and r["H"] == 128]
+  if measured is None:
+    rows += against_dense(read(kernels / "steps_and_long_h200.json")["kernels"])
   shape = ModelConfig(d_model=3072, num_heads=64, num_kv_heads=4, head_dim=128)
   with matplotlib.rc_context(style.STYLE):
     fig, (ax,) = style.figure(10, 4.4)
@@ -214,7 +218,7 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
             label=f"attention FLOPs, blocks of {size}")
     found.append((f"attention FLOPs, blocks of {size}", 2 ** 20, flops.attention_reduction(msa, shape, 2 ** 20)))
     for key, words, marker in (("forward_vs_dense", "forward", "o"), ("both_vs_dense", "forward and backward", "s")):
-      mine = sorted((r["T"], r[key]) for r in rows if r["block_size"] == size)
+      mine = sorted((r["T"], r[key]) for r in rows if r["block_size"] == size and key in r)
       ax.plot(*zip(*mine), marker, color=colour, mfc="none", label=f"measured time of a layer, {words}, {size}")
       found += [(f"measured, {words}, blocks of {size}", n, ratio) for n, ratio in mine]
   ax.axhline(1, color="#888888", lw=1, ls=":")
@@ -226,6 +230,17 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
   style.key(fig, ax)
   fig.savefig(out, dpi=130)
   return found
+
+
+def against_dense(rows: list[dict]) -> list[dict]:
+  """MSA's rows of benchmarks.long from 262,144 tokens on, with dense's time over theirs where both were timed."""
+  rows = [row for row in rows if row.get("T", 0) >= 2 ** 18]
+  dense = {(row["T"], key): row[key] for row in rows if row["operation"] == "dense"
+           for key in ("forward_ms", "both_ms") if key in row}
+  keys = {"msa_attention": "forward", "msa_layer": "both"}
+  mine = [(row, keys[row["operation"]]) for row in rows if row["operation"] in keys]
+  return [row | {f"{key}_vs_dense": dense[row["T"], f"{key}_ms"] / row[f"{key}_ms"]} for row, key in mine
+          if (row["T"], f"{key}_ms") in dense and f"{key}_ms" in row]
 
 
 if __name__ == "__main__":
