@@ -103,7 +103,8 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False,
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
   With several processes each must call it; the first one writes. The last evaluation that a run asks also writes
-  eval.sealed.
+  eval.sealed. One process alone keeps what each run mode gives, until the file is whole: an evaluation of the run's
+  own that is cut goes on behind the run modes that it has.
   """
   if own and not during and config.eval.sealed:  # first: where the other file is, this one is
     _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed")
@@ -113,15 +114,31 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False,
 def _write(config, params, workdir, step, mesh, ending: str | None, during: bool = False):
   """`ending` of the file's name behind the step; None for an evaluation by hand."""
   asked = held_out.load(config, during)
-  rows = records(config, params, step, mesh, during, asked)
   settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
   path = directory / f"{step}{_by_hand(config, workdir, step, settings) if ending is None else ending}.json"
+  parts = None
+  if ending is not None and not during and jax.process_count() == 1 and "://" not in str(directory):
+    parts = directory / f"{path.stem}-parts"
+  rows = records(config, params, step, mesh, during, asked, parts and functools.partial(_kept, parts, settings))
   if not jax.process_index():
     directory.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings,
                               "records": rows}, indent=None)
+  if parts and parts.exists():
+    parts.rmtree()
   return rows, path
+
+
+def _kept(parts, settings: dict, run_mode: str, make) -> list[dict]:
+  """make(), the records of a run mode, from `parts` where an evaluation that asked the same had them."""
+  path = parts / f"{hashlib.sha256(run_mode.encode()).hexdigest()[:16]}.json"
+  if path.exists() and (found := metrics.read_json(path))["settings"] == settings:
+    return found["records"]
+  parts.mkdir(parents=True, exist_ok=True)
+  rows = make()
+  metrics.write_json(path, {"settings": settings, "records": rows}, indent=None)
+  return rows
 
 
 def is_there(config, workdir, step: int, during: bool = False) -> bool:
@@ -152,12 +169,14 @@ def _by_hand(config, workdir, step, settings) -> str:
 
 
 def records(config, params, step: int, mesh=None, during: bool = False,
-            asked: held_out.HeldOut | None = None) -> list[dict]:
+            asked: held_out.HeldOut | None = None, keep=None) -> list[dict]:
   """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has
   several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
   asked: what held_out.load gives for this config, if it is read already.
+  keep: called for every run mode with its name and what makes its records; returns these. None = what makes them is
+    called.
   """
   e = config.eval
   short = during and bool(e.during)
@@ -165,35 +184,38 @@ def records(config, params, step: int, mesh=None, during: bool = False,
     e = dataclasses.replace(e, diagnosed=min(e.diagnosed, e.batch))
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   asked = asked or held_out.load(config, during)
-  context, windows, task_sets = asked.context, asked.windows, asked.tasks
-  token_bytes = tokenizer.get(config.data.tokenizer).token_bytes
   out = []
   for run_mode in e.during if short else e.modes(config.seeds):
-    found = how(config, run_mode)
-    if found is None:
+    if (found := how(config, run_mode)) is not None:
+      make = functools.partial(_of_mode, config, params, step, mesh, run_mode, *found, e, asked, short)
+      out += keep(run_mode, make) if keep else make()
+  return out
+
+
+def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short) -> list[dict]:
+  """The records of one run mode, which `how` has read; e: eval, short where `short`."""
+  token_bytes, out = tokenizer.get(config.data.tokenizer).token_bytes, []
+  run = _runner(_program(run_config, mode, selector), mesh)
+  for replica, seed in enumerate(config.seeds):
+    if not short and run_mode not in e.modes((seed,)):
       continue
-    run_config, mode, selector = found
-    run = _runner(_program(run_config, mode, selector), mesh)
-    for replica, seed in enumerate(config.seeds):
-      if not short and run_mode not in e.modes((seed,)):
-        continue
-      one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
-      if isinstance(run_config.attention, methods.PromptMethod):
-        one = model_lib.backbone(one)
-      base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-      rows = []
-      for corpus, of_corpus in windows.items():
-        of_text = scores.text(run, one, of_corpus, e, context, run_config.attention, token_bytes, asked.back(corpus),
-                              () if short or run_mode not in ("dense", "sparse") else e.context_gain)
-        rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
-      scores.count_flops(rows, run_config, selector, context)
-      decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
-      for name, examples in task_sets.items():
-        listed = not short and run_mode in ("dense", "sparse", "oracle")
-        rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one),
-                            once=isinstance(run_config.attention, methods.PromptMethod))
-      rows = [row for row in rows if row["kind"] != "heat"] if short else rows
-      out += [{**row, **base} for row in rows]
+    one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
+    if isinstance(run_config.attention, methods.PromptMethod):
+      one = model_lib.backbone(one)
+    base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
+    rows = []
+    for corpus, of_corpus in asked.windows.items():
+      of_text = scores.text(run, one, of_corpus, e, asked.context, run_config.attention, token_bytes,
+                            asked.back(corpus), () if short or run_mode not in ("dense", "sparse") else e.context_gain)
+      rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
+    scores.count_flops(rows, run_config, selector, asked.context)
+    decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
+    for name, examples in asked.tasks.items():
+      listed = not short and run_mode in ("dense", "sparse", "oracle")
+      rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one),
+                          once=isinstance(run_config.attention, methods.PromptMethod))
+    rows = [row for row in rows if row["kind"] != "heat"] if short else rows
+    out += [{**row, **base} for row in rows]
   return out
 
 

@@ -111,6 +111,32 @@ def test_the_sealed_split_is_evaluated_once_at_the_end_in_the_arms_own_mode(tmp_
     config_lib.validate(make_config(corpus, eval=dataclasses.replace(config.eval, sealed="val")))
 
 
+def test_an_evaluation_that_is_cut_goes_on_behind_the_run_modes_it_has(tmp_path, corpus, monkeypatch):
+  config = make_config(corpus)
+  config.eval = dataclasses.replace(config.eval, every=0, run_modes=("dense", "sparse", "random"))
+  train(config, tmp_path / "calm")
+  made, cut, real = [], [], evaluate._of_mode
+
+  def of_mode(config, params, step, mesh, run_mode, *rest):
+    made.append(run_mode)
+    if run_mode in cut:
+      raise KeyboardInterrupt
+    return real(config, params, step, mesh, run_mode, *rest)
+
+  monkeypatch.setattr(evaluate, "_of_mode", of_mode)
+  for name, kept, settings in (("run", ["sparse", "random"], None), ("other", ["dense", "sparse", "random"], {})):
+    cut[:] = ["sparse"]
+    with pytest.raises(KeyboardInterrupt):
+      train(config, tmp_path / name)
+    (part,) = (tmp_path / name / "eval/4-parts").iterdir()
+    if settings is not None:  # of other questions
+      metrics.write_json(part, {"settings": settings, "records": []})
+    cut.clear()
+    made.clear()
+    train(config, tmp_path / name)
+    assert made == kept and files(tmp_path / name) == files(tmp_path / "calm")
+
+
 def test_a_run_makes_its_own_evaluation_whatever_was_made_by_hand(tmp_path, corpus, monkeypatch):
   train(make_config(corpus), tmp_path / "calm")
   with monkeypatch.context() as patch:
