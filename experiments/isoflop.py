@@ -16,6 +16,8 @@ steps and at most `most` tokens.
 | msa_8, msa_32 | MSA, 1/8 and 1/32 of the context visible in blocks of 64; native, 2 % of the steps warm the selector |
 | window_32 | the window whose forward pass costs what msa_32's does, its index branch counted |
 
+A cut study is one of smaller budgets: --only='*_5e14-*,*_1.5e15-*,*' runs them in this order.
+
 Stated before the runs. Effect that matters: 0.005 bits per byte between the optima. Fits, intervals and the rule:
 nsa/report/isoflop.py; what a window of equal cost has too is no merit of selection. Text of each corpus is judged;
 recall (exact match and NLL of far answers) is shown in a panel of its own. Half of the rows are recall, with 15 % of
@@ -33,8 +35,8 @@ Arguments: novels=, code= (archives or folders; none: the standard library's sou
 +; empty: 5e15+1.5e16+4.5e16, of a slice 5e14+1.5e15+4.5e15), shares= (MSA's; empty: 8+32, of a slice 32), windows=32
 (shares whose cost a window gets), sizes= (joined by +; empty: all), least=0, most=0 (0: 300 steps and 4e8 tokens, of a
 slice 100 and 2.5e8), seeds=0 (joined by +), context=16384, batch=2, block=64, windows_of_text=24 (of each corpus),
-examples=32 (per task), view=true (other numbers of blocks at the largest budget), plan= (its directory; empty:
-experiments/results/isoflop, of a slice isoflop_slice).
+examples=32 (per task), view=true (other numbers of blocks at the largest budget), shared=false (true: runs share
+devices, and no time is drawn), plan= (its directory; empty: experiments/results/isoflop, of a slice isoflop_slice).
 """
 import functools
 import json
@@ -75,7 +77,7 @@ NOTES = (
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", slice=False, budgets="", shares="", windows="32", sizes="", least=0,
                       most=0.0, seeds="0", context=16384, batch=2, block=64, windows_of_text=24, examples=32, view=True,
-                      plan="")
+                      shared=False, plan="")
   for name in ("context", "batch", "block"):
     if getattr(a, name) < 1:
       raise ValueError(f"experiment argument {name} = {getattr(a, name)}: at least 1")
@@ -107,7 +109,7 @@ def get_config(arg=None):
       name="isoflop", question=__doc__.splitlines()[0], arms=arms, seeds=seeds, vmap_seeds=False,
       dense=last("dense")[0], reference=last(names[1])[0], primary=corpora,
       secondary=("far_answer_nll", "far_exact_match"), quantities=("A",),
-      sections=("isoflop",), notes=NOTES,
+      sections=("isoflop",), notes=NOTES, speeds={} if a.shared else None,
       plan=a.plan or f"experiments/results/isoflop{'_slice' * a.slice}", flops_per_second=1e14, training_share=0.7,
       tiers={name: tuple(f"{one.arm}-{one.size}" for one in arms if one.arm.startswith(f"{name}_")) for name in names})
 

@@ -19,7 +19,8 @@ from launch import cli, side_by_side
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a study, e.g. experiments/quickstart.py",
                                           lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Study directory, made if it is not there.")
-_ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, e.g. *-s0; other processes take the rest.")
+_ONLY = flags.DEFINE_list("only", [], "Patterns of run names: only these, in this order, e.g. *-s0,*-s1; other "
+                          "processes take the rest.")
 _DEVICES = flags.DEFINE_list("devices", [], "GPUs of this host, each as often as it is to have processes: 0,0,1,1 runs "
                              "two on each of two. Empty: one run after the other, in this process.")
 _WORKER = flags.DEFINE_bool("worker", False, "What --devices starts: takes names of runs from standard input, a line "

@@ -194,11 +194,14 @@ def _trunks_first(unordered: list[Job]) -> list[Job]:
 
 
 def wanted(study: Study, directory, only: tuple[str, ...] = ()) -> tuple[list[Job], list[Job]]:
-  """(the runs that `only` and study.now name, the others), trunks first. ConfigError where none is named."""
-  todo = jobs(study, directory)
-  matches = lambda job: any(fnmatch.fnmatch(job.run.removeprefix("runs/"), p) for p in only or ("*",))
+  """(the runs that `only` and study.now name, the others), trunks first, then in the order of the patterns of `only`.
+  ConfigError where none is named."""
+  patterns = only or ("*",)
+  place = lambda job: next((i for i, p in enumerate(patterns) if fnmatch.fnmatch(job.run.removeprefix("runs/"), p)),
+                           len(patterns))
+  todo = _trunks_first(sorted(jobs(study, directory), key=place))
   others = [job for job in todo
-            if not matches(job) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
+            if place(job) == len(patterns) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
   mine = [job for job in todo if job not in others]
   if not mine:
     raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
@@ -218,7 +221,8 @@ def settle(study: Study, directory, todo: list[Job], others: list[Job]) -> None:
 def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) -> list[Job]:
   """Runs what is not done yet and writes study.json after every run. Returns the jobs.
 
-  only: patterns of run names ("*-s0", "dense-*"); other runs are left to other processes that share the directory.
+  only: patterns of run names ("*-s0", "dense-*"), in the order in which they run; other runs are left to other
+    processes that share the directory.
     A fork whose trunk is neither done nor among them is left for later.
 
   Raises ConfigError before anything is trained, and train.Preempted on SIGTERM (the same call

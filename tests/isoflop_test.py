@@ -155,6 +155,10 @@ def test_the_experiment_spends_its_budgets_and_its_report_says_so(tmp_path):
   assert sparse.inference["sparse"] == pytest.approx(cost["msa_32_9e13", "M"])
   assert (sparse.inference["sparse"] < sparse.inference["sparse:num_blocks=2"]
           < sparse.inference["dense"] == pytest.approx(dense.inference["dense"]))
+  assert dense.seconds == pytest.approx(20)
+  shared = dataclasses.replace(loaded, speeds={"msa_32_9e13-M": 1e4})  # of runs that share devices, where measured
+  seconds = {(p.method, p.size, p.budget): p.seconds for p in isoflop.points(shared, endpoints.rows(shared))}
+  assert seconds["msa_32", "M", 9e13] == pytest.approx(200) and math.isnan(seconds["dense", "M", 9e13])
   text = report.write([tmp_path / "study"], tmp_path / "out").markdown.read_text()
   assert "msa_32, bits per byte, second half of the context: **confirmed by locality** (at 9e+13 FLOPs" in text
   assert "One seed: a word about these runs" in text and "| dense | 1e+13 | 4 |" in text

@@ -44,6 +44,9 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
   assert sorted(trained[4:]) == sorted(n for n in {p.name for p in (tmp_path / "runs").iterdir()} if n.endswith("s1"))
   plan = json.loads((tmp_path / "study.json").read_text())
   assert {job["status"] for job in plan["jobs"]} == {"done"} and not study_lib.unfinished(study, tmp_path)
+  order = [job.run.removeprefix("runs/") for job in study_lib.wanted(study, tmp_path, ("native-*", "*-s1", "*"))[0]]
+  assert order == ["native-base-s0", "native-base-s1", "dense-base-s1", "dense-base-s0", "cold-base-s0",
+                   "retrofit-base-s1", "retrofit-base-s0"]  # trunks first
   study.now = ("dense-base", "native-base")  # the others are listed all the same
   assert [job.run for job in study_lib.run(study, tmp_path / "part", only=("*-s0",), **quiet)] == [
       "runs/dense-base-s0", "runs/native-base-s0"]

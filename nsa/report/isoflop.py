@@ -114,7 +114,10 @@ def points(study: Study, table: list[Row]) -> list[Point]:
     if own is None or cost is None:
       continue
     method, budget = ARM.match(arm).groups()
-    out.append(Point(method, float(budget), size, seed, cost[0], own["seconds"], cost[1], own, modes))
+    seconds = own["seconds"]
+    if study.speeds is not None:  # what runs log that share a device is no time of theirs
+      seconds = own["tokens"] / study.speeds.get(f"{arm}-{size}", math.nan)
+    out.append(Point(method, float(budget), size, seed, cost[0], seconds, cost[1], own, modes))
   return out
 
 
