@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from nsa import layers, methods
-from pallas_kernels import fused
+from pallas_kernels import backends, fused
 
 
 class Attention(nnx.Module):
@@ -343,10 +343,10 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
               (loss, observed, None if layer_cache is None else streams))
 
-    if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise
+    if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise; nor attention
       # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
       body = jax.checkpoint(body, prevent_cse=unroll >= count,
-                            policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN))
+                            policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN, backends.ATTENDED))
     index = jnp.arange(first, first + count)
     (x, _), (loss, observed, streams) = jax.lax.scan(
         body, (x, hands), (stack_state, None if cache is None else cache[i], index), unroll=min(unroll, count))

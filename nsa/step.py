@@ -52,53 +52,99 @@ def abstract_state(config, mesh) -> TrainState:
                       shapes, sharding.of_state(config, shapes, mesh))
 
 
-def token_nll(config, params, out: model_lib.Output, targets, mesh):
-  """Negative log-likelihood of the targets in nats, float32[B, T].
+def mean_nll(config, params, out: model_lib.Output, targets, weights, mesh):
+  """(float32[], float32[B, T]): the weighted mean of the targets' negative log-likelihood in nats, and each target's,
+  for metrics: it has no gradient where logits come in chunks.
 
   Logits of long sequences over large vocabularies would outgrow all else: past MAX_LOGITS on a device they are made,
-  used and made again in the backward pass, chunk by chunk. On a mesh each device does so with its own tokens and the
-  whole output matrix, under `jax.shard_map`: XLA's partitioner would gather the matrix and sum its gradient over the
-  devices in every chunk. Over "tensor" the positions are cut too, as there are no heads to cut here.
+  and their gradient with them, chunk by chunk. On a mesh each device does so with its own tokens and the whole output
+  matrix, under `jax.shard_map`: XLA's partitioner would gather the matrix and sum its gradient over the devices in
+  every chunk. Over "tensor" the positions are cut too, as there are no heads to cut here.
   """
   B, T = targets.shape
+  total = jnp.maximum(jnp.sum(weights), 1e-9)
   local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
   if local <= MAX_LOGITS:
-    return target_nll(out.logits, targets)
+    nll = target_nll(out.logits, targets)
+    return jnp.sum(nll * weights) / total, nll
   name = "embed" if config.model.tie_embeddings else "head"
+  shares = weights / total
   if mesh.size == 1:
-    return _nll_in_chunks(config, {name: params[name]}, out.hidden, targets)
+    return _nll_in_chunks(config.model.tie_embeddings, params[name], out.hidden, targets, shares)
   tokens = sharding.named(mesh, ("batch", "time"), (B, T), sharding.Rules(time=("context", "tensor"))).spec
   if tokens[1] is None:
     tokens = sharding.named(mesh, ("batch", "time"), (B, T)).spec
   matrix = sharding.named(mesh, model_lib.param_metadata(config, "axes")[name], params[name].shape).spec
 
-  def of_device(part, hidden, targets):
-    return _nll_in_chunks(config, {name: sharding.gathered(part, matrix, hidden.dtype)}, hidden, targets)
+  def of_device(part, hidden, targets, shares):
+    whole = sharding.gathered(part, matrix, hidden.dtype)
+    mean, nll = _nll_in_chunks(config.model.tie_embeddings, whole, hidden, targets, shares)
+    return mean[None, None], nll
 
-  return jax.shard_map(of_device, mesh=mesh, in_specs=(matrix, tokens, tokens), out_specs=tokens,
-                       check_vma=False)(params[name], out.hidden, targets)
+  means, nll = jax.shard_map(of_device, mesh=mesh, in_specs=(matrix, tokens, tokens, tokens),
+                             out_specs=(tokens, tokens), check_vma=False)(params[name], out.hidden, targets, shares)
+  return jnp.sum(means), nll
 
 
 def target_nll(logits, targets):
   """float32[B, T], nats, of logits [B, T, V]. The target's logit is a sum over the others' zeros: no scatter in the
   gradient."""
-  own = targets[..., None] == jnp.arange(logits.shape[-1])
-  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0), axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
 
 
-def _nll_in_chunks(config, params, hidden, targets):
-  """token_nll of one device's tokens: float32[B, T] from hidden [B, T, D] and targets int32[B, T]."""
-  B, T = targets.shape
-  chunks = next((n for n in range(1, T + 1) if T % n == 0 and B * T * config.model.vocab_size / n <= MAX_LOGITS), T)
+def _is_target(logits, targets):
+  return targets[..., None] == jnp.arange(logits.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nll_in_chunks(tied, matrix, hidden, targets, shares):
+  """mean_nll of one device's tokens: `matrix` is the embedding [V, D] if `tied`, else the head [D, V], `hidden`
+  [B, T, D], `shares` float32[B, T] what each target counts."""
+  return _by_chunks(tied, matrix, hidden, targets, shares, False)[0]
+
+
+def _nll_forward(tied, matrix, hidden, targets, shares):
+  return _by_chunks(tied, matrix, hidden, targets, shares, True)
+
+
+def _nll_backward(tied, saved, cotangents):
+  dmatrix, dhidden, targets, shares = saved
+  dmean, _ = cotangents
+  return ((dmatrix * dmean).astype(dmatrix.dtype), (dhidden * dmean).astype(dhidden.dtype),
+          np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(shares))
+
+
+_nll_in_chunks.defvjp(_nll_forward, _nll_backward)
+
+
+def _by_chunks(tied, matrix, hidden, targets, shares, gradients):
+  """((mean, nll), what the backward pass needs). The gradients are made while a chunk's logits are there: to make
+  these again would take a product and three more passes over them. What the mean's own gradient multiplies is known
+  beforehand, `shares`."""
+  (B, T), V = targets.shape, matrix.shape[0 if tied else 1]
+  chunks = next((n for n in range(1, T + 1) if T % n == 0 and B * T * V / n <= MAX_LOGITS), T)
   split = lambda x: jnp.moveaxis(x.reshape((B, chunks, T // chunks) + x.shape[2:]), 1, 0)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape((B, T) + x.shape[3:])
+  weight, letters = matrix.astype(hidden.dtype), "vd" if tied else "dv"
+  # Halves the bytes of the largest array that there is; float16 would lose what is small.
+  narrow = hidden.dtype if hidden.dtype == jnp.bfloat16 else jnp.float32
 
-  @jax.checkpoint
-  def part(chunk):
-    hidden, targets = chunk
-    logits = model_lib.unembed(config, params, hidden)
-    return target_nll(logits, targets)
+  def part(dmatrix, chunk):
+    hidden, targets, shares = chunk
+    logits = jnp.einsum(f"btd,{letters}->btv", hidden, weight, preferred_element_type=jnp.float32)
+    nll = target_nll(logits, targets)
+    if not gradients:
+      return dmatrix, (nll, None)
+    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1)[..., None])
+    dlogits = ((probabilities - _is_target(logits, targets)) * shares[..., None]).astype(narrow)
+    dmatrix += jnp.einsum(f"btv,btd->{letters}", dlogits, hidden, preferred_element_type=jnp.float32)
+    return dmatrix, (nll, jnp.einsum(f"btv,{letters}->btd", dlogits, weight).astype(hidden.dtype))
 
-  return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(B, T)
+  start = jnp.zeros(matrix.shape if gradients else (), jnp.float32)
+  dmatrix, (nll, dhidden) = jax.lax.scan(part, start, tuple(map(split, (hidden, targets, shares))))
+  nll = join(nll)
+  saved = (dmatrix.astype(matrix.dtype), join(dhidden), targets, shares) if gradients else None
+  return (jnp.sum(nll * shares), nll), saved
 
 
 def layers_per_turn(config) -> int:
@@ -122,9 +168,8 @@ def loss_and_metrics(config, params, batch, key, step: schedule.Step, constrain,
   out = model_lib.forward(config, params, batch["inputs"], batch["segment_ids"], mode=step.mode, key=key,
                           losses=step.losses, counted=batch["segment_ids"] > 0, constrain=constrain,
                           unroll=layers_per_turn(config))
-  nll = token_nll(config, params, out, batch["targets"], mesh)
   weights = batch["weights"]
-  loss = jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+  loss, nll = mean_nll(config, params, out, batch["targets"], weights, mesh)
   real = (weights > 0).astype(jnp.float32)
   # Per target token, which with the bytes tokenizer is a byte; train.py makes it bytes for others.
   metrics = {"loss": loss, "bits_per_byte": jnp.sum(nll * real) / jnp.maximum(jnp.sum(real), 1.0) / LN2}

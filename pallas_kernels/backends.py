@@ -16,11 +16,16 @@ import logging
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 logger = logging.getLogger("pallas_kernels")
 
 # as an implementation: what None gives but for reasons to avoid it that are of fixed bits
 FASTEST = "fastest"
+
+# The checkpoint name of o and lse, all that a gradient of attention needs of the forward pass: a remat that saves them
+# does not attend twice.
+ATTENDED = "attended"
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
               "paged_attention", "index_kl", "block_top_k", "block_mass")
@@ -49,6 +54,11 @@ _registered: dict[str, dict[str, Implementation]] = {operation: {} for operation
 _import_errors: dict[str, str | None] = {}  # module -> why it did not import, None if it did
 _logged: set[tuple] = set()
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def attended(results):
+  """o and lse under the name `ATTENDED`, as forward rules have to keep and to return them."""
+  return checkpoint_name(results, ATTENDED)
 
 
 def register(operation: str, name: str, function: Callable[..., Any], *,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers, step as step_lib
+from nsa import config as config_lib, layers, model as model_lib, sharding, step as step_lib
 
 
 @pytest.mark.parametrize("vocab", [48, layers._ONE_HOT_ROWS + 1], ids=["product", "scatter"])
@@ -36,6 +36,38 @@ def test_the_targets_loss_and_its_gradient_are_those_of_log_softmax():
                   for f in (lambda x: step_lib.target_nll(x, targets), plain))
   np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
   np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_chunks_of_logits_has_the_gradient_of_all_at_once(monkeypatch, tied):
+  """Float32 to rounding. In bfloat16 the gradient of logits is rounded as well, which costs a fifth at most."""
+  config = config_lib.Config(model=config_lib.ModelConfig(vocab_size=96, d_model=16, tie_embeddings=tied))
+  name, shape = ("embed", (96, 16)) if tied else ("head", (16, 96))
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  rng = np.random.default_rng(2)
+  matrix = jnp.asarray(rng.normal(size=shape), jnp.float32)
+  hidden = jnp.asarray(rng.normal(size=(2, 24, 16)), jnp.float32)
+  targets = jnp.asarray(rng.integers(0, 96, (2, 24)), jnp.int32)
+  weights = jnp.asarray(rng.integers(0, 3, (2, 24)), jnp.float32)
+
+  def run(dtype, numbers):
+    monkeypatch.setattr(step_lib, "MAX_LOGITS", numbers)
+
+    def loss(matrix, hidden):
+      hidden = hidden.astype(dtype)
+      out = model_lib.Output(model_lib.unembed(config, {name: matrix}, hidden), {}, [], None, hidden)
+      mean, nll = step_lib.mean_nll(config, {name: matrix}, out, targets, weights, mesh)
+      return 2 * mean, nll
+
+    with jax.default_matmul_precision("float32"):
+      return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(matrix, hidden)
+
+  want = run(jnp.float32, 2 ** 20)
+  close = lambda a, b, tolerance: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+  jax.tree.map(lambda a, b: close(a, b, 2e-6), run(jnp.float32, 600), want)
+  error = lambda got: [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(got[1], want[1])]
+  ours, jaxs = error(run(jnp.bfloat16, 600)), error(run(jnp.bfloat16, 2 ** 20))
+  assert all(a < 1.2 * b < 0.01 for a, b in zip(ours, jaxs)), (ours, jaxs)
 
 
 def test_yarn_lowers_slow_waves_and_lengthens_the_rest_of_the_vector():

@@ -9,6 +9,7 @@ import pytest
 from nsa import config as config_lib, flops, methods, model as model_lib, optim, schedule
 from nsa.methods import blocks, contract, interface, registry
 from nsa.planning import forecast
+from pallas_kernels import backends
 
 MODEL = config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=32,
                                short_conv=2)
@@ -118,6 +119,24 @@ def test_lists_that_a_remat_saves_are_as_long_as_declared():
     _, back = jax.eval_shape(lambda p: jax.vjp(jax.checkpoint(run, policy=policy), p), params)
     lists = [x for x in jax.tree.leaves(back) if x.dtype == jnp.int32 and x.size >= MODEL.num_layers * T]
     assert sum(x.size for x in lists) == MODEL.num_layers * T * method.chosen(MODEL), (method, [x.shape for x in lists])
+
+
+def test_a_remat_saves_what_attention_left():
+  """o and lse of each attention of each layer, as the forecast counts them."""
+  geometry, T = dict(block_size=32, num_blocks=3), 128
+  for method in (methods.Dense(), methods.MSA(index_dim=16, **geometry),
+                 methods.NSA(block_size=32, num_blocks=4, compress_len=16, compress_stride=8, window=32)):
+    config = config_lib.Config(model=dataclasses.replace(MODEL, short_conv=0), attention=method)
+    policy = jax.checkpoint_policies.save_only_these_names(backends.ATTENDED)
+    run = lambda p: model_lib.forward(config, p, jnp.zeros((1, T), jnp.int32)).logits.sum()
+    with backends.target_platform("tpu"):
+      _, back = jax.eval_shape(lambda p: jax.vjp(jax.checkpoint(run, policy=policy), p),
+                               model_lib.abstract_params(config))
+    attentions = sum(part in forecast.ATTENTIONS for part in method.costs(MODEL, T, "sparse"))
+    shapes = [x.shape for x in jax.tree.leaves(back)]
+    rows = (MODEL.num_layers, 1, T, MODEL.num_heads)
+    assert shapes.count(rows) == attentions, (method, shapes)  # lse
+    assert sum(x[:-1] == rows for x in shapes) == attentions, (method, shapes)  # o, padded for some
 
 
 def test_a_warm_up_is_dense_whatever_the_layers():

@@ -16,6 +16,7 @@ from nsa import chips, flops, model as model_lib, schedule, sharding, step as st
 # report. Dense: cuDNN on one H200, forward and backward at 32K tokens. Selected: this project's kernel on one H200
 # (64/4 heads of 128, block 64, J 16, 32K: 242 of 989 TFLOP/s; experiments/results/kernels). The rest is assumed.
 EFFICIENCY = {"projections": 0.6, "dense": 0.55, "selected": 0.24, "": 0.4}  # by `Cost.kind`
+ATTENTIONS = ("dense", "selected", "compressed", "window")  # parts of costs whose o and lse a remat saves
 
 
 @dataclasses.dataclass
@@ -83,6 +84,10 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   sent = rows * step.context * K * m.head_dim * width * _streams(config, step.mode) * (2 if mesh["context"] > 1 else 1)
   gathered = sent + rows * step.context * K * m.head_dim * width * _streams(config, step.mode, copies=True)
   layers = m.num_layers
+  if remat:  # o and lse of each attention as well
+    attentions = max(sum(part in ATTENTIONS for part in method.costs(m, step.context, step.mode))
+                     for method in config.methods)
+    saved += attentions * N * (width * m.head_dim + 4)
   activations = tokens * (layers * saved if remat else layers * (saved + inner)) + (0 if remat else layers * gathered)
   total = sum(x.size for x in jax.tree.leaves(state.params))
   head = m.vocab_size * m.d_model
@@ -100,9 +105,10 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   uneven = 2 - 1 / mesh["context"]
   work, compute, useful = {}, {}, 0.0
   todo = [(name, cost, True) for name, cost in flops.training_costs(config, step)]
-  if remat:  # recomputed: all layers, but no choice, which is saved, and no output matrix
+  if remat:  # recomputed: all layers, but no choice and no attention, which are saved, and no output matrix
     projections, _, *branches = flops.costs(config, step.context, step.mode)
-    todo += [(name, cost, False) for name, cost in (projections, *branches) if cost.gradient]
+    todo += [(name, cost, False) for name, cost in (projections, *branches)
+             if cost.gradient and name not in ATTENTIONS]
   for name, cost, first in todo:
     count = cost.flops * tokens / mesh["tensor"] * (uneven if cost.causal else 1.0)
     work[name] = work.get(name, 0.0) + count

@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists
+from pallas_kernels import backends, lists as entry_lists
 from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, of_another_gpu
@@ -176,6 +176,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
     firsts = jnp.arange(slices, dtype=jnp.int32) * plan.queries
     o, lse = lax.map(one, (_cut(q, plan, slices), _cut(block_indices, plan, slices, -1), firsts))
     o, lse = _join(o, q.shape[1]), _join(lse, q.shape[1])
+  o, lse = backends.attended((o, lse))
   return (o, lse), (q, k, v, o, lse, segment_ids, offset, block_indices)
 
 

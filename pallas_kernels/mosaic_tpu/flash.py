@@ -32,7 +32,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import spans
+from pallas_kernels import backends, spans
 
 LOG2E = math.log2(math.e)
 LANES = 128
@@ -292,6 +292,7 @@ def _forward(q, k, v, begin, end, static):
        pltpu.VMEM((c.G, c.bt), jnp.float32)],
       c.bounds, heads_first(q, c.K, c.padded_T), keys_second(k, c.padded_S), keys_second(v, c.padded_S))
   o, lse = queries_first(o, c.T), queries_first(lse[:, :, :, None], c.T)[..., 0]
+  o, lse = backends.attended((o, lse))
   return (o, lse), (q, k, v, begin, end, o, lse)
 
 

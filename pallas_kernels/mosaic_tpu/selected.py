@@ -19,6 +19,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backends
 from pallas_kernels.mosaic_tpu import union, walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
@@ -114,7 +115,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
   o, lse = attend(plan, queries, pairs, lists, numbers, scale=scale, interpret=interpret)
   o = union.from_rows(plan, o[:, :, -plan.right:] if plan.packed else o[:, :, :plan.right])
   o = o.reshape(q.shape)
-  lse = union.from_rows(plan, lse).reshape(q.shape[:3])
+  o, lse = backends.attended((o, union.from_rows(plan, lse).reshape(q.shape[:3])))
   return (o, lse), (q, k, v, o, lse, block_indices, lists, segment_ids, offset)
 
 
