@@ -41,6 +41,8 @@ _TINY = flags.DEFINE_boolean("tiny", False, "Shapes that a CPU can take.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
 _SECONDS = flags.DEFINE_integer("seconds", 0, "What is not compiled after so many is left out; 0: all is measured.")
+_OPTIONS = flags.DEFINE_list("compiler_options", [], "NAME=VALUE of XLA, for all programs: "
+                             "xla_gpu_enable_triton_gemm=false.")
 _OUT = flags.DEFINE_string("out", None, "File for the rows.")
 cli.define_common()
 
@@ -65,11 +67,17 @@ def main():
     pairs.append((int(tokens) // (16 if _TINY.value else 1), int(chunk) // (4 if _TINY.value else 1)))
   device, began = jax.devices()[0], time.monotonic()
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
-  model = arms["native_mag"].model
+  model, options = arms["native_mag"].model, {}
+  for text in _OPTIONS.value:
+    name, _, value = text.partition("=")
+    try:
+      options[name] = json.loads(value)
+    except ValueError:
+      raise ValueError(f"--compiler_options: {text!r}; take NAME=true, NAME=false or NAME=NUMBER") from None
   total = _TOKENS.value if not _TINY.value else 512
 
   def write(row):
-    row |= dict(device=device.device_kind, jax=jax.__version__)
+    row |= dict(device=device.device_kind, jax=jax.__version__, **({"compiler_options": options} if options else {}))
     print(json.dumps({n: float(f"{x:.4g}") if isinstance(x, float) else x for n, x in row.items()}), flush=True)
     if _OUT.value:  # after each row: what was measured stays if a later one fails
       with open(_OUT.value, "a") as file:
@@ -101,7 +109,7 @@ def main():
   for label, make in made:
     try:
       one = make()
-      work.append((label, one, compilers.submit(one.compile)))
+      work.append((label, one, compilers.submit(one.compile, options)))
     except Exception as error:  # a shape that an implementation refuses
       write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
   print(f"traced in {time.monotonic() - began:.0f} s", flush=True)

@@ -85,17 +85,20 @@ class Row:
     self.lowered = jax.jit(function, **options).lower(*arguments)
     self.seconds = time.perf_counter() - began
 
-  def compile(self):
-    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python."""
+  def compile(self, options: dict | None = None):
+    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python.
+
+    options: of the compiler.
+    """
     import jax
 
     from nsa import step as step_lib
     step_lib.compile_init(self.config, self.mesh)
     began = time.perf_counter()
-    program = self.lowered.compile()
+    program = self.lowered.compile(compiler_options=options)
     seconds, apart = time.perf_counter() - began, program if self.profile else None
     if self.profile and jax.default_backend() == "gpu":  # kernels in a command buffer have no times of their own
-      apart = self.lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
+      apart = self.lowered.compile(compiler_options={**(options or {}), "xla_gpu_graph_min_graph_size": 2 ** 30})
     return program, apart, self.seconds + seconds
 
   def measure(self, compiled, *, steps: int, repeats: int) -> dict:
