@@ -31,6 +31,7 @@ a second, dense or MSA, where it has nothing else to do:
 | 4 | 8 blocks, or the first three layers dense, with 2 and 8 | 20 |
 | 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |
 | 6 | why tier 1's selectors find nothing: 8, with recall in the batches and with a fast selector | 48 |
+| 7 | why tier 6's find little: 8, with a loss of far queries, smaller batches, other selectors | 64 |
 
 Tier 6 was written after tier 1 and before its own runs. Tier 1's selectors hold 98 % of the attention mass that the
 best blocks hold and answer 0 to 3 % of far recall, where the best blocks answer all that dense attention does. A sink
@@ -42,8 +43,17 @@ msa_8M_fast answers half; if neither does, the form of the index is the next to 
 selector_only_8M_recall says whether the selector alone can do it. One order of the data: what works is to be repeated
 in three.
 
+Tier 7 was written after tier 6 and before its own runs. With recall in the rows msa_8M answers 16 % of far recall in
+place of 3, where dense answers 95; a fast selector 6: none of tier 6's two reasons was enough. Three are left. "_far":
+the loss, half of whose warm-up goes to queries by how far dense attention looks from them (`MSA.far_share`). "_b1" and
+"_b2": 122 steps of 8 rows are few; with one or two rows a step there are eight and four times as many, half of them
+warm-up ("_b2_recall": every second row asks). Seer and DSA: the form of MSA's index, one key for all heads; DSA's has a
+weighted sum over heads, Seer's gates their own keys. Said beforehand: if the loss is to blame, msa_8M_far answers at
+least half of the far recall that dense_8M does; if steps are missing, msa_8M_b1 does, or msa_8M_b2_recall half of
+dense_8M_recall's; if the form is, dsa_8M_recall or seer_8M_recall answers half of dense_8M_recall's.
+
 Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
-(archives or folders; none: the standard library's source), tier=1 (0 to 6, or all of 1 to 6; a tier brings the dense
+(archives or folders; none: the standard library's source), tier=1 (0 to 7, or all of 1 to 7; a tier brings the dense
 arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
 context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
 (of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, once=true (the imported
@@ -78,7 +88,7 @@ def get_config(arg=None):
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
                       windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
   make = Arms(a)
-  tiers = {str(number): make.tier(number) for number in range(1, 7)}
+  tiers = {str(number): make.tier(number) for number in range(1, 8)}
   if a.tier == "0":
     make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
   if a.tier not in (*tiers, "all"):
@@ -135,19 +145,20 @@ class Arms:
             # Of blocks, as the others: no kernel serves lists of 1,024 tokens.
             "dsa": lambda: methods.DSA(level="block", **geometry)}[name]()
 
-  def steps(self, millions):
-    return max(2, round(millions * 1e6 / (self.a.batch * self.a.context)))
+  def steps(self, millions, rows=0):
+    return max(2, round(millions * 1e6 / ((rows or self.a.batch) * self.a.context)))
 
   def plan(self, rates):
     return dict(peak=self.a.rate / RATES[rates][0], warmup=0.1, decay=0.2)
 
-  def arm(self, name, attention, stages, rates, modes, more=(), layers=(), decoded=False, recall=False):
+  def arm(self, name, attention, stages, rates, modes, more=(), layers=(), decoded=False, recall=False, rows=0):
     a, dense = self.a, isinstance(attention, methods.Dense)
-    texts = DataConfig(corpora=self.corpora, tokenizer=self.tokenizer, context=a.context, global_batch=a.batch,
+    rows = rows or a.batch
+    texts = DataConfig(corpora=self.corpora, tokenizer=self.tokenizer, context=a.context, global_batch=rows,
                        align=a.block)
     if recall:
       pairs = max(1, a.context // 256)  # so many statements and questions fit into a quarter of the context
-      texts = dataclasses.replace(texts, task_rows=max(1, a.batch // 4), task_loss=0.15, filler_weight=0.0,
+      texts = dataclasses.replace(texts, task_rows=max(1, rows // 4), task_loss=0.15, filler_weight=0.0,
                                   task_lengths=(a.context // 4, a.context),
                                   tasks=tuple(name.format(pairs) for name in TRAINED))
     return Config(
@@ -168,26 +179,31 @@ class Arms:
     return self.arm("dense", self.method("dense"), schedule.as_it_is(), "", ("dense",), modes if free else (),
                     decoded=True)
 
-  def continued(self, millions, rates="", recall=False):
-    """The control: dense to the end, with the tokens and the rates of the retrofits."""
-    stages = schedule.dense(self.steps(millions), **self.plan(rates))
-    name = f"dense_{millions:g}M{rates}" + "_recall" * recall
-    return self.arm(name, self.method("dense"), stages, rates, ("dense",), recall=recall)
+  def continued(self, millions, rates="", recall=False, rows=0):
+    """The control: dense to the end, with the tokens, the batches and the rates of the retrofits."""
+    stages = schedule.dense(self.steps(millions, rows), **self.plan(rates))
+    name = f"dense_{millions:g}M{rates}" + f"_b{rows}" * bool(rows) + "_recall" * recall
+    return self.arm(name, self.method("dense"), stages, rates, ("dense",), recall=recall, rows=rows)
 
-  def retrofit(self, method, millions, rates="", blocks=0, first=0, train="all", recall=False):
+  def retrofit(self, method, millions, rates="", blocks=0, first=0, train="all", recall=False, rows=0,
+               far=False):
     name = "selector_only" if train == "selector" else method
-    told = "_recall" * recall
-    name += f"_{millions:g}M{rates}" + f"_j{blocks}" * bool(blocks) + f"_first{first}" * bool(first) + told
+    told = f"_b{rows}" * bool(rows) + "_recall" * recall
+    name += f"_{millions:g}M{rates}" + f"_j{blocks}" * bool(blocks) + f"_first{first}" * bool(first)
+    name += "_far" * far + told
     beside = "" if rates == "_fast" else rates  # the backbone's rate is the same there
     self.controls[name] = "dense" if train == "selector" else f"dense_{millions:g}M{beside}{told}"
     self.budgets[name] = millions / self.millions[-1]
-    steps = self.steps(millions)
-    stages = schedule.retrofit_of_import(steps, warmup_steps=min(self.a.selector_steps, steps // 2), train=train,
-                                         **self.plan(rates))
+    steps = self.steps(millions, rows)
+    warmup = steps // 2 if rows else min(self.a.selector_steps, steps // 2)
+    stages = schedule.retrofit_of_import(steps, warmup_steps=warmup, train=train, **self.plan(rates))
+    attention = self.method(method, blocks)
+    if far:
+      attention.far_share = 0.5
     layers = ("dense",) * first + ("attention",) * (self.model.num_layers - first) if first else ()
     more = ("dense", *([] if blocks else [f"sparse:num_blocks={self.a.blocks // 2}"]))
-    return self.arm(name, self.method(method, blocks), stages, rates, ("sparse", "oracle"), more, layers,
-                    decoded=millions in self.main, recall=recall)
+    return self.arm(name, attention, stages, rates, ("sparse", "oracle"), more, layers,
+                    decoded=millions in self.main, recall=recall, rows=rows)
 
   def seeds(self, name):
     """All orders of the data for the main budgets of MSA, their controls and the anchor; one for the rest."""
@@ -211,6 +227,12 @@ class Arms:
       return [self.retrofit("msa", last, recall=True), self.continued(last, recall=True),
               self.retrofit("msa", last, train="selector", recall=True), self.retrofit("msa", last, "_fast"),
               self.retrofit("msa", last, "_fast", train="selector"), self.retrofit("msa", last, "_fast", recall=True)]
+    if number == 7:
+      last = self.main[-1]
+      return [self.retrofit("msa", last, far=True), self.retrofit("msa", last, rows=1),
+              self.retrofit("msa", last, rows=1, far=True), self.retrofit("seer", last, recall=True),
+              self.retrofit("dsa", last, recall=True), self.retrofit("msa", last, rows=2, recall=True),
+              self.continued(last, rows=1), self.continued(last, rows=2, recall=True)]
     if number == 4:
       shapes = dict(blocks=self.a.blocks // 2), dict(first=min(FIRST, self.model.num_layers - 1))
       return [self.retrofit("msa", m, **shape) for m in self.main for shape in shapes]

@@ -18,6 +18,11 @@ optimizer and a clipping norm of their own it only rescales their learning rate.
 Whether the paper's runs put norm and RoPE on the index branch is not stated; the
 released M3 model does, and so does this file.
 
+`far_share` is ours, not the paper's. A retrofit of a real model on plain text learnt the mass of attention and found no
+needle (docs/results.md): KL is a mean over queries, and few of them look far. It gives that share of the warm-up's loss
+to queries by how far dense attention looks from them: sum(w * KL) / sum(w), w the attention mass (mean over the group)
+that one sink block and the last J - 1 blocks, which need no selector, do not hold.
+
 Where the model convolves its q and k (`model.short_conv`; neither the paper's nor M3 does) the index projections
 get taps of their own. Without them an index key knows its own token alone while the attention that it imitates
 matches the token before it: associative recall then stops at 26 % instead of 100 (experiments/methods.py).
@@ -27,10 +32,12 @@ import functools
 from typing import ClassVar
 
 from flax import nnx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nsa import layers
-from nsa.methods import distillation
+from nsa.methods import blocks, distillation, training_free
+from nsa.methods.interface import Cost
 import pallas_kernels as pk
 
 
@@ -43,6 +50,19 @@ class MSA(distillation.Indexed):
   num_initial: int = 0            # forced first blocks
   num_local: int = 1              # forced last blocks, the query's own included
   index_dim: int = 128            # Hi, width of the index query and key
+  far_share: float = 0.0          # of the warm-up's loss, 0 to 1, over queries by how far they look
+
+  def check(self, model, context):
+    problems = super().check(model, context)
+    if not 0 <= self.far_share <= 1:
+      problems = [*problems, ("far_share", self.far_share, "a share of the loss: 0 to 1")]
+    return problems
+
+  def loss_costs(self, model, context, mode):
+    costs = super().loss_costs(model, context, mode)
+    if mode == "warmup" and self.far_share:
+      costs["far"] = Cost(2.0 * model.num_heads * model.head_dim * (context + 1) / 2, gradient=False, causal=True)
+    return costs
 
   def layer(self, init, model):
     return MSALayer(init, model, self)
@@ -78,4 +98,20 @@ class MSALayer(distillation.IndexedLayer):
   def losses(self, q_idx, x, streams, lse, lists, call):
     kl = pk.index_kl(x.q, streams["k"], lse, q_idx, streams["k_idx"], lists, block_size=self.options.block_size,
                      **call.ops)
-    return {"index_kl": call.mean(kl)}
+    loss = call.mean(kl)
+    if lists is None and self.options.far_share:
+      far = far_mass(x.q, streams["k"], lse, self.options, call)
+      by_far = call.mean(far * kl) / jnp.maximum(call.mean(far), jnp.finfo(jnp.float32).tiny)
+      loss = (1 - self.options.far_share) * loss + self.options.far_share * by_far
+    return {"index_kl": loss}
+
+
+def far_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"], options: MSA,
+             call) -> Float[Array, "B T K"]:
+  """The mass of dense attention, a mean over the group's heads, outside of the first visible and the last J - 1 blocks.
+
+  `lse`, float32, is that of dense attention. Holds float32[B, T, K, blocks]; no gradient.
+  """
+  mass, _ = pk.block_mass(q, k, lse, block_size=options.block_size, **call.ops)
+  near = training_free.SinkWindow(**options.geometry).choose(q, k, call)
+  return jnp.sum(jnp.where(blocks.membership(near, mass.shape[-1]), 0.0, mass), -1)
