@@ -180,3 +180,51 @@ def invert(block_indices, plan, segment_ids=None, query_offset=0):
   return Entries(
       rows=jnp.pad(entry // J, pad), spans=jnp.pad(start << 16 | stop, pad),
       position=position.reshape(B, T, K, J), units=units, unit_start=unit_start)
+
+
+# --- slices of the queries, one after the other -----------------------------------
+
+
+def slices_of(queries, bytes_per_query, limit):
+  """In how many slices of queries to go through, and their size: what a slice needs lies below `limit` bytes.
+
+  All of one size where that takes few more of them: padded queries are a copy of all of them.
+  """
+  least = -(-queries * bytes_per_query // limit)
+  slices = next((n for n in range(least, 2 * least) if queries % n == 0), least)
+  size = -(-queries // slices)
+  return -(-queries // size), size
+
+
+def in_slices(f, slices, arrays):
+  """f(*arrays, first) with arrays [B, T, ...] and None cut into slices, where `first` is a slice's first query.
+
+  f gives results by query, what is kept of a slice ([B, ...], to be cut the same way later) and sums, which are added
+  up in order. Padding is -1 in whole numbers, else 0.
+  """
+  if slices == 1:
+    return f(*arrays, 0)
+  T = arrays[0].shape[1]
+
+  def pad(x):
+    fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+    missing = -x.shape[1] % slices
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill) if missing else x
+
+  # Where they lie and not stacked, slices first: to XLA that is another layout, and so a copy, even of one sequence.
+  def cut(x, i):
+    size = x.shape[1] // slices
+    return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+
+  def step(i, carry):
+    joined, sums = carry
+    *parts, more = f(*jax.tree.map(lambda x: cut(x, i), arrays), i * -(-T // slices))
+    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, i * part.shape[1], axis=1)
+    return jax.tree.map(put, joined, parts), jax.tree.map(jnp.add, sums, more)
+
+  arrays = jax.tree.map(pad, tuple(arrays))
+  *parts, sums = jax.eval_shape(lambda *x: f(*jax.tree.map(lambda x: cut(x, 0), x), 0), *arrays)
+  init = (jax.tree.map(lambda x: jnp.zeros((x.shape[0], x.shape[1] * slices, *x.shape[2:]), x.dtype), parts),
+          jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums))
+  (results, kept), sums = lax.fori_loop(0, slices, step, init)
+  return jax.tree.map(lambda x: x[:, :T], results), kept, sums

@@ -174,7 +174,7 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
-                                                 segmented=segments, interpret=True))
+                                                        segmented=segments, interpret=True))
   assert not interpret_pallas_call.get_races().races_found
   word = tiles.words.reshape(B, T, K, N)[..., :1]
   listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)
@@ -238,11 +238,11 @@ def test_index_scores_are_made_here_where_that_is_faster():
   def call(K=4, H=128, size=64, T=8192):
     return dict(q_idx=of(1, T, K, H), k_idx=of(1, T, H), block_size=size, num_blocks=16, scale=1.0)
 
-  assert index_top_k.supports(call(K=3)).startswith("q_idx has 3 heads")
-  assert index_top_k.supports(call(T=32)).startswith("q_idx (1, 32, 4, 128) fills no tile")
-  assert index_top_k.supports(call(size=256)).startswith("block_size = 256")
-  assert index_top_k.avoid(call()) is None
-  assert "triton is faster" in index_top_k.avoid(call(H=64)) and "triton is faster" in index_top_k.avoid(call(size=32))
+  assert index_top_k.supports(**call(K=3)).startswith("q_idx has 3 heads")
+  assert index_top_k.supports(**call(T=32)).startswith("q_idx (1, 32, 4, 128) fills no tile")
+  assert index_top_k.supports(**call(size=256)).startswith("block_size = 256")
+  assert index_top_k.avoid(**call()) is None
+  assert "triton is faster" in index_top_k.avoid(**call(H=64)) and "triton is faster" in index_top_k.avoid(**call(size=32))
 
 
 def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):
@@ -259,6 +259,20 @@ def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):
       for best in (None, backends.FASTEST):  # a reason of speed
         assert backends.choose("selected_attention", best, call(1)).name == ("triton" if serves else "mosaic_gpu")
       assert backends.choose("selected_attention", "mosaic_gpu", call(1)).name == "mosaic_gpu"
+
+
+def test_slices_of_queries_are_joined_in_place():
+  """Seven queries in three slices: padded, joined without the padding; what is kept is cut as it was joined."""
+  x, n = jnp.arange(14.0).reshape(1, 7, 2), jnp.arange(7).reshape(1, 7)
+  f = lambda x, n, first: ((x + first, n), jnp.full((1, 2), first), (x.sum(), n.sum()))
+  (y, m), kept, sums = jax.jit(lambda x, n: entry_lists.in_slices(f, 3, (x, n)))(x, n)
+  np.testing.assert_array_equal(y, x + jnp.asarray([0, 0, 0, 3, 3, 3, 6])[:, None])
+  np.testing.assert_array_equal(m, n)
+  np.testing.assert_array_equal(kept, [[0, 0, 3, 3, 6, 6]])
+  assert sums == (91.0, 21 - 2)  # two queries of padding, -1 each
+  again = lambda n, none, kept, first: (n + kept[:, :1] - first, none, None)
+  (got, _, _) = entry_lists.in_slices(again, 3, (n, None, kept))
+  np.testing.assert_array_equal(got, n)
 
 
 def test_plan_bounds_hold_for_long_contexts():

@@ -144,15 +144,17 @@ def check_kl(s, situation, *, warmup=False, **tolerance):
   cases.compare("index_kl", got, want, jnp.dtype(s.dtype), **tolerance)
 
 
-KEPT = [(False, 2 ** 31), (False, 0), (True, 0)]  # warm-up, KEPT_BYTES
+KEPT = [(False, 2 ** 31, 2 ** 32), (False, 0, 2 ** 32), (True, 0, 2 ** 32),  # warm-up, KEPT_BYTES, SLICE_BYTES
+        (False, 2 ** 31, 2 ** 16), (False, 0, 2 ** 16)]
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("warmup, kept_bytes", KEPT)
+@pytest.mark.parametrize("warmup, kept_bytes, slice_bytes", KEPT)
 @pytest.mark.parametrize("situation", situations("index_kl"))
-def test_index_kl_on_device(situation, warmup, kept_bytes, monkeypatch):
+def test_index_kl_on_device(situation, warmup, kept_bytes, slice_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
+  monkeypatch.setattr(kl, "SLICE_BYTES", slice_bytes)
   # float32 sums of bfloat16 products; gradients round their scores and themselves to bfloat16
   check_kl(KL_ON_DEVICE(), situation, warmup=warmup, rounded=5e-3)
 
@@ -276,10 +278,11 @@ def test_interpreted_many_slots():
 
 
 @interprets
-@pytest.mark.parametrize("situation, warmup, kept_bytes", [
-    *(("segments", *kept) for kept in KEPT), *((name, False, 2 ** 31) for name in situations("index_kl"))])
-def test_interpreted_index_kl(situation, warmup, kept_bytes, monkeypatch):
+@pytest.mark.parametrize("situation, warmup, kept_bytes, slice_bytes", [
+    *(("segments", *kept) for kept in KEPT), *((name, *KEPT[0]) for name in situations("index_kl"))])
+def test_interpreted_index_kl(situation, warmup, kept_bytes, slice_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
+  monkeypatch.setattr(kl, "SLICE_BYTES", slice_bytes)
   with tuning.override("index_kl", TINY):
     check_kl(KL_SMALL(S=60), situation, warmup=warmup, exact=2.0 ** -16 if situation == "huge_logits" else 5e-6)
 

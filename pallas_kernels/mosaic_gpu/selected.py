@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +33,7 @@ BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
 MAX_SLOTS = 64  # that `merge` unrolls
 RANGE_BYTES = 8 * 2 ** 20     # of Q of one KV head: what one range of queries takes of the L2 cache
+LIST_TILES = 8                # of a list, at least, on average, whatever a range then takes
 PARTIAL_BYTES = 10 * 2 ** 30  # of partial results alive at a time
 
 
@@ -77,20 +77,16 @@ def _listed(numbers):
 
 def _slices(B, T, S, K, G, J, H, block_size):
   """The plan of one slice of the queries, and how many slices there are."""
-  per_token = B * K * G * J * H * 2
-  slices = -(-T * per_token // PARTIAL_BYTES)
-  # Slices of one size where that takes few more of them: padded queries are a copy of all of them.
-  slices = next((n for n in range(slices, 2 * slices) if T % n == 0), slices)
-  size = -(-T // slices)
-  return make_plan(B, size, S, K, G, J, H, block_size), -(-T // size)
+  slices, size = entry_lists.slices_of(T, B * K * G * J * H * 2, PARTIAL_BYTES)
+  return make_plan(B, size, S, K, G, J, H, block_size), slices
 
 
 def make_plan(B, T, S, K, G, J, H, block_size):
   """Sizes of the lists: ranges of queries that fit the L2 cache, units that pay for their block."""
   tile_tokens = entry_lists.TILE_ROWS // G
   blocks = -(-S // block_size)
-  # Lists of fewer than eight tiles would mostly load keys.
-  range_size = max(RANGE_BYTES // (G * H * 2), 8 * tile_tokens * blocks // J, 1)
+  # Shorter lists would mostly load keys.
+  range_size = max(RANGE_BYTES // (G * H * 2), LIST_TILES * tile_tokens * blocks // J, 1)
   # A unit's list lies in shared memory, 8 bytes per token: at G = 1 more would leave room for one
   # thread block per multiprocessor instead of two. (24/8 heads of 128 at 32,768 tokens, forward + backward: 24 tiles
   # 6.98 ms, 32 tiles 7.55.)
@@ -132,19 +128,6 @@ def _invert(block_indices, plan, segment_ids, offset, interpret):
   return counting.invert(block_indices, plan, segment_ids, offset)
 
 
-def _cut(x, plan, slices, fill=0):
-  """[B, T, ...] to [slices, B, plan.queries, ...]."""
-  missing = slices * plan.queries - x.shape[1]
-  if missing:
-    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  return jnp.moveaxis(x.reshape(x.shape[0], slices, plan.queries, *x.shape[2:]), 1, 0)
-
-
-def _join(x, T):
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
-
-
 def _whole_blocks(x, plan):
   """Keys padded to whole blocks; the spans keep the padding out of sight."""
   missing = plan.blocks * plan.block_size - plan.keys
@@ -155,8 +138,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
   plan, slices = _plan_of(q, k, block_indices, block_size)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
-  def one(args):
-    q, block_indices, first = args
+  def one(q, block_indices, first):
     rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
     shared = None
     # the interpreter hangs on three warpgroups within a larger program
@@ -168,14 +150,9 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
         rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
     o, lse = combine(parts[None], part_lse, entries.position, plan, shared=shared)
-    return o.reshape(q.shape), lse.reshape(q.shape[:3])
+    return (o.reshape(q.shape), lse.reshape(q.shape[:3])), None, None
 
-  if slices == 1:
-    o, lse = one((q, block_indices, 0))
-  else:
-    firsts = jnp.arange(slices, dtype=jnp.int32) * plan.queries
-    o, lse = lax.map(one, (_cut(q, plan, slices), _cut(block_indices, plan, slices, -1), firsts))
-    o, lse = _join(o, q.shape[1]), _join(lse, q.shape[1])
+  (o, lse), _, _ = entry_lists.in_slices(one, slices, (q, block_indices))
   o, lse = backends.attended((o, lse))
   return (o, lse), (q, k, v, o, lse, segment_ids, offset, block_indices)
 
@@ -201,20 +178,9 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
       dq = forward.weighted_rows(dq, scale, entries.position, plan)
     else:
       dq = merge.combine(dq, None, entries.position, plan, scale=scale)
-    return dq.reshape(q.shape), backward.sum_units(dk, dv, entries.unit_start, plan)
+    return dq.reshape(q.shape), None, backward.sum_units(dk, dv, entries.unit_start, plan)
 
-  if slices == 1:
-    dq, (dk, dv) = one(q, do, lse, delta, block_indices, 0)
-  else:
-    def step(sums, args):
-      dq, more = one(*args)
-      return jax.tree.map(jnp.add, sums, more), dq
-
-    cut = (*(_cut(x, plan, slices) for x in (q, do, lse, delta)), _cut(block_indices, plan, slices, -1),
-           jnp.arange(slices, dtype=jnp.int32) * plan.queries)
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *(x[0] for x in cut))[1])
-    (dk, dv), dq = lax.scan(step, none, cut)
-    dq = _join(dq, q.shape[1])
+  dq, _, (dk, dv) = entry_lists.in_slices(one, slices, (q, do, lse, delta, block_indices))
 
   def tokens_first(x, factor):
     if backward.transposed(H):

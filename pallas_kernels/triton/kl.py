@@ -2,8 +2,9 @@
 
 Over selected blocks the forward pass leaves five numbers per entry of the selection, the backward pass one row of
 dq_idx. P, which costs G products of H numbers where an index score costs one, is kept for the backward pass up to
-`KEPT_BYTES` of it (with 64/4 heads of 128 and 16 blocks of 128 as much as q) and made again beyond. Sums go in a fixed
-order: equal inputs give equal bits.
+`KEPT_BYTES` of it (with 64/4 heads of 128 and 16 blocks of 128 as much as q) and made again beyond. What entries have
+takes J times as much as q_idx; above `SLICE_BYTES` the queries go through in slices, one after the other. Sums go in a
+fixed order: equal inputs give equal bits.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from pallas_kernels.triton import call, invert, kl_kernels, ranged, tuning
 BLOCK_SIZES = (16, 32, 64, 128)
 RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries takes of the L2 cache
 KEPT_BYTES = 2 * 2 ** 30    # of P, from the forward to the backward pass of one call
+SLICE_BYTES = 4 * 2 ** 30   # of P and dq_idx by entry that are alive at a time
 
 
 def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, index_scale, **_):
@@ -37,9 +39,9 @@ def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, i
     return f"block_size = {block_size}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
   if call.small_memory() and block_size * max(q.shape[3], q_idx.shape[3]) > 64 * 128:
     return f"block_size = {block_size}: with these head dims the kernels need more shared memory than there is"
-  plan = _plan(q, k, block_indices.shape[3], block_size, 64)
+  plan, _ = _plan(q, k, q_idx, block_indices, block_size)
   if plan.max_tiles * 64 >= 2 ** 31 or plan.lists >= 2 ** 31:
-    return f"block_indices {block_indices.shape} has more entries than int32 counts"
+    return f"block_indices {block_indices.shape} has more entries per slice of queries than int32 counts"
   return None
 
 
@@ -72,16 +74,24 @@ def _backward(how, residuals, dloss):
 _index_kl.defvjp(_forward, _backward)
 
 
-def _plan(q, k, J, block_size, tokens):
-  """Lists of tokens per block; heads go one after the other, so a tile's rows are tokens: a group of 1."""
-  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-  range_size = max(RANGE_BYTES // (N // K * H * 2), 8 * tokens * -(-S // block_size) // J, 1)
-  return entry_lists.Plan(B, T, S, K, 1, J, block_size, min(range_size, T), tiles_per_unit=16)
+def _plan(q, k, q_idx, block_indices, block_size):
+  """Lists of tokens per block of a slice of the queries, and how many slices there are; heads go one after the other,
+  so a tile's rows are tokens: a group of 1."""
+  (B, T, N, H), (S, K), J = q.shape, k.shape[1:3], block_indices.shape[3]
+  per_query = B * K * J * (block_size + q_idx.shape[3]) * q.dtype.itemsize
+  slices, size = entry_lists.slices_of(T, per_query, SLICE_BYTES)
+  range_size = max(RANGE_BYTES // (N // K * H * 2), 8 * entry_lists.TILE_ROWS * -(-S // block_size) // J, 1)
+  return entry_lists.Plan(B, size, S, K, 1, J, block_size, min(range_size, size), tiles_per_unit=16), slices
 
 
-def _constants(q, k, q_idx, how, tuned):
+def _tuned(q):
+  return tuning.get("index_kl", head_dim=q.shape[3], dtype=q.dtype)
+
+
+def _constants(q, k, q_idx, how):
   (_, _, N, H), (S, K) = q.shape, k.shape[1:3]
   _, scale, index_scale, precision = how
+  tuned = _tuned(q)
   return dict(S=S, K=K, G=N // K, H=H, HI=q_idx.shape[3], SCALE=scale * call.LOG2E, INDEX_SCALE=index_scale,
               PRECISION=precision, num_warps=tuned.warps, num_stages=tuned.stages)
 
@@ -90,11 +100,10 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   """loss, index lse, 1 / sum of P: float32[B, T, K]; over all tokens dq_idx for a loss of weight 1, else None; P by
   entry [B, places / B, block size] if it is to be kept, there are blocks and it is not too large, else None."""
   q, k, lse, block_indices, segment_ids, offset = rest
-  tuned = tuning.get("index_kl", head_dim=q.shape[3], dtype=q.dtype)
-  constants = _constants(q, k, q_idx, how, tuned)
-  dq = targets = None
+  constants = _constants(q, k, q_idx, how)
   if block_indices is None:
     B, T, K, HI = q_idx.shape
+    tuned = _tuned(q)
     moments, dq = call.kernel_call(
         kl_kernels.dense_forward_kernel,
         (q, k, lse, q_idx, k_idx, *spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)),
@@ -103,27 +112,45 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
         BLOCK=tuned.block, **constants)
     top, norm, total, entropy, cross = moments
     index_lse = jnp.where(norm > 0, top + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
-  else:
-    plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
-    entries = _invert(block_indices, plan, segment_ids, offset)
-    places = plan.max_tiles * entry_lists.TILE_ROWS
-    keep = keep and places * how[0] * q.dtype.itemsize <= KEPT_BYTES
-    moments, kept = call.kernel_call(
-        kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
-        [jax.ShapeDtypeStruct((5, places), jnp.float32), _kept(q, places if keep else 1, how[0])],
-        grid=(plan.max_units,), name="index_kl_forward", PLACES=places, SIZE=how[0], TOKENS=entry_lists.TILE_ROWS,
-        KEEP=keep, **constants)
-    targets = kept if keep else None
+    return *_loss(total, entropy, cross, index_lse), dq, None
+  plan, slices = _plan(q, k, q_idx, block_indices, how[0])
+  keep = keep and slices * _places(plan) * how[0] * q.dtype.itemsize <= KEPT_BYTES
+
+  def one(q, lse, q_idx, block_indices, first):
+    entries = _invert(block_indices, plan, segment_ids, offset + first)
+    moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants)
     used = entries.position >= 0
     top, norm, total, entropy, cross = (moments[n][entries.position] for n in range(5))
     peak = jnp.where(used, top, -jnp.inf).max(axis=-1)
     norm = jnp.where(used, norm * jnp.exp(top - peak[..., None]), 0.0).sum(axis=-1)
     total, entropy, cross = (jnp.where(used, x, 0.0).sum(axis=-1) for x in (total, entropy, cross))
     index_lse = jnp.where(norm > 0, peak + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
+    return _loss(total, entropy, cross, index_lse), targets if keep else None, None
+
+  results, targets, _ = entry_lists.in_slices(one, slices, (q, lse, q_idx, block_indices))
+  return *results, None, targets
+
+
+def _loss(total, entropy, cross, index_lse):
+  """loss, index lse, 1 / sum of P."""
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)
   loss = (entropy - cross) / safe - jnp.log(safe) + index_lse
-  return jnp.where(seen, loss, 0.0), index_lse, jnp.where(seen, 1.0 / safe, 0.0), dq, targets
+  return jnp.where(seen, loss, 0.0), index_lse, jnp.where(seen, 1.0 / safe, 0.0)
+
+
+def _places(plan):
+  return plan.max_tiles * entry_lists.TILE_ROWS
+
+
+def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants):
+  """The moments of each entry, and P by entry or, without `keep`, nothing of use."""
+  B, places, size = plan.batch, _places(plan), plan.block_size
+  targets = jax.ShapeDtypeStruct((B, -(-places // B) if keep else 1, size), q.dtype)  # a first axis for `call.batched`
+  return call.kernel_call(
+      kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
+      [jax.ShapeDtypeStruct((5, places), jnp.float32), targets], grid=(plan.max_units,), name="index_kl_forward",
+      PLACES=places, SIZE=size, TOKENS=entry_lists.TILE_ROWS, KEEP=keep, **constants)
 
 
 def _invert(block_indices, plan, segment_ids, offset):
@@ -131,43 +158,41 @@ def _invert(block_indices, plan, segment_ids, offset):
   return use.invert(block_indices, plan, segment_ids, offset)
 
 
-def _kept(q, places, block_size):
-  """P by entry; a first axis of B, as `call.batched` wants it."""
-  return jax.ShapeDtypeStruct((q.shape[0], -(-places // q.shape[0]), block_size), q.dtype)
-
-
 def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   q, k, lse, block_indices, segment_ids, offset = rest
   index_lse, factor, dq = saved
   B, T, K, HI = q_idx.shape
-  tuned = tuning.get("index_kl", head_dim=q.shape[3], dtype=q.dtype)
-  constants = _constants(q, k, q_idx, how, tuned)
+  constants = _constants(q, k, q_idx, how)
   dloss = jnp.where(factor > 0, dloss, 0.0)
   weight = dloss * how[2]
-  inputs = (q, k, lse, q_idx, k_idx, index_lse, factor, weight)
   if block_indices is None:
     low, high = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)
-    S = k.shape[1]
+    S, tuned = k.shape[1], _tuned(q)
     dk = call.kernel_call(
-        kl_kernels.dense_dk_kernel, (*inputs, low, high, ranged.who_sees(low, high, S, tuned.block)),
+        kl_kernels.dense_dk_kernel, (q, k, lse, q_idx, k_idx, index_lse, factor, weight, low, high,
+                                     ranged.who_sees(low, high, S, tuned.block)),
         jax.ShapeDtypeStruct((B, K, S, HI), jnp.float32), grid=(B * K * -(-S // tuned.block),),
         name="index_kl_dense_dk", B=B, T=T, TOKENS=tuned.rows, BLOCK=tuned.block, **constants)
     return (dq * dloss[..., None]).astype(q_idx.dtype), dk.sum(axis=1).astype(k_idx.dtype)
-  plan = _plan(q, k, block_indices.shape[3], how[0], entry_lists.TILE_ROWS)
-  entries = _invert(block_indices, plan, segment_ids, offset)
-  places = plan.max_tiles * entry_lists.TILE_ROWS
-  kept = targets is not None
-  targets = targets if kept else jnp.zeros_like(_kept(q, 1, how[0]))
-  dq, dk = call.kernel_call(
-      kl_kernels.selected_backward_kernel, (*inputs, entries.rows, entries.spans, entries.units, targets),
-      [jax.ShapeDtypeStruct((places, HI), q_idx.dtype),
-       jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
-      grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, KEPT=kept,
-      **constants)
-  dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
-  dk = sum_units(dk, entries.unit_start, plan, heads=K)
-  dk = dk.reshape(B, -1, HI)[:, :k.shape[1]]
-  return dq.astype(q_idx.dtype), dk.astype(k_idx.dtype)
+  plan, slices = _plan(q, k, q_idx, block_indices, how[0])
+  of_index = {name: constants[name] for name in ("S", "HI", "INDEX_SCALE", "PRECISION", "num_warps", "num_stages")}
+
+  def one(q, lse, q_idx, block_indices, index_lse, factor, weight, targets, first):
+    entries = _invert(block_indices, plan, segment_ids, offset + first)
+    if targets is None:  # by the kernel of the forward pass: beside the sums of dk, P does not fit the registers
+      targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, True, constants)[1]
+    dq, dk = call.kernel_call(
+        kl_kernels.selected_backward_kernel,
+        (q_idx, k_idx, index_lse, factor, weight, entries.rows, entries.spans, entries.units, targets),
+        [jax.ShapeDtypeStruct((_places(plan), HI), q_idx.dtype),
+         jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
+        grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **of_index)
+    dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
+    return dq.astype(q_idx.dtype), None, sum_units(dk, entries.unit_start, plan, heads=K)
+
+  dq, _, dk = entry_lists.in_slices(
+      one, slices, (q, lse, q_idx, block_indices, index_lse, factor, weight, targets))
+  return dq, dk.reshape(B, -1, HI)[:, :k.shape[1]].astype(k_idx.dtype)
 
 
 def sum_units(parts, unit_start, plan, heads):

@@ -93,21 +93,17 @@ def _score_gradient(p, s, seen, index_lse, factor, weight):
 
 
 @triton.jit
-def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, rows, spans, units, targets, dq_parts,
-                             dk_parts, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-                             HI: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                             TOKENS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr):
+def selected_backward_kernel(q_idx, k_idx, index_lse, factor, weight, rows, spans, units, targets, dq_parts, dk_parts,
+                             S: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
+                             INDEX_SCALE: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
   """What a block of keys gives to dq_idx, [PLACES, HI], one row per entry, and dk_idx, float32[units, SIZE, HI].
 
-  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. P is read from `targets` if KEPT, else made
-  again.
+  factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. `targets` holds P of each entry.
   """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
-  b, r, block = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 5)
+  b, block = tl.load(unit + 3), tl.load(unit + 5)
   start = tl.cast(b, tl.int64) * S
-  if not KEPT:
-    keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
   index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
   c = tl.arange(0, SIZE)
   dk = tl.zeros((SIZE, HI), tl.float32)
@@ -118,10 +114,7 @@ def selected_backward_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight,
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     place = tile.to(tl.int64) * TOKENS + i
-    if KEPT:
-      p = tl.load(targets + place[:, None] * SIZE + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-    else:
-      p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION)
+    p = tl.load(targets + place[:, None] * SIZE + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
     queries = _index_rows(q_idx, row, ok, HI)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
     ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import spans
+from pallas_kernels import lists, spans
 from pallas_kernels.triton import call, choose_kernel, ranged, score_kernels, tuning
 
 MAX_SLOTS = 128
@@ -64,23 +64,8 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
 def in_chunks(f, bytes_per_token, *arguments):
   """f(*arguments) by chunks of queries, axis 1 of all but the last argument, the keys."""
   *queries, keys = arguments
-  T = queries[0].shape[1]
-  size = max(64, SCRATCH_BYTES // bytes_per_token)
-  chunks = -(-T // size)
-  if chunks == 1:
-    return f(*arguments)
-  size = -(-T // chunks)
-  if chunks <= 32:
-    parts = [f(*(x[:, i * size:(i + 1) * size] for x in queries), keys) for i in range(chunks)]
-    return jnp.concatenate(parts, axis=1)
-
-  def split(x):  # the padding sees nothing
-    fill = -1 if x.dtype == jnp.int32 else 0
-    x = jnp.pad(x, [(0, 0), (0, chunks * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
-
-  out = jax.lax.map(lambda xs: f(*xs, keys), tuple(map(split, queries)))
-  return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], chunks * size, *out.shape[3:])[:, :T]
+  chunks, _ = lists.slices_of(queries[0].shape[1], min(bytes_per_token, SCRATCH_BYTES // 64), SCRATCH_BYTES)
+  return lists.in_slices(lambda *args: (f(*args[:-1], keys), None, None), chunks, queries)[0]
 
 
 def _compressed_top_k(q, lse, first, position, k, *, LEN, STRIDE, SIZE, BLOCKS, choice, scale):
