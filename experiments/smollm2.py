@@ -229,10 +229,13 @@ class Arms:
               self.retrofit("msa", last, "_fast", train="selector"), self.retrofit("msa", last, "_fast", recall=True)]
     if number == 7:
       last = self.main[-1]
-      return [self.retrofit("msa", last, far=True), self.retrofit("msa", last, rows=1),
+      arms = [self.retrofit("msa", last, far=True), self.retrofit("msa", last, rows=1),
               self.retrofit("msa", last, rows=1, far=True), self.retrofit("seer", last, recall=True),
               self.retrofit("dsa", last, recall=True), self.retrofit("msa", last, rows=2, recall=True),
               self.continued(last, rows=1), self.continued(last, rows=2, recall=True)]
+      for one in arms:  # the question is recall by their own choice and by the best
+        one.eval.more_modes = ()
+      return arms
     if number == 4:
       shapes = dict(blocks=self.a.blocks // 2), dict(first=min(FIRST, self.model.num_layers - 1))
       return [self.retrofit("msa", m, **shape) for m in self.main for shape in shapes]
