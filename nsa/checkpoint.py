@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import errno
+import functools
 import math
 import os
 from typing import Any
@@ -26,7 +27,6 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import path as ocp_path, v1 as ocp
 
 from nsa import fingerprint
 
@@ -34,6 +34,18 @@ _TEMPORARY = (".orbax-checkpoint-tmp", ".deleted")  # directories that a killed 
 _DAMAGED = ".damaged"  # what `restore` sets aside
 _FORMAT = 1  # of the manifest below
 _LAST_SECONDS = 60  # that one process of several waits for a save on its way out of an error
+
+
+@functools.cache
+def orbax():
+  """(orbax.checkpoint.v1, orbax.checkpoint.path), imported by who needs them first: no first step waits the second that
+  it takes."""
+  from orbax.checkpoint import path, v1
+  return v1, path
+
+
+def _is_complete(path) -> bool:
+  return orbax()[1].step.is_path_finalized(path)
 
 
 class CheckpointError(Exception):
@@ -78,7 +90,7 @@ class Checkpoints:
     if not self.directory.exists():
       return []
     found = (p for p in self.directory.iterdir() if p.name.isdecimal())
-    return sorted(int(p.name) for p in found if ocp_path.step.is_path_finalized(p))
+    return sorted(int(p.name) for p in found if _is_complete(p))
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""
@@ -127,7 +139,7 @@ class Checkpoints:
     self._discard_leftovers(only=step)
     try:
       # Orbax refuses arrays without elements; the manifest alone restores them.
-      response = ocp.save_async(self.directory / str(step), {k: v for k, v in leaves.items() if v.size},
+      response = orbax()[0].save_async(self.directory / str(step), {k: v for k, v in leaves.items() if v.size},
                                 custom_metadata={"format": _FORMAT, "leaves": manifest})
     except Exception as error:
       raise self._save_failed(step, error) from error
@@ -201,7 +213,7 @@ class Checkpoints:
         number = path.name.split(".")[0]
         if not number.isdecimal() or _DAMAGED in path.name or (only is not None and int(number) != only):
           continue
-        if any(mark in path.name for mark in _TEMPORARY) or not ocp_path.step.is_path_finalized(path):
+        if any(mark in path.name for mark in _TEMPORARY) or not _is_complete(path):
           logging.warning("removing %s, which an interrupted save or deletion left", path)
           path.rmtree(missing_ok=True)
     if jax.process_count() > 1:
@@ -285,7 +297,7 @@ class Checkpoints:
   def _manifest(self, step) -> dict[str, dict]:
     path = self.directory / str(step)
     with _reading(path):
-      custom = ocp.metadata(path).custom_metadata
+      custom = orbax()[0].metadata(path).custom_metadata
       if not isinstance(custom, dict) or "leaves" not in custom:
         raise ValueError("its metadata do not list the leaves: they are lost, or other code wrote it")
     if custom["format"] != _FORMAT:
@@ -308,6 +320,7 @@ class Checkpoints:
     failure, loaded = None, {}
     try:
       with _reading(path):
+        ocp = orbax()[0]
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # load_params asks for a subtree
         with context:

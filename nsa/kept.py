@@ -43,6 +43,8 @@ _PREFIXES = ("JAX_", "XLA_", "TRITON_", "LIBTPU_", "CUDA_", "NVIDIA_", "NSA_")
 _NO_MATTER = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_COORDINATOR", "JAX_PROCESS_ID",
               "JAX_NUM_PROCESSES", "XLA_PYTHON_CLIENT_", "TRITON_CACHE_DIR", "TRITON_HOME", "CUDA_VISIBLE_DEVICES",
               "NVIDIA_VISIBLE_DEVICES", "NSA_TOKENS")
+# Libraries that programs are linked with when they are loaded: importing Mosaic GPU, which takes a second, names them.
+_LIBRARIES = ("MOSAIC_GPU_RUNTIME_LIB_PATH", "MOSAIC_GPU_NVSHMEM_SO_PATH")
 _NO_MATTER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_logging", "jax_log_", "jax_pprint",
                        "jax_platforms", "jax_cuda_visible_devices")
 
@@ -76,7 +78,12 @@ class Kept:
     if path is None or not path.exists():
       return None
     try:
-      found = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+      made, environment = pickle.loads(path.read_bytes())
+      for name, there in environment.items():
+        if not os.path.exists(there):
+          raise FileNotFoundError(f"{name}={there}")
+        os.environ.setdefault(name, there)
+      found = serialize_executable.deserialize_and_load(*made, execution_devices=_devices(key))
       os.utime(path)
       return found
     except Exception as error:  # another version's, cut, of a device that is gone: it is compiled
@@ -89,7 +96,8 @@ class Kept:
     if path is None:
       return
     try:
-      made = pickle.dumps(serialize_executable.serialize(compiled))
+      environment = {name: there for name, there in os.environ.items() if name in _LIBRARIES}
+      made = pickle.dumps((serialize_executable.serialize(compiled), environment))
       self.directory.mkdir(parents=True, exist_ok=True)
       with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".part", delete=False) as file:
         file.write(made)
@@ -106,6 +114,11 @@ class Kept:
       return None
     text = _text(key)
     return self.directory / hashlib.sha256(f"{_surroundings()}\n{text}".encode()).hexdigest() if text else None
+
+
+def _devices(key) -> list[jax.Device]:
+  """Those of the key's mesh; the default one of a program without a mesh."""
+  return next((list(part.devices.flat) for part in key if isinstance(part, Mesh)), jax.devices()[:1])
 
 
 def _text(key) -> str:

@@ -33,6 +33,7 @@ _MAX_COMPILERS = 4
 _lock = threading.Lock()
 _programs: dict[Hashable, concurrent.futures.Future] = {}
 _ahead: _Ahead | None = None  # the threads of `ahead`
+_begun = threading.Event()  # see `begun`
 _kept: kept.Kept | None = None
 _threads: list[threading.Thread] = []  # those that an exception did not wait for
 
@@ -116,6 +117,19 @@ def check(keys: Iterable[Hashable]) -> None:
     future = _programs.get(key)
     if future is not None and future.done() and future.exception() is not None:
       raise future.exception()
+
+
+def begun() -> None:
+  """Says that a run has all that it makes in Python before its first step: until then `when_begun` waits."""
+  _begun.set()
+
+
+def when_begun() -> None:
+  """For `ahead`, between what a first step needs and what it does not: one thread at a time runs Python, and the run
+  that reads its data is to be it."""
+  while not _begun.wait(0.1):
+    if _ahead is None or _ahead.stop.is_set():
+      return
 
 
 def busy() -> bool:

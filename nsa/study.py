@@ -127,9 +127,9 @@ def _cohort(study, directory, seeds) -> list[Job]:
   for arm in study.arms:
     if not set(seeds) <= set(seeds_of(study, arm)):
       continue
-    config = copy.deepcopy(arm)
-    config.seeds = seeds
-    configs[config.arm, config.size] = config
+    # Parts of their own where runs of an arm differ: there may be hundreds of runs.
+    configs[arm.arm, arm.size] = dataclasses.replace(
+        arm, seeds=seeds, fork=copy.copy(arm.fork), checkpoint=copy.copy(arm.checkpoint))
   out = []
   for (arm, size), config in configs.items():
     trunk = ""
@@ -189,7 +189,7 @@ def _trunks_first(unordered: list[Job]) -> list[Job]:
       raise ConfigError([("arms[*].fork.workdir", ", ".join(job.run for job in rest), "the forks run in a circle")])
     out += ready
     placed |= {job.run for job in ready}
-    rest = [job for job in rest if job not in ready]
+    rest = [job for job in rest if job.run not in placed]
   return out
 
 
@@ -200,9 +200,10 @@ def wanted(study: Study, directory, only: tuple[str, ...] = ()) -> tuple[list[Jo
   place = lambda job: next((i for i, p in enumerate(patterns) if fnmatch.fnmatch(job.run.removeprefix("runs/"), p)),
                            len(patterns))
   todo = _trunks_first(sorted(jobs(study, directory), key=place))
-  others = [job for job in todo
-            if place(job) == len(patterns) or study.now and f"{job.config.arm}-{job.config.size}" not in study.now]
-  mine = [job for job in todo if job not in others]
+  now = lambda job: not study.now or f"{job.config.arm}-{job.config.size}" in study.now
+  mine = [job for job in todo if place(job) < len(patterns) and now(job)]
+  named = {job.run for job in mine}
+  others = [job for job in todo if job.run not in named]
   if not mine:
     raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
                                                   f"{', '.join(job.run for job in others)}")])

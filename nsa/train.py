@@ -133,6 +133,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
   log = _Log(config, writer, bar, start)
 
+  programs.begun()
   compiled, needed = {}, schedule.programs(config, start)
   keys = [step_lib.step_key(config, step, mesh) for step in needed]
 
@@ -235,12 +236,16 @@ def _evaluates(config, done: int) -> bool:
 
 
 def compilations(config, mesh, start: int = 0):
-  """What a run compiles from step `start` on and counts, in the order in which it needs it: for `programs.ahead`."""
+  """What a run compiles from step `start` on, imports and counts, in the order in which it needs it: for
+  `programs.ahead`."""
   yield functools.partial(step_lib.compile_init, config, mesh)
-  for step in schedule.programs(config, start):
+  for number, step in enumerate(schedule.programs(config, start)):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
+    if not number:
+      yield programs.when_begun
   yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
+  yield checkpoint.orbax
   yield from held_out.counted_ahead(config)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import pilot
-from nsa import config as config_lib, methods, study as study_lib
+from nsa import config as config_lib, methods, study as study_lib, tasks
 from nsa.config import DataConfig, EvalConfig
 from nsa.planning import plan
 from nsa.tasks import audit, frame
@@ -45,6 +45,15 @@ def test_every_piece_has_to_be_in_sight(monkeypatch):
   assert a.window == 2 / 3  # the first block and the latest 4; 20..23 is block 2, and the second query has 3 to 6
   assert count(block_size=8, num_blocks=6).window == 1
   assert count(block_size=22, num_blocks=1).forced == 0  # block 0 ends at 21: half of a piece is not enough
+
+
+@pytest.mark.parametrize("name", ["mqar:pairs=12,updates=6", "recall:pairs=4", "tracking:chains=4,hops=2"])
+def test_all_answers_at_once_are_the_answers_one_by_one(name):
+  task, size = tasks.get(name), 48
+  examples, _ = audit._examples(task, 1024, "val")
+  visible = np.random.default_rng(0).random((sum(len(e.query) for e in examples), 1024 // size + 1)) < 0.8
+  once = audit._read_from_all_evidence(task, examples, visible, size)
+  assert once.tolist() == audit._read_one_by_one(task, examples, visible, size) and 0 < once.mean() < 1
 
 
 def test_a_study_that_needs_no_selection_is_refused():

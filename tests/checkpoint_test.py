@@ -329,14 +329,14 @@ def test_a_flipped_bit_anywhere_is_never_restored(two_saves, tmp_path):
 
 def test_load_params_checks_values_too(workdir, monkeypatch):
   """A wrong value that Orbax reads without complaint is found by the fingerprint."""
-  real = checkpoint.ocp.load
+  real = checkpoint.orbax()[0].load
   def off_by_one_bit(path, tree):
     out = real(path, tree)
     leaf = np.array(out["params/embed"])
     leaf.view(np.uint16)[3, 5] ^= 1
     return {**out, "params/embed": leaf if isinstance(out["params/embed"], np.ndarray) else jax.device_put(
         leaf, out["params/embed"].sharding)}
-  monkeypatch.setattr(checkpoint.ocp, "load", off_by_one_bit)
+  monkeypatch.setattr(checkpoint.orbax()[0], "load", off_by_one_bit)
   for call in (lambda: load_params(workdir),
                lambda: Checkpoints(workdir).restore(abstract(make_state()))):
     with pytest.raises(CorruptCheckpointError, match="params/embed are not those that were saved"):
@@ -447,7 +447,7 @@ def test_error_of_an_asynchronous_save_is_raised_once(tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path)
   for call in (checkpoints.wait, checkpoints.close, lambda: checkpoints.save(2, {"w": jnp.ones(2)})):
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.ocp, "save_async", lambda *a, **k: Response())
+      patch.setattr(checkpoint.orbax()[0], "save_async", lambda *a, **k: Response())
       checkpoints.save(1, {"w": jnp.ones(2)})
     with pytest.raises(CheckpointError, match="(?s)step 1 .*RuntimeError.*the network is gone"):
       call()

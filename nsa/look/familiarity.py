@@ -19,7 +19,7 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import special
+import scipy
 
 from nsa.report import statistics
 
@@ -37,7 +37,7 @@ class Slope:
   units: int
 
   def interval(self, level: float = 0.95) -> tuple[float, float]:
-    half = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.error if self.freedom > 0 else math.nan
+    half = float(scipy.special.stdtrit(self.freedom, (1 + level) / 2)) * self.error if self.freedom > 0 else math.nan
     return self.slope - half, self.slope + half
 
   @property
@@ -47,7 +47,7 @@ class Slope:
       return math.nan
     if not self.error:
       return float(not self.slope)
-    return 2 * float(special.stdtr(self.freedom, -abs(self.slope) / self.error))
+    return 2 * float(scipy.special.stdtr(self.freedom, -abs(self.slope) / self.error))
 
 
 def slope(x, y, units, *covariates) -> Slope:
@@ -209,7 +209,7 @@ def difficulty(snapshots: list[dict], measure: str = MEASURE, point=POINT) -> li
     z = np.arctanh(np.clip([r for _, r in found], -0.999999, 0.999999))
     variances = np.array([1 / max(examples - 3, 1), np.var(z, ddof=1) / seeds if seeds > 1 else 0.0])
     freedom = variances.sum() ** 2 / np.sum(variances ** 2 / [max(examples - 3, 1), max(seeds - 1, 1)])  # Welch's
-    half = special.stdtrit(freedom, 0.975) * math.sqrt(variances.sum())
+    half = scipy.special.stdtrit(freedom, 0.975) * math.sqrt(variances.sum())
     means = math.nan
     if what.startswith("log2"):
       levels = [np.unique(pairs(s)[np.isfinite(pairs(s))]) for s, _ in found]

@@ -8,7 +8,8 @@ whether less is better, the caller knows. Three words are used with care:
   "undecided"  neither; a difference that was not significant is not a match
 
 Every distribution comes from `scipy.special` (scipy is already a dependency of jax); `scipy.stats`
-is avoided because its import alone takes longer than a report.
+is avoided because its import alone takes longer than a report, and `scipy` imports `special` when it is first asked:
+whoever only runs a study waits for neither.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import math
 from typing import Mapping, Sequence
 
 import numpy as np
-from scipy import special
+import scipy
 
 EXACT = 16           # up to so many differences all their signs are flipped, 2^16 ways; beyond, so many at random
 
@@ -57,7 +58,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
   if n == 1:
     return Interval(mean, math.nan, math.nan, 1, level=level)
   sd = float(x.std(ddof=1))
-  half = float(special.stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
+  half = float(scipy.special.stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
   return Interval(mean, mean - half, mean + half, n, sd, level)
 
 
@@ -161,12 +162,12 @@ def two_groups(values: Sequence[float], apart: float) -> tuple[list[float], list
 
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
   """Power of the two-sided paired t test with n pairs, whose differences have mean `effect` and SD `sd`."""
-  critical = special.stdtrit(n - 1, 1 - alpha / 2)
+  critical = scipy.special.stdtrit(n - 1, 1 - alpha / 2)
   shift = effect * math.sqrt(n) / sd
   # |Z + shift| < critical * s, with s the SD found over the true one; special.nctdtr has no values for large shifts.
   z = np.linspace(-9, 9, 3601)
   weight = np.exp(-z ** 2 / 2)
-  missed = special.chdtrc(n - 1, (n - 1) * ((z + shift) / critical) ** 2)
+  missed = scipy.special.chdtrc(n - 1, (n - 1) * ((z + shift) / critical) ** 2)
   return float(1 - weight @ missed / weight.sum())
 
 
@@ -199,7 +200,7 @@ def tost_power(sd: float, n: int, margin: float, alpha: float = 0.05) -> float:
   """
   rng = np.random.default_rng(0)
   mean, error = rng.normal(0, sd / math.sqrt(n), 20_000), sd * np.sqrt(rng.chisquare(n - 1, 20_000) / (n - 1) / n)
-  return float(np.mean(np.abs(mean) + special.stdtrit(n - 1, 1 - alpha) * error <= margin))
+  return float(np.mean(np.abs(mean) + scipy.special.stdtrit(n - 1, 1 - alpha) * error <= margin))
 
 
 def standard_deviation_interval(sd: float, df: int, level: float = 0.95) -> tuple[float, float]:
@@ -210,7 +211,7 @@ def standard_deviation_interval(sd: float, df: int, level: float = 0.95) -> tupl
   if df < 1:
     return math.nan, math.nan
   tail = (1 - level) / 2
-  return sd * math.sqrt(df / special.chdtri(df, tail)), sd * math.sqrt(df / special.chdtri(df, 1 - tail))
+  return sd * math.sqrt(df / scipy.special.chdtri(df, tail)), sd * math.sqrt(df / scipy.special.chdtri(df, 1 - tail))
 
 
 def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: int = 0,
@@ -285,7 +286,7 @@ def _one_sided(x, bound: float) -> float:
   distance, error = float(x.mean()) - bound, float(x.std(ddof=1)) / math.sqrt(len(x))
   if error == 0:
     return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
-  return float(special.stdtr(len(x) - 1, -distance / error))
+  return float(scipy.special.stdtr(len(x) - 1, -distance / error))
 
 
 def _finite(name, values) -> np.ndarray:

@@ -54,24 +54,43 @@ def row(task_name: str, length: int, geometry: Geometry, split: str = "val", tok
 
   token_bytes: bytes that a token is taken for: a text of so many times the length stands for one in others' tokens.
   """
-  task, g = tasks.get(task_name), geometry
-  held = {name: [] for name in ("first", "local", "forced", "window")}
-  for example in _examples(task, length * token_bytes, split):
-    block = np.arange(length * token_bytes + 1) // (g.block_size * token_bytes)
-    for answer in range(len(example.query)):
-      own = block[int(np.argmax(example.answer_group == answer)) - 1]  # of the token that predicts it
-      first, local = block < g.num_initial, (block > own - g.num_local) & (block <= own)
-      window = (block == 0) | (block > own - (g.num_blocks - 1)) & (block <= own)
-      for name, visible in (("first", first), ("local", local), ("forced", first | local), ("window", window)):
-        held[name].append(task.answerable(example, answer, visible))
-  return Row(task_name, length, geometry, **{name: float(np.mean(x)) for name, x in held.items()},
-             answers=len(held["first"]))
+  task, g, size = tasks.get(task_name), geometry, geometry.block_size * token_bytes
+  examples, predicting = _examples(task, length * token_bytes, split)
+  own = np.concatenate(predicting)[:, None] // size  # the block of the token that predicts each answer
+  block = np.arange(length * token_bytes // size + 1)
+  first = np.broadcast_to(block < g.num_initial, (len(own), len(block)))
+  local = (block > own - g.num_local) & (block <= own)
+  window = (block == 0) | (block > own - (g.num_blocks - 1)) & (block <= own)
+  read = _read_from_all_evidence if type(task).answerable is tasks.Task.answerable else _read_one_by_one
+  held = {name: float(np.mean(read(task, examples, visible, size)))
+          for name, visible in (("first", first), ("local", local), ("forced", first | local), ("window", window))}
+  return Row(task_name, length, geometry, **held, answers=len(own))
+
+
+def _read_one_by_one(task, examples, visible, size) -> list[bool]:
+  """Whether each answer can be read from its visible blocks, bool[answers, blocks] of `size` tokens."""
+  answers = ((example, answer) for example in examples for answer in range(len(example.query)))
+  return [task.answerable(example, answer, np.repeat(blocks, size)[:len(example.tokens)])
+          for (example, answer), blocks in zip(answers, visible)]
+
+
+def _read_from_all_evidence(task, examples, visible, size) -> np.ndarray:
+  """The same of tasks whose answers are read from all of their evidence, which is most: of all answers at once."""
+  most = max(example.evidence.shape[1] for example in examples)
+  pieces = np.concatenate([np.pad(example.evidence, ((0, 0), (0, most - example.evidence.shape[1]), (0, 0)),
+                                  constant_values=-1) for example in examples])
+  begin, end = pieces[..., 0] // size, pieces[..., 1] // size + 1
+  before = np.pad(np.cumsum(visible, axis=1), ((0, 0), (1, 0)))  # visible blocks before each
+  count = np.take_along_axis(before, end, 1) - np.take_along_axis(before, begin, 1)
+  return ((count == end - begin) | (pieces[..., 0] < 0)).all(axis=1)
 
 
 @functools.lru_cache(maxsize=32)
 def _examples(task, length, split):
-  """The same for all geometries."""
-  return [task.example(SEED, index, length + 1, split) for index in range(EXAMPLES)]
+  """(examples, the tokens that predict the first token of each one's answers), the same for all geometries."""
+  examples = [task.example(SEED, index, length + 1, split) for index in range(EXAMPLES)]
+  return examples, [np.argmax(example.answer_group == np.arange(len(example.query))[:, None], axis=1) - 1
+                    for example in examples]
 
 
 def geometries(config) -> list[Geometry]:
