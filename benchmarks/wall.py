@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def of_run(run: Path) -> dict:
-  """Seconds of one finished run by part; "rest" is imports, data, restoring, the last writes."""
+  """Seconds of one finished run by part; "rest" is imports, data, restoring, the last writes. evaluated: those that the
+  device took for each run mode and split, a part of "evaluate"."""
   from nsa import config as config_lib, metrics
   config = config_lib.from_dict(metrics.read_json(run / "config.json"))
   per_step = config.data.global_batch * config.data.context
@@ -18,10 +19,11 @@ def of_run(run: Path) -> dict:
     steps += (record["step"] - max(before, 0)) * per_step / speed if speed else 0.0
     before = record["step"]
   began, ended = ((run / name).stat().st_mtime for name in ("config.json", "DONE"))
-  paused = metrics.read_json(run / "DONE").get("seconds_paused", {})
+  done = metrics.read_json(run / "DONE")
+  paused = done.get("seconds_paused", {})
   wall = ended - began
   return dict(run=run.name, wall=wall, began=began, ended=ended, steps=steps, **paused,
-              rest=wall - steps - sum(paused.values()))
+              rest=wall - steps - sum(paused.values()), evaluated=done.get("seconds_evaluated", {}))
 
 
 def table(workdir: Path) -> list[dict]:
@@ -29,9 +31,10 @@ def table(workdir: Path) -> list[dict]:
   runs = [of_run(path.parent) for path in sorted(workdir.rglob("DONE"))]
   if not runs:
     raise ValueError(f"--workdir={workdir}: no finished run below it (a DONE file)")
-  whole = collections.Counter()
+  whole, evaluated = collections.Counter(), collections.Counter()
   for run in runs:
     whole.update({name: x for name, x in run.items() if isinstance(x, float) and name not in ("began", "ended")})
+    evaluated.update(run["evaluated"])
   whole.update({"wall": max(r["ended"] for r in runs) - min(r["began"] for r in runs) - whole["wall"]})
-  rows = [*runs, dict(whole, run="the study")]
+  rows = [*runs, dict(whole, run="the study", evaluated=dict(evaluated))]
   return [dict(row, share_in_steps=row["steps"] / row["wall"]) for row in rows]

@@ -28,6 +28,8 @@ selection per prompt is not among them).
 """
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -95,23 +97,24 @@ def place_here(config, params):
 
 
 def write(config, params, workdir, step: int, mesh=None, during: bool = False,
-          own: bool = False) -> tuple[list[dict], epath.Path]:
+          own: bool = False, seconds: collections.Counter | None = None) -> tuple[list[dict], epath.Path]:
   """Evaluates and writes workdir/eval/<step>.json; returns the new records and the file.
 
   during: the short evaluation of `eval.during`, where it names run modes: seconds, while a run goes on.
   own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
+  seconds: gets those that the devices took, by run mode and split.
   With several processes each must call it; the first one writes. The last evaluation that a run asks also writes
   eval.sealed. One process alone keeps what each run mode gives, until the file is whole: an evaluation of the run's
   own that is cut goes on behind the run modes that it has.
   """
   if own and not during and config.eval.sealed:  # first: where the other file is, this one is
-    _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed")
-  return _write(config, params, workdir, step, mesh, "" if own else None, during)
+    _write(held_out.unsealed(config), params, workdir, step, mesh, "-sealed", seconds=seconds)
+  return _write(config, params, workdir, step, mesh, "" if own else None, during, seconds)
 
 
-def _write(config, params, workdir, step, mesh, ending: str | None, during: bool = False):
+def _write(config, params, workdir, step, mesh, ending: str | None, during: bool = False, seconds=None):
   """`ending` of the file's name behind the step; None for an evaluation by hand."""
   asked = held_out.load(config, during)
   settings = asked.settings(config, during)
@@ -120,7 +123,8 @@ def _write(config, params, workdir, step, mesh, ending: str | None, during: bool
   parts = None
   if ending is not None and not during and jax.process_count() == 1 and "://" not in str(directory):
     parts = directory / f"{path.stem}-parts"
-  rows = records(config, params, step, mesh, during, asked, parts and functools.partial(_kept, parts, settings))
+  keep = parts and functools.partial(_kept, parts, settings)
+  rows = records(config, params, step, mesh, during, asked, keep, seconds)
   if not jax.process_index():
     directory.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, {"step": step, "arm": config.arm, "size": config.size, "settings": settings,
@@ -169,14 +173,16 @@ def _by_hand(config, workdir, step, settings) -> str:
 
 
 def records(config, params, step: int, mesh=None, during: bool = False,
-            asked: held_out.HeldOut | None = None, keep=None) -> list[dict]:
+            asked: held_out.HeldOut | None = None, keep=None,
+            seconds: collections.Counter | None = None) -> list[dict]:
   """All records of one checkpoint; `during` as in `write`. `params` has a leading axis of seeds if the config has
   several.
 
   mesh: where the params lie and the rows of a batch go; None = the default device.
   asked: what held_out.load gives for this config, if it is read already.
   keep: called for every run mode with its name and what makes its records; returns these. None = what makes them is
-    called.
+    called. May be called in several threads.
+  seconds: as in `write`.
   """
   e = config.eval
   short = during and bool(e.during)
@@ -184,16 +190,26 @@ def records(config, params, step: int, mesh=None, during: bool = False,
     e = dataclasses.replace(e, diagnosed=min(e.diagnosed, e.batch))
   mesh = mesh if mesh is not None and mesh.size > 1 else None
   asked = asked or held_out.load(config, during)
-  out = []
-  for run_mode in e.during if short else e.modes(config.seeds):
-    if (found := how(config, run_mode)) is not None:
-      make = functools.partial(_of_mode, config, params, step, mesh, run_mode, *found, e, asked, short)
-      out += keep(run_mode, make) if keep else make()
+  turns = scores.Turns()
+
+  def of(run_mode):
+    if (found := how(config, run_mode)) is None:
+      return []
+    ask = functools.partial(turns.ask, f"{run_mode}, {e.split}")
+    make = functools.partial(_of_mode, config, params, step, mesh, run_mode, *found, e, asked, short, ask)
+    return keep(run_mode, make) if keep else make()
+
+  # Two threads, so that one reckons while the device works for the other. Several devices are asked in one order.
+  with concurrent.futures.ThreadPoolExecutor(2, "evaluation") as pool:
+    found = (map if mesh is not None else pool.map)(of, e.during if short else e.modes(config.seeds))
+    out = [row for rows in found for row in rows]
+  if seconds is not None:
+    seconds.update(turns.seconds)
   return out
 
 
-def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short) -> list[dict]:
-  """The records of one run mode, which `how` has read; e: eval, short where `short`."""
+def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short, ask) -> list[dict]:
+  """The records of one run mode, which `how` has read; e: eval, short where `short`; ask: `scores.Turns.ask`."""
   token_bytes, out = tokenizer.get(config.data.tokenizer).token_bytes, []
   run = _runner(_program(run_config, mode, selector), mesh)
   for replica, seed in enumerate(config.seeds):
@@ -206,14 +222,15 @@ def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e
     rows = []
     for corpus, of_corpus in asked.windows.items():
       of_text = scores.text(run, one, of_corpus, e, asked.context, run_config.attention, token_bytes,
-                            asked.back(corpus), () if short or run_mode not in ("dense", "sparse") else e.context_gain)
+                            asked.back(corpus), () if short or run_mode not in ("dense", "sparse") else e.context_gain,
+                            ask)
       rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
     scores.count_flops(rows, run_config, selector, asked.context)
     decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
     for name, examples in asked.tasks.items():
       listed = not short and run_mode in ("dense", "sparse", "oracle")
       rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one),
-                          once=isinstance(run_config.attention, methods.PromptMethod))
+                          isinstance(run_config.attention, methods.PromptMethod), ask)
     rows = [row for row in rows if row["kind"] != "heat"] if short else rows
     out += [{**row, **base} for row in rows]
   return out

@@ -2,6 +2,9 @@
 batch."""
 from __future__ import annotations
 
+import collections
+import threading
+import time
 from typing import NamedTuple
 
 import jax
@@ -25,12 +28,45 @@ def _batches(arrays: dict[str, np.ndarray], size: int):
     yield batch, slice(first, min(first + size, count))
 
 
-def text(run, params, windows, e, context, method, token_bytes, back=None, gain=()) -> list[dict]:
+class Turns:
+  """One asks the device while another reckons with what it said: the device waits for neither.
+
+  seconds: that the device took, by the name under which it was asked.
+  """
+
+  def __init__(self):
+    self._turn, self._idle_since = threading.Lock(), 0.0
+    self.seconds: collections.Counter[str] = collections.Counter()
+
+  def ask(self, name, run, params, arrays, size, watched=()) -> list[tuple]:
+    """[(rows that count, nll, correct, diagnostics)] of all batches of `size` rows, in order. Diagnostics of batches
+    that are not in `watched` are (): maps of zeros, many of them."""
+    said = []
+    with self._turn:
+      began = time.monotonic()
+      for number, (batch, rows) in enumerate(_batches(arrays, size)):
+        nll, correct, layers = run(params, batch, number in watched)
+        said.append((rows, nll, correct, layers if number in watched else ()))
+    jax.block_until_ready([one[1] for one in said])
+    ended = time.monotonic()
+    # What was asked before was answered before.
+    self.seconds[name] += max(0.0, ended - max(began, self._idle_since))
+    self._idle_since = ended
+    return said
+
+
+def ask_alone(*asked) -> list[tuple]:
+  """`Turns.ask` for who is the only one."""
+  return Turns().ask("", *asked)
+
+
+def text(run, params, windows, e, context, method, token_bytes, back=None, gain=(), ask=ask_alone) -> list[dict]:
   """Records of the windows of one corpus: each window, by position, by layer, and what far context is worth.
 
   back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not
   asked.
   gain: tokens of context before the last quarter of a window that its loss is measured with, beside all there are.
+  ask: `Turns.ask` under a name.
   """
   if not windows:
     return []
@@ -40,7 +76,7 @@ def text(run, params, windows, e, context, method, token_bytes, back=None, gain=
   arrays["prompt"] = np.full(len(windows), half, np.int32)
   # Methods that choose once per prompt measure themselves, always.
   watched = _spread(-(-len(windows) // e.batch), -(-len(windows) if scored else -e.diagnosed // e.batch))
-  nll, seen, weights = _nll(run, params, arrays, e.batch, watched)
+  nll, seen, weights = _nll(ask(run, params, arrays, e.batch, watched))
   real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
   scored_tokens = real > 0
   bits = nll / step_lib.LN2 * scored_tokens
@@ -59,22 +95,15 @@ def text(run, params, windows, e, context, method, token_bytes, back=None, gain=
   if back is not None:
     rows += _hits(nll[:, scored:], back[:, scored:] * scored_tokens[:, scored:], context)
   if gain and not scored:
-    rows += _context_gain(run, params, arrays, e.batch, bits, real, gain)
+    rows += _context_gain(lambda some: _nll(ask(run, params, some, e.batch))[0], arrays, bits, real, gain)
   return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
 
 
-def _nll(run, params, arrays, batch_size, watched=()):
+def _nll(said):
   """(nll float64[rows, T], diagnostics of the watched batches, rows that count in each of these)."""
-  nll, seen, weights, done = np.zeros(arrays["inputs"].shape), [], [], []
-  for number, (batch, rows) in enumerate(_batches(arrays, batch_size)):
-    values, _, layers = run(params, batch, number in watched)
-    done.append((rows, values))  # read below: the device does not wait for the host
-    if number in watched:
-      seen.append(layers)
-      weights.append(rows.stop - rows.start)
-  for rows, values in done:
-    nll[rows] = np.asarray(values)[:rows.stop - rows.start]
-  return nll, jax.device_get(seen), weights
+  nll = np.concatenate([np.asarray(values)[:rows.stop - rows.start] for rows, values, *_ in said]).astype(np.float64)
+  watched = [(layers, rows.stop - rows.start) for rows, *_, layers in said if layers]
+  return nll, jax.device_get([layers for layers, _ in watched]), [weight for _, weight in watched]
 
 
 def _hits(nll, back, context):
@@ -91,7 +120,7 @@ def _hits(nll, back, context):
 MAX_GAIN = 256  # windows that are run again with less context
 
 
-def _context_gain(run, params, arrays, batch_size, bits, real, gain):
+def _context_gain(nll_of, arrays, bits, real, gain):
   """Loss of the last quarter of a window, given less and less before it.
 
   What comes earlier is cut off as another document, so the same program runs; places in the window stay.
@@ -109,7 +138,7 @@ def _context_gain(run, params, arrays, batch_size, bits, real, gain):
     if cut:
       some = {name: x[rows] for name, x in arrays.items()}
       some["segment_ids"] = np.where(np.arange(T) < cut, 1, 2).astype(np.int32) * np.ones((len(rows), 1), np.int32)
-      mine = _nll(run, params, some, batch_size)[0] / step_lib.LN2 * (real[rows] > 0)
+      mine = nll_of(some) / step_lib.LN2 * (real[rows] > 0)
     out.append(record_lib.make("context_gain", context=before, bytes=int(scored.sum()),
                                **_per_byte("bits_per_byte", mine[:, last:], scored)))
   return out
@@ -169,22 +198,21 @@ def _mean(answers, name):
   return float(np.mean([getattr(a, name) for a in answers]))
 
 
-def task(run, params, name, examples, e, listed: bool, decode=None, once: bool = False):
+def task(run, params, name, examples, e, listed: bool, decode=None, once: bool = False, ask=ask_alone):
   """One record per example and one per range of distances; `listed`: the examples' answers one by one; `once`: whether
   the method chooses once per prompt, and measures itself: what it saw stands in the records, a mean over each batch.
 
   decode: (tokens int32[T], first positions int32[Q], tokens per answer) -> int32[Q, tokens], of the first `e.decoded`
     examples.
+  ask: `Turns.ask` under a name.
   """
   count, length = examples["inputs"].shape
   nll, correct = np.zeros((count, length)), np.zeros((count, length), bool)
   # The input at the first answer's target is the prompt's last token.
   examples = {**examples, "prompt": (np.argmax(examples["answer_group"] >= 0, axis=1) + 1).astype(np.int32)}
-  done, seen = [], [{}] * count
-  for batch, rows in _batches(examples, e.batch):
-    values, right, layers = run(params, batch, False)
-    done.append((rows, values, right, layers if once else ()))  # others' are maps of zeros, many of them
-  for rows, values, right, layers in done:  # as in _nll
+  seen = [{}] * count
+  said = ask(run, params, examples, e.batch, range(count) if once else ())
+  for rows, values, right, layers in said:
     keep = rows.stop - rows.start
     nll[rows], correct[rows] = np.asarray(values)[:keep], np.asarray(right)[:keep]
     if layers:

@@ -11,6 +11,7 @@ calls `train` with the same config and a workdir that all of them see; process 0
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -134,7 +135,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   log = _Log(config, writer, bar, start)
 
   programs.begun()
-  compiled, needed = {}, schedule.programs(config, start)
+  compiled, needed, evaluated = {}, schedule.programs(config, start), collections.Counter()
   keys = [step_lib.step_key(config, step, mesh) for step in needed]
 
   def make_ready(step):
@@ -154,7 +155,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     processes.agree(evaluation=str(cut))
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
-        evaluate.write(config, state.params, workdir, start, mesh, during=start < total, own=True)
+        evaluate.write(config, state.params, workdir, start, mesh, start < total, own=True, seconds=evaluated)
     ours = not start or start in checkpoints.steps()  # not the trunk's state, which a fork begins with
     if ours and snapshots.due(config, workdir, start):
       with bar.pause("hidden states"):
@@ -201,7 +202,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       if evaluating:
         watchdog.expect(f"the evaluation at step {done}")
         with bar.pause("evaluate"):
-          evaluate.write(config, state.params, workdir, done, mesh, during=done < total, own=True)
+          evaluate.write(config, state.params, workdir, done, mesh, done < total, own=True, seconds=evaluated)
       if looking:
         watchdog.expect(f"the hidden states at step {done}")
         with bar.pause("hidden states"):
@@ -210,7 +211,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     watchdog.expect("the last checkpoint")
     checkpoints.close()
   if first:
-    metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused)})
+    metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused),
+                                          "seconds_evaluated": dict(evaluated)})
   processes.barrier("nsa.train.done")
   return total
 

@@ -163,13 +163,15 @@ def test_wall_time_of_a_study_by_part(tmp_path):
     metrics.write_json(run / "config.json", config_lib.to_dict(config))
     records = [{"step": step, "seed": 0, "tokens_per_second": 32768.0} for step in (10, 60, 100)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    metrics.write_json(run / "DONE", {"step": 100, "seconds_paused": {"compile": 30.0, "evaluate": 50.0}})
+    metrics.write_json(run / "DONE", {"step": 100, "seconds_paused": {"compile": 30.0, "evaluate": 50.0},
+                                         "seconds_evaluated": {"sparse, val": 30.0, f"{name}, val": 15.0}})
     for file, seconds in (("config.json", 0), ("DONE", 200)):
       os.utime(run / file, (1e9 + 220 * number + seconds,) * 2)
   *runs, whole = wall.table(tmp_path)
   assert [(r["run"], r["wall"], r["steps"], r["rest"], r["share_in_steps"]) for r in runs] == [
       ("a", 200.0, 100.0, 20.0, 0.5), ("b", 200.0, 100.0, 20.0, 0.5)]
   assert (whole["wall"], whole["steps"], whole["evaluate"]) == (420.0, 200.0, 100.0)
+  assert whole["evaluated"] == {"sparse, val": 60.0, "a, val": 15.0, "b, val": 15.0}
   with pytest.raises(ValueError, match="no finished run"):
     wall.table(tmp_path / "nothing")
 

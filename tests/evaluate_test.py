@@ -1,6 +1,9 @@
 """Tests of nsa/evaluate.py and of the diagnostics in nsa/methods/blocks.py."""
+import concurrent.futures
 import dataclasses
 import functools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -304,6 +307,31 @@ def test_corpora_have_records_of_their_own(tmp_path):
   asked = [(r["corpus"], r["start"]) for r in of_kind(few, "language")]
   assert of_kind(few, "language") == [r for r in of_kind(short, "language") if (r["corpus"], r["start"]) in asked]
   assert [corpus for corpus, _ in asked] == list("aaabbb")
+
+
+def test_who_reckons_does_not_keep_the_device_from_another():
+  """The second asks while the first still holds what it was told; neither asks between the other's batches."""
+  turns, order, told = scores.Turns(), [], threading.Event()
+  arrays = {name: np.arange(20).reshape(5, 4) for name in ("inputs", "targets", "segment_ids", "prompt")}
+
+  def ask(name):
+    def run(params, batch, watch):
+      order.append(name)
+      time.sleep(0.01)
+      return batch["inputs"] * params, None, watch and {name: 1}
+
+    said = turns.ask(name, run, 3, arrays, 2, {1})
+    told.set() if name == "second" else told.wait(10)
+    return said
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, second = pool.submit(ask, "first"), pool.submit(ask, "second")
+  assert told.is_set() and sorted((order[:3], order[3:])) == [["first"] * 3, ["second"] * 3]
+  for name, said in (("first", first.result()), ("second", second.result())):
+    rows = np.concatenate([nll[:rows.stop - rows.start] for rows, nll, *_ in said])
+    assert rows.tolist() == (arrays["inputs"] * 3).tolist()
+    assert [layers for *_, layers in said] == [(), {name: 1}, ()]
+    assert turns.seconds[name] >= 0.03
 
 
 def test_a_dense_model_runs_under_training_free_selectors():
