@@ -9,6 +9,7 @@ what one process has compiled the others find in the compilation cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import os
 from pathlib import Path
 import signal
@@ -151,7 +152,8 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
     for one in workers.values():
       one.process.terminate()  # who has no run in hand has nothing to save
     for one in workers.values():
-      one.process.wait(timeout=PATIENCE)
+      with contextlib.suppress(subprocess.TimeoutExpired):  # a long evaluation: the run modes it has are on the disk
+        one.process.wait(timeout=PATIENCE)
   finally:
     for one in workers.values():
       one.end()
