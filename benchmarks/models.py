@@ -174,7 +174,7 @@ def measure_decoding(config, params, mode: str, batch: int, context: int, steps:
   def prefill(params):
     cache = model_lib.init_cache(config, params, 1, context)
     out = model_lib.forward(config, params, prompt, mode=mode, losses=False, cache=cache)
-    return jax.tree.map(lambda x: jnp.repeat(x, batch, axis=1), out.cache)
+    return jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), out.cache)
 
   @jax.jit
   def decode(params, cache, first):

@@ -31,6 +31,8 @@ def answers(config, params: dict, tokens: Int[Array, "T"], begins: Int[Array, "Q
 def steps(config, params, cache, first, offset, num_tokens, **how):
   """The tokens `first` int32[B], written at position `offset` behind what the cache holds, and what follows greedily:
   int32[B, num_tokens]. Part of a program; `how` is mode, selector and key of `model.forward`."""
+  params = model_lib.by_layer(config, params)
+
   def step(carry, i):
     cache, token = carry
     out = model_lib.forward(config, params, token[:, None], losses=False, cache=cache, offset=offset + i, **how)

@@ -166,6 +166,18 @@ def short_conv(x: Float[Array, "B T heads H"], taps: Float[Array, "W heads H"],
   return y
 
 
+def product(equation: str, x: Float[Array, "B T ..."], weight: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+  """einsum of activations and a weight, in x.dtype.
+
+  A single token gets a row of zeros beside it: of one row XLA makes elementwise products for a GPU, rounded and written
+  to memory, and then their sums, of two a matrix product.
+  """
+  weight = weight.astype(x.dtype)
+  if x.shape[0] * x.shape[1] > 1:
+    return jnp.einsum(equation, x, weight)
+  return jnp.einsum(equation, jnp.concatenate([x, jnp.zeros_like(x)], axis=1), weight)[:, :1]
+
+
 class HeadProjection(nnx.Module):
   """Hidden state -> heads, with the optional short convolution, bias and per-head RMSNorm, in this order."""
 
@@ -187,7 +199,7 @@ class HeadProjection(nnx.Module):
     conv = hasattr(self, "taps")
     if conv and tail is not None:
       h = jnp.concatenate([tail.astype(h.dtype), h], axis=1)
-    y = jnp.einsum("btd,dnh->btnh", h, self.weight[...].astype(h.dtype))
+    y = product("btd,dnh->btnh", h, self.weight[...])
     if conv:
       y = short_conv(y, self.taps[...], segment_ids)
       y = y if tail is None else y[:, tail.shape[1]:]
@@ -239,5 +251,5 @@ class SwiGLU(nnx.Module):
     if one_pass:
       both = jnp.concatenate([self.gate[...], self.up[...]], axis=1).astype(x.dtype)
       return fused.gate(x @ both) @ self.down[...].astype(x.dtype)
-    gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    gate, up = (product("btd,df->btf", x, w[...]) for w in (self.gate, self.up))
+    return product("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])

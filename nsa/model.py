@@ -2,7 +2,8 @@
 
 The module holds parameters; `forward` is a pure function of (config, params, tokens).
 Layers of one method are stacked and scanned. Every mode of every stage runs on one and
-the same parameter tree.
+the same parameter tree. One token behind a cache goes through the layers one by one: a
+scan would cut each layer's part out of the cache and write it whole into a new one.
 """
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class Attention(nnx.Module):
       q, k = (layers.project(part, h, call, rotated=True) for part in (self.q, self.k))
     gate = None
     if hasattr(self, "gate"):
-      gate = jax.nn.sigmoid(jnp.einsum("btd,dn->btn", h, self.gate[...].astype(h.dtype)).astype(jnp.float32))
+      gate = jax.nn.sigmoid(layers.product("btd,dn->btn", h, self.gate[...]).astype(jnp.float32))
     x = methods.Inputs(h, q, q_raw, k_raw, gate)
     return x, {"k": k, "v": v, **self.method.streams(x, call)}
 
@@ -61,7 +62,12 @@ class Attention(nnx.Module):
       put = jax.lax.dynamic_update_slice_in_dim
       streams = {name: put(cache[name], new.astype(cache[name].dtype), call.offset, axis=1)
                  for name, new in streams.items()}
+      if "pooled" in cache:
+        call = dataclasses.replace(
+            call, pooled=self.method.pool_cache(cache["pooled"], streams, call, h.shape[1]))
     result = self.method(x, streams, call)
+    if call.pooled is not None:
+      streams["pooled"] = call.pooled
     if cache is not None and "state" in cache:
       state = call.state if result.state is None else result.state
       streams["state"] = jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache["state"])
@@ -71,7 +77,7 @@ class Attention(nnx.Module):
     seen = ({} if observe is None
             else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})})
     handed = call.handed if result.block_indices is None else result.block_indices
-    return jnp.einsum("btnh,nhd->btd", o, self.out[...].astype(o.dtype)), result.losses, seen, streams, handed
+    return layers.product("btnh,nhd->btd", o, self.out[...]), result.losses, seen, streams, handed
 
 
 class Block(nnx.Module):
@@ -189,7 +195,7 @@ class Output(NamedTuple):
   logits: Float[Array, "B T V"]       # float32
   losses: dict[str, Float[Array, ""]]  # auxiliary losses, mean over the layers that have them
   layers: list[dict]                  # per stack: what `observe` returned, stacked [layers, ...]
-  cache: list[dict] | None            # per stack: the KV cache with these tokens in it
+  cache: list[dict] | None            # per layer: the KV cache with these tokens in it
   hidden: Float[Array, "B T D"]       # what `unembed` makes the logits of
 
 
@@ -214,6 +220,11 @@ class Static:
 def _graph(static):
   config = copy.deepcopy(static.value)  # the caller may still change its own
   return nnx.split(nnx.eval_shape(lambda: Transformer(layers.Init(jax.random.key(0)), config)))
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(static):
+  return [nnx.split(stack)[0] for stack in in_order(nnx.merge(*_graph(static)).stacks)]
 
 
 def graph(config):
@@ -270,7 +281,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     key: random key; only the "random" selector needs one.
     losses: whether to compute the auxiliary losses.
     counted: the tokens that these losses are means over, those that are no padding; None = all.
-    cache: from `init_cache`, with `offset` the number of tokens already in it (decoding).
+    cache: from `init_cache`, with `offset` the number of tokens already in it (decoding). A loop over tokens gives
+      `by_layer` of the parameters.
     prompt: how many of these tokens are each sequence's prompt, for methods that choose once per prompt
       (methods/prompt/base.py); given with the first tokens, offset 0.
     observe: (method, q, k, block_indices, call) -> dict of arrays, gathered per layer; `method` is the layer's.
@@ -283,10 +295,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   if cache is not None and segment_ids is not None and model.short_conv > 1:
     raise ValueError(f"segment_ids with a cache and model.short_conv = {model.short_conv}: the convolution's tail "
                      "knows no segments; decode each document by itself")
-  graphdef, _ = graph(config)
-  net = nnx.merge(graphdef, params)
   dtype = jnp.dtype(model.dtype)
-  capacity = tokens.shape[1] if cache is None else cache[0]["k"].shape[2]
+  capacity = tokens.shape[1] if cache is None else cache[0]["k"].shape[1]
   if isinstance(offset, int) and offset + tokens.shape[1] > capacity:  # a traced offset that is too large is clamped
     raise ValueError(f"offset = {offset}: a cache of {capacity} positions has no room for {tokens.shape[1]} tokens "
                      "there")
@@ -320,13 +330,14 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses,
                       prompt=prompt, counted=counted, implementation=config.implementation or None, rope=rotate)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
-  table = constrain(net.embed[...].astype(dtype), ("vocab", None))
+  table = constrain(params["embed"].astype(dtype), ("vocab", None))
   x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5),
                 ("batch", "time", None))
   one_pass = cache is None and config.one_pass and fused.serves(x)
   all_losses, seen, new_cache, first = [], [], [], 0
-  for i, (stack, (method, count)) in enumerate(zip(in_order(net.stacks), layout(config))):
-    stack_def, stack_state = nnx.split(stack)
+  one_by_one = cache is not None and tokens.shape[1] == 1
+  blocks = _blocks(Static(architecture(config)))
+  for stack, stack_def, (method, count) in zip(in_order(params["stacks"]), blocks, layout(config)):
     watch = None if observe is None else functools.partial(observe, method)
 
     hands = method.handed_up(model, *tokens.shape)
@@ -343,23 +354,52 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       return ((constrain(x, ("batch", "time", None)), None if hands is None else handed),
               (loss, observed, None if layer_cache is None else streams))
 
-    if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise; nor attention
-      # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
-      body = jax.checkpoint(body, prevent_cse=unroll >= count,
-                            policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN, backends.ATTENDED))
-    index = jnp.arange(first, first + count)
-    (x, _), (loss, observed, streams) = jax.lax.scan(
-        body, (x, hands), (stack_state, None if cache is None else cache[i], index), unroll=min(unroll, count))
+    mine = None if cache is None else cache[first:first + count]
+    if one_by_one:
+      carry, rows = (x, hands), []
+      for n, layer in enumerate(_unstack(stack, count)):
+        carry, row = body(carry, (layer, mine[n], first + n))
+        rows.append(row)
+      (x, _), streams = carry, [streams for _, _, streams in rows]
+      loss, observed = _stack([row[:2] for row in rows])
+    else:
+      if model.remat == "layer":  # but never the top-k: wasted work, and ties could break otherwise; nor attention
+        # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
+        body = jax.checkpoint(body, prevent_cse=unroll >= count,
+                              policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN, backends.ATTENDED))
+      layer_inputs = stack, None if cache is None else _stack(mine), jnp.arange(first, first + count)
+      (x, _), (loss, observed, streams) = jax.lax.scan(body, (x, hands), layer_inputs, unroll=min(unroll, count))
+      streams = [] if cache is None else _unstack(streams, count)
     first += count
     all_losses.append(loss)
     seen.append(observed)
-    new_cache.append(streams)
-  x = layers.rms_norm(x, net.norm[...], model.norm_eps)
+    new_cache += streams
+  x = layers.rms_norm(x, params["norm"], model.norm_eps)
   logits = unembed(config, params, x)
   names = {name for loss in all_losses for name in loss}
   mean_losses = {name: jnp.mean(jnp.concatenate([loss[name] for loss in all_losses if name in loss]))
                  for name in sorted(names)}
   return Output(logits, mean_losses, seen, None if cache is None else new_cache, x)
+
+
+def _stack(trees: list):
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def _unstack(tree, count: int) -> list:
+  return tree if isinstance(tree, list) else [jax.tree.map(lambda x: x[n], tree) for n in range(count)]
+
+
+def by_layer(config, params: dict) -> dict:
+  """The parameters as `forward` would have made them again for every token behind a cache: those of each layer by
+  themselves, the backbone's matrices and the embeddings, which are read in no other dtype, in the compute dtype."""
+  dtype = jnp.dtype(config.model.dtype)
+  cast = lambda x, group, matrix: x.astype(dtype) if group == "backbone" and matrix else x
+  params = jax.tree.map(cast, params, param_metadata(config, "group"), param_metadata(config, "matrix"))
+  tables = {name: params[name].astype(dtype) for name in ("embed", "head") if name in params}
+  stacks = {f"stack{i}": _unstack(stack, count)
+            for i, (stack, (_, count)) in enumerate(zip(in_order(params["stacks"]), layout(config)))}
+  return {**params, **tables, "stacks": stacks}
 
 
 def unembed(config, params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -369,15 +409,15 @@ def unembed(config, params: dict, hidden: Float[Array, "... D"]) -> Float[Array,
 
 
 def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
-  """An empty KV cache for `batch` sequences of up to `capacity` tokens: per stack a dict of
-  [layers, batch, capacity, ...] arrays in the compute dtype, the convolution's "tail" and, of recurrent
-  methods, the "state" of constant size."""
+  """An empty KV cache for `batch` sequences of up to `capacity` tokens: per layer a dict of [batch, capacity, ...]
+  arrays in the compute dtype, the convolution's "tail", of methods that read blocks of tokens as one what they read as
+  "pooled" (`methods.Layer.pools`) and of recurrent methods the "state" of constant size."""
   model = config.model
   graphdef, _ = graph(config)
   dtype = jnp.dtype(model.dtype)
 
-  def attention_layers(params):
-    """The first layer of every stack, and how its state begins in each of its layers."""
+  def layers_of(params):
+    """Of every stack the first layer's attention, and how its state begins in each of its layers."""
     for stack in in_order(nnx.merge(graphdef, params).stacks):
       stack_def, state = nnx.split(stack)
       first = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state)).attention
@@ -386,16 +426,20 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
 
   def shapes(params):
     call = methods.Call(losses=False, rope=lambda x, offset=0, stride=1: x)
-    h = jnp.zeros((batch, 1, model.d_model), dtype)
-    return [first.project(h, call)[1] for first, _ in attention_layers(params)]
+    for first, _ in layers_of(params):
+      _, streams = first.project(jnp.zeros((batch, capacity, model.d_model), dtype), call)
+      pools = {name: first.method.pool(name, streams, call) for name in first.method.pools()}
+      yield {**streams, "pooled": pools} if pools else streams
 
   cache = []
-  states = [state for _, state in attention_layers(params)]
-  for (_, count), streams, state in zip(layout(config), jax.eval_shape(shapes, params), states):
-    entry = {name: jnp.zeros((count, batch, capacity) + s.shape[2:], s.dtype) for name, s in streams.items()}
-    if state:
-      entry["state"] = state
-    if model.short_conv > 1:
-      entry["tail"] = jnp.zeros((count, batch, model.short_conv - 1, model.d_model), dtype)
-    cache.append(entry)
+  states = [state for _, state in layers_of(params)]
+  stacks = jax.eval_shape(lambda params: list(shapes(params)), params)
+  for (_, count), arrays, state in zip(layout(config), stacks, states):
+    for n in range(count):
+      entry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
+      if state:
+        entry["state"] = jax.tree.map(lambda x: x[n], state)  # noqa: B023
+      if model.short_conv > 1:
+        entry["tail"] = jnp.zeros((batch, model.short_conv - 1, model.d_model), dtype)
+      cache.append(entry)
   return cache

@@ -1,5 +1,6 @@
 """Decoding with a cache, of every method: what it gives is what one pass over the whole text gives."""
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from methods_models import (
 import numpy as np
 import pytest
 
-from nsa import decoding, model as model_lib
+from nsa import decoding, methods, model as model_lib
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -35,6 +36,108 @@ def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
     logits.append(out.logits)
   want = logits_of(name)(params, tokens, WHOLE)
   np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
+
+
+def instructions(text):
+  """{computation: {instruction: (shape, operation, what stands behind)}} of a compiled program's text, and the names of
+  its loops' bodies with all that they call but for fusions."""
+  computations, bodies = {}, []
+  for line in text.splitlines():
+    if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+      inside = computations.setdefault(header[1], {})
+    elif part := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\w+\[[\d,]*\])\S* ([\w-]+)\((.*)$", line):
+      inside[part[1]] = part.groups()[1:]
+      if part[3] == "while":
+        bodies += re.findall(r"body=%?([\w.-]+)", part[4])
+  for body in bodies:  # grows
+    calls = " ".join(rest for _, operation, rest in computations[body].values() if operation != "fusion")
+    bodies += [name for name in re.findall(r"%?([\w.-]+)", calls) if name in computations and name not in bodies]
+  return computations, bodies
+
+
+def written_and_kept(text, caches):
+  """Of all arrays of the shapes of `caches` that a compiled program's loops make: instructions that write one whole,
+  and those that write into it where it is."""
+  shapes = {f"f32[{','.join(map(str, x.shape))}]" for x in caches}
+  computations, bodies = instructions(text)
+  written, kept = [], []
+  for body in bodies:
+    for name, (shape, operation, rest) in computations[body].items():
+      if shape not in shapes or operation in ("parameter", "get-tuple-element", "bitcast"):
+        continue
+      where = computations[body]
+      if operation == "fusion":
+        where = computations[re.search(r"calls=%?([\w.-]+)", rest)[1]]
+        operation, rest = next(x[1:] for x in reversed(where.values()) if x[0] == shape and x[1] != "bitcast")
+      target = where.get(re.match(r"%?([\w.-]+)", rest)[1], ("", "", ""))[1]
+      in_place = operation == "dynamic-update-slice" and target in ("parameter", "get-tuple-element")
+      (kept if in_place else written).append(name)
+  return written, kept
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_token_copies_a_cache(name):
+  config = make_config(METHODS[name], num_layers=3)
+  params, room = jax.tree.map(jnp.asarray, random_params(model_lib.abstract_params(config))), 48
+  cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, B, room), params)
+  run = jax.jit(lambda params, cache, first: decoding.steps(config, params, cache, first, 40, 8, mode="sparse",
+                                                            key=KEY))
+  text = run.lower(params, cache, jax.ShapeDtypeStruct((B,), jnp.int32)).compile().as_text()
+  streams = [x for layer in cache for key, x in layer.items() if key not in ("state", "tail", "pooled")]
+  written, kept = written_and_kept(text, streams)
+  assert not written and len(kept) == len(streams) - {"lmm": 3, "msa_shared": 1}.get(name, 0)  # what nobody reads
+
+
+def test_a_copy_of_a_cache_in_a_loop_is_seen():
+  """What decoding was: a scan over stacked caches, which cuts each layer's out and writes it whole."""
+  one, both = jax.ShapeDtypeStruct((2, 48, 4), jnp.float32), jax.ShapeDtypeStruct((3, 2, 48, 4), jnp.float32)
+
+  def layer(x, cache):
+    cache = jax.lax.dynamic_update_slice_in_dim(cache, x[:, None], 7, axis=1)
+    return x + jnp.tanh(cache).sum(1), cache
+
+  text = jax.jit(lambda x, cache: jax.lax.scan(layer, x, cache)).lower(
+      jax.ShapeDtypeStruct((2, 4), jnp.float32), both).compile().as_text()
+  assert written_and_kept(text, [one])[0]
+
+
+ALL_BLOCKS = dict(block_size=64, num_blocks=16)  # of 1,024 tokens: no choice that rounding could turn
+ON_DEVICE = {
+    "dense": methods.Dense(), "msa": methods.MSA(index_dim=64, **ALL_BLOCKS), "seer": methods.Seer(**ALL_BLOCKS),
+    "quest": methods.Quest(**ALL_BLOCKS), "moba": methods.MoBA(**ALL_BLOCKS),
+    "nsa": methods.NSA(window=256, **ALL_BLOCKS), "dsa": methods.DSA(level="block", **ALL_BLOCKS)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_decoding_on_device_errs_as_one_pass_does(name, batch):
+  """With kernels, parts of a cache and a single token's products: the distance from float32, in bfloat16."""
+  model = dict(d_model=128, num_heads=6, num_kv_heads=2, head_dim=64, mlp_dim=256, short_conv=0)
+  config = make_config(ON_DEVICE[name], dtype="bfloat16", **model)
+  params = model_lib.init_params(config, 0)
+  tokens = jax.random.randint(jax.random.key(1), (batch, 1024), 0, 32)
+  whole = lambda config: jax.jit(lambda params: model_lib.forward(config, params, tokens, losses=False).logits[:, 999:])
+  with jax.default_matmul_precision("highest"):
+    exact = whole(make_config(ON_DEVICE[name], dtype="float32", **model))(params)
+
+  @jax.jit
+  def decoded(params):
+    out = model_lib.forward(config, params, tokens[:, :1000], losses=False,
+                            cache=model_lib.init_cache(config, params, batch, 1024))
+    params = model_lib.by_layer(config, params)
+
+    def step(cache, at):
+      token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=1)
+      out = model_lib.forward(config, params, token, losses=False, cache=cache, offset=at)
+      return out.cache, out.logits[:, 0]
+
+    _, after = jax.lax.scan(step, out.cache, jnp.arange(1000, 1024))
+    return jnp.concatenate([out.logits[:, 999:], jnp.moveaxis(after, 0, 1)], axis=1)
+
+  error = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float64) - exact)))
+  assert error(decoded(params)) < 1.5 * error(whole(config)(params)) < 0.1 * np.std(exact)
 
 
 def test_generate_is_greedy():

@@ -242,7 +242,10 @@ def test_exact_match_is_what_greedy_decoding_gives():
     ("dense", methods.Dense()), ("msa", methods.MSA(index_dim=4, **BLOCKS)),
     ("seer", methods.Seer(gate_dim=4, **BLOCKS)),
     ("dsa", methods.DSA(index_dim=4, **BLOCKS)), ("gated", methods.Gated(index_dim=4, **BLOCKS)),
-    ("quest", methods.Quest(**BLOCKS)), ("block_topk", methods.BlockTopK(**BLOCKS))])
+    ("quest", methods.Quest(**BLOCKS)), ("block_topk", methods.BlockTopK(**BLOCKS)),
+    ("nsa", methods.NSA(compress_len=4, compress_stride=2, window=8, **{**BLOCKS, "num_blocks": 4})),
+    ("moba", methods.MoBA(**BLOCKS)), ("infllm_v2", methods.InfLLMV2(**BLOCKS, pool_len=4, pool_stride=2,
+                                                                     num_initial=0, num_local=1))])
 def test_answers_in_the_middle_of_a_text_are_decoded_as_if_nothing_came_after_them(name, attention):
   """Against the whole pass over each beginning, token by token: summaries of blocks do not see what stands behind."""
   config = make_config(attention, sequences=0)

@@ -99,8 +99,8 @@ def test_streams_are_those_of_the_cache_and_plans_count_them():
     config = config_lib.Config(model=MODEL, attention=method)
     cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, 1, 4),
                            model_lib.abstract_params(config))[0]
-    kept = sum(x.size for name_, x in cache.items() if name_ not in ("tail", "state"))
-    assert kept == 2 * 4 * (2 * K * H + sum(s.heads * s.width for s in streams.values() if s.cached)), name
+    kept = sum(x.size for name_, x in cache.items() if name_ not in ("tail", "state", "pooled"))
+    assert kept == 4 * (2 * K * H + sum(s.heads * s.width for s in streams.values() if s.cached)), name
     arrays = [forecast._streams(config, mode, copies) for mode in ("dense", "sparse") for copies in (False, True)]
     copies = extra if name == "moba" else 0
     assert arrays == [2, 0, 2 + (extra - copies) / (K * H), copies / (K * H)], name

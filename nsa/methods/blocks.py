@@ -109,14 +109,21 @@ class BlockLayer(interface.Layer):
     control = registry.get(call.selector)
     if not issubclass(control, BlockMethod):
       raise ValueError(f"selector = {call.selector!r}: it chooses no blocks")
+    call = dataclasses.replace(call, pooled=None)  # those of the layer's own choice
     return control(**self.options.geometry).choose(x.q, streams["k"], call), self.options.block_size
 
   def attend(self, index, x, streams, lists, size, call):
-    """(o, lse) over the chosen lists. Where each query head has a set of its own, keys and values are repeated."""
-    k, v = streams["k"], streams["v"]
-    if lists.shape[2] > k.shape[2]:
-      k, v = (jnp.repeat(y, lists.shape[2] // y.shape[2], axis=2) for y in (k, v))
-    return pk.selected_attention(x.q, k, v, per_head(lists, k), block_size=size, **call.ops)
+    """(o, lse) over the chosen lists. Where each query head has a set of its own, keys and values are repeated; for one
+    token of a cache the first heads of all groups attend, then the second ones, and so on."""
+    q, k, v = x.q, streams["k"], streams["v"]
+    group = lists.shape[2] // k.shape[2]
+    if group > 1 and q.shape[1] == 1:
+      parts = [pk.selected_attention(q[:, :, g::group], k, v, lists[:, :, g::group], block_size=size, **call.ops)
+               for g in range(group)]
+      return tuple(jnp.stack(part, 3).reshape(q.shape[:3] + part[0].shape[3:]) for part in zip(*parts))
+    if group > 1:
+      k, v = (jnp.repeat(y, group, axis=2) for y in (k, v))
+    return pk.selected_attention(q, k, v, per_head(lists, k), block_size=size, **call.ops)
 
   def __call__(self, x, streams, call):
     if call.mode == "dense":

@@ -110,7 +110,7 @@ class Indexer(nnx.Module):
     """The index queries of each set and their weights."""
     B, T, _ = h.shape
     q = call.rope(self.q(h, call.query_segments(T), call.tail), offset=call.offset)
-    w = jnp.einsum("btd,dj->btj", h, self.weights[...].astype(h.dtype)) * self.scale
+    w = layers.product("btd,dj->btj", h, self.weights[...]) * self.scale
     return q.reshape(B, T, self.sets, self.heads, -1), w.reshape(B, T, self.sets, self.heads)
 
 

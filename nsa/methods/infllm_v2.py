@@ -22,7 +22,7 @@ UNCERTAIN: whether keys are pooled before or after RoPE is from the released cod
 block which no pooled key touches yet scores 0 is ours, and matters only where num_local is small.
 
 Scores are plain jnp by chunks of queries (nsa/methods/distillation.py), for no operation of pallas_kernels pools the
-group's sums by their maximum. Decoding pools the cached keys again at every step; a server would cache k_cmp.
+group's sums by their maximum.
 """
 import dataclasses
 from typing import ClassVar
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nsa.methods import blocks, distillation
-from nsa.methods.interface import Cost
+from nsa.methods.interface import Cost, Pool
 import pallas_kernels as pk
 
 COARSE = 4  # the coarse log-normaliser pools over so many times pool_len and pool_stride
@@ -109,16 +109,22 @@ def visible_pooled(position, segments, segment_ids, count: int, length: int, str
 
 class InfLLMV2Layer(blocks.BlockLayer):
 
+  def pools(self):
+    o = self.options
+    fine = {"k_cmp": Pool(o.pool_len, o.pool_stride)}
+    return fine | {"k_coarse": Pool(COARSE * o.pool_len, COARSE * o.pool_stride)} if o.coarse_lse else fine
+
+  def pool(self, name, streams, call, first=0):
+    return mean_pool(jax.lax.stop_gradient(streams["k"]), *self.pools()[name])
+
   def select(self, index, x, streams, call):
     o = self.options
-    q, k = map(jax.lax.stop_gradient, (x.q, streams["k"]))
+    q = jax.lax.stop_gradient(x.q)
     B, _, N, _ = q.shape
-    S = k.shape[1]
-    k_cmp = mean_pool(k, o.pool_len, o.pool_stride)
-    factor = COARSE if o.coarse_lse else 1
-    k_lse = mean_pool(k, factor * o.pool_len, factor * o.pool_stride)
-    _, lse = pk.compressed_attention(q, k_lse, k_lse, block_len=factor * o.pool_len,
-                                     block_stride=factor * o.pool_stride, **call.ops)
+    S = streams["k"].shape[1]
+    k_cmp, lse_of = self.pooled("k_cmp", streams, call), "k_coarse" if o.coarse_lse else "k_cmp"
+    k_lse, (length, stride) = self.pooled(lse_of, streams, call), self.pools()[lse_of]
+    _, lse = pk.compressed_attention(q, k_lse, k_lse, block_len=length, block_stride=stride, **call.ops)
     C, count, step = k_cmp.shape[1], -(-S // o.block_size), o.block_size // o.pool_stride
     kernel, before = (o.block_size + o.pool_len) // o.pool_stride - 1, o.pool_len // o.pool_stride - 1
     padding = (before, (count - 1) * step + kernel - before - C)

@@ -55,6 +55,13 @@ class Stream(NamedTuple):
   cached: bool = True      # False: copies that a training step makes (`Layer.streams` does not return them)
 
 
+class Pool(NamedTuple):
+  """Blocks of tokens of which a layer reads but one thing each: `length` tokens, beginning every `stride`. Nothing that
+  a query gets depends on a block which ends after it."""
+  length: int
+  stride: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
   """How one forward pass is run; the same object for all layers but for `key`."""
@@ -72,6 +79,7 @@ class Call:
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new
                                       # document
+  pooled: dict | None = None          # decoding: of each of `Layer.pools` what the cache has
   layer: Any = 0                      # number of the layer, from 0: int or traced int32
   handed: Any = None                  # what the layer below of the same method chose, for methods with `handed_up`
   counted: Any = None                 # bool[B, T]: the tokens that auxiliary losses are means over, no padding;
@@ -128,6 +136,42 @@ class Layer(nnx.Module):
     """What a recurrent method carries from token to token before the first token: a tree of arrays [batch, ...]
     of constant size. It is kept in the cache beside the streams; `Call.state` brings it, `Result.state` returns it."""
     return {}
+
+  def pools(self) -> dict[str, Pool]:
+    """Blocks of earlier tokens that the layer reads by `pooled`."""
+    return {}
+
+  def pool(self, name: str, streams: dict[str, Array], call: Call, first: Any = 0):
+    """Of the blocks of `name` in `streams`, an array [B, blocks, ...] or a tree of such; a last one that is cut short
+    counts where stride = length. `streams` and `call.segment_ids` begin with block `first`, int or traced int32."""
+    raise NotImplementedError(f"{type(self).__name__}.pools names {name!r}, which its pool() does not know")
+
+  def pooled(self, name: str, streams: dict[str, Array], call: Call):
+    """`pool` of all blocks: from the cache where there is one."""
+    return self.pool(name, streams, call) if call.pooled is None else call.pooled[name]
+
+  def pool_cache(self, cache: dict, streams: dict[str, Array], call: Call, tokens: int) -> dict:
+    """The cache's `pool` of each name with the `tokens` new tokens at `call.offset` in it.
+
+    Of one token only the last block that ends with it or before it is made, which costs the same at any length."""
+    if tokens > 1:
+      return {name: self.pool(name, streams, call) for name in cache}
+    return {name: self._with_last(name, blocks, streams, call) for name, blocks in cache.items()}
+
+  def _with_last(self, name, blocks, streams, call):
+    if not jax.tree.leaves(blocks)[0].size:  # the cache is shorter than one block
+      return blocks
+    length, stride = self.pools()[name]
+    first = jnp.maximum((call.offset + 1 - length) // stride, 0)
+
+    def cut(x):
+      return jax.lax.dynamic_slice_in_dim(x, first * stride, min(length, x.shape[1]), axis=1)
+
+    if call.segment_ids is not None:
+      call = dataclasses.replace(call, segment_ids=cut(call.segment_ids))
+    last = self.pool(name, {stream: cut(x) for stream, x in streams.items()}, call, first)
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), first, axis=1),
+                        blocks, last)
 
   def before(self, h: Float[Array, "B T D"], call: Call) -> tuple[Float[Array, "B T D"], Call]:
     """What the layer's projections see in place of h, and the call with the new state if this changed it."""

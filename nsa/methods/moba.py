@@ -11,8 +11,8 @@ recipe ends with dense steps (`schedule.sparse_to_dense`).
 
 One set per query head, not per group: `selected_attention` takes a set per KV head, so K and V are repeated to N
 heads. That holds G times the keys and values in memory, and a kernel loads every block for one head's queries
-alone instead of for the group's. A decoding step reads the union of its heads' sets from the cache; `reads` counts
-the worst case, sets that share nothing but the forced blocks. Controls in the selector's place
+alone instead of for the group's. Decoding repeats nothing, heads of a group attend one after the other; `reads` counts
+sets that share nothing but the forced blocks. Controls in the selector's place
 (`Call.selector`) choose one set per group.
 
 `key_conv` is FlashMoBA's short convolution (arXiv 2511.11571), meant to gather a block's signal into its mean key:
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from nsa import layers
 from nsa.methods import blocks, distillation, training_free
-from nsa.methods.interface import Cost, Stream
+from nsa.methods.interface import Cost, Pool, Stream
 import pallas_kernels as pk
 
 
@@ -126,12 +126,18 @@ class MoBALayer(blocks.BlockLayer):
     state = None if call.state is None else {"k_past": self._keys(x, call)[:, -self.past_shape[0]:]}
     return super().__call__(x, streams, call)._replace(state=state)
 
+  def pools(self):
+    return {"mean_keys": Pool(self.options.block_size, self.options.block_size)}
+
+  def pool(self, name, streams, call, first=0):
+    return blocks.mean_keys(jax.lax.stop_gradient(streams["k"]), self.options.block_size, call.segment_ids)
+
   def select(self, index, x, streams, call):
     """One set per query head: int32[B, T, N, J]."""
-    q, k = map(jax.lax.stop_gradient, (x.q, streams["k"]))
+    q = jax.lax.stop_gradient(x.q)
     B, _, N, H = q.shape
-    S, K = k.shape[1:3]
-    mean = blocks.mean_keys(k, self.options.block_size, call.segment_ids)
+    S, K = streams["k"].shape[1:3]
+    mean = self.pooled("mean_keys", streams, call)
 
     def choose(position, segments, q):
       q = q.astype(jnp.float32).reshape(B, -1, K, N // K, H)

@@ -20,7 +20,6 @@ baseline did (arXiv 2509.24663). The gates make the switch a jump: NSA does not 
 dense model's function.
 
 Selection has no loss of its own: scores learn through the compressed branch's output.
-Decoding recompresses the cached raw keys; a production server would cache K_cmp.
 """
 import dataclasses
 from typing import ClassVar
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 
 from nsa import layers
 from nsa.methods import blocks
-from nsa.methods.interface import Cost, Stream
+from nsa.methods.interface import Cost, Pool, Stream
 import pallas_kernels as pk
 
 
@@ -126,8 +125,8 @@ class Compression(nnx.Module):
     blocks_ = jnp.concatenate([strips[:, i:i + count] for i in range(length // stride)], axis=2)
     blocks_ = blocks_ + self.position[...].astype(x_BSKH.dtype)[None, None, :, None]
     flat = blocks_.transpose(0, 1, 3, 2, 4).reshape(B, count, K, length * H)
-    inner = jax.nn.silu(jnp.einsum("bcki,kih->bckh", flat, self.inner[...].astype(flat.dtype)))
-    return jnp.einsum("bckh,kho->bcko", inner, self.outer[...].astype(flat.dtype))
+    inner = jax.nn.silu(layers.product("bcki,kih->bckh", flat, self.inner[...]))
+    return layers.product("bckh,kho->bcko", inner, self.outer[...])
 
 
 class Branches(nnx.Module):
@@ -164,14 +163,21 @@ class NSALayer(blocks.BlockLayer):
     return {name: layers.project(getattr(b, name), x.h, call, rotated=name == "k_win")
             for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
 
-  def index(self, x, streams, call):
-    """The compressed branch: its keys, its output and its log normaliser."""
+  def pools(self):
+    return {"compressed": Pool(self.options.compress_len, self.options.compress_stride)}
+
+  def pool(self, name, streams, call, first=0):
+    """Compressed keys and values."""
     o, b = self.options, self.branch
     k_cmp = b.compress_k(streams["k_cmp"], o.compress_len, o.compress_stride)
     v_cmp = b.compress_v(streams["v_cmp"], o.compress_len, o.compress_stride)
     if hasattr(b, "k_cmp_norm"):
       k_cmp = layers.rms_norm(k_cmp, b.k_cmp_norm[...], b.k_win.eps)
-    k_cmp = call.rope(k_cmp, stride=o.compress_stride)
+    return call.rope(k_cmp, offset=first, stride=o.compress_stride), v_cmp
+
+  def index(self, x, streams, call):
+    """The compressed branch: its keys, its output and its log normaliser."""
+    k_cmp, v_cmp = self.pooled("compressed", streams, call)
     return k_cmp, *pk.compressed_attention(x.q, k_cmp, v_cmp, **self.strides, **call.ops)
 
   def select(self, compressed, x, streams, call):
@@ -183,6 +189,6 @@ class NSALayer(blocks.BlockLayer):
     h, b, (_, o_cmp, _) = x.h, self.branch, compressed
     o_slc, lse = super().attend(compressed, x, streams, lists, size, call)
     o_win, _ = pk.attention(x.q, streams["k_win"], streams["v_win"], window=self.options.window, **call.ops)
-    gate = jnp.einsum("btd,dng->btng", h, b.gate[...].astype(h.dtype)) + b.gate_bias[...].astype(h.dtype)
+    gate = layers.product("btd,dng->btng", h, b.gate[...]) + b.gate_bias[...].astype(h.dtype)
     gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(h.dtype)
     return gate[..., 0:1] * o_cmp + gate[..., 1:2] * o_slc + gate[..., 2:3] * o_win, lse

@@ -21,8 +21,7 @@ with a complete block.) Whether gates are normed is an option there too.
 The block x block gate of arXiv 2410.13276 for prefill is not here: it pools the queries of a block, so a query's
 set depends on later tokens, and no causal model can be trained or decoded with it.
 
-Pooling, scores and the loss are plain jnp, the loss in chunks of queries (nsa/methods/distillation.py). Decoding
-pools the cached keys again at every step; a production server would cache k_gate.
+Pooling, scores and the loss are plain jnp, the loss in chunks of queries (nsa/methods/distillation.py).
 """
 import dataclasses
 from typing import ClassVar
@@ -34,7 +33,7 @@ from jaxtyping import Array, Bool, Float
 
 from nsa import layers
 from nsa.methods import blocks, distillation
-from nsa.methods.interface import Cost, Loss, Stream
+from nsa.methods.interface import Cost, Loss, Pool, Stream
 import pallas_kernels as pk
 from pallas_kernels import masked
 
@@ -99,7 +98,7 @@ class PerHead(nnx.Module):
       self.norm = init.constant((out,), (None,), 1.0)
 
   def __call__(self, x: Float[Array, "B n K in"]) -> Float[Array, "B n K out"]:
-    y = jnp.einsum("bnki,kio->bnko", x, self.inner[...].astype(x.dtype))
+    y = layers.product("bnki,kio->bnko", x, self.inner[...])
     return layers.rms_norm(y, self.norm[...]) if hasattr(self, "norm") else y
 
 
@@ -152,14 +151,21 @@ class SeerLayer(blocks.BlockLayer):
   def streams(self, x, call):
     return {"k_raw": x.k_raw}
 
+  def pools(self):
+    return {"gate_keys": Pool(self.options.block_size, self.options.block_size)}
+
+  def pool(self, name, streams, call, first=0) -> Float[Array, "B blocks K d"]:
+    """k_gate."""
+    k_pool = pooled(jax.lax.stop_gradient(streams["k_raw"]), self.options.block_size, call.segment_ids)
+    return call.rope(self.selector.compress_k(k_pool), offset=first, stride=self.options.block_size)
+
   def index(self, x, streams, call) -> Float[Array, "B T K blocks"]:
     """The gate's scores, float32; those of blocks that are not complete at the query mean nothing."""
-    q_raw, k_raw = map(jax.lax.stop_gradient, (x.q_raw, streams["k_raw"]))
+    q_raw = jax.lax.stop_gradient(x.q_raw)
     B, T, N, H = q_raw.shape
-    K = k_raw.shape[2]
+    K = streams["k_raw"].shape[2]
     q_gate = call.rope(self.selector.q(q_raw.reshape(B, T, K, N // K * H)), offset=call.offset)
-    k_pool = pooled(k_raw, self.options.block_size, call.segment_ids)
-    k_gate = call.rope(self.selector.compress_k(k_pool), stride=self.options.block_size)
+    k_gate = self.pooled("gate_keys", streams, call)
     return jnp.einsum("btkd,bckd->btkc", q_gate, k_gate, preferred_element_type=jnp.float32,
                       precision=jax.lax.Precision.HIGHEST) * self.options.gate_dim ** -0.5
 

@@ -68,7 +68,11 @@ def smooth_l1(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, ".
   return jnp.where(d < 1, 0.5 * d * d, d - 0.5)
 
 
-class SSALayer(blocks.BlockLayer):
+class SSALayer(training_free.TrainingFreeLayer):
+
+  @property
+  def selection(self):
+    return training_free.BlockTopK(**self.options.geometry)
 
   def __call__(self, x, streams, call):
     dense = call.mode != "sparse"
@@ -85,6 +89,3 @@ class SSALayer(blocks.BlockLayer):
       losses["alignment"] = call.mean(smooth_l1(a, jax.lax.stop_gradient(b))
                                       + smooth_l1(b, jax.lax.stop_gradient(a)))
     return interface.Result(full, losses) if dense else interface.Result(sparse, losses, lists)
-
-  def select(self, index, x, streams, call):
-    return training_free.BlockTopK(**self.options.geometry).choose(x.q, streams["k"], call)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nsa.methods import blocks, interface
-from nsa.methods.interface import Cost
+from nsa.methods.interface import Cost, Pool
 import pallas_kernels as pk
 
 
@@ -37,6 +37,13 @@ class TrainingFree(blocks.BlockMethod):
     """float32 scores of the blocks of `block_size` keys, of which each query takes the best; after RoPE, no
     gradient."""
     raise NotImplementedError
+
+  def pool(self, k: Float[Array, "B S K H"]):
+    """What `scores` reads of each block of keys, an array [B, blocks, ...] or a tree of such: `pooled` gives it, in
+    decoding from the cache. None: nothing."""
+
+  def pooled(self, k, call):
+    return self.pool(k) if call.pooled is None else call.pooled["blocks"]
 
   def choose(self, q, k, call) -> Int[Array, "B T K J"]:
     """The chosen blocks: forced ones, then the best scores."""
@@ -57,8 +64,20 @@ class TrainingFree(blocks.BlockMethod):
 class TrainingFreeLayer(blocks.BlockLayer):
   """Selected attention over a training-free selection; no parameters."""
 
+  @property
+  def selection(self) -> TrainingFree:
+    return self.options
+
+  def pools(self):
+    if type(self.selection).pool is TrainingFree.pool:
+      return {}
+    return {"blocks": Pool(self.selection.block_size, self.selection.block_size)}
+
+  def pool(self, name, streams, call, first=0):
+    return self.selection.pool(jax.lax.stop_gradient(streams["k"]))
+
   def select(self, index, x, streams, call):
-    return self.options.choose(x.q, streams["k"], call)
+    return self.selection.choose(x.q, streams["k"], call)
 
 
 @dataclasses.dataclass
@@ -66,11 +85,13 @@ class BlockTopK(TrainingFree):
   """Mean-pooled block keys (arXiv 2502.13189, eq. 6), one set per GQA group."""
   name: ClassVar[str] = "block_topk"
 
+  def pool(self, k):
+    return blocks.mean_keys(k, self.block_size)
+
   def scores(self, q, k, call):
     (B, T, N, H), K = q.shape, k.shape[2]
     group = q.astype(jnp.float32).reshape(B, T, K, N // K, H).sum(axis=3)
-    return jnp.einsum("btkh,bckh->btkc", group, blocks.mean_keys(k, self.block_size),
-                      precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("btkh,bckh->btkc", group, self.pooled(k, call), precision=jax.lax.Precision.HIGHEST)
 
   def selection_costs(self, model, context):
     return {"scores": mean_key_cost(model, context, self.block_size)}
@@ -90,8 +111,11 @@ class Quest(TrainingFree):
   block_size: int = 16            # tokens of a page
   num_blocks: int = 64            # J, forced pages included
 
+  def pool(self, k):
+    return page_ends(k, self.block_size)
+
   def scores(self, q, k, call):
-    return page_bounds(q, k, self.block_size)
+    return page_bounds(q, *self.pooled(k, call))
 
   def selection_costs(self, model, context):
     cost = mean_key_cost(model, context, self.block_size)
@@ -144,20 +168,25 @@ def mean_key_cost(model, context: int, block_size: int, heads: int = 0) -> Cost:
   return Cost((heads or model.num_kv_heads) * model.head_dim * (context + 1) / block_size, gradient=False, causal=True)
 
 
-def page_bounds(q, k, size: int) -> Array:
+def page_ends(k: Float[Array, "B S K H"], size: int) -> tuple[Array, Array]:
+  """The largest and the smallest of each page's keys by dimension, [B, pages, K, H] in k.dtype."""
+  pages = jnp.pad(k, ((0, 0), (0, -k.shape[1] % size), (0, 0), (0, 0)), mode="edge")
+  pages = pages.reshape(k.shape[0], -1, size, *k.shape[2:])
+  return pages.max(2), pages.min(2)
+
+
+def page_bounds(q, most, least) -> Array:
   """Upper bounds of <q, k> over the keys of each page, summed over the group's queries: float32[B, T, K, pages].
 
   sum_d max(q_d min_d, q_d max_d), with min and max over the page's keys (Quest, arXiv 2406.10774, eq. 2). What a
   query may not see yet lies in its own page, which is forced.
   """
-  B, T, N, H = q.shape
-  S, K = k.shape[1], k.shape[2]
-  pad = ((0, 0), (0, -S % size), (0, 0), (0, 0))
-  pages = jnp.pad(k.astype(jnp.float32), pad, mode="edge").reshape(B, -1, size, K, H)
+  (B, T, N, H), K = q.shape, most.shape[2]
   group = q.astype(jnp.float32).reshape(B, T, K, N // K, H)
   # Where q_d is positive the largest product is with max_d, else with min_d: the group sums up before the product.
-  parts = ((jnp.maximum(group, 0).sum(3), pages.max(2)), (jnp.minimum(group, 0).sum(3), pages.min(2)))
-  above, below = (jnp.einsum("btkh,bckh->btkc", x, y, precision=jax.lax.Precision.HIGHEST) for x, y in parts)
+  parts = ((jnp.maximum(group, 0).sum(3), most), (jnp.minimum(group, 0).sum(3), least))
+  above, below = (jnp.einsum("btkh,bckh->btkc", x, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+                  for x, y in parts)
   return above + below
 
 

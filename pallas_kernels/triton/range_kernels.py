@@ -122,6 +122,27 @@ def forward_kernel(q, k, v, low, high, o, lse,
 
 
 @triton.jit
+def combine_kernel(o, lse, out, out_lse, ROWS: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
+                   CHUNK: tl.constexpr):
+  """A row's o and lse over all keys, from those of o [PARTS, ROWS, H] and lse [PARTS, ROWS]; PP is PARTS rounded up."""
+  row = tl.cast(tl.program_id(0), tl.int64)
+  n = tl.arange(0, PP)
+  part = tl.load(lse + n * ROWS + row, mask=n < PARTS, other=float("-inf"))
+  top = tl.max(part, axis=0)
+  shift = tl.where(top > float("-inf"), top, 0.0)
+  total = tl.sum(tl.exp(part - shift), axis=0)
+  safe = tl.where(total > 0, total, 1.0)
+  acc = tl.zeros((H,), tl.float32)
+  for begin in range(0, PARTS, CHUNK):
+    some = begin + tl.arange(0, CHUNK)
+    weight = tl.exp(tl.load(lse + some * ROWS + row, mask=some < PARTS, other=float("-inf")) - shift)
+    at = (some * ROWS + row)[:, None] * H + tl.arange(0, H)[None, :]
+    acc += tl.sum(weight[:, None] * tl.load(o + at, mask=(some < PARTS)[:, None], other=0.0), axis=0)
+  tl.store(out + row * H + tl.arange(0, H), (acc / safe).to(out.dtype.element_ty))
+  tl.store(out_lse + row, tl.where(total > 0, top + tl.log(safe), float("-inf")))
+
+
+@triton.jit
 def _dq_step(dq, q, do, lse, delta, k, v, block, low, high, C, K: tl.constexpr, H: tl.constexpr,
              SCALE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
   keys = load_block(k, block, C, K * H, H, BLOCK, MASKED)

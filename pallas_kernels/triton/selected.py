@@ -90,11 +90,15 @@ def _forward(q, k, v, rest, *, how):
   K, J = k.shape[2], rest[0].shape[3]
   items = B * T * K
   splits = max(1, min(2 * call.processors() // items, J))
+  if T == 1:  # decoding is made of launches: the kernel itself looks for blocks that stand twice
+    slots, JP = (rest[0].astype(jnp.int32), *spans.visible_keys(B, T, k.shape[1], *rest[1:])), call.next_power_of_2(J)
+  else:
+    slots, JP = _slots(q, k, rest, how), 0
   o, lse = call.kernel_call(
-      selected_kernels.forward_kernel, (q, k, v, *_slots(q, k, rest, how)),
+      selected_kernels.forward_kernel, (q, k, v, *slots),
       [jax.ShapeDtypeStruct((splits, B, T, N, H), q.dtype if splits == 1 else jnp.float32),
        jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)],
-      grid=(items * splits,), name="selected_attention_forward", ITEMS=items, T=T, J=J, SPLITS=splits,
+      grid=(items * splits,), name="selected_attention_forward", ITEMS=items, T=T, J=J, SPLITS=splits, JP=JP,
       **_per_token(_constants(q, k, J, how, "selected_forward")))
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 

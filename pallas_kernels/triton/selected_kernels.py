@@ -24,10 +24,17 @@ def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl
 
 @triton.jit
 def _slot(indices, item, n, k, b, r, S, K: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
-          first, stop):
-  """Of slot n: where its block of k or v begins, and which of its keys are seen, and which are there."""
-  block = tl.load(indices + tl.cast(item, tl.int64) * J + n)
+          first, stop, JP: tl.constexpr):
+  """Of slot n: where its block of k or v begins, and which of its keys are seen, and which are there.
+
+  JP > 0, J rounded up: slots may repeat a block, which counts once."""
+  slots = indices + tl.cast(item, tl.int64) * J
+  block = tl.load(slots + n)
   there = block >= 0
+  if JP > 0:
+    before = tl.arange(0, JP)
+    before = tl.load(slots + before, mask=before < n, other=-1)
+    there = there & (tl.sum((before == block).to(tl.int32), axis=0) == 0)
   block = tl.maximum(block, 0)
   c = block * SIZE + tl.arange(0, SIZE)
   at = (tl.cast(b, tl.int64) * S * K + r) * H + tl.cast(block, tl.int64) * (SIZE * K * H)
@@ -43,7 +50,8 @@ def _rows(pointer, ok, stride: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr
 @triton.jit
 def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
                    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, J: tl.constexpr,
-                   SIZE: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
+                   SIZE: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, JP: tl.constexpr,
+                   PRECISION: tl.constexpr):
   """o [SPLITS, B, T, N, H] and lse [SPLITS, B, T, N], from one of SPLITS parts of the slots."""
   part = tl.program_id(0) % SPLITS
   item = tl.program_id(0) // SPLITS
@@ -55,7 +63,7 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
   total = tl.zeros((GP,), tl.float32)
   PER: tl.constexpr = (J + SPLITS - 1) // SPLITS
   for n in range(part * PER, tl.minimum(part * PER + PER, J)):
-    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop)
+    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop, JP)
     s = tl.dot(queries, tl.trans(_rows(k + at, there, K * H, H, SIZE)), input_precision=PRECISION)
     s = tl.where(seen[None, :], s, float("-inf"))
     p, decay, top, total = softmax_step(s, top, total, SCALE, True)
@@ -79,7 +87,7 @@ def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, ITEMS: tl.constex
   shift = tl.load(delta + row, mask=ok, other=0.0)
   acc = tl.zeros((GP, H), tl.float32)
   for n in range(J):
-    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop)
+    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop, 0)
     keys = _rows(k + at, there, K * H, H, SIZE)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE - norm[:, None]
     p = tl.exp2(tl.where(seen[None, :], s, float("-inf")))
