@@ -356,9 +356,9 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
     mine = None if cache is None else cache[first:first + count]
     if one_by_one:
-      carry, rows = (x, hands), []
+      carry, rows, body = (x, hands), [], jax.jit(body)  # traced and lowered once; XLA inlines it
       for n, layer in enumerate(_unstack(stack, count)):
-        carry, row = body(carry, (layer, mine[n], first + n))
+        carry, row = body(carry, (layer, mine[n], jnp.int32(first + n)))
         rows.append(row)
       (x, _), streams = carry, [streams for _, _, streams in rows]
       loss, observed = _stack([row[:2] for row in rows])
