@@ -196,6 +196,15 @@ def slices_of(queries, bytes_per_query, limit):
   return -(-queries // size), size
 
 
+def rows_of_all(rows, plan, queries, first, heads):
+  """Rows of a slice from query `first` on, which count (batch, query, head), to those of all queries; where those end,
+  the last one. So kernels read the arrays of all queries, and no slice of them is a copy."""
+  if plan.queries == queries:
+    return rows
+  rows = rows + (rows // (plan.queries * heads) * (queries - plan.queries) + first) * heads
+  return jnp.minimum(rows, plan.batch * queries * heads - 1)
+
+
 def in_slices(f, slices, arrays):
   """f(*arrays, first) with arrays [B, T, ...] and None cut into slices, where `first` is a slice's first query.
 

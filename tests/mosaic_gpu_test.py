@@ -101,7 +101,7 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
 
 CASES = {  # for the interpreter: seconds each
     "g16_b32_segments": (SHAPE(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32), dict(documents=lambda S: 4)),
-    "g3_h96_slices": (SHAPE(B=1, T=24, N=3, K=1, H=96, J=2, block_size=64, S=70), dict(offset=(0.43,))),
+    "g3_h96_slices": (SHAPE(B=2, T=23, N=3, K=1, H=96, J=2, block_size=64, S=70), dict(offset=(0.43,))),
 }
 
 
@@ -118,7 +118,7 @@ def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
   import jax.experimental.pallas.mosaic_gpu as plgpu
   s, situation = CASES[name]
   if "slices" in name:
-    monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s.J * s.N * s.H * 2)  # 16 queries at a time
+    monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s.J * s.N * s.H * 2)  # 8 queries at a time, of two sequences
   inputs = cases.draw("selected_attention", s, cases.Situation(**situation, blocks=with_an_empty_row), always=False)
   program = cases.with_gradients(mosaic_gpu.selected_attention, block_size=s.block_size, interpret=True)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

@@ -150,8 +150,9 @@ KEPT = [(False, 2 ** 31, 2 ** 32), (False, 0, 2 ** 32), (True, 0, 2 ** 32),  # w
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("warmup, kept_bytes, slice_bytes", KEPT)
-@pytest.mark.parametrize("situation", situations("index_kl"))
+@pytest.mark.parametrize("situation, warmup, kept_bytes, slice_bytes", [
+    *((name, *kept) for name in situations("index_kl") for kept in KEPT[:3]),
+    *(("segments", *kept) for kept in KEPT[3:])])
 def test_index_kl_on_device(situation, warmup, kept_bytes, slice_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
   monkeypatch.setattr(kl, "SLICE_BYTES", slice_bytes)

@@ -12,6 +12,7 @@ once and read once; on one H200 the forward pass of 64 heads over 32,768 tokens 
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -121,11 +122,13 @@ def _plan_of(q, k, block_indices, block_size):
   return _slices(B, T, S, K, N // K, block_indices.shape[3], H, block_size)
 
 
-def _invert(block_indices, plan, segment_ids, offset, interpret):
-  """The lists: counted by kernels of triton/ where that is installed, else sorted."""
-  if counting is None or interpret or counting.supports(plan):
-    return entry_lists.invert(block_indices, plan, segment_ids, offset)
-  return counting.invert(block_indices, plan, segment_ids, offset)
+def _invert(block_indices, plan, queries, first, segment_ids, offset, interpret):
+  """The lists of a slice, their rows those of all queries: counted by kernels of triton/ where that is installed, else
+  sorted."""
+  use = entry_lists if counting is None or interpret or counting.supports(plan) else counting
+  entries = use.invert(block_indices, plan, segment_ids, offset + first)
+  rows = entry_lists.rows_of_all(entries.rows, plan, queries, first, plan.kv_heads)
+  return dataclasses.replace(entries, rows=rows)
 
 
 def _whole_blocks(x, plan):
@@ -138,21 +141,25 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
   plan, slices = _plan_of(q, k, block_indices, block_size)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
-  def one(q, block_indices, first):
-    rows, how = q.reshape(-1, q.shape[-1]), dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
+  rows = q.reshape(-1, q.shape[-1])
+  how = dict(scale=scale, segmented=segment_ids is not None, interpret=interpret)
+
+  def one(block_indices, first):
     shared = None
     # the interpreter hangs on three warpgroups within a larger program
     if not interpret and shared_blocks.pays(plan, q.shape[-1]):
       tiles, block_indices = shared_blocks.split(block_indices, plan, segment_ids, offset + first)
+      tiles = dataclasses.replace(tiles, rows=entry_lists.rows_of_all(tiles.rows, plan, q.shape[1], first, q.shape[2]))
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
-    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
+    entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset, interpret)
     parts, part_lse = forward.partial_attention(
         rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
     o, lse = combine(parts[None], part_lse, entries.position, plan, shared=shared)
-    return (o.reshape(q.shape), lse.reshape(q.shape[:3])), None, None
+    shape = plan.batch, plan.queries, q.shape[2]
+    return (o.reshape(*shape, -1), lse.reshape(shape)), None, None
 
-  (o, lse), _, _ = entry_lists.in_slices(one, slices, (q, block_indices))
+  (o, lse), _, _ = entry_lists.in_slices(one, slices, (block_indices,))
   o, lse = backends.attended((o, lse))
   return (o, lse), (q, k, v, o, lse, segment_ids, offset, block_indices)
 
@@ -169,8 +176,8 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   delta = jnp.where(jnp.isfinite(delta), delta, 0.0)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
-  def one(q, do, lse, delta, block_indices, first):
-    entries = _invert(block_indices, plan, segment_ids, offset + first, interpret)
+  def one(block_indices, first):
+    entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset, interpret)
     dq, dk, dv = backward.partial_gradients(
         q.reshape(-1, H), keys, values, do.reshape(-1, H), lse.reshape(-1), delta.reshape(-1), entries, plan,
         scale=scale, segmented=segment_ids is not None, interpret=interpret)
@@ -178,9 +185,10 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
       dq = forward.weighted_rows(dq, scale, entries.position, plan)
     else:
       dq = merge.combine(dq, None, entries.position, plan, scale=scale)
-    return dq.reshape(q.shape), None, backward.sum_units(dk, dv, entries.unit_start, plan)
+    sums = backward.sum_units(dk, dv, entries.unit_start, plan)
+    return dq.reshape(plan.batch, plan.queries, *q.shape[2:]), None, sums
 
-  dq, _, (dk, dv) = entry_lists.in_slices(one, slices, (q, do, lse, delta, block_indices))
+  dq, _, (dk, dv) = entry_lists.in_slices(one, slices, (block_indices,))
 
   def tokens_first(x, factor):
     if backward.transposed(H):

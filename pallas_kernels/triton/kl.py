@@ -8,6 +8,7 @@ fixed order: equal inputs give equal bits.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -116,8 +117,8 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   plan, slices = _plan(q, k, q_idx, block_indices, how[0])
   keep = keep and slices * _places(plan) * how[0] * q.dtype.itemsize <= KEPT_BYTES
 
-  def one(q, lse, q_idx, block_indices, first):
-    entries = _invert(block_indices, plan, segment_ids, offset + first)
+  def one(block_indices, first):
+    entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset)
     moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants)
     used = entries.position >= 0
     top, norm, total, entropy, cross = (moments[n][entries.position] for n in range(5))
@@ -127,7 +128,7 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
     index_lse = jnp.where(norm > 0, peak + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
     return _loss(total, entropy, cross, index_lse), targets if keep else None, None
 
-  results, targets, _ = entry_lists.in_slices(one, slices, (q, lse, q_idx, block_indices))
+  results, targets, _ = entry_lists.in_slices(one, slices, (block_indices,))
   return *results, None, targets
 
 
@@ -153,9 +154,12 @@ def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants):
       PLACES=places, SIZE=size, TOKENS=entry_lists.TILE_ROWS, KEEP=keep, **constants)
 
 
-def _invert(block_indices, plan, segment_ids, offset):
+def _invert(block_indices, plan, queries, first, segment_ids, offset):
+  """The lists of a slice, their rows those of all queries."""
   use = invert if invert.supports(plan) is None else entry_lists
-  return use.invert(block_indices, plan, segment_ids, offset)
+  entries = use.invert(block_indices, plan, segment_ids, offset + first)
+  rows = entry_lists.rows_of_all(entries.rows, plan, queries, first, plan.kv_heads)
+  return dataclasses.replace(entries, rows=rows)
 
 
 def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
@@ -177,8 +181,8 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   plan, slices = _plan(q, k, q_idx, block_indices, how[0])
   of_index = {name: constants[name] for name in ("S", "HI", "INDEX_SCALE", "PRECISION", "num_warps", "num_stages")}
 
-  def one(q, lse, q_idx, block_indices, index_lse, factor, weight, targets, first):
-    entries = _invert(block_indices, plan, segment_ids, offset + first)
+  def one(block_indices, targets, first):
+    entries = _invert(block_indices, plan, T, first, segment_ids, offset)
     if targets is None:  # by the kernel of the forward pass: beside the sums of dk, P does not fit the registers
       targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, True, constants)[1]
     dq, dk = call.kernel_call(
@@ -190,8 +194,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
     dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
     return dq.astype(q_idx.dtype), None, sum_units(dk, entries.unit_start, plan, heads=K)
 
-  dq, _, dk = entry_lists.in_slices(
-      one, slices, (q, lse, q_idx, block_indices, index_lse, factor, weight, targets))
+  dq, _, dk = entry_lists.in_slices(one, slices, (block_indices, targets))
   return dq, dk.reshape(B, -1, HI)[:, :k.shape[1]].astype(k_idx.dtype)
 
 
