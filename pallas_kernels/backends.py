@@ -212,3 +212,8 @@ def _log(level, operation, text):
   if (operation, text) not in _logged:
     _logged.add((operation, text))
     logger.log(level, "%s: %s", operation, text)
+
+
+def processors():
+  """Multiprocessors of the default GPU; those of an H100 without one."""
+  return int(getattr(jax.devices()[0], "core_count", 0) or 132) if jax.devices()[0].platform == "gpu" else 132

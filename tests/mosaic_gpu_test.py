@@ -174,7 +174,7 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
-                                                        segmented=segments, interpret=True))
+                                                        segmented=segments, interpret=True, programs=2))
   assert not interpret_pallas_call.get_races().races_found
   word = tiles.words.reshape(B, T, K, N)[..., :1]
   listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)
@@ -242,7 +242,8 @@ def test_index_scores_are_made_here_where_that_is_faster():
   assert index_top_k.supports(**call(T=32)).startswith("q_idx (1, 32, 4, 128) fills no tile")
   assert index_top_k.supports(**call(size=256)).startswith("block_size = 256")
   assert index_top_k.avoid(**call()) is None
-  assert "triton is faster" in index_top_k.avoid(**call(H=64)) and "triton is faster" in index_top_k.avoid(**call(size=32))
+  for slower in (call(H=64), call(size=32)):
+    assert "triton is faster" in index_top_k.avoid(**slower)
 
 
 def test_few_queries_get_it_by_name_or_where_nothing_else_serves(monkeypatch):

@@ -30,7 +30,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists, spans
+from pallas_kernels import backends, lists as entry_lists, spans
 from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms
@@ -160,8 +160,12 @@ def split(block_indices, plan, segment_ids=None, query_offset=0):
                 by_row(words & mask[:, None]), by_row(by_head(first)), by_row(by_head(end))), rest
 
 
-def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
+def attend(q, k, v, common, plan, *, scale, segmented, interpret=False, programs=None):
   """Attention of every query over its tile's common blocks.
+
+  As many thread blocks as there are multiprocessors take every so many-th tile each: one warpgroup fetches what two
+  others work on, the queries of the next tile too, since a tile has few common blocks and its first loads and last
+  stores would take longer than its products.
 
   Args:
     q: [B * T * N, H], rows in the order of q[B, T, N, H].
@@ -171,6 +175,7 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
     scale: float.
     segmented: whether `common.first` may be above 0.
     interpret: use only operations of the interpreter.
+    programs: thread blocks; None is one per multiprocessor.
 
   Returns:
     o [B * K * tiles * ROWS, H] of q.dtype, normalised, and the base-2 log-sum-exp float32[B * K * tiles * ROWS];
@@ -184,51 +189,98 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
   key_transforms = query_transforms
   value_transforms = tile_transforms(math.gcd(head_dim, size), dtype)
   all_tiles = plan.batch * plan.kv_heads * tiles
+  # The list of a tile and its length come on chip in one copy, whose place is a multiple of 128 bytes.
+  listing = jnp.concatenate([common.blocks.reshape(all_tiles, SLOTS), common.count[:, None]], axis=1)
+  listing = jnp.pad(listing, ((0, 0), (0, SLOTS - 1))).reshape(-1)
+  programs = min(all_tiles, backends.processors() if programs is None else programs)
 
-  def body(blocks, count, rows, words, first, end, q, k, v, o, lse,
+  def body(listing, rows, words, first, end, q, k, v, o, lse,
            q_s, k_s, v_s, rows_s, word_s, first_s, end_s, list_s, nothing_s, lse_s,
-           full_k, full_v, used_k, used_v, copied, turn, *weights_s):
-    at, wg = lax.axis_index("tile"), lax.axis_index("wg")
-    steps = count[at]
+           listed, full_q, free_q, full_k, full_v, used_k, used_v, turn, *for_interpreter):
+    program, wg = lax.axis_index("program"), lax.axis_index("wg")
+    mine = lax.div(all_tiles - 1 - program, jnp.int32(programs)) + 1
+    tile_of = lambda n: program + n * programs
 
-    @pl.when(wg < 2)
-    def _():
-      _compute(at, wg, steps, blocks, rows, words, first, end, q, o, lse,
-               q_s.at[wg], k_s, v_s, rows_s.at[wg], word_s.at[wg], first_s.at[wg], end_s.at[wg],
-               list_s.at[wg], nothing_s.at[wg], lse_s.at[wg], full_k, full_v, used_k, used_v, copied.at[wg], turn,
-               weights_s)
+    def fetch_lists(n):
+      at, slot = tile_of(n), lax.rem(n, jnp.int32(2))
+      plgpu.copy_gmem_to_smem(listing.at[pl.ds(at * 2 * SLOTS, 2 * SLOTS)], list_s.at[slot], listed.at[slot])
+      for half in range(2):
+        those = pl.ds(at * ROWS + half * TILE_ROWS, TILE_ROWS)
+        for source, place in [(rows, rows_s), (words, word_s), (end, end_s)] + [(first, first_s)] * segmented:
+          plgpu.copy_gmem_to_smem(source.at[those], place.at[slot * 2 + half], listed.at[slot])
+
+    def produce(n, done):
+      at, which = tile_of(n), lax.rem(n, jnp.int32(2))
+      plgpu.barrier_wait(listed.at[which])
+      for half in range(2):
+        of = which * 2 + half
+        gathered = (rows_s.at[of], rows_s.at[of], [q], [q_s.at[of]], [], [], nothing_s)
+        if interpret:
+          gather.gather_tile_by_copies(*gathered, group=1, valid=TILE_ROWS, barrier_ref=for_interpreter[1])
+        else:
+          gather.gather_tile(*gathered, group=1, transforms=query_transforms)
+      if not interpret:
+        gather.commit()
+      batch_head = lax.div(at, jnp.int32(tiles))
+      batch, head = lax.div(batch_head, jnp.int32(plan.kv_heads)), lax.rem(batch_head, jnp.int32(plan.kv_heads))
+      steps = list_s[which, SLOTS]
+
+      def bring(i):
+        slot = lax.rem(done + i, jnp.int32(stages))
+        keys = pl.ds(lax.div(list_s[which, i], jnp.int32(SLOTS)) * size, size)
+        for source, place, full, used in ((k, k_s, full_k, used_k), (v, v_s, full_v, used_v)):
+          pl.when(done + i >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
+          plgpu.copy_gmem_to_smem(source.at[batch, keys, head], place.at[slot], full.at[slot])
+
+      # As many as wait for the tile before alone; the next ones need that this one is worked on.
+      pl.loop(0, lax.min(steps, stages))(bring)
+      if not interpret:
+        gather.wait(0)
+      plgpu.commit_smem()
+      plgpu.barrier_arrive(full_q.at[which])
+      pl.loop(lax.min(steps, stages), steps)(bring)
+
+      @pl.when(n + 1 < mine)
+      def _():
+        pl.when(n >= 1)(lambda: plgpu.barrier_wait(free_q.at[1 - which]))
+        fetch_lists(n + 1)
+
+      return done + steps
 
     @pl.when(wg == 2)
     def _():
-      batch_head = lax.div(at, jnp.int32(tiles))
-      batch, head = lax.div(batch_head, jnp.int32(plan.kv_heads)), lax.rem(batch_head, jnp.int32(plan.kv_heads))
+      fetch_lists(jnp.int32(0))
+      done = lax.fori_loop(0, mine, produce, jnp.int32(0))
+      if interpret:  # where whoever waits on a barrier has to see it to the end
 
-      @pl.loop(0, steps)
-      def _(i):
-        slot = lax.rem(i, jnp.int32(stages))
-        keys = pl.ds(lax.div(blocks[at * SLOTS + i], jnp.int32(SLOTS)) * size, size)
-        for source, place, full, used in ((k, k_s, full_k, used_k), (v, v_s, full_v, used_v)):
-          pl.when(i >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
-          plgpu.copy_gmem_to_smem(source.at[batch, keys, head], place.at[slot], full.at[slot])
+        @pl.loop(lax.max(done - stages, 0), done)
+        def _(i):
+          for used in (used_k, used_v):
+            plgpu.barrier_wait(used.at[lax.rem(i, jnp.int32(stages))])
 
-  def _compute(at, wg, steps, blocks, rows, words, first, end, q, o, lse,
-               q_s, k_s, v_s, rows_s, word_s, first_s, end_s, list_s, nothing_s, lse_s,
-               full_k, full_v, used_k, used_v, copied, turn, weights_s):
-    mine = pl.ds(at * ROWS + wg * TILE_ROWS, TILE_ROWS)
-    copies = [(rows.at[mine], rows_s), (words.at[mine], word_s), (end.at[mine], end_s),
-              (blocks.at[pl.ds(at * SLOTS, SLOTS)], list_s)] + [(first.at[mine], first_s)] * segmented
-    for source, place in copies:
-      plgpu.copy_gmem_to_smem(source, place, copied)
-    plgpu.barrier_wait(copied)
-    gathered = (rows_s, rows_s, [q], [q_s], [], [], nothing_s)
-    if interpret:
-      gather.gather_tile_by_copies(*gathered, group=1, valid=TILE_ROWS, barrier_ref=weights_s[1].at[wg])
-    else:
-      gather.gather_tile(*gathered, group=1, transforms=query_transforms)
-      gather.commit()
-      gather.wait(0)
-    plgpu.commit_smem()
+        @pl.loop(lax.max(mine - 2, 0), mine)
+        def _(n):
+          plgpu.barrier_wait(free_q.at[lax.rem(n, jnp.int32(2))])
 
+    @pl.when(wg < 2)
+    def _():
+      def consume(n, done):
+        at, which = tile_of(n), lax.rem(n, jnp.int32(2))
+        of = which * 2 + wg
+        plgpu.barrier_wait(listed.at[which])
+        plgpu.barrier_wait(full_q.at[which])
+        steps = list_s[which, SLOTS]
+        _compute(at * ROWS + wg * TILE_ROWS, wg, steps, done, o, lse, q_s.at[of], k_s, v_s, word_s.at[of],
+                 first_s.at[of], end_s.at[of], list_s.at[which], lse_s.at[wg], full_k, full_v, used_k, used_v, turn,
+                 for_interpreter)
+        plgpu.barrier_arrive(free_q.at[which])
+        return done + steps
+
+      lax.fori_loop(0, mine, consume, jnp.int32(0))
+      plgpu.wait_smem_to_gmem(0)
+
+  def _compute(first_row, wg, steps, done, o, lse, q_s, k_s, v_s, word_s, first_s, end_s, list_s, lse_s, full_k, full_v,
+               used_k, used_v, turn, for_interpreter):
     def take_turns():
       plgpu.barrier_arrive(turn)
       plgpu.barrier_wait(turn)
@@ -243,7 +295,7 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
 
     def step(i, carry):
       acc, m, total = carry
-      slot = lax.rem(i, jnp.int32(stages))
+      slot = lax.rem(done + i, jnp.int32(stages))
       plgpu.barrier_wait(full_k.at[slot])
 
       def scores(acc):
@@ -274,7 +326,7 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
         plgpu.wgmma(acc, p, v_s.at[slot])
 
       if interpret:  # which knows neither operands in registers nor accumulators that begin with a value
-        p_s = weights_s[0].at[wg]
+        p_s = for_interpreter[0].at[wg]
         p_s[...] = p
         plgpu.commit_smem()
 
@@ -298,25 +350,27 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False):
     q_s[...] = (acc * spread(1.0 / safe, tile)).astype(dtype)
     lse_s[...] = jnp.where(some, m + jnp.log(safe) * LOG2E, -jnp.inf)
     plgpu.commit_smem()
+    mine = pl.ds(first_row, TILE_ROWS)
     plgpu.copy_smem_to_gmem(q_s, o.at[mine])
     plgpu.copy_smem_to_gmem(lse_s, lse.at[mine])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  both = lambda shape, kind, **kw: plgpu.SMEM((2, *shape), kind, **kw)
+  shared = lambda count, shape, kind, **kw: plgpu.SMEM((count, *shape), kind, **kw)
+  lists = lambda: shared(4, (TILE_ROWS,), jnp.int32)
   ring = lambda count: plgpu.Barrier(num_arrivals=count, num_barriers=stages)
+  pair = lambda count: plgpu.Barrier(num_arrivals=count, num_barriers=2)
   return plgpu.kernel(
       body,
       out_type=(jax.ShapeDtypeStruct((all_tiles * ROWS, head_dim), dtype),
                 jax.ShapeDtypeStruct((all_tiles * ROWS,), jnp.float32)),
       scratch_types=[
-          both(tile, dtype, transforms=query_transforms),
-          plgpu.SMEM((stages, size, head_dim), dtype, transforms=key_transforms),
-          plgpu.SMEM((stages, size, head_dim), dtype, transforms=value_transforms),
-          both((TILE_ROWS,), jnp.int32), both((TILE_ROWS,), jnp.int32), both((TILE_ROWS,), jnp.int32),
-          both((TILE_ROWS,), jnp.int32), both((SLOTS,), jnp.int32), both((TILE_ROWS,), jnp.int32),
-          both((TILE_ROWS,), jnp.float32), ring(1), ring(1), ring(2), ring(2),
-          plgpu.Barrier(num_arrivals=4 + segmented, num_barriers=2), plgpu.Barrier(num_arrivals=2),
-      ] + [both(square, dtype, transforms=tile_transforms(size, dtype)), plgpu.Barrier(num_barriers=2)] * interpret,
-      grid=(all_tiles,), grid_names=("tile",), num_threads=3, thread_name="wg",
+          shared(4, tile, dtype, transforms=query_transforms),  # of this tile and the next, half each warpgroup
+          shared(stages, (size, head_dim), dtype, transforms=key_transforms),
+          shared(stages, (size, head_dim), dtype, transforms=value_transforms),
+          lists(), lists(), lists(), lists(), shared(2, (2 * SLOTS,), jnp.int32), plgpu.SMEM((TILE_ROWS,), jnp.int32),
+          shared(2, (TILE_ROWS,), jnp.float32), pair(7 + 2 * segmented), pair(1), pair(2), ring(1), ring(1), ring(2),
+          ring(2), plgpu.Barrier(num_arrivals=2),
+      ] + [shared(2, square, dtype, transforms=tile_transforms(size, dtype)), plgpu.Barrier()] * interpret,
+      grid=(programs,), grid_names=("program",), num_threads=3, thread_name="wg",
       compiler_params=compiler_params(interpret), kernel_name="selected_attention_common",
-  )(common.blocks, common.count, common.rows, common.words, common.first, common.end, q, k, v)
+  )(listing, common.rows, common.words, common.first, common.end, q, k, v)

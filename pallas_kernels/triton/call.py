@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backends
+
 ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
+processors = backends.processors
 LOG2E = 1.4426950408889634
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -53,11 +56,6 @@ def capability():
 def small_memory():
   """Whether a thread block has 99 KiB of shared memory (GeForce, RTX and L chips), not 163 or more."""
   return capability() in (86, 89, 120)
-
-
-def processors():
-  """Multiprocessors of the default GPU; those of an H100 without one."""
-  return int(getattr(jax.devices()[0], "core_count", 0) or 132) if jax.devices()[0].platform == "gpu" else 132
 
 
 def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=2, **constants):
