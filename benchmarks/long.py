@@ -1,6 +1,6 @@
 """MSA against dense cuDNN attention at lengths where one call takes seconds and its arrays half the memory.
 
-  python -m benchmarks.long --tokens=262144,1048576 --out=long.json      # two minutes on an H200, all of its memory
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 python -m benchmarks.long --tokens=262144,1048576 --out=long.json  # H200, 2 min
   python -m benchmarks.long --tokens=512 --tiny                          # on a CPU, to see that it runs
 
 64/4 heads of 128, blocks of 128, J 16, index 4 x 128, bfloat16, one sequence. Rows: dense, forward and forward +

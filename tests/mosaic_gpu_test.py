@@ -274,6 +274,9 @@ def test_slices_of_queries_are_joined_in_place():
   again = lambda n, none, kept, first: (n + kept[:, :1] - first, none, None)
   (got, _, _) = entry_lists.in_slices(again, 3, (n, None, kept))
   np.testing.assert_array_equal(got, n)
+  by_sine = jax.jit(lambda x: entry_lists.in_slices(lambda x, first: (jnp.sin(x), None, None), 16, (x,))[0])
+  memory = by_sine.lower(jax.ShapeDtypeStruct((1, 2 ** 16, 4, 8), jnp.float32)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 4, "no copy of all slices"
 
 
 def test_plan_bounds_hold_for_long_contexts():
