@@ -101,6 +101,7 @@ def test_entries_invert_the_selection(G, J, block_size, segments, offset):
 
 CASES = {  # for the interpreter: seconds each
     "g16_b32_segments": (SHAPE(B=1, T=40, N=16, K=1, H=64, J=2, block_size=32), dict(documents=lambda S: 4)),
+    "g16_h128_b128": (SHAPE(B=1, T=24, N=16, K=1, H=128, J=2, block_size=128, S=200), dict(offset=(1,))),
     "g3_h96_slices": (SHAPE(B=2, T=23, N=3, K=1, H=96, J=2, block_size=64, S=70), dict(offset=(0.43,))),
 }
 
@@ -349,7 +350,7 @@ def test_index_top_k_on_device(K, H, block_size, packed):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("name", ["g16", "g5_b32", "long", "g3", "g13_h96"])
+@pytest.mark.parametrize("name", ["g16", "g5_b32", "long", "g3", "g13_h96", "g6_b128"])
 def test_same_bits_over_20_runs(name):
   cases.same_bits(*on_device(name, seed=1))
 

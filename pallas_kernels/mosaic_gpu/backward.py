@@ -26,6 +26,7 @@ from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms, visible
 
+TOGETHER = True   # whether two warpgroups share a tile where `shared_by_two` allows it
 REDUCE_ROWS = 32  # rows of a sum that one thread block of `sum_units` adds up
 
 
@@ -37,6 +38,11 @@ def part_keys(plan):
 def transposed(head_dim):
   """Whether the sums are dK^T and dV^T; those of dK and dV need keys in 64s."""
   return head_dim % TILE_ROWS == 0
+
+
+def shared_by_two(plan, head_dim):
+  """Whether the two halves of a block share each tile: rows are gathered once, and dQ of an entry is one row."""
+  return TOGETHER and plan.block_size == 2 * TILE_ROWS and head_dim == 2 * TILE_ROWS
 
 
 def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmented,
@@ -52,9 +58,12 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
 
   Returns:
     dq [parts, max_tiles * 64, H] of q.dtype and dk^T, dv^T float32[max_units, parts, H, keys], or dk, dv with
-    the last axes swapped, see `transposed`; parts * keys is block_size. dq and dk lack the factor `scale`.
+    the last axes swapped, see `transposed`; parts * keys is block_size, but dq has one part where `shared_by_two`. dq
+    and dk lack the factor `scale`.
   """
   head_dim, dtype = q.shape[1], q.dtype
+  if shared_by_two(plan, head_dim):
+    return _by_two(q, k, v, do, lse, delta, entries, plan, scale=scale, segmented=segmented, interpret=interpret)
   keys = part_keys(plan)
   parts = plan.block_size // keys
   tile, square = (TILE_ROWS, head_dim), (TILE_ROWS, keys)
@@ -170,6 +179,136 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
           plgpu.Barrier(num_arrivals=2), plgpu.Barrier(),
       ],
       grid=(plan.max_units * parts,), grid_names=("unit_part",),
+      compiler_params=compiler_params(interpret), kernel_name="selected_attention_backward",
+  )(entries.units, entries.rows, entries.spans, q, k, v, do, lse, delta)
+
+
+def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpret):
+  """`partial_gradients` where two warpgroups share a tile: each has half of the block's keys and sums their dK^T and
+  dV^T, and each makes half of the columns of dQ, from the dS of both."""
+  head_dim, dtype, half = q.shape[1], q.dtype, TILE_ROWS
+  tile, square, sums = (TILE_ROWS, head_dim), (half, half), (head_dim, half)
+  transforms = tile_transforms(half, dtype)
+
+  def body(units, *refs):
+    unit, wg = lax.axis_index("unit"), lax.axis_index("wg")
+    tokens = units[unit, 1]
+
+    @pl.when(tokens > 0)
+    def _():
+      _unit(units, unit, wg, tokens, *refs)
+
+  def _unit(units, unit, wg, tokens, rows, spans, q, k, v, do, lse, delta, dq, dk, dv,
+            rows_s, spans_s, q_s, do_s, k_s, v_s, columns_s, p_s, dq_s, span_s, lse_s, delta_s, kv_ready, landed,
+            written, copied):
+    first, first_tile = units[unit, 0], units[unit, 2]
+    batch, head, block = units[unit, 3], units[unit, 4], units[unit, 5]
+    tiles = lax.div(tokens + (plan.tile_tokens - 1), jnp.int32(plan.tile_tokens))
+    mine = pl.ds(block * plan.block_size + wg * half, half)
+    plgpu.copy_gmem_to_smem(k.at[batch, mine, head], k_s.at[wg], kv_ready)
+    plgpu.copy_gmem_to_smem(v.at[batch, mine, head], v_s.at[wg], kv_ready)
+    for n in range(2):
+      plgpu.copy_gmem_to_smem(k.at[batch, mine, head, pl.ds(n * half, half)], columns_s.at[wg * 2 + n], kv_ready)
+    lists = [rows_s.at[wg], spans_s.at[wg]]
+    if interpret:
+      gather.load_lists_by_copies([rows, spans], lists, first, tokens, copied.at[wg])
+    else:
+      gather.load_lists([rows, spans], lists, first, tokens)
+      gather.commit()
+      gather.wait(0)
+
+    def fetch(i, slot):
+      """Each warpgroup fetches one of Q and dO, and what it needs of each row."""
+      those, own = pl.ds(i * plan.tile_tokens, plan.tile_tokens), wg * 2 + slot
+      for n, (matrix, place) in enumerate(((q, q_s), (do, do_s))):
+        args = (rows_s.at[wg, those], spans_s.at[wg, those], [matrix], [place.at[slot]], [lse, delta],
+                [lse_s.at[own], delta_s.at[own]], span_s.at[own])
+        if interpret:
+          pl.when(wg == n)(lambda args=args: gather.gather_tile_by_copies(
+              *args, group=plan.group, valid=tokens - i * plan.tile_tokens, barrier_ref=copied.at[wg]))
+        else:
+          pl.when(wg == n)(lambda args=args: gather.gather_tile(*args, group=plan.group, transforms=transforms))
+      if not interpret:
+        gather.commit()
+
+    def meet(barrier):
+      plgpu.barrier_arrive(barrier)
+      plgpu.barrier_wait(barrier)
+
+    fetch(jnp.int32(0), jnp.int32(0))
+    plgpu.barrier_wait(kv_ready)
+
+    def step(i, carry):
+      slot = lax.rem(i, jnp.int32(2))
+      own = wg * 2 + slot
+      if not interpret:
+        gather.wait(0)
+      plgpu.commit_smem()
+      meet(landed)  # and so both are done with the tile before
+
+      def scores(s_acc, dp_acc):
+        plgpu.wgmma(s_acc, q_s.at[slot], k_s.at[wg].transpose((1, 0)))
+        plgpu.wgmma(dp_acc, do_s.at[slot], v_s.at[wg].transpose((1, 0)))
+        return s_acc[...], dp_acc[...]
+
+      s, dp = pl.run_scoped(scores, plgpu.ACC(square, jnp.float32), plgpu.ACC(square, jnp.float32))
+      pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
+      by_row = plgpu.Layout.WGMMA.reduce(1)
+      span = load(span_s.at[own], by_row)
+      spread = lambda x: lax.broadcast_in_dim(x, square, [0])
+      p = jnp.exp2(s * (scale * LOG2E) - spread(load(lse_s.at[own], by_row)))
+      p = jnp.where(visible(span, square, segmented, wg * half), p, 0.0)
+      p_s[wg] = p.astype(dtype)
+      plgpu.commit_smem()
+
+      def products(dk_acc, dv_acc):
+        plgpu.wgmma(dv_acc, do_s.at[slot].transpose((1, 0)), p_s.at[wg])
+        ds = (p * (dp - spread(load(delta_s.at[own], by_row)))).astype(dtype)
+        plgpu.wgmma_wait(0)
+        gather.barrier_unless(interpret)  # everybody's wgmma has read P
+        p_s[wg] = ds
+        plgpu.commit_smem()
+        meet(written)
+
+        def last(dq_acc):
+          for n in range(2):
+            plgpu.wgmma(dq_acc, p_s.at[n], columns_s.at[n * 2 + wg])
+          plgpu.wgmma(dk_acc, q_s.at[slot].transpose((1, 0)), p_s.at[wg])
+          return dq_acc[...].astype(dtype)
+
+        result = pl.run_scoped(last, plgpu.ACC(square, jnp.float32))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        dq_s[wg] = result
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            dq_s.at[wg], dq.at[0, pl.ds((first_tile + i) * TILE_ROWS, TILE_ROWS), pl.ds(wg * half, half)])
+
+      if interpret:  # which knows no accumulators that begin with a value
+        more = pl.run_scoped(lambda *accs: (products(*accs), [acc[...] for acc in accs])[1],
+                             *[plgpu.ACC(sums, jnp.float32)] * 2)
+        return tuple(x + y for x, y in zip(carry, more))
+      return pl.run_state(lambda accs: products(*accs))(tuple(plgpu.ACC.init(x) for x in carry))
+
+    zeros = plgpu.layout_cast(jnp.zeros(sums, jnp.float32), plgpu.Layout.WGMMA)
+    dk_sum, dv_sum = lax.fori_loop(0, tiles, step, (zeros, zeros))
+    dk[unit, wg] = dk_sum
+    dv[unit, wg] = dv_sum
+    plgpu.wait_smem_to_gmem(0)
+
+  matrix = lambda *shape: plgpu.SMEM(shape, dtype, transforms=transforms)
+  lanes = lambda dtype: plgpu.SMEM((4, TILE_ROWS), dtype)
+  lists = lambda: plgpu.SMEM((2, plan.unit_tokens), jnp.int32)
+  partial = jax.ShapeDtypeStruct((plan.max_units, 2, *sums), jnp.float32)
+  return plgpu.kernel(
+      body,
+      out_type=(jax.ShapeDtypeStruct((1, plan.max_tiles * TILE_ROWS, head_dim), dtype), partial, partial),
+      scratch_types=[
+          lists(), lists(), matrix(2, *tile), matrix(2, *tile), matrix(2, half, head_dim), matrix(2, half, head_dim),
+          matrix(4, *square), matrix(2, *square), matrix(2, *square), lanes(jnp.int32), lanes(jnp.float32),
+          lanes(jnp.float32), plgpu.Barrier(num_arrivals=8), plgpu.Barrier(num_arrivals=2),
+          plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=2),
+      ],
+      grid=(plan.max_units,), grid_names=("unit",), num_threads=2, thread_name="wg",
       compiler_params=compiler_params(interpret), kernel_name="selected_attention_backward",
   )(entries.units, entries.rows, entries.spans, q, k, v, do, lse, delta)
 
