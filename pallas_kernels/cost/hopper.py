@@ -108,24 +108,26 @@ def selected_attention(spec, chip, indices, backward, common=None):
           "selected_attention_common", flops=4 * float(blocks.sum()) * shared_blocks.ROWS * block * H,
           bytes=q + rows * row + 12 * rows + keys / (1 + ranges) * 2,
           vector=float(blocks.sum()) * shared_blocks.ROWS * block, copies=2 * float(blocks.sum()),
-          on_chip=2 * tile + 2 * size * block * H * (4 if H * block <= 4096 else 3 if H * block <= 8192 else 2)))
+          on_chip=4 * tile + 2 * size * block * H * (4 if H * block <= 4096 else 3 if H * block <= 8192 else 2)))
     # What is left of each list; a list that loses its whole choice keeps no tile.
     rest = np.round(per_list * share).astype(int)
     rows = tiles_of(rest[rest > 0])
     partial = choices * share * G
     kernels += [sort, Kernel("selected_attention_forward", flops=4 * rows * block * H, vector=rows * block,
                              bytes=q + keys + rows * row, copies=copies(rest[rest > 0]),
-                             on_chip=resident + (1 + selected.forward_buffers(plan, H)) * tile),
+                             on_chip=resident + selected.forward_slots(plan, H) * tile),
                 Kernel("selected_attention_combine",
                        bytes=(partial + (B * T * spec.N if common else 0)) * row + q + 4 * indices.size)]
     return kernels
-  rows, parts = tiles_of(per_list), block // backward_kernels.part_keys(plan)
+  rows, together = tiles_of(per_list), backward_kernels.shared_by_two(plan, H)
+  parts = 1 if together else block // backward_kernels.part_keys(plan)
   units = float((-(-per_list // plan.unit_tokens)).sum())
   sums = units * 2 * 4 * H * block
   gradients = size * rows * H * parts
   return [Kernel("delta", bytes=2 * q), sort,
           Kernel("selected_attention_backward", flops=10 * rows * block * H, vector=rows * block,
                  bytes=2 * q + keys + gradients + sums, copies=parts * copies(per_list),
-                 on_chip=resident / parts + 4 * tile + size * TILE_ROWS * block),
+                 on_chip=resident * (1.5 if together else 1 / parts) + (5 if together else 4) * tile +
+                 size * TILE_ROWS * block),
           Kernel("selected_attention_combine", bytes=size * per_list.sum() * G * H * parts + q + 4 * indices.size),
           Kernel("selected_attention_sum_units", bytes=sums + 3 * 2 * 4 * B * T * K * H)]

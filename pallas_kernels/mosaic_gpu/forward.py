@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_gpu import gather, shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms, visible
 
 
-def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, interpret=False):
+def partial_attention(q, k, v, entries, plan, *, scale, segmented, slots=2, interpret=False):
   """Attention of each entry over its one block.
 
   Args:
@@ -31,7 +31,7 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
     plan: Plan.
     scale: float.
     segmented: whether spans may begin past the start of their block.
-    buffers: tiles of Q on chip.
+    slots: tiles on chip, of Q before and of results after: all but one are fetched ahead.
     interpret: use only operations of the interpreter.
 
   Returns:
@@ -51,7 +51,7 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
       _unit(units, unit, tokens, rows, spans, q, k, v, o, lse, *scratch)
 
   def _unit(units, unit, tokens, rows, spans, q, k, v, o, lse,
-            rows_s, spans_s, q_s, k_s, v_s, o_s, span_s, lse_s, kv_ready, copied):
+            rows_s, spans_s, q_s, k_s, v_s, span_s, lse_s, kv_ready, copied):
     first, first_tile = units[unit, 0], units[unit, 2]
     batch, head, block = units[unit, 3], units[unit, 4], units[unit, 5]
     tiles = lax.div(tokens + (plan.tile_tokens - 1), jnp.int32(plan.tile_tokens))
@@ -79,25 +79,27 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
       if not interpret:
         gather.commit()
 
-    for i in range(buffers):
+    for i in range(slots - 1):
       fetch_if(jnp.int32(i), jnp.int32(i))
     plgpu.barrier_wait(kv_ready)
 
     @pl.loop(0, tiles)
     def _(i):
-      slot = lax.rem(i, jnp.int32(buffers))
+      slot = lax.rem(i, jnp.int32(slots))
       if not interpret:
-        gather.wait(buffers - 1)
+        gather.wait(slots - 2)
       plgpu.commit_smem()
 
       def scores(acc):
         plgpu.wgmma(acc, q_s.at[slot], k_s.transpose((1, 0)))
+        # Meanwhile the last result leaves the place of the tile that comes next.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        fetch_if(i + (slots - 1), lax.rem(i + (slots - 1), jnp.int32(slots)))
         return acc[...]
 
       s = pl.run_scoped(scores, plgpu.ACC((TILE_ROWS, plan.block_size), jnp.float32))
       span = load(span_s.at[slot], plgpu.Layout.WGMMA.reduce(1))
       s = jnp.where(visible(span, s.shape, segmented), s * (scale * LOG2E), -jnp.inf)
-      fetch_if(i + buffers, slot)
       m = s.max(axis=1)
       m = jnp.where(m == -jnp.inf, 0.0, m)
       p = jnp.exp2(s - lax.broadcast_in_dim(m, s.shape, [0]))
@@ -124,12 +126,11 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
       inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
       result = (result * lax.broadcast_in_dim(inverse, tile, [0])).astype(dtype)
       log_sum = jnp.where(some, m + jnp.log(jnp.where(some, total, 1.0)) * LOG2E, -jnp.inf)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      o_s[...] = result
+      q_s[slot] = result
       lse_s[...] = log_sum
       plgpu.commit_smem()
       to = pl.ds((first_tile + i) * TILE_ROWS, TILE_ROWS)
-      plgpu.copy_smem_to_gmem(o_s, o.at[to])
+      plgpu.copy_smem_to_gmem(q_s.at[slot], o.at[to])
       plgpu.copy_smem_to_gmem(lse_s, lse.at[to])
 
     plgpu.wait_smem_to_gmem(0)
@@ -143,9 +144,9 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, buffers=1, in
       out_type=(jax.ShapeDtypeStruct((rows, head_dim), dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)),
       scratch_types=[
           plgpu.SMEM((plan.unit_tokens,), jnp.int32), plgpu.SMEM((plan.unit_tokens,), jnp.int32),
-          plgpu.SMEM((buffers, *tile), dtype, transforms=transforms), matrix(plan.block_size),
-          matrix(plan.block_size, value_transforms), matrix(TILE_ROWS),
-          plgpu.SMEM((buffers, TILE_ROWS), jnp.int32), plgpu.SMEM((TILE_ROWS,), jnp.float32),
+          plgpu.SMEM((slots, *tile), dtype, transforms=transforms), matrix(plan.block_size),
+          matrix(plan.block_size, value_transforms), plgpu.SMEM((slots, TILE_ROWS), jnp.int32),
+          plgpu.SMEM((TILE_ROWS,), jnp.float32),
           plgpu.Barrier(num_arrivals=2), plgpu.Barrier(),
       ],
       grid=(plan.max_units,), grid_names=("unit",),

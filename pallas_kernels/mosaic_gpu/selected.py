@@ -94,9 +94,9 @@ def make_plan(B, T, S, K, G, J, H, block_size):
   return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16, 3: 24}.get(G, 32))
 
 
-def forward_buffers(plan, head_dim):
-  """Tiles of Q on chip: two where that leaves room for three thread blocks per multiprocessor."""
-  return 1 if head_dim * plan.block_size >= 64 * 128 else 2
+def forward_slots(plan, head_dim):
+  """Tiles on chip: three where that leaves room for three thread blocks per multiprocessor."""
+  return 2 if head_dim * plan.block_size >= 64 * 128 else 3
 
 
 def selected_attention(q, k, v, block_indices, *, block_size, scale=None, segment_ids=None, query_offset=0,
@@ -153,7 +153,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
       shared = shared_blocks.attend(rows, keys, values, tiles, plan, **how)
     entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset, interpret)
     parts, part_lse = forward.partial_attention(
-        rows, keys, values, entries, plan, buffers=forward_buffers(plan, q.shape[-1]), **how)
+        rows, keys, values, entries, plan, slots=forward_slots(plan, q.shape[-1]), **how)
     combine = forward.merge if interpret else merge.combine
     o, lse = combine(parts[None], part_lse, entries.position, plan, shared=shared)
     shape = plan.batch, plan.queries, q.shape[2]
