@@ -117,12 +117,12 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
       def scores(s_acc, dp_acc):
         plgpu.wgmma(s_acc, q_s.at[slot], k_s.transpose((1, 0)))
         plgpu.wgmma(dp_acc, do_s.at[slot], v_s.transpose((1, 0)))
+        # The last dQ lies in the other dO: only when it has left may the next tile come.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
         return s_acc[...], dp_acc[...]
 
       s, dp = pl.run_scoped(scores, plgpu.ACC(square, jnp.float32), plgpu.ACC(square, jnp.float32))
-      # The last dQ lies in the other dO: only when it has left may the next tile come.
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
       by_row = plgpu.Layout.WGMMA.reduce(1)
       span = load(span_s.at[slot], by_row)
       spread = lambda x: lax.broadcast_in_dim(x, square, [0])
@@ -249,10 +249,10 @@ def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpr
       def scores(s_acc, dp_acc):
         plgpu.wgmma(s_acc, q_s.at[slot], k_s.at[wg].transpose((1, 0)))
         plgpu.wgmma(dp_acc, do_s.at[slot], v_s.at[wg].transpose((1, 0)))
+        pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
         return s_acc[...], dp_acc[...]
 
       s, dp = pl.run_scoped(scores, plgpu.ACC(square, jnp.float32), plgpu.ACC(square, jnp.float32))
-      pl.when(i + 1 < tiles)(lambda: fetch(i + 1, 1 - slot))
       by_row = plgpu.Layout.WGMMA.reduce(1)
       span = load(span_s.at[own], by_row)
       spread = lambda x: lax.broadcast_in_dim(x, square, [0])
