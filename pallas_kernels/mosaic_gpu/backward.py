@@ -26,7 +26,6 @@ from pallas_kernels.lists import TILE_ROWS
 from pallas_kernels.mosaic_gpu import gather
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, compiler_params, load, tile_transforms, visible
 
-TOGETHER = True   # whether two warpgroups share a tile where `shared_by_two` allows it
 REDUCE_ROWS = 32  # rows of a sum that one thread block of `sum_units` adds up
 
 
@@ -42,7 +41,7 @@ def transposed(head_dim):
 
 def shared_by_two(plan, head_dim):
   """Whether the two halves of a block share each tile: rows are gathered once, and dQ of an entry is one row."""
-  return TOGETHER and plan.block_size == 2 * TILE_ROWS and head_dim == 2 * TILE_ROWS
+  return plan.block_size == 2 * TILE_ROWS and head_dim == 2 * TILE_ROWS
 
 
 def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmented,

@@ -13,8 +13,8 @@ bf16, head dim 128, block 64, J 16; forward ms without and with this pass): 64/4
 of their free choices 6.23 and 4.88, hot columns 5.81 and 4.77 (an earlier, slower `split`), uniform choices
 6.17 and 6.17; 32/8 heads 3.35 and 2.84, uniform 3.34 and 3.46; 16/16 heads 2.07 and 2.43; 8/2 heads of 64
 with blocks of 32 (16 x 8,192 tokens) 1.71 and 1.76. Hence the rule of `pays`. Uniform choices of other groups:
-24/8 heads 2.48 and 2.90, 20/4 2.24 and 2.28, 28/4 2.81 and 3.02; at 8,192 tokens, where blocks of a random
-index are common by chance, 64/4 1.50 and 1.60.
+24/8 heads 2.48 and 2.90, 20/4 2.24 and 2.28, 28/4 2.81 and 3.02. All this with a thread block per tile; since thread
+blocks walk tiles, 64/4 heads, 8,192 tokens, blocks of a random index, which are common by chance: 1.59 and 1.54 (1.64).
 """
 from __future__ import annotations
 
