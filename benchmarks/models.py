@@ -37,7 +37,7 @@ def methods_of(model: str) -> dict:
 
 
 def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = "",
-              one_pass: bool = False):
+              one_pass: bool = True):
   """The config of a row: the pilot's data and optimizer, one stage. Raises ValueError naming what is unknown."""
   from experiments import pilot
   from nsa import config as config_lib, schedule

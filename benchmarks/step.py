@@ -36,7 +36,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds that train as one program.", lo
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Groups; the median counts.", lower_bound=1)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", "", "Of the attention operations; empty: the best one.")
-_ONE_PASS = flags.DEFINE_list("one_pass", ["false"], "Config.one_pass: what stands between products in one pass each; "
+_ONE_PASS = flags.DEFINE_list("one_pass", ["true"], "Config.one_pass: what stands between products in one pass each; "
                               "false,true times each row without and with it.")
 _PROFILE = flags.DEFINE_boolean("profile", False, "Adds the device time by kind of kernel.")
 _THREADS = flags.DEFINE_integer("threads", 8, "Programs that compile at a time.", lower_bound=1)
@@ -45,7 +45,7 @@ cli.define_common()
 
 
 def _name(row) -> str:
-  method = row["method"] + ("+one_pass" if row["one_pass"] else "")
+  method = row["method"] + ("" if row["one_pass"] else ", XLA's")
   return f"{row['model']:<8} {method:<20} {row['batch']:<9}"
 
 

@@ -104,6 +104,7 @@ class Arms:
     a = self.a
     return Config(
         arm=name, size=f"{self.parameters}-{length}", attention=attention, layers=layers, others=others or {},
+        one_pass=False,  # as it was planned
         schedule=schedule.as_it_is(), model=dataclasses.replace(self.model, remat="layer"),
         data=DataConfig(corpora=self.corpora, tokenizer=self.tokenizer, context=length, global_batch=1, align=a.block),
         eval=EvalConfig(sequences=max(1, a.text_tokens // length), batch=max(1, a.eval_tokens // length),

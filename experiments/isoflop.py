@@ -149,7 +149,7 @@ class Arms:
     own = "dense" if dense else "sparse"
     config = Config(
         arm=f"{name}_{label(budget)}", size=size, attention=attention, schedule=stages(1000),
-        model=_model(size, dtype="bfloat16"),
+        model=_model(size, dtype="bfloat16"), one_pass=False,  # as it was planned
         data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=max(1, a.batch // 2),
                         task_loss=0.15, tasks=TASKS, filler_weight=0.0,
                         task_lengths=tuple(n for n in (64, 256, 1024, 4096, 16384) if n <= a.context)),

@@ -164,7 +164,7 @@ class Arms:
     modes = modes or (("dense", *GATES) if dense else ("sparse", "oracle"))
     own = round(stages.steps * share)  # of its steps: those behind its fork
     return Config(
-        arm=name, size=self.size, attention=attention, schedule=stages,
+        arm=name, size=self.size, attention=attention, schedule=stages, one_pass=False,  # as it was planned
         model=ModelConfig(head_dim=64, short_conv=3, tie_embeddings=False, dtype="bfloat16", **self.shape),
         data=DataConfig(corpora=self.corpora, context=self.context, global_batch=self.batch, task_rows=1,
                         task_loss=0.15, tasks=TASKS,

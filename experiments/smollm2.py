@@ -163,6 +163,7 @@ class Arms:
                                   tasks=tuple(name.format(pairs) for name in TRAINED))
     return Config(
         arm=name, size=self.size, attention=attention, layers=layers, schedule=stages,
+        one_pass=False,  # as its first tiers were run
         model=dataclasses.replace(self.model, remat=a.remat),
         data=texts,
         optimizer=OptimizerConfig(selector_learning_rate=RATES[rates][1]),

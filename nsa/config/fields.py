@@ -243,7 +243,7 @@ class Config:
   profile: tuple[int, ...] = ()   # (first, last) step to trace into workdir/profile
   implementation: str = ""        # of the attention operations; "" = the best one for the platform;
                                   # "fastest" lets last bits differ between runs
-  one_pass: bool = False          # on a GPU in bfloat16, what stands between products in one pass over memory each
+  one_pass: bool = True           # on a GPU in bfloat16, what stands between products in one pass over memory each
                                   # (pallas_kernels/fused.py): faster, always the same bits, but not those of False
   unroll: int = 0                 # layers per turn of the train step's loop over layers; 0 = measured
                                   # (step.layers_per_turn)

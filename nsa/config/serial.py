@@ -29,7 +29,7 @@ def from_dict(tree: dict) -> Config:
     origins.load(module)
   attention = _method(tree.pop("attention", {"method": "dense"}), "attention")
   others = {name: _method(options, f"others.{name}") for name, options in tree.pop("others", {}).items()}
-  config = _build(Config, tree, "")
+  config = _build(Config, {"one_pass": False, **tree}, "")  # runs from before there was such a field went on without
   config.attention, config.others = attention, others
   return config
 
