@@ -71,6 +71,12 @@ def _rms_norm(x, gain, eps):
   return (x32 * scale * gain).astype(x.dtype)
 
 
+def add_and_norm(x, more, gain, eps):
+  """(x + more, RMSNorm of it), `more` None for nothing."""
+  x = x if more is None else x + more
+  return x, rms_norm(x, gain, eps)
+
+
 @jax.custom_vjp
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   """table[tokens]; the gradient is summed in float32.
@@ -219,23 +225,32 @@ def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bo
   if call.fused is None or hasattr(part, "bias") or not fused.takes_width(width) or (taps is None and gain is None):
     y = part(h, segments, call.tail)
     return call.rope(y, offset=call.offset) if rotated else y
-  y = jnp.einsum("btd,dnh->btnh", h, part.weight[...].astype(h.dtype))
+  y = _product(h, part.weight[...])
   first, _ = spans.of_segments(segments, spans.positions(h.shape[1], 0, h.shape[0]))
   table = tuple(map(jnp.asarray, call.fused(width))) if rotated else None
   return fused.heads(y, taps, gain, table, first, part.eps)
 
 
-def project_together(q: HeadProjection, k: HeadProjection, v: HeadProjection, h: Float[Array, "B T D"], call):
-  """(q, k, v), rotated but for v, of one product and one pass; None where no kernel serves them."""
+def _product(h, weight):
+  """XLA would make one product of all of these that have the same h, and copy each part's heads out of its result."""
+  return jnp.einsum("btd,dnh->btnh", jax.lax.optimization_barrier(h), weight.astype(h.dtype))
+
+
+def project_together(q: HeadProjection, k: HeadProjection, v: HeadProjection, h: Float[Array, "B T D"], call, *,
+                     rotated: bool = True):
+  """(q, k, v), rotated but for v, of one product and one pass; None where no kernel serves them. k and v have as many
+  heads."""
   width = q.weight.shape[2]
-  if call.fused is None or hasattr(q, "bias") or not fused.takes_width(width):
+  nothing = not (rotated or hasattr(q, "taps") or hasattr(q, "norm"))  # then three products leave nothing to copy
+  if call.fused is None or nothing or hasattr(q, "bias") or not fused.takes_width(width):
     return None
   joined = lambda name: jnp.concatenate([getattr(part, name)[...] for part in (q, k, v)], axis=1)
-  y = jnp.einsum("btd,dnh->btnh", h, joined("weight").astype(h.dtype))
+  y = _product(h, joined("weight"))
   taps = joined("taps") if hasattr(q, "taps") else None
   gains = jnp.stack([q.norm[...], k.norm[...]]) if hasattr(q, "norm") else None
   first, _ = spans.of_segments(call.query_segments(h.shape[1]), spans.positions(h.shape[1], 0, h.shape[0]))
-  return fused.qkv(y, taps, gains, tuple(map(jnp.asarray, call.fused(width))), first, q.eps, k.weight.shape[1])
+  table = tuple(map(jnp.asarray, call.fused(width))) if rotated else None
+  return fused.qkv(y, taps, gains, table, first, q.eps, k.weight.shape[1])
 
 
 class SwiGLU(nnx.Module):

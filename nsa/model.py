@@ -92,10 +92,9 @@ class Block(nnx.Module):
     self.mlp = layers.SwiGLU(init.child("mlp"), model.d_model, model.mlp_dim, out_gain)
 
   def __call__(self, x, call, cache, observe):
-    norm = lambda x, gain: (x, layers.rms_norm(x, gain, self.eps))
-    if call.fused is not None and fused.takes_rows(x):
-      norm = lambda x, gain: fused.norm(x, gain, self.eps)
-    x, h = norm(x, self.attention_norm[...])
+    one_pass = call.fused is not None and fused.takes_rows(x)
+    norm = functools.partial(fused.norm if one_pass else layers.add_and_norm, eps=self.eps)
+    x, h = norm(x, None, self.attention_norm[...])
     tail = None
     if cache is not None:
       call = dataclasses.replace(call, tail=cache.get("tail"), state=cache.get("state"))
@@ -104,8 +103,7 @@ class Block(nnx.Module):
       reach = cache["tail"].shape[1]
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
     y, losses, seen, streams, handed = self.attention(h, call, cache, observe)
-    x = x + y
-    x, h = norm(x, self.mlp_norm[...])
+    x, h = norm(x, y, self.mlp_norm[...])
     x = x + self.mlp(h, one_pass=call.fused is not None)
     if tail is not None:
       streams = {**streams, "tail": tail}
@@ -347,7 +345,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
       layer_key = None if key is None else jax.random.fold_in(key, index)
       own = dataclasses.replace(call, key=layer_key, rope=rope_of(index), fused=table_of(index), layer=index,
                                 handed=handed)
-      x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
+      with backends.recomputed(model.remat == "layer"):
+        x, handed, out = nnx.merge(stack_def, state)(x, own, layer_cache, watch)
       loss, observed, streams = out
       if states is not None:
         observed = {**observed, **states(x, index)}

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import data, model as model_lib, optim, programs, schedule, sharding
-from pallas_kernels import backends
+from pallas_kernels import backends, fused
 
 LN2 = float(np.log(2.0))
 UNROLLED_LAYERS = 12  # stacks of up to so many layers are unrolled where a loop costs more; see `layers_per_turn`
@@ -68,9 +68,10 @@ def mean_nll(config, params, out: model_lib.Output, targets, weights, mesh):
     nll = target_nll(out.logits, targets)
     return jnp.sum(nll * weights) / total, nll
   name = "embed" if config.model.tie_embeddings else "head"
+  how = config.model.tie_embeddings, config.one_pass and fused.serves(out.hidden)
   shares = weights / total
   if mesh.size == 1:
-    return _nll_in_chunks(config.model.tie_embeddings, params[name], out.hidden, targets, shares)
+    return _nll_in_chunks(how, params[name], out.hidden, targets, shares)
   tokens = sharding.named(mesh, ("batch", "time"), (B, T), sharding.Rules(time=("context", "tensor"))).spec
   if tokens[1] is None:
     tokens = sharding.named(mesh, ("batch", "time"), (B, T)).spec
@@ -78,7 +79,7 @@ def mean_nll(config, params, out: model_lib.Output, targets, weights, mesh):
 
   def of_device(part, hidden, targets, shares):
     whole = sharding.gathered(part, matrix, hidden.dtype)
-    mean, nll = _nll_in_chunks(config.model.tie_embeddings, whole, hidden, targets, shares)
+    mean, nll = _nll_in_chunks(how, whole, hidden, targets, shares)
     return mean[None, None], nll
 
   means, nll = jax.shard_map(of_device, mesh=mesh, in_specs=(matrix, tokens, tokens, tokens),
@@ -97,17 +98,18 @@ def _is_target(logits, targets):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll_in_chunks(tied, matrix, hidden, targets, shares):
-  """mean_nll of one device's tokens: `matrix` is the embedding [V, D] if `tied`, else the head [D, V], `hidden`
-  [B, T, D], `shares` float32[B, T] what each target counts."""
-  return _by_chunks(tied, matrix, hidden, targets, shares, False)[0]
+def _nll_in_chunks(how, matrix, hidden, targets, shares):
+  """mean_nll of one device's tokens: `matrix` is the embedding [V, D] or the head [D, V], `hidden` [B, T, D], `shares`
+  float32[B, T] what each target counts; `how`: whether it is the embedding, and whether pallas_kernels/fused.py
+  serves."""
+  return _by_chunks(how, matrix, hidden, targets, shares, False)[0]
 
 
-def _nll_forward(tied, matrix, hidden, targets, shares):
-  return _by_chunks(tied, matrix, hidden, targets, shares, True)
+def _nll_forward(how, matrix, hidden, targets, shares):
+  return _by_chunks(how, matrix, hidden, targets, shares, True)
 
 
-def _nll_backward(tied, saved, cotangents):
+def _nll_backward(how, saved, cotangents):
   dmatrix, dhidden, targets, shares = saved
   dmean, _ = cotangents
   return ((dmatrix * dmean).astype(dmatrix.dtype), (dhidden * dmean).astype(dhidden.dtype),
@@ -117,11 +119,12 @@ def _nll_backward(tied, saved, cotangents):
 _nll_in_chunks.defvjp(_nll_forward, _nll_backward)
 
 
-def _by_chunks(tied, matrix, hidden, targets, shares, gradients):
+def _by_chunks(how, matrix, hidden, targets, shares, gradients):
   """((mean, nll), what the backward pass needs). The gradients are made while a chunk's logits are there: to make
   these again would take a product and three more passes over them. What the mean's own gradient multiplies is known
   beforehand, `shares`."""
-  (B, T), V = targets.shape, matrix.shape[0 if tied else 1]
+  (tied, one_pass), (B, T) = how, targets.shape
+  V = matrix.shape[0 if tied else 1]
   chunks = next((n for n in range(1, T + 1) if T % n == 0 and B * T * V / n <= MAX_LOGITS), T)
   split = lambda x: jnp.moveaxis(x.reshape((B, chunks, T // chunks) + x.shape[2:]), 1, 0)
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape((B, T) + x.shape[3:])
@@ -132,11 +135,10 @@ def _by_chunks(tied, matrix, hidden, targets, shares, gradients):
   def part(dmatrix, chunk):
     hidden, targets, shares = chunk
     logits = jnp.einsum(f"btd,{letters}->btv", hidden, weight, preferred_element_type=jnp.float32)
-    nll = target_nll(logits, targets)
     if not gradients:
-      return dmatrix, (nll, None)
-    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1)[..., None])
-    dlogits = ((probabilities - _is_target(logits, targets)) * shares[..., None]).astype(narrow)
+      return dmatrix, (target_nll(logits, targets), None)
+    make = fused.nll if one_pass else _nll_and_gradient
+    nll, dlogits = make(logits, targets, shares, narrow)
     dmatrix += jnp.einsum(f"btv,btd->{letters}", dlogits, hidden, preferred_element_type=jnp.float32)
     return dmatrix, (nll, jnp.einsum(f"btv,{letters}->btd", dlogits, weight).astype(hidden.dtype))
 
@@ -145,6 +147,12 @@ def _by_chunks(tied, matrix, hidden, targets, shares, gradients):
   nll = join(nll)
   saved = (dmatrix.astype(matrix.dtype), join(dhidden), targets, shares) if gradients else None
   return (jnp.sum(nll * shares), nll), saved
+
+
+def _nll_and_gradient(logits, targets, shares, dtype):
+  """What `fused.nll` computes."""
+  probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1)[..., None])
+  return target_nll(logits, targets), ((probabilities - _is_target(logits, targets)) * shares[..., None]).astype(dtype)
 
 
 def layers_per_turn(config) -> int:

@@ -23,8 +23,8 @@ logger = logging.getLogger("pallas_kernels")
 # as an implementation: what None gives but for reasons to avoid it that are of fixed bits
 FASTEST = "fastest"
 
-# The checkpoint name of o and lse, all that a gradient of attention needs of the forward pass: a remat that saves them
-# does not attend twice.
+# The checkpoint name of o and lse, all that a gradient of attention needs of the forward pass, and of the few numbers
+# per query that one of `index_kl` does: a remat that saves them runs neither twice.
 ATTENDED = "attended"
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
@@ -54,11 +54,27 @@ _registered: dict[str, dict[str, Implementation]] = {operation: {} for operation
 _import_errors: dict[str, str | None] = {}  # module -> why it did not import, None if it did
 _logged: set[tuple] = set()
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_recomputed: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputed", default=False)
 
 
 def attended(results):
-  """o and lse under the name `ATTENDED`, as forward rules have to keep and to return them."""
+  """Arrays under the name `ATTENDED`, as forward rules have to keep and to return them."""
   return checkpoint_name(results, ATTENDED)
+
+
+@contextlib.contextmanager
+def recomputed(active: bool = True):
+  """Inside the block operations are called under a remat that saves `ATTENDED`: what else a forward pass leaves for the
+  backward pass would be made twice."""
+  token = _recomputed.set(active)
+  try:
+    yield
+  finally:
+    _recomputed.reset(token)
+
+
+def is_recomputed() -> bool:
+  return _recomputed.get()
 
 
 def register(operation: str, name: str, function: Callable[..., Any], *,

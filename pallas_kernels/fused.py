@@ -8,8 +8,8 @@ passes serve: its partitioner cannot cut a kernel.
 On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled, in one run in turn: the
 dense step 14.4 ms instead of 15.9 (on the device 13.8 instead of 15.6, another day), MSA 16.8 instead of 19.4, NSA 21.2
 instead of 24.6; of 28M parameters dense 27.9 instead of 31.2, MSA 31.2 instead of 36.8. By the shapes in the compiled
-dense step 20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. Far from its bytes is the gradient of
-`qkv` alone: 206 us a layer, five times what they need. docs/kernels.md has the parts one by one.
+dense step 20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. docs/kernels.md has the parts one by one,
+and what is newer than these numbers.
 """
 from __future__ import annotations
 
@@ -46,18 +46,25 @@ def heads(y, taps, gain, table, first, eps):
 
 
 def qkv(y, taps, gains, table, first, eps, kv_heads):
-  """(q, k, v) of one projection for all heads; those of v are convolved alone: `triton.heads.qkv`."""
+  """(q, k, v) of one projection for all heads; those of v are convolved alone: `triton.heads.qkv`. `table` as above."""
   from pallas_kernels.triton import heads as kernels
-  return kernels.qkv(y, taps, gains, *table, first, float(eps), kv_heads)
+  return kernels.qkv(y, taps, gains, *(table or (None, None)), first, float(eps), kv_heads)
 
 
-def norm(x, gain, eps):
-  """(x, RMSNorm of x): the gradient of the residual stream is summed in the norm's pass. `triton.pointwise.norm`."""
+def norm(x, more, gain, eps):
+  """(x + more, RMSNorm of it), `more` None for nothing: the gradient of the residual stream is summed in the norm's
+  pass. `triton.pointwise.norm`."""
   from pallas_kernels.triton import pointwise
-  return pointwise.norm(x, gain, float(eps))
+  return pointwise.norm(x, more, gain, float(eps))
 
 
 def gate(y):
   """silu(y[..., :F]) * y[..., F:]: `triton.pointwise.gate`."""
   from pallas_kernels.triton import pointwise
   return pointwise.gate(y)
+
+
+def nll(logits, targets, shares, dtype):
+  """(nll of the targets, the gradient of sum(shares * nll) as `dtype`): `triton.pointwise.nll`. Not differentiable."""
+  from pallas_kernels.triton import pointwise
+  return pointwise.nll(logits, targets, shares, dtype)

@@ -3,13 +3,14 @@
 `TRITON_INTERPRET=1 pytest tests/fused_test.py` runs the kernels' arithmetic on the CPU where torch is installed.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, layers, methods, model as model_lib
+from nsa import config as config_lib, layers, methods, model as model_lib, step as step_lib
 from pallas_kernels import fused, spans
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -22,6 +23,13 @@ def kernels_run():
     pytest.importorskip("torch", reason="the interpreter needs torch")
   elif not ON_GPU:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+
+
+def several_programs(monkeypatch):
+  """For a sequence, each with several tiles."""
+  from pallas_kernels.triton import call, heads
+  monkeypatch.setattr(heads, "BACKWARD", call.Tiles(16, 2, 4))
+  monkeypatch.setattr(heads, "UNCONVOLVE", call.Tiles(16, 3, 4))
 
 
 def heads_by_xla(y, taps, gain, table, first, eps):
@@ -41,10 +49,6 @@ def qkv_by_xla(y, taps, gains, table, first, eps, kv_heads):
   taps = [None if taps is None else taps[:, part] for part in parts]
   return tuple(heads_by_xla(y[:, :, parts[i]], taps[i], gains[i], table if i < 2 else None, first, eps)
                for i in range(3))
-
-
-def norm_by_xla(x, gain, eps):
-  return x, layers.rms_norm(x, gain, eps)
 
 
 def gate_by_xla(y):
@@ -68,9 +72,10 @@ def assert_close(got, want, rtol=2e-5):
 @pytest.mark.parametrize("taps, norm, rope",
                          [(3, True, True), (0, True, True), (2, True, False), (4, False, False), (0, False, True)])
 @pytest.mark.parametrize("seeds", [0, 2])
-def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds):
+def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, seeds, monkeypatch):
   """Packed rows that no tile divides; `seeds`: as many models with parameters of their own, vmapped."""
   kernels_run()
+  several_programs(monkeypatch)
   B, T, N, H = 2, 70, 3, 16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
@@ -89,8 +94,9 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
 @pytest.mark.gpu
 @pytest.mark.parametrize("taps, norm", [(3, True), (0, True), (2, False), (0, False)])
 @pytest.mark.parametrize("seeds", [0, 2])
-def test_q_k_and_v_of_one_projection_in_one_pass(taps, norm, seeds):
+def test_q_k_and_v_of_one_projection_in_one_pass(taps, norm, seeds, monkeypatch):
   kernels_run()
+  several_programs(monkeypatch)
   B, T, N, K, H = 2, 70, 3, 2, 16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
@@ -117,11 +123,33 @@ def test_norm_and_gate_in_one_pass(seeds):
     run = lambda *a: results_and_gradients(function, a)
     return jax.vmap(run)(*arguments) if seeds else run(*arguments)
 
-  normed = draw(2, 64, 24), draw(24)
-  assert_close(both(lambda x, gain: fused.norm(x, gain, 1e-5), *normed),
-               both(lambda x, gain: norm_by_xla(x, gain, 1e-5), *normed))
+  normed, more = (draw(2, 64, 24), draw(24)), draw(2, 64, 24)
+  for function, arguments in ((lambda of, x, gain: of(x, None, gain, eps=1e-5), normed),
+                              (lambda of, x, gain, more: of(x, more, gain, eps=1e-5), (*normed, more))):
+    one, steps = (functools.partial(function, of) for of in (fused.norm, layers.add_and_norm))
+    assert_close(both(one, *arguments), both(steps, *arguments))
   gated = draw(2, 35, 48)
   assert_close(both(fused.gate, gated), both(gate_by_xla, gated))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seeds", [0, 2])
+def test_the_loss_and_its_gradient_in_one_pass(monkeypatch, seeds):
+  """Rows that no tile divides."""
+  kernels_run()
+  from pallas_kernels.triton import call, pointwise
+  monkeypatch.setattr(pointwise, "LOSS", call.Tiles(32, 1, 4))
+  rng = np.random.default_rng(0)
+  lead = (seeds,) * bool(seeds)
+  logits = jnp.asarray(rng.normal(size=(*lead, 2, 5, 75)) * 9, jnp.float32)
+  targets = jnp.asarray(rng.integers(0, 75, (*lead, 2, 5)), jnp.int32)
+  shares = jnp.asarray(rng.normal(size=(*lead, 2, 5)), jnp.float32)
+
+  def both(function):
+    run = lambda *arguments: function(*arguments, jnp.float32)
+    return jax.vmap(run)(logits, targets, shares) if seeds else run(logits, targets, shares)
+
+  assert_close(both(fused.nll), both(step_lib._nll_and_gradient))
 
 
 @pytest.mark.parametrize("method", [methods.MSA(block_size=8, num_blocks=2, index_dim=16),
@@ -138,7 +166,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
       return function(*arguments, **options)
     monkeypatch.setattr(fused, name, run)
 
-  for name, twin in dict(heads=heads_by_xla, qkv=qkv_by_xla, norm=norm_by_xla, gate=gate_by_xla).items():
+  for name, twin in dict(heads=heads_by_xla, qkv=qkv_by_xla, norm=layers.add_and_norm, gate=gate_by_xla).items():
     serve(name, twin)
   config = config_lib.Config(attention=method, one_pass=True, model=config_lib.ModelConfig(
       vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))

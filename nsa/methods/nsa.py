@@ -159,9 +159,10 @@ class NSALayer(blocks.BlockLayer):
     self.strides = dict(block_len=options.compress_len, block_stride=options.compress_stride)
 
   def streams(self, x, call):
-    b = self.branch
-    return {name: layers.project(getattr(b, name), x.h, call, rotated=name == "k_win")
-            for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
+    b, plain = self.branch, ("k_cmp", "v_cmp", "v_win")
+    together = layers.project_together(*(getattr(b, name) for name in plain), x.h, call, rotated=False)
+    out = dict(zip(plain, together or (layers.project(getattr(b, name), x.h, call, rotated=False) for name in plain)))
+    return {**out, "k_win": layers.project(b.k_win, x.h, call, rotated=True)}
 
   def pools(self):
     return {"compressed": Pool(self.options.compress_len, self.options.compress_stride)}

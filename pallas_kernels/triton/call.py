@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,13 @@ ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that ha
 processors = backends.processors
 LOG2E = 1.4426950408889634
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tiles(NamedTuple):
+  """What a program does where it walks tiles: `count` of them of `rows` rows, with `warps` warps."""
+  rows: int
+  count: int
+  warps: int
 
 
 @functools.cache

@@ -86,68 +86,79 @@ def heads_forward_kernel(y, taps, gain, cos, sin, first, q, k, v, B: tl.constexp
 
 
 @triton.jit
-def heads_backward_kernel(y, taps, gain, cos, sin, first, dq, dk, dv, dz, dtaps, dgain, B: tl.constexpr,
-                          R: tl.constexpr, T: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, H2: tl.constexpr,
-                          W: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr,
-                          ROWS: tl.constexpr):
-  """dz of the tile, the gradient of what the convolution gives, and its share of dtaps [B * tiles, W, N, H] and
-  dgain [B * tiles, N, H], both float32."""
+def heads_backward_kernel(y, taps, gain, cos, sin, first, dq, dk, dv, dz, dgain, B: tl.constexpr, R: tl.constexpr,
+                          T: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, H2: tl.constexpr, W: tl.constexpr,
+                          NORM: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+                          TILES: tl.constexpr):
+  """dz of TILES neighbouring tiles, the gradient of what the convolution gives, and their share of dgain
+  [B * programs per sequence, N, H], float32, summed over their rows at the end."""
   N: tl.constexpr = NQ + 2 * NK
-  b, tile, n = tile_of(T, N, ROWS)
+  b, part, n = tile_of(T, N, ROWS * TILES)
   taps += b // (B // R) * (W * N * 2 * H2)
   gain += b // (B // R) * ((2 if NK > 0 else 1) * 2 * H2) + tl.where(n >= NQ, 2 * H2, 0)
-  t = tile * ROWS + tl.arange(0, ROWS)
-  ok = t < T
   h = tl.arange(0, H2)
-  share = b * ((T + ROWS - 1) // ROWS) + tile
-  low = tl.load(first + b * T + t, mask=ok, other=0)
   of, step = place(dq, dk, dv, n, NQ, NK, 2 * H2)
-  at = of + (b * T + t)[:, None] * step + h[None, :]
-  one = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
-  two = tl.load(at + H2, mask=ok[:, None], other=0.0).to(tl.float32)
-  if n < NQ + NK:
-    if ROPE:
-      c = tl.load(cos + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-      s = tl.load(sin + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-      turned = one * c + two * s
-      two = two * c - one * s
-      one = turned
-    if NORM:
-      x_one, x_two = convolved(y, taps, b, t, n, low, ok, T, N, H2, W, ROWS)
-      scale = tl.rsqrt((tl.sum(x_one * x_one, axis=1) + tl.sum(x_two * x_two, axis=1)) / (2 * H2) + EPS)[:, None]
-      x_one, x_two = x_one * scale, x_two * scale
-      to = dgain + (share * N + n) * (2 * H2) + h
-      tl.store(to, tl.sum(one * x_one, axis=0))
-      tl.store(to + H2, tl.sum(two * x_two, axis=0))
-      one = one * tl.load(gain + h)[None, :]
-      two = two * tl.load(gain + H2 + h)[None, :]
-      mean = ((tl.sum(one * x_one, axis=1) + tl.sum(two * x_two, axis=1)) / (2 * H2))[:, None]
-      one, two = scale * (one - x_one * mean), scale * (two - x_two * mean)
-  at = ((b * T + t) * N + n)[:, None] * (2 * H2) + h[None, :]
-  for back in tl.static_range(W):
-    reach = (ok & (t - back >= low))[:, None]
-    before = y + at - back * N * (2 * H2)
-    to = dtaps + ((share * W + back) * N + n) * (2 * H2) + h
-    tl.store(to, tl.sum(one * tl.load(before, mask=reach, other=0.0).to(tl.float32), axis=0))
-    tl.store(to + H2, tl.sum(two * tl.load(before + H2, mask=reach, other=0.0).to(tl.float32), axis=0))
-  tl.store(dz + at, one.to(dz.dtype.element_ty), mask=ok[:, None])
-  tl.store(dz + at + H2, two.to(dz.dtype.element_ty), mask=ok[:, None])
+  total_one = tl.zeros([ROWS, H2], tl.float32)
+  total_two = tl.zeros([ROWS, H2], tl.float32)
+  for tile in range(TILES):
+    t = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    ok = t < T
+    at = of + (b * T + t)[:, None] * step + h[None, :]
+    one = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
+    two = tl.load(at + H2, mask=ok[:, None], other=0.0).to(tl.float32)
+    if n < NQ + NK:
+      if ROPE:
+        c = tl.load(cos + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
+        s = tl.load(sin + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
+        turned = one * c + two * s
+        two = two * c - one * s
+        one = turned
+      if NORM:
+        low = tl.load(first + b * T + t, mask=ok, other=0)
+        x_one, x_two = convolved(y, taps, b, t, n, low, ok, T, N, H2, W, ROWS)
+        scale = tl.rsqrt((tl.sum(x_one * x_one, axis=1) + tl.sum(x_two * x_two, axis=1)) / (2 * H2) + EPS)[:, None]
+        x_one, x_two = x_one * scale, x_two * scale
+        total_one += one * x_one
+        total_two += two * x_two
+        one = one * tl.load(gain + h)[None, :]
+        two = two * tl.load(gain + H2 + h)[None, :]
+        mean = ((tl.sum(one * x_one, axis=1) + tl.sum(two * x_two, axis=1)) / (2 * H2))[:, None]
+        one, two = scale * (one - x_one * mean), scale * (two - x_two * mean)
+    at = dz + ((b * T + t) * N + n)[:, None] * (2 * H2) + h[None, :]
+    tl.store(at, one.to(dz.dtype.element_ty), mask=ok[:, None])
+    tl.store(at + H2, two.to(dz.dtype.element_ty), mask=ok[:, None])
+  if NORM and n < NQ + NK:
+    to = dgain + ((b * ((T + ROWS * TILES - 1) // (ROWS * TILES)) + part) * N + n) * (2 * H2) + h
+    tl.store(to, tl.sum(total_one, axis=0))
+    tl.store(to + H2, tl.sum(total_two, axis=0))
 
 
 @triton.jit
-def unconvolve_kernel(dz, taps, first, dy, B: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-                      H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-  """The convolution's gradient: dy[t] sums taps[a] dz[t + a] over the tokens of t's segment that reach back to it."""
-  b, tile, n = tile_of(T, N, ROWS)
+def unconvolve_kernel(dz, y, taps, first, dy, dtaps, B: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+                      N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+  """The convolution's gradients, of TILES neighbouring tiles: dy[t] sums taps[a] dz[t + a] over the tokens of t's
+  segment that reach back to it, and dtaps[a] sums y[t] dz[t + a], a share of [B * programs per sequence, W, N, H],
+  float32.
+  """
+  b, part, n = tile_of(T, N, ROWS * TILES)
   taps += b // (B // R) * (W * N * H)
-  t = tile * ROWS + tl.arange(0, ROWS)
   h = tl.arange(0, H)
-  at = ((b * T + t) * N + n)[:, None] * H + h[None, :]
-  total = tl.zeros([ROWS, H], tl.float32)
+  sums = (tl.zeros([ROWS, H], tl.float32),) * W
+  for tile in range(TILES):
+    t = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    at = ((b * T + t) * N + n)[:, None] * H + h[None, :]
+    own = tl.load(y + at, mask=(t < T)[:, None], other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, H], tl.float32)
+    more = ()
+    for ahead in tl.static_range(W):
+      ok = t + ahead < T
+      low = tl.load(first + b * T + t + ahead, mask=ok, other=T)
+      reach = (ok & (t >= low))[:, None]
+      z = tl.load(dz + at + ahead * N * H, mask=reach, other=0.0).to(tl.float32)
+      total += z * tl.load(taps + (ahead * N + n) * H + h)[None, :]
+      more += (sums[ahead] + z * own,)
+    sums = more
+    tl.store(dy + at, total.to(dy.dtype.element_ty), mask=(t < T)[:, None])
+  share = b * ((T + ROWS * TILES - 1) // (ROWS * TILES)) + part
   for ahead in tl.static_range(W):
-    ok = t + ahead < T
-    low = tl.load(first + b * T + t + ahead, mask=ok, other=T)
-    reach = (ok & (t >= low))[:, None]
-    tap = tl.load(taps + (ahead * N + n) * H + h)
-    total += tl.load(dz + at + ahead * N * H, mask=reach, other=0.0).to(tl.float32) * tap[None, :]
-  tl.store(dy + at, total.to(dy.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(dtaps + ((share * W + ahead) * N + n) * H + h, tl.sum(sums[ahead], axis=0))

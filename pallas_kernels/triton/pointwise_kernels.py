@@ -1,4 +1,5 @@
-"""Triton kernels of what stands between products: RMSNorm of a row and its gradient, SwiGLU's gate and its gradient.
+"""Triton kernels of what stands between products: RMSNorm of a row and its gradient, SwiGLU's gate and its gradient,
+the loss of a row of logits with its gradient.
 
 A program has ROWS rows whole. R replicas of rows / R rows each have gains of their own.
 """
@@ -9,13 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_forward_kernel(x, gain, out, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                        EPS: tl.constexpr, ROWS: tl.constexpr):
+def norm_forward_kernel(x, more, gain, out, whole, ADD: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
+                        D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr):
+  """Of x, or if ADD of whole = x + more, which is written."""
   row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
   d = tl.arange(0, WIDTH)
   ok = (row < M)[:, None] & (d < D)[None, :]
   at = tl.cast(row, tl.int64)[:, None] * D + d[None, :]
   v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+  if ADD:
+    added = (v + tl.load(more + at, mask=ok, other=0.0).to(tl.float32)).to(whole.dtype.element_ty)
+    tl.store(whole + at, added, mask=ok)
+    v = added.to(tl.float32)
   scale = tl.rsqrt(tl.sum(v * v, axis=1) / D + EPS)[:, None]
   g = tl.load(gain + tl.program_id(0) * ROWS // (M // R) * D + d, mask=d < D, other=0.0)[None, :]
   tl.store(out + at, (v * scale * g).to(out.dtype.element_ty), mask=ok)
@@ -67,3 +73,31 @@ def gate_backward_kernel(y, dout, dy, M: tl.constexpr, F: tl.constexpr, SIZE: tl
   share = 1 / (1 + tl.exp(-gate))
   tl.store(dy + at, (d * up * share * (1 + gate * (1 - share))).to(dy.dtype.element_ty), mask=ok)
   tl.store(dy + at + F, (d * gate * share).to(dy.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def nll_kernel(logits, targets, shares, nll, dlogits, V: tl.constexpr, SIZE: tl.constexpr):
+  """Of one row: log(sum(exp(x))) - x[target], and share (exp(x) / sum(exp(x)) - 1 at the target).
+
+  Each place of a tile has a maximum and a sum of its own until the row is read. The second time it comes from the L2
+  cache: as many rows as there are multiprocessors fit in.
+  """
+  row = tl.cast(tl.program_id(0), tl.int64)
+  v = tl.arange(0, SIZE)
+  top = tl.full([SIZE], -3e38, tl.float32)
+  total = tl.zeros([SIZE], tl.float32)
+  for start in range(0, V, SIZE):
+    x = tl.load(logits + row * V + start + v, mask=start + v < V, other=float("-inf"))
+    new = tl.maximum(top, x)
+    total = total * tl.exp(top - new) + tl.exp(x - new)
+    top = new
+  peak = tl.max(top, axis=0)
+  lse = peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+  target = tl.load(targets + row)
+  tl.store(nll + row, lse - tl.load(logits + row * V + target, mask=(target >= 0) & (target < V), other=0.0))
+  share = tl.load(shares + row)
+  for start in range(0, V, SIZE):
+    ok = start + v < V
+    x = tl.load(logits + row * V + start + v, mask=ok, other=0.0)
+    d = tl.where(start + v == target, tl.exp(x - lse) - 1, tl.exp(x - lse)) * share
+    tl.store(dlogits + row * V + start + v, d.to(dlogits.dtype.element_ty), mask=ok)
