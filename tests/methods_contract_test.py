@@ -9,6 +9,7 @@ import pytest
 from nsa import config as config_lib, flops, methods, model as model_lib, optim, schedule
 from nsa.methods import blocks, contract, interface, registry
 from nsa.planning import forecast
+import pallas_kernels as pk
 from pallas_kernels import backends
 
 MODEL = config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=8, num_kv_heads=2, head_dim=16, mlp_dim=32,
@@ -137,6 +138,17 @@ def test_a_remat_saves_what_attention_left():
     rows = (MODEL.num_layers, 1, T, MODEL.num_heads)
     assert shapes.count(rows) == attentions, (method, shapes)  # lse
     assert sum(x[:-1] == rows for x in shapes) == attentions, (method, shapes)  # o, padded for some
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_operations_know_that_their_layer_is_recomputed(monkeypatch, remat):
+  seen, real = [], pk.index_kl
+  monkeypatch.setattr(pk, "index_kl", lambda *a, **k: (seen.append(backends.is_recomputed()), real(*a, **k))[1])
+  config = config_lib.Config(model=dataclasses.replace(MODEL, remat=remat),
+                             attention=methods.MSA(block_size=4, num_blocks=2, index_dim=4))
+  jax.eval_shape(lambda p: model_lib.forward(config, p, jnp.zeros((1, 8), jnp.int32)).losses,
+                 model_lib.abstract_params(config))
+  assert seen and set(seen) == {remat == "layer"} and not backends.is_recomputed()
 
 
 def test_a_warm_up_is_dense_whatever_the_layers():

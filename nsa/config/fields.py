@@ -50,7 +50,8 @@ class ModelConfig:
   short_conv: int = 0             # taps of the causal depthwise convolution on q, k and v; 0 = none
   output_gate: bool = False       # sigmoid gate per head on the attention output (all arms or none)
   tie_embeddings: bool = True     # the output projection is the embedding, transposed
-  remat: str = "none"             # "none", or "layer": recompute each layer in the backward pass
+  remat: str = "none"             # "none", or "layer": recompute each layer in the backward pass, but for its choice of
+                                  # blocks and what its attention leaves
   dtype: str = "float32"          # of activations and matmul inputs; parameters stay float32
 
 

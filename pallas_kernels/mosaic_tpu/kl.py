@@ -19,6 +19,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backends
 from pallas_kernels.mosaic_tpu import selected, union, walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
@@ -86,6 +87,7 @@ def _forward(q_idx, k_idx, q, k, lse, block_indices, segment_ids, offset, block_
   lists = union.make_lists(plan, picks)
   out = divergence(plan, queries, row_lse, pairs, lists, numbers, scale=scale, index_scale=index_scale,
                    interpret=interpret)
+  out = backends.attended(out)
   loss = union.from_rows(plan, out[:, :, :1])[:, :, :, 0, 0]
   return loss, (q_idx, k_idx, q, k, lse, block_indices, lists, out, segment_ids, offset)
 

@@ -2,9 +2,9 @@
 
 Over selected blocks the forward pass leaves five numbers per entry of the selection, the backward pass one row of
 dq_idx. P, which costs G products of H numbers where an index score costs one, is kept for the backward pass up to
-`KEPT_BYTES` of it (with 64/4 heads of 128 and 16 blocks of 128 as much as q) and made again beyond. What entries have
-takes J times as much as q_idx; above `SLICE_BYTES` the queries go through in slices, one after the other. Sums go in a
-fixed order: equal inputs give equal bits.
+`KEPT_BYTES` of it (with 64/4 heads of 128 and 16 blocks of 128 as much as q) and made again beyond, and under a remat,
+which would make all else again with it. What entries have takes J times as much as q_idx; above `SLICE_BYTES` the
+queries go through in slices, one after the other. Sums go in a fixed order: equal inputs give equal bits.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lists as entry_lists, spans
+from pallas_kernels import backends, lists as entry_lists, spans
 from pallas_kernels.triton import call, invert, kl_kernels, ranged, tuning
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -51,21 +51,24 @@ def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, i
 def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale, index_scale, segment_ids, query_offset):
   """See `pallas_kernels.api.index_kl`."""
   how = (block_size, float(scale), float(index_scale), "ieee" if q.dtype == jnp.float32 else "tf32")
+  keep = not backends.is_recomputed()
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
-  return _index_kl(q_idx, k_idx, (q, k, lse.astype(jnp.float32), block_indices, segment_ids, offset), how)
+  return _index_kl(q_idx, k_idx, (q, k, lse.astype(jnp.float32), block_indices, segment_ids, offset), how, keep)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _index_kl(q_idx, k_idx, rest, how):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _index_kl(q_idx, k_idx, rest, how, keep):
+  del keep
   return call.batched(functools.partial(_losses, how=how, keep=False))(q_idx, k_idx, rest)[0]
 
 
-def _forward(q_idx, k_idx, rest, how):
-  loss, *saved, targets = call.batched(functools.partial(_losses, how=how, keep=True))(q_idx, k_idx, rest)
-  return loss, (q_idx, k_idx, rest, saved, targets)
+def _forward(q_idx, k_idx, rest, how, keep):
+  loss, *saved, targets = call.batched(functools.partial(_losses, how=how, keep=keep))(q_idx, k_idx, rest)
+  return loss, (q_idx, k_idx, rest, backends.attended(saved), targets)
 
 
-def _backward(how, residuals, dloss):
+def _backward(how, keep, residuals, dloss):
+  del keep
   gradients = call.batched(functools.partial(_gradients, how=how), laid_out=(4,))
   q_idx, k_idx, rest, saved, targets = residuals
   dq, dk = gradients(q_idx, k_idx, rest, saved, targets, dloss)
@@ -121,7 +124,7 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
 
   def one(block_indices, first):
     entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset)
-    moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants)
+    moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, keep=keep)
     used = entries.position >= 0
     top, norm, total, entropy, cross = (moments[n][entries.position] for n in range(5))
     peak = jnp.where(used, top, -jnp.inf).max(axis=-1)
@@ -146,14 +149,15 @@ def _places(plan):
   return plan.max_tiles * entry_lists.TILE_ROWS
 
 
-def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, keep, constants):
-  """The moments of each entry, and P by entry or, without `keep`, nothing of use."""
+def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, *, keep, moments=True):
+  """The moments of each entry, and P by entry; without `moments` or without `keep` nothing of use in their place."""
   B, places, size = plan.batch, _places(plan), plan.block_size
   targets = jax.ShapeDtypeStruct((B, -(-places // B) if keep else 1, size), q.dtype)  # a first axis for `call.batched`
   return call.kernel_call(
       kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
-      [jax.ShapeDtypeStruct((5, places), jnp.float32), targets], grid=(plan.max_units,), name="index_kl_forward",
-      PLACES=places, SIZE=size, TOKENS=entry_lists.TILE_ROWS, KEEP=keep, **constants)
+      [jax.ShapeDtypeStruct((5, places if moments else 1), jnp.float32), targets], grid=(plan.max_units,),
+      name="index_kl_forward", PLACES=places, SIZE=size, TOKENS=entry_lists.TILE_ROWS, MOMENTS=moments, KEEP=keep,
+      **constants)
 
 
 def _invert(block_indices, plan, queries, first, segment_ids, offset):
@@ -186,7 +190,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
   def one(block_indices, targets, first):
     entries = _invert(block_indices, plan, T, first, segment_ids, offset)
     if targets is None:  # by the kernel of the forward pass: beside the sums of dk, P does not fit the registers
-      targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, True, constants)[1]
+      _, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, keep=True, moments=False)
     dq, dk = call.kernel_call(
         kl_kernels.selected_backward_kernel,
         (q_idx, k_idx, index_lse, factor, weight, entries.rows, entries.spans, entries.units, targets),

@@ -51,8 +51,8 @@ def _moments(p, s, top):
 def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, targets, S: tl.constexpr,
                             K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                            TOKENS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
-  """`moments` float32[5, PLACES]: the maximum of the index scores and the `_moments` of each entry.
+                            TOKENS: tl.constexpr, MOMENTS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
+  """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `_moments`.
 
   `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask.
   """
@@ -70,16 +70,17 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     p = tl.where(seen, _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
-    s = tl.dot(_index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
-    s = tl.where(seen, s, float("-inf"))
-    top = tl.max(s, axis=1)
-    _, norm, total, entropy, cross = _moments(p, s, top)
     place = tile.to(tl.int64) * TOKENS + i
-    tl.store(moments + place, top, mask=ok)
-    tl.store(moments + PLACES + place, norm, mask=ok)
-    tl.store(moments + 2 * PLACES + place, total, mask=ok)
-    tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
-    tl.store(moments + 4 * PLACES + place, cross, mask=ok)
+    if MOMENTS:
+      s = tl.dot(_index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+      s = tl.where(seen, s, float("-inf"))
+      top = tl.max(s, axis=1)
+      _, norm, total, entropy, cross = _moments(p, s, top)
+      tl.store(moments + place, top, mask=ok)
+      tl.store(moments + PLACES + place, norm, mask=ok)
+      tl.store(moments + 2 * PLACES + place, total, mask=ok)
+      tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
+      tl.store(moments + 4 * PLACES + place, cross, mask=ok)
     if KEEP:
       tl.store(targets + place[:, None] * SIZE + c[None, :], p.to(targets.dtype.element_ty), mask=ok[:, None])
 
