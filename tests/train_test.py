@@ -267,13 +267,13 @@ def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
     class Killed(BaseException):
       pass
 
-    def write(config, params, workdir, step, mesh, during, own):
+    def write(config, params, workdir, step, mesh, during, own, seconds):
       if step == last and not killed:
         killed.append(step)
         raise Killed
       assert during == (step < 4)
       assert own
-      return real(config, params, workdir, step, mesh, during, own)
+      return real(config, params, workdir, step, mesh, during, own, seconds)
 
     killed, real = [], train_lib.evaluate.write
     with pytest.MonkeyPatch.context() as patch:
