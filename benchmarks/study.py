@@ -33,7 +33,7 @@ def main():
   if evaluated := rows[-1]["evaluated"]:
     print("\nevaluation by run mode and split, seconds of the device and % of all wall time")
     host = rows[-1].get("evaluate", 0.0) - sum(evaluated.values())
-    for name, seconds in (*sorted(evaluated.items(), key=lambda x: -x[1]), ("the host alone", host)):
+    for name, seconds in (*sorted(evaluated.items(), key=lambda x: -x[1]), ("host, compiler, decoding", host)):
       print(f"{name:<32}{seconds:12.1f}{100 * seconds / rows[-1]['wall']:12.1f}")
   if _OUT.value:
     Path(_OUT.value).write_text(json.dumps(rows, indent=1))

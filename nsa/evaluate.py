@@ -211,7 +211,10 @@ def records(config, params, step: int, mesh=None, during: bool = False,
 def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short, ask) -> list[dict]:
   """The records of one run mode, which `how` has read; e: eval, short where `short`; ask: `scores.Turns.ask`."""
   token_bytes, out = tokenizer.get(config.data.tokenizer).token_bytes, []
-  run = _runner(_program(run_config, mode, selector), mesh)
+  program = _program(run_config, mode, selector)
+  if mesh is None:  # before the first turn: who waits for a compiler keeps no device from another, and takes none
+    _compiled(program, e.batch, asked.context)
+  run = _runner(program, mesh)
   for replica, seed in enumerate(config.seeds):
     if not short and run_mode not in e.modes((seed,)):
       continue

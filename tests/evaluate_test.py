@@ -337,6 +337,29 @@ def test_who_reckons_does_not_keep_the_device_from_another():
     assert turns.seconds[name] >= 0.03
 
 
+def test_nobody_waits_for_a_compiler_in_a_turn(monkeypatch):
+  config = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("dense", "sparse"))
+  here, waited, real, ask = threading.local(), [], evaluate._compiled, scores.Turns.ask
+
+  def compiled(*key):
+    if key not in waited:  # the first of a program compiles it
+      waited.append(key)
+      assert not getattr(here, "asks", False)
+    return real(*key)
+
+  def asks(*args):
+    here.asks = True
+    try:
+      return ask(*args)
+    finally:
+      here.asks = False
+
+  monkeypatch.setattr(evaluate, "_compiled", compiled)
+  monkeypatch.setattr(scores.Turns, "ask", asks)
+  rows, _ = records(config, tasks=("copy:length=6",))
+  assert len(waited) == 2 and {row["kind"] for row in rows} >= {"language", "task"}
+
+
 def test_a_dense_model_runs_under_training_free_selectors():
   rows, _ = records(make_config(methods.Dense()), run_modes=MODES, blocks=BLOCKS)
   by_mode = {mode: [row for row in rows if row["run_mode"] == mode] for mode in MODES}
