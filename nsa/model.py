@@ -366,7 +366,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
         # Between the loops forward and backward XLA finds no common subexpressions; where no loop is left it would.
         body = jax.checkpoint(body, prevent_cse=unroll >= count,
                               policy=jax.checkpoint_policies.save_only_these_names(methods.CHOSEN, backends.ATTENDED))
-      layer_inputs = stack, None if cache is None else _stack(mine), jnp.arange(first, first + count)
+      whole = _stack(stack) if isinstance(stack, list) else stack
+      layer_inputs = whole, None if cache is None else _stack(mine), jnp.arange(first, first + count)
       (x, _), (loss, observed, streams) = jax.lax.scan(body, (x, hands), layer_inputs, unroll=min(unroll, count))
       streams = [] if cache is None else _unstack(streams, count)
     first += count

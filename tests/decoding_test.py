@@ -38,6 +38,25 @@ def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
   np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["moba", "seer", "infllm_v2"])
+def test_packed_documents_decode_by_token_and_by_two(name):
+  """Summaries of blocks that two documents share, in a loop's parameters; documents end elsewhere in each row."""
+  config = make_config(METHODS[name], short_conv=0)
+  params, tokens = jax.tree.map(jnp.asarray, random_params(model_lib.abstract_params(config))), tokens_of()[:, :46]
+  segments = np.stack([np.searchsorted(ends, np.arange(46), side="right") for ends in ((13, 29), (5, 20))])
+  segments = jnp.asarray(segments, jnp.int32)
+  run = jax.jit(lambda params, tokens, cache=None, offset=0: model_lib.forward(
+      config, params, tokens, segments, losses=False, cache=cache, offset=offset))
+  out = run(params, tokens[:, :11], model_lib.init_cache(config, params, B, 46))
+  logits, at, params_of_loop = [out.logits], 11, model_lib.by_layer(config, params)
+  while at < 46:
+    width = 2 if at % 5 == 0 else 1
+    out = run(params_of_loop, tokens[:, at:at + width], out.cache, jnp.int32(at))
+    logits.append(out.logits)
+    at += width
+  np.testing.assert_allclose(np.concatenate(logits, 1), run(params, tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def instructions(text):
   """{computation: {instruction: (shape, operation, what stands behind)}} of a compiled program's text, and the names of
   its loops' bodies with all that they call but for fusions."""
