@@ -11,7 +11,7 @@ from report_cases import judged, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, verdict
+from nsa.report import analyses, archive, endpoints, runs, verdict
 
 
 def test_an_equal_retrofit_matches(tmp_path):
@@ -274,6 +274,19 @@ def test_a_limit_is_claimed_only_where_the_curve_levels_off(tmp_path):
   assert any("R(b) levels off between 25 % and 50 %" in line and "at +0.01" in line for line in lines["flat"])
   assert any("not shown to level off between 25 % and 50 %" in line and "no limit is claimed" in line
              for line in lines["steep"])
+
+
+def test_a_tally_counts_what_has_no_pair_and_does_not_say_that_nothing_ran():
+  """An arm that ran has no difference either, where its control did not run."""
+  endpoint = runs.Endpoint(planted.TEXT, 0.005)
+
+  def one(arm, budget, differences=None):
+    return verdict.Comparison("R", arm, "sparse", "dense", "S", endpoint, "text", budget=budget,
+                              differences=differences or {})
+
+  group = [one("within", 0.25, {0: 0.1}), one("without_its_control", 0.25), one("never_run", 0.05)]
+  assert verdict._tally(group) == "cannot be judged at 25 % (within); 2 more without a pair of runs"
+  assert verdict._tally(group[2:]) == "cannot be judged at 5 %"
 
 
 def test_outcomes_in_two_groups_are_counted(tmp_path):

@@ -331,13 +331,13 @@ _WORDS = ("matches", "worse", "better", "undecided", "cannot be judged", "not ad
 
 
 def _tally(group) -> str:
-  """"worse at 1 %, 5 %; matches at 25 %; no runs of 3 more"."""
+  """"worse at 1 %, 5 %; matches at 25 %; 3 more without a pair of runs"."""
   at = lambda c: c.arm if c.budget is None else (
       percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1))
   ran = [c for c in group if c.differences] or group
   words = [f"{word} at {', '.join(at(c) for c in ran if c.word == word)}"
            for word in _WORDS if any(c.word == word for c in ran)]
-  return "; ".join(words + [f"no runs of {len(group) - len(ran)} more"] * (len(ran) < len(group)))
+  return "; ".join(words + [f"{len(group) - len(ran)} more without a pair of runs"] * (len(ran) < len(group)))
 
 
 def _headline(study, primary, admitted):
