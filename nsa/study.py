@@ -195,7 +195,7 @@ def _trunks_first(unordered: list[Job]) -> list[Job]:
 
 def wanted(study: Study, directory, only: tuple[str, ...] = ()) -> tuple[list[Job], list[Job]]:
   """(the runs that `only` and study.now name, the others), trunks first, then in the order of the patterns of `only`.
-  ConfigError where none is named."""
+  ConfigError where one of the patterns, or study.now, names none."""
   patterns = only or ("*",)
   place = lambda job: next((i for i, p in enumerate(patterns) if fnmatch.fnmatch(job.run.removeprefix("runs/"), p)),
                            len(patterns))
@@ -204,9 +204,11 @@ def wanted(study: Study, directory, only: tuple[str, ...] = ()) -> tuple[list[Jo
   mine = [job for job in todo if place(job) < len(patterns) and now(job)]
   named = {job.run for job in mine}
   others = [job for job in todo if job.run not in named]
-  if not mine:
-    raise ConfigError([("--only", ",".join(only), "no run has such a name; there are "
-                                                  f"{', '.join(job.run for job in others)}")])
+  names = [job.run.removeprefix("runs/") for job in todo]
+  nothing = [p for p in patterns if not fnmatch.filter(names, p)]  # misspelt: its runs would be left out in silence
+  if nothing or not mine:
+    raise ConfigError([("--only", p, f"no run has such a name; there are {', '.join(job.run for job in todo)}")
+                       for p in nothing or [",".join(only)]])
   return mine, others
 
 
