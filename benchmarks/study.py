@@ -4,9 +4,9 @@
 
 Read from what runs leave behind, nothing is run. Steps: tokens of each record over the speed that it logged
 (compilation and evaluation excluded). The other parts: DONE's `seconds_paused`; of evaluation, what the device took for
-each run mode and split: `seconds_evaluated`. Wall time of a run: from config.json to DONE by their file times; a
-study's from its first config.json to its last DONE, reports excluded. Runs that were cut and went on count their
-waiting, too: for a clean number take a study that ran in one go.
+each run mode and split, greedy decoding left out: `seconds_evaluated`. Wall time of a run: from config.json to DONE by
+their file times; a study's from its first config.json to its last DONE, reports excluded. Runs that were cut and went
+on count their waiting, too: for a clean number take a study that ran in one go.
 """
 from __future__ import annotations
 

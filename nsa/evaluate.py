@@ -104,7 +104,7 @@ def write(config, params, workdir, step: int, mesh=None, during: bool = False,
   own: whether the run itself asks. Otherwise what differs in anything from the run's own evaluation at this step (other
     windows, items, run modes, split, context, options, corpus) goes to a file of its own, whose name says what: reports
     leave it out.
-  seconds: gets those that the devices took, by run mode and split.
+  seconds: gets those that the devices took, by run mode and split; those of greedy decoding are not among them.
   With several processes each must call it; the first one writes. The last evaluation that a run asks also writes
   eval.sealed. One process alone keeps what each run mode gives, until the file is whole: an evaluation of the run's
   own that is cut goes on behind the run modes that it has.
