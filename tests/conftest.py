@@ -17,6 +17,8 @@ if os.environ.get("JAX_PLATFORMS") == "cpu" and os.environ.setdefault("JAX_DISAB
     flags += ["--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
               "--xla_cpu_parallel_codegen_split_count=1"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
+# In Mosaic GPU's interpreter one thread of XLA waits for others: with two, as on two cores, now and then for ever.
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nsa-compiled-")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
