@@ -44,6 +44,21 @@ def shared_by_two(plan, head_dim):
   return plan.block_size == 2 * TILE_ROWS and head_dim == 2 * TILE_ROWS
 
 
+def _added(products, carry, sums: tuple[int, int], interpret: bool):
+  """`carry`, the float32 sums [*sums] of dK and dV so far, and what `products(dk_acc, dv_acc)` adds to them."""
+  if interpret:  # which knows no accumulators that begin with a value
+    more = pl.run_scoped(lambda *accs: (products(*accs), [acc[...] for acc in accs])[1],
+                         *[plgpu.ACC(sums, jnp.float32)] * 2)
+    return tuple(x + y for x, y in zip(carry, more))
+  return pl.run_state(lambda accs: products(*accs))(tuple(plgpu.ACC.init(x) for x in carry))
+
+
+def _summed(step, tiles, sums: tuple[int, int]):
+  """(dK, dV) of a unit: `step(i, carry)` over its tiles, from zeros on."""
+  zeros = plgpu.layout_cast(jnp.zeros(sums, jnp.float32), plgpu.Layout.WGMMA)
+  return lax.fori_loop(0, tiles, step, (zeros, zeros))
+
+
 def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmented,
                       interpret=False):
   """Gradients of each entry and each unit.
@@ -153,14 +168,9 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(do_s.at[slot], dq.at[part, pl.ds((first_tile + i) * TILE_ROWS, TILE_ROWS)])
 
-      if interpret:  # which knows no accumulators that begin with a value
-        more = pl.run_scoped(lambda *accs: (products(*accs), [acc[...] for acc in accs])[1],
-                             *[plgpu.ACC(sums, jnp.float32)] * 2)
-        return tuple(x + y for x, y in zip(carry, more))
-      return pl.run_state(lambda accs: products(*accs))(tuple(plgpu.ACC.init(x) for x in carry))
+      return _added(products, carry, sums, interpret)
 
-    zeros = plgpu.layout_cast(jnp.zeros(sums, jnp.float32), plgpu.Layout.WGMMA)
-    dk_sum, dv_sum = lax.fori_loop(0, tiles, step, (zeros, zeros))
+    dk_sum, dv_sum = _summed(step, tiles, sums)
     dk[unit, part] = dk_sum
     dv[unit, part] = dv_sum
     plgpu.wait_smem_to_gmem(0)
@@ -282,14 +292,9 @@ def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpr
         plgpu.copy_smem_to_gmem(
             dq_s.at[wg], dq.at[0, pl.ds((first_tile + i) * TILE_ROWS, TILE_ROWS), pl.ds(wg * half, half)])
 
-      if interpret:  # which knows no accumulators that begin with a value
-        more = pl.run_scoped(lambda *accs: (products(*accs), [acc[...] for acc in accs])[1],
-                             *[plgpu.ACC(sums, jnp.float32)] * 2)
-        return tuple(x + y for x, y in zip(carry, more))
-      return pl.run_state(lambda accs: products(*accs))(tuple(plgpu.ACC.init(x) for x in carry))
+      return _added(products, carry, sums, interpret)
 
-    zeros = plgpu.layout_cast(jnp.zeros(sums, jnp.float32), plgpu.Layout.WGMMA)
-    dk_sum, dv_sum = lax.fori_loop(0, tiles, step, (zeros, zeros))
+    dk_sum, dv_sum = _summed(step, tiles, sums)
     dk[unit, wg] = dk_sum
     dv[unit, wg] = dv_sum
     plgpu.wait_smem_to_gmem(0)
