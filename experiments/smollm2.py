@@ -31,7 +31,8 @@ a second, dense or MSA, where it has nothing else to do:
 | 4 | 8 blocks, or the first three layers dense, with 2 and 8 | 20 |
 | 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |
 | 6 | why tier 1's selectors find nothing: 8, with recall in the batches and with a fast selector | 48 |
-| 7 | why tier 6's find little: 8, with a loss of far queries, smaller batches, other selectors | 64 |
+| 7 | why tier 6's find little: 8, a loss of far queries, small batches (one row: three orders), other selectors | 96 |
+| 8 | one row a step with 2 and 32, and controls: how many steps a selector needs | 68 |
 
 Tier 6 was written after tier 1 and before its own runs. Tier 1's selectors hold 98 % of the attention mass that the
 best blocks hold and answer 0 to 3 % of far recall, where the best blocks answer all that dense attention does. A sink
@@ -51,10 +52,15 @@ warm-up ("_b2_recall": every second row asks). Seer and DSA: the form of MSA's i
 weighted sum over heads, Seer's gates their own keys. Said beforehand: if the loss is to blame, msa_8M_far answers at
 least half of the far recall that dense_8M does; if steps are missing, msa_8M_b1 does, or msa_8M_b2_recall half of
 dense_8M_recall's; if the form is, dsa_8M_recall or seer_8M_recall answers half of dense_8M_recall's. Found, one run
-each: msa_8M_far answers 5 %, msa_8M_b1 53 % where dense_8M answers 83; the rest of tier 7 has not run.
+each: msa_8M_far answers 5 %, msa_8M_b1 53 % where dense_8M answers 83.
+
+Tier 8 was written after these two, before its own runs and before dense_8M_b1's. Said beforehand: if steps count and
+not tokens, msa_2M_b1 (244 steps) answers more than msa_8M's 3 % (122 steps of eight rows); if steps are all that is
+missing, msa_32M_b1 (3,906) answers at least nine tenths of the far recall that dense_32M_b1 does; if it closes less
+than half of what msa_8M_b1 leaves, more steps of this kind are not the way.
 
 Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
-(archives or folders; none: the standard library's source), tier=1 (0 to 7, or all of 1 to 7; a tier brings the dense
+(archives or folders; none: the standard library's source), tier=1 (0 to 8, or all of 1 to 8; a tier brings the dense
 arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
 context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
 (of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, once=true (the imported
@@ -89,7 +95,7 @@ def get_config(arg=None):
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
                       windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
   make = Arms(a)
-  tiers = {str(number): make.tier(number) for number in range(1, 8)}
+  tiers = {str(number): make.tier(number) for number in range(1, 9)}
   if a.tier == "0":
     make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
   if a.tier not in (*tiers, "all"):
@@ -208,8 +214,9 @@ class Arms:
                     decoded=millions in self.main, recall=recall, rows=rows)
 
   def seeds(self, name):
-    """All orders of the data for the main budgets of MSA, their controls and the anchor; one for the rest."""
-    main = ["dense", *(f"{kind}_{m:g}M" for kind in ("msa", "dense") for m in self.main)]
+    """All orders of the data for the main budgets of MSA, their controls, the anchor and what worked; one else."""
+    main = ["dense", *(f"{kind}_{m:g}M" for kind in ("msa", "dense") for m in self.main),
+            *(f"{kind}_{self.main[-1]:g}M_b1" for kind in ("msa", "dense"))]
     return tuple(range(self.a.seeds)) if name in main else (0,)
 
   def tier(self, number):
@@ -236,6 +243,12 @@ class Arms:
               self.retrofit("dsa", last, recall=True), self.retrofit("msa", last, rows=2, recall=True),
               self.continued(last, rows=1), self.continued(last, rows=2, recall=True)]
       for one in arms:  # the question is recall by their own choice and by the best
+        one.eval.more_modes = ()
+      return arms
+    if number == 8:
+      arms = [one for m in (self.main[0], largest) for one in (self.retrofit("msa", m, rows=1),
+                                                               self.continued(m, rows=1))]
+      for one in arms:
         one.eval.more_modes = ()
       return arms
     if number == 4:
