@@ -33,6 +33,7 @@ def main():
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
   e.sequences = e.sequences if _SEQUENCES.value is None else _SEQUENCES.value
   config_lib.validate(config)
+  evaluate.refuse_absent(config, _RUN_MODES.value.split(), "--run_modes")
   cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   mesh, params = evaluate.place_here(config, params)
   with capacity.told(config, "evaluating", evaluation=True):

@@ -247,6 +247,23 @@ def geometry(config, run_mode: str):
 
 def how(config, run_mode: str):
   """(config to run with, mode, selector), or None where the run mode has no meaning."""
+  found = _how(config, run_mode)
+  if isinstance(found, str):
+    logging.info("%s has no run mode %s: %s", config.arm, run_mode, found)
+    return None
+  return found
+
+
+def refuse_absent(config, run_modes, field: str) -> None:
+  """Raises ConfigError for run modes without a meaning. Who asks for one by hand is to hear of it; arms of a study, all
+  asked the same, leave them out."""
+  absent = [(field, run_mode, found) for run_mode in run_modes if isinstance(found := _how(config, run_mode), str)]
+  if absent:
+    raise config_lib.ConfigError(absent)
+
+
+def _how(config, run_mode: str):
+  """What `how` gives, or the reason why the run mode has no meaning."""
   name, options = methods.parse_run_mode(run_mode)
   if name == "dense":
     return config, "dense", "own"
@@ -256,21 +273,19 @@ def how(config, run_mode: str):
   own = config.attention
   if name != "sparse" and issubclass(methods.get(name), methods.PromptMethod):
     if any(method.acts_when_dense for method in config.methods):
-      logging.info("%s has no run mode %s: it is not the same model without its method's parameters", config.arm,
-                   run_mode)
-      return None
+      return "it is not the same model without its method's parameters"
     run.attention, run.layers, run.others = methods.get(name)(**options), (), {}
     return run, "sparse", "own"
   if isinstance(own, blocks.BlockMethod):
     attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
   elif name == "sparse" and any(method.has_sparse for method in config.methods):
     return config, "sparse", "own"                 # a window, a memory, or a hybrid of dense and other layers
-  elif name != "sparse" and (options or methods.get(name).has_geometry):
+  elif name == "sparse":
+    return "its attention is dense, it has no selector"
+  elif options or methods.get(name).has_geometry:
     attention, selector = methods.get(name)(**options), "own"
   else:
-    logging.info("%s has no run mode %s: %s", config.arm, run_mode,
-                 "it has no selector" if name == "sparse" else "eval.blocks gives no geometry")
-    return None
+    return f"the run has no blocks of its own: say how many of how many tokens, {name}:num_blocks=16,block_size=64"
   run.attention = attention
   return run, "sparse", selector
 

@@ -383,6 +383,11 @@ def test_a_dense_model_runs_under_training_free_selectors():
                  for mode in ("dense", "block_topk:num_blocks=8"))
   np.testing.assert_allclose(full, dense, rtol=1e-5)
   assert not records(make_config(methods.Dense()), run_modes=("oracle",))[0]  # no geometry given
+  evaluate.refuse_absent(make_config(methods.Dense()), ("dense", "quest", "oracle:num_blocks=3"), "--run_modes")
+  with pytest.raises(config_lib.ConfigError) as error:  # by hand it is no silence
+    evaluate.refuse_absent(make_config(methods.Dense()), ("quest", "oracle", "sparse"), "--run_modes")
+  assert [problem[:2] for problem in error.value.problems] == [("--run_modes", "oracle"), ("--run_modes", "sparse")]
+  assert "oracle:num_blocks=16,block_size=64" in str(error.value)
 
 
 def test_a_dense_prefix_is_observed_too():
