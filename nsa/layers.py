@@ -100,18 +100,22 @@ def _look_up_backward(saved, cotangent):
 look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_backward)
 
 
-def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None):
+def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, scaling=None, length: int = 0):
   """cos and sin, float32[positions, head_dim / 2], of position p * stride; `scaling` is a config.RopeScaling.
 
-  With yarn both are multiplied by its attention factor (arXiv 2309.00071, section 3.4).
+  With yarn (arXiv 2309.00071, section 3.4) and longrope (its released code) both are multiplied by an attention factor.
+  length: tokens of the row or the cache, which dynamic and longrope ask for; 0 = positions * stride.
   """
   lib = np if positions <= _MAX_CONSTANT_POSITIONS else jnp
   frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   size = 1.0
   if scaling is not None and scaling.kind:
-    frequency = scale_frequencies(frequency, scaling, theta)
+    frequency = scale_frequencies(frequency, scaling, theta, length or positions * stride)
+    grown = np.log(max(scaling.factor, 1.0))
     if scaling.kind == "yarn":
-      size = scaling.attention_factor or 0.1 * np.log(max(scaling.factor, 1.0)) + 1.0
+      size = scaling.attention_factor or 0.1 * grown + 1.0
+    elif scaling.kind == "longrope":
+      size = scaling.attention_factor or np.sqrt(1 + grown / np.log(scaling.context))
   angle = lib.arange(positions)[:, None] * stride * lib.asarray(frequency, lib.float32)[None]
   if lib is np:
     angle = np.arange(positions, dtype=np.float64)[:, None] * stride * frequency[None]
@@ -119,16 +123,22 @@ def rope_table(positions: int, head_dim: int, theta: float, stride: int = 1, sca
   return jnp.cos(angle) * np.float32(size), jnp.sin(angle) * np.float32(size)
 
 
-def scale_frequencies(frequency, scaling, theta):
-  """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). llama3: waves that turn at least
+def scale_frequencies(frequency, scaling, theta, length: int):
+  """Lower frequencies for longer contexts. linear: all alike (arXiv 2306.15595). dynamic: by a base that grows once
+  `length` is above the original context (arXiv 2309.00071, sections 3.1 and 3.3). llama3: waves that turn at least
   `high_frequency` times in the original context stay, those that turn at most `low_frequency` times are divided by
   the factor, in between a mean weighted by the turns (Llama 3.1's released configuration). yarn: the same two ends, in
   between a mean weighted by the wave's number, the ends rounded outwards to whole waves (arXiv 2309.00071, section 3.2,
-  and its code)."""
+  and its code). longrope: each by its own divisor, of two sets by `length` (arXiv 2402.13753)."""
   if scaling.kind == "linear":
     return frequency / scaling.factor
+  count = len(frequency)
+  if scaling.kind == "dynamic":
+    times = scaling.factor * max(length, scaling.context) / scaling.context - (scaling.factor - 1)
+    return frequency * times ** -(np.arange(count) / (count - 1))
+  if scaling.kind == "longrope":
+    return frequency / np.array(scaling.long_factors if length > scaling.context else scaling.short_factors)
   if scaling.kind == "yarn":
-    count = len(frequency)
     wave = lambda turns: count * np.log(scaling.context / (turns * 2 * np.pi)) / np.log(theta)
     first = max(np.floor(wave(scaling.high_frequency)), 0)
     last = min(np.ceil(wave(scaling.low_frequency)), 2 * count - 1)

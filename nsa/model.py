@@ -301,8 +301,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
 
   def rotate(x, offset=0, stride=1):
     positions = capacity if stride == 1 else -(-capacity // stride)
-    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling),
-                       offset)
+    return layers.rope(x, layers.rope_table(positions, x.shape[-1], model.rope_theta, stride, model.rope_scaling,
+                                            capacity), offset)
 
   def rope_of(index):
     """That of layer `index`: none in some layers of some models."""

@@ -7,6 +7,7 @@ import struct
 import commands
 import huggingface_test as shared
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -77,6 +78,50 @@ def test_a_damaged_index_is_named(content, said, tmp_path):
     content = json.dumps(tree)
   index.write_text(content)
   refused(source, tmp_path, huggingface.INDEX, said)
+
+
+def test_files_that_hold_a_tensor_twice_are_refused(tmp_path):
+  source = shared.write("llama", tmp_path / "source")
+  tensors = shared.weights("llama")
+  first, second = sorted(source.glob("*.safetensors"))
+  whole = safetensors.load_file(first)
+  name = sorted(safetensors.load_file(second))[0]
+  safetensors.save_file({**whole, name: 2 * tensors[name]}, first)
+  refused(source, tmp_path, str(first), f"holds {name}, which {huggingface.INDEX} has in {second.name}")
+  safetensors.save_file(whole, first)
+  safetensors.save_file({**tensors, name: 2 * tensors[name]}, source / "model.safetensors")
+  refused(source, tmp_path, str(source), f"holds model.safetensors and {huggingface.INDEX}", "leave one")
+
+
+@pytest.mark.parametrize("kinds, declared", [
+    ((np.float16, np.float16), "float16"), ((np.float32, np.float32), "bfloat16"),
+    ((ml_dtypes.bfloat16, ml_dtypes.bfloat16), None), ((ml_dtypes.bfloat16, np.float32), "bfloat16"),
+    ((np.float16, ml_dtypes.bfloat16), "float16")], ids=str)
+def test_an_export_loses_no_bit_whatever_dtype_the_config_says(kinds, declared, tmp_path):
+  """Half of the tensors are of either dtype; what is computed in is what the config says."""
+  source = shared.write("qwen3", tmp_path / "source", torch_dtype=declared)
+  tensors = {name: x.astype(np.float32).astype(kinds[i % 2])
+             for i, (name, x) in enumerate(sorted(shared.weights("qwen3", np.float32).items()))}
+  old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
+  safetensors.save_file({**tensors, **old}, source / "model.safetensors")
+  config = huggingface.import_model(source, tmp_path / "run", tokenizer="bytes")
+  assert config.model.dtype == declared or declared is None and config.model.dtype == "float32"
+  huggingface.export_model(tmp_path / "run", tmp_path / "out")
+  back = safetensors.load_file(tmp_path / "out/model.safetensors")
+  one = kinds[0] if kinds[0] is kinds[1] else np.float32
+  assert {x.dtype for x in back.values()} == {np.dtype(one)}
+  for name, x in tensors.items():
+    np.testing.assert_array_equal(back[name].astype(np.float32), x.astype(np.float32))
+
+
+def test_an_export_may_be_read_by_whoever_may_read_its_folder(tmp_path):
+  huggingface.import_model(shared.write("qwen3", tmp_path / "source"), tmp_path / "run", tokenizer="bytes")
+  before = os.umask(0o027)
+  try:
+    huggingface.export_model(tmp_path / "run", tmp_path / "out")
+  finally:
+    os.umask(before)
+  assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_a_damaged_config_is_named_with_the_key(tmp_path):
@@ -162,6 +207,16 @@ def test_a_directory_with_content_is_not_imported_into(tmp_path):
   with pytest.raises(config_lib.ConfigError):
     huggingface.import_model(source, tmp_path / "empty", tokenizer="bytes")
   assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_context_that_the_model_was_not_made_for_is_said(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr("nsa.huggingface.runs.logging.warning", lambda text, *args: said.append(text % args))
+  source = shared.write("qwen3", tmp_path / "source")
+  huggingface.import_model(source, tmp_path / "run", tokenizer="bytes", context=512)
+  assert not said
+  huggingface.import_model(source, tmp_path / "longer", tokenizer="bytes", context=513)
+  assert said == ["--context = 513: the model was made for 512 tokens (max_position_embeddings)"]
 
 
 def test_a_model_may_be_called_nan(tmp_path):

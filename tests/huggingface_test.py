@@ -48,11 +48,11 @@ CONFIGS = {
 CONFIGS["qwen3"]["head_dim"] = H  # the other has D / N
 
 
-def weights(name):
-  """Tensors under their names in the format, none of them trivial."""
+def weights(name, dtype=None):
+  """Tensors under their names in the format, none of them trivial; bfloat16 of qwen3, float32 of the others."""
   c, rng = CONFIGS[name], np.random.default_rng(3)
   h = c.get("head_dim", D // N)
-  dtype = ml_dtypes.bfloat16 if name == "qwen3" else np.float32
+  dtype = dtype or (ml_dtypes.bfloat16 if name == "qwen3" else np.float32)
   draw = lambda *shape: (0.3 * rng.standard_normal(shape)).astype(dtype)
   gain = lambda n: (1 + 0.3 * rng.standard_normal(n)).astype(dtype)
   out = {"model.embed_tokens.weight": draw(V, D), "model.norm.weight": gain(D)}
@@ -169,11 +169,20 @@ def test_logits_are_the_formats_own_and_export_changes_no_bit(name, tmp_path):
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(rope_type="longrope", original_max_position_embeddings=16,
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 2.0], long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 9.0])
 THEIRS = {  # class in transformers, and what differs from SHAPE
     "llama3": ("Llama", dict(rms_norm_eps=1e-3, rope_parameters=dict(LLAMA3, rope_theta=500.0))),
     "llama_linear": (
         "Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
     "llama_yarn": ("Llama", dict(rope_parameters=dict(YARN, rope_theta=100.0))),
+    "llama_dynamic": ("Llama", dict(max_position_embeddings=24, rope_parameters=dict(
+        rope_type="dynamic", factor=3.0, rope_theta=100.0))),
+    "llama_dynamic_within": ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=3.0, rope_theta=100.0))),
+    "llama_longrope": ("Llama", dict(rope_parameters=dict(LONGROPE, rope_theta=100.0))),
+    "llama_longrope_within": ("Llama", dict(rope_parameters=dict(
+        LONGROPE, original_max_position_embeddings=64, factor=8.0, rope_theta=100.0))),
+    "llama_longrope_factor": ("Llama", dict(rope_parameters=dict(LONGROPE, attention_factor=0.7, rope_theta=100.0))),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2_yarn": (
@@ -214,8 +223,12 @@ def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
     ("llama", dict(model_type="gemma2"), ["model_type = 'gemma2'", "known are llama, mistral"]),
     ("llama", dict(attention_bias=True), ["attention_bias = True", "another checkpoint"]),
     ("llama", dict(hidden_act="gelu"), ["hidden_act = 'gelu'", "silu"]),
-    ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)),
-     ["rope_parameters.rope_type = 'dynamic'", "llama3"]),
+    ("llama", dict(rope_parameters=dict(rope_type="proportional", factor=2.0)),
+     ["rope_parameters.rope_type = 'proportional'", "llama3"]),
+    ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0), max_position_embeddings=None),
+     ["max_position_embeddings = None", "dynamic needs it"]),
+    ("llama", dict(rope_parameters=dict(LONGROPE, long_factor=2.0)), ["rope_parameters.long_factor = 2.0", "numbers"]),
+    ("llama", dict(rope_parameters=LONGROPE), ["model.rope_scaling.long_factors = (1.0", "longrope has 4 numbers"]),
     ("llama", dict(rope_parameters=dict(rope_type="llama3", factor=2.0)),
      ["rope_parameters.low_freq_factor = None", "needs it"]),
     ("qwen3", dict(rope_scaling=dict(type="linear", factor=2.0, beta=3)), ["rope_scaling.beta = 3", "linear"]),
@@ -223,7 +236,7 @@ def test_logits_equal_those_of_transformers_before_and_after(name, tmp_path):
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types = ['sliding_attention']"]),
     ("qwen3", dict(quantization_config=dict(bits=4)), ["quantization_config", "another checkpoint"]),
     ("llama", dict(logit_scale=0.5), ["logit_scale = 0.5", "not known here"]),
-    ("llama", dict(num_hidden_layers=4), ["model.layers.3.", "do not belong"]),
+    ("llama", dict(num_hidden_layers=4), ["model.layers.3.input_layernorm.weight = 'missing'", "do not belong"]),
     ("llama", dict(num_hidden_layers=2), ["model.layers.2.", "tensors that the model here does not have"]),
     ("llama", dict(vocab_size=289), ["model.embed_tokens.weight = (288, 32)", "(289, 32)"]),
 ])

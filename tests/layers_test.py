@@ -84,3 +84,21 @@ def test_yarn_lowers_slow_waves_and_lengthens_the_rest_of_the_vector():
       assert math.isclose(sin[position, wave], size * math.sin(3 * position * frequency), abs_tol=1e-6)
   plain, _ = layers.rope_table(7, 16, 100.0, 3, dataclasses.replace(scaling, attention_factor=1.0))
   np.testing.assert_allclose(plain * (0.1 * math.log(4) + 1), cos, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [20, 32, 33, 80])
+def test_dynamic_and_longrope_go_by_the_length(length):
+  """Against scalar arithmetic: base 100, 16 dimensions, trained with 32 tokens; every third position of the row."""
+  dynamic = config_lib.RopeScaling("dynamic", factor=2.0, context=32)
+  short, far = tuple(1 + wave / 10 for wave in range(8)), tuple(1.0 + wave for wave in range(8))
+  longrope = config_lib.RopeScaling("longrope", factor=4.0, context=32, short_factors=short, long_factors=far)
+  base = 100.0 * (2.0 * max(length, 32) / 32 - 1) ** (16 / 14)
+  size = math.sqrt(1 + math.log(4) / math.log(32))
+  for scaling, factor, frequencies in (
+      (dynamic, 1.0, [base ** (-wave / 8) for wave in range(8)]),
+      (longrope, size, [100.0 ** (-wave / 8) / (far if length > 32 else short)[wave] for wave in range(8)])):
+    cos, sin = layers.rope_table(7, 16, 100.0, 3, scaling, length)
+    for wave, frequency in enumerate(frequencies):
+      for position in range(7):
+        assert math.isclose(cos[position, wave], factor * math.cos(3 * position * frequency), abs_tol=1e-6)
+        assert math.isclose(sin[position, wave], factor * math.sin(3 * position * frequency), abs_tol=1e-6)

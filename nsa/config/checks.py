@@ -35,14 +35,19 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
          f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}")
   need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "base of the rotary wavelengths, above 0")
   scaling = m.rope_scaling
-  need(scaling.kind in ("", "linear", "llama3", "yarn"), "model.rope_scaling.kind", scaling.kind,
-       'take "" (none), linear, llama3 or yarn')
+  need(scaling.kind in ("", "linear", "dynamic", "llama3", "yarn", "longrope"), "model.rope_scaling.kind", scaling.kind,
+       'take "" (none), linear, dynamic, llama3, yarn or longrope')
   need(scaling.factor > 0, "model.rope_scaling.factor", scaling.factor, "frequencies are divided by it: above 0")
   need(scaling.context > 0, "model.rope_scaling.context", scaling.context, "tokens, at least 1")
   need(scaling.high_frequency > scaling.low_frequency, "model.rope_scaling.high_frequency", scaling.high_frequency,
        f"above model.rope_scaling.low_frequency = {scaling.low_frequency}")
   need(scaling.attention_factor >= 0, "model.rope_scaling.attention_factor", scaling.attention_factor,
        "above 0, or 0 for 0.1 ln(factor) + 1")
+  for name in ("short_factors", "long_factors"):
+    found = getattr(scaling, name)
+    need(len(found) == m.head_dim // 2 * (scaling.kind == "longrope") and all(x > 0 for x in found),
+         f"model.rope_scaling.{name}", found, f"longrope has {m.head_dim // 2} numbers above 0, half of "
+         "model.head_dim; others have none")
   strange = sorted(set(m.no_rope_layers) - set(range(m.num_layers)))
   need(not strange and len(set(m.no_rope_layers)) == len(m.no_rope_layers), "model.no_rope_layers", m.no_rope_layers,
        f"different layers of 0 to {m.num_layers - 1}")

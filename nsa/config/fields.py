@@ -22,12 +22,15 @@ class ConfigError(ValueError):
 @dataclass
 class RopeScaling:
   """How rotary frequencies are lowered for contexts beyond the one trained with (nsa/layers.py)."""
-  kind: str = ""                  # "" none | linear | llama3 | yarn
-  factor: float = 1.0             # by which frequencies are divided
-  context: int = 8192             # llama3, yarn: tokens of the original context
+  kind: str = ""                  # "" none | linear | dynamic | llama3 | yarn | longrope
+  factor: float = 1.0             # linear, llama3, yarn: frequencies are divided by it; dynamic: how fast the base
+                                  # grows; longrope: by which the context has grown
+  context: int = 8192             # all but linear: tokens of the original context
   low_frequency: float = 1.0      # llama3, yarn: waves with at most so many turns in that context are divided
   high_frequency: float = 4.0     # llama3, yarn: those with at least so many stay (yarn's own number is 32)
-  attention_factor: float = 0.0   # yarn: on cos and sin; 0 = 0.1 ln(factor) + 1
+  attention_factor: float = 0.0   # yarn, longrope: on cos and sin; 0 = 0.1 ln(factor) + 1, or longrope's own
+  short_factors: tuple[float, ...] = ()  # longrope: each wave's divisor in rows of up to `context` tokens
+  long_factors: tuple[float, ...] = ()   # longrope: the same in longer ones
 
 
 @dataclass

@@ -168,12 +168,15 @@ def _layers_without_rope(tree, family, need) -> tuple[int, ...]:
 # --- rotary embedding -----------------------------------------------------------------
 
 # Keys of every kind -> fields of RopeScaling, the obligatory ones and the others.
-_NEEDED = {"default": {}, "linear": {"factor": "factor"},
-           "llama3": {"factor": "factor", "original_max_position_embeddings": "context",
-                      "low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"},
-           "yarn": {"factor": "factor", "original_max_position_embeddings": "context"}}
+_ORIGINAL = "original_max_position_embeddings"
+_NEEDED = {"default": {}, "linear": {"factor": "factor"}, "dynamic": {"factor": "factor"},
+           "llama3": {"factor": "factor", _ORIGINAL: "context", "low_freq_factor": "low_frequency",
+                      "high_freq_factor": "high_frequency"},
+           "yarn": {"factor": "factor", _ORIGINAL: "context"},
+           "longrope": {_ORIGINAL: "context", "short_factor": "short_factors", "long_factor": "long_factors"}}
 _OPTIONAL = {"yarn": {"beta_slow": "low_frequency", "beta_fast": "high_frequency",
-                      "attention_factor": "attention_factor"}}
+                      "attention_factor": "attention_factor"},
+             "longrope": {"factor": "factor", "attention_factor": "attention_factor"}}
 _YARN = dict(low_frequency=1.0, high_frequency=32.0)
 
 
@@ -187,7 +190,7 @@ def _rope(tree, family, need) -> tuple[float, RopeScaling]:
     if tree.get(key):
       if not need(isinstance(tree[key], dict), key, tree[key], "an object is needed"):
         return family.theta, RopeScaling()
-      found[key] = _scaling(tree[key], key, need)
+      found[key] = _scaling(tree[key], key, tree.get("max_position_embeddings"), need)
   if len(found) == 2:
     need(found["rope_parameters"][1] == found["rope_scaling"][1], "rope_scaling", tree["rope_scaling"],
          f"rope_parameters = {tree['rope_parameters']} says something else: leave one of the two in config.json")
@@ -202,7 +205,8 @@ def _rope(tree, family, need) -> tuple[float, RopeScaling]:
   return float(theta) if is_number(theta) else family.theta, scaling
 
 
-def _scaling(given: dict, key: str, need) -> tuple[Any, RopeScaling]:
+def _scaling(given: dict, key: str, longest, need) -> tuple[Any, RopeScaling]:
+  """(base, scaling) of one of the two spellings; longest: max_position_embeddings, which two kinds read."""
   given = dict(given)
   theta = given.pop("rope_theta", None)
   kinds = {given.pop(name) for name in ("rope_type", "type") if isinstance(given.get(name), str)} or {"default"}
@@ -220,8 +224,14 @@ def _scaling(given: dict, key: str, need) -> tuple[Any, RopeScaling]:
     value = given.get(name)
     if value is None and name not in _NEEDED[kind]:
       continue
-    if need(is_number(value) and value > 0, f"{key}.{name}", value, f"the rope_type {kind} needs it: a number above 0"):
-      values[field] = int(value) if field == "context" else float(value)
+    several = field.endswith("factors")
+    numbers = value if several and isinstance(value, list) else [value]
+    if need(all(is_number(x) and x > 0 for x in numbers) and isinstance(value, list) == several, f"{key}.{name}", value,
+            f"the rope_type {kind} needs it: {'numbers' if several else 'a number'} above 0"):
+      values[field] = (tuple(map(float, numbers)) if several else int(value) if field == "context" else float(value))
+  if kind == "dynamic" or kind == "longrope" and given.get("factor") is None:
+    if need(is_size(longest), "max_position_embeddings", longest, f"the rope_type {kind} needs it"):
+      values |= {"context": longest} if kind == "dynamic" else {"factor": longest / values.get("context", longest)}
   return theta, RopeScaling("" if kind == "default" else kind, **values)
 
 
@@ -230,7 +240,8 @@ def _rope_object(scaling: RopeScaling) -> dict | None:
     return None
   fields = {**_NEEDED[scaling.kind], **_OPTIONAL.get(scaling.kind, {})}
   values = {name: getattr(scaling, field) for name, field in fields.items()}
-  return {"rope_type": scaling.kind, **{name: value for name, value in values.items() if value}}
+  return {"rope_type": scaling.kind, **{name: list(value) if isinstance(value, tuple) else value
+                                        for name, value in values.items() if value}}
 
 
 # --- and back -----------------------------------------------------------------------
@@ -266,6 +277,8 @@ def write_config(model: ModelConfig, dtype: str, base: dict[str, Any] | None = N
     out["no_rope_layers"] = [int(i not in model.no_rope_layers) for i in range(model.num_layers)]
   if FAMILIES[kind].windows == "always":
     out["sliding_window"] = None
+  if model.rope_scaling.kind == "dynamic":
+    out["max_position_embeddings"] = model.rope_scaling.context
   rope = _rope_object(model.rope_scaling)
   # Both spellings: transformers reads the first before version 5 and the second since.
   out.update(rope_theta=model.rope_theta, rope_scaling=rope, torch_dtype=dtype, dtype=dtype,

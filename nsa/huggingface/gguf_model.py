@@ -54,7 +54,7 @@ class Model:
     self.shapes = {name: self._file.tensors[theirs].shape for name, theirs in self._names.items()}
 
   def place(self, name: str) -> str:
-    return f"{self.path}: {self._names.get(name, name)}"
+    return f"{self.path}: {self._names.get(name) or _gguf_name(name)}"
 
   def read(self, name: str) -> np.ndarray:
     x = self._file.read(self._names[name])
@@ -159,7 +159,7 @@ class Model:
     scaling = RopeScaling("llama3", factor=float(np.round(found.max(), 6)), **_LLAMA3)
     plain = model.rope_theta ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
     if model.rope_scaling.kind or found.shape != plain.shape or not scaling.factor > 1 or not np.allclose(
-        plain / found, layers.scale_frequencies(plain, scaling, model.rope_theta), rtol=1e-5):
+        plain / found, layers.scale_frequencies(plain, scaling, model.rope_theta, 0), rtol=1e-5):
       fix = "not the factors of Llama 3.x (a context of 8,192, frequencies 1 and 4): take its safetensors"
       raise ConfigError([(f"{self.path}: {ROPE_FACTORS}", found.tolist(), fix)])
     return dataclasses.replace(model, rope_scaling=scaling)
@@ -175,6 +175,15 @@ def _hugging_face_name(name: str) -> str | None:
       or what not in ("weight", "bias")):
     return None
   return f"model.layers.{int(number)}.{_BLOCK[part]}.{what}"
+
+
+def _gguf_name(name: str) -> str:
+  """The inverse, for a tensor that the file lacks."""
+  top, block = ({ours: theirs for theirs, ours in table.items()} for table in (_TOP, _BLOCK))
+  if name in top:
+    return top[name]
+  _, _, number, *part, what = name.split(".")
+  return f"blk.{number}.{block['.'.join(part)]}.{what}"
 
 
 def _shortest(x: float) -> float:

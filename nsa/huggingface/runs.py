@@ -16,6 +16,7 @@ from pathlib import Path
 import shutil
 from typing import NamedTuple
 
+from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,9 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
     raise ConfigError([("--source", str(source), "not there: give a model's folder, or a GGUF file")])
   _refuse_content(workdir, "--workdir")
   opened = _open_gguf(source) if source.is_file() else _open_folder(source)
+  longest = opened.config.get("max_position_embeddings")
+  if architectures.is_size(longest) and context > longest:
+    logging.warning("--context = %d: the model was made for %d tokens (max_position_embeddings)", context, longest)
   config = Config(arm="dense", size=opened.name or "imported", model=opened.model, attention=methods.Dense(),
                   data=DataConfig(data_source, tokenizer="bytes", context=context),
                   eval=EvalConfig(run_modes=("dense",)))
@@ -122,9 +126,11 @@ class _Opened(NamedTuple):
 
 
 def _open_folder(source: Path) -> _Opened:
-  model = architectures.read_config(source)
-  return _Opened(source.resolve().name, model, safetensors_files.read_object(source / "config.json"),
-                 safetensors_files.Tensors(source), lambda folder: tokenizer_files.copy(source, folder),
+  model, tensors = architectures.read_config(source), safetensors_files.Tensors(source)
+  config = safetensors_files.read_object(source / "config.json")
+  # What an export is to be written in. Some files hold more than their config says.
+  config |= {key: tensors.dtype for key in ("dtype", "torch_dtype")}
+  return _Opened(source.resolve().name, model, config, tensors, lambda folder: tokenizer_files.copy(source, folder),
                  _read_method(source) if (source / METHOD).is_file() else None)
 
 
@@ -252,7 +258,7 @@ def _method_leaves(params: dict, config):
 
 def _write_method(params: dict, config, folder: Path) -> None:
   tensors = {name: np.ascontiguousarray(node[key][layer]) for name, node, key, layer in _method_leaves(params, config)}
-  safetensors_files.library().numpy.save_file(tensors, folder / METHOD_WEIGHTS)
+  safetensors_files.save(tensors, folder / METHOD_WEIGHTS)
   tree = config_lib.to_dict(config)
   (folder / METHOD).write_text(json.dumps(
       {"format": _FORMAT, **{name: tree[name] for name in ("attention", "layers", "others")}}, indent=2) + "\n")

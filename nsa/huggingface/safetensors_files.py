@@ -11,6 +11,7 @@ from nsa.config import ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NO_WEIGHT = "rotary_emb.inv_freq"  # how a tensor ends that older files hold and that follows from the config
 
 
 def library():
@@ -21,6 +22,12 @@ def library():
     return safetensors
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}: models of the Hugging Face format need it: pip install safetensors") from None
+
+
+def save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
+  """Writes a file that whoever may read its folder may read: the library's own are for their owner alone."""
+  library().numpy.save_file(tensors, path, metadata=metadata)
+  path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def read_object(path: Path) -> dict:
@@ -54,6 +61,9 @@ class Tensors:
     index = self.folder / INDEX
     if index.is_file():
       where = self._read_index(index)
+      if (self.folder / SINGLE).is_file() and SINGLE not in where.values():
+        raise ConfigError([("source", str(self.folder), f"holds {SINGLE} and {INDEX}, which does not name it: leave "
+                            "one of the two models there")])
     elif (self.folder / SINGLE).is_file():
       where = None
     else:
@@ -70,6 +80,11 @@ class Tensors:
     if unnamed:
       raise ConfigError([("source", str(index), f"does not name {unnamed[0]} ({len(unnamed)} such tensors), which the "
                           "files hold: fetch it again")])
+    twice = sorted((name, file) for file in held for name in held[file] if where[name] != file)
+    if twice:
+      name, file = twice[0]
+      raise ConfigError([("source", str(self.folder / file), f"holds {name}, which {INDEX} has in {where[name]} "
+                          f"({len(twice)} such tensors): fetch both again")])
     self._where = where
     self.shapes = {name: tuple(self._slice(name).get_shape()) for name in where}
 
@@ -98,6 +113,12 @@ class Tensors:
 
   def _slice(self, name):
     return self._files[self._where[name]].get_slice(name)
+
+  @property
+  def dtype(self) -> str:
+    """What holds every weight bit for bit: the dtype that they have, float32 where they have several."""
+    kinds = {self._slice(name).get_dtype() for name in self.shapes if not name.endswith(NO_WEIGHT)}
+    return DTYPES.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
   def place(self, name: str) -> str:
     """Where the tensor is, for messages."""

@@ -65,14 +65,15 @@ def check_shapes(source: Source, model: ModelConfig) -> None:
   used = set()
   for _, _, name, _, there, _ in _tensors(model):
     if name not in source.shapes:
-      raise ConfigError([("source", name, "no such tensor: the files do not belong to this config")])
+      raise ConfigError([(f"source: {source.place(name)}", "missing", "the weights do not belong to this config")])
     if source.shapes[name] != there:
       raise ConfigError([(f"source: {source.place(name)}", source.shapes[name], f"the config makes it {there}")])
     used.add(name)
-  unread = sorted(name for name in source.shapes if name not in used and not name.endswith("rotary_emb.inv_freq")
+  unread = sorted(name for name in source.shapes if name not in used and not name.endswith(safetensors_files.NO_WEIGHT)
                   and not (model.tie_embeddings and name == HEAD))
   if unread:
-    raise ConfigError([("source", unread[:8], "tensors that the model here does not have: take another checkpoint")])
+    raise ConfigError([(f"source: {source.place(unread[0])}", f"one of {len(unread)}",
+                        "tensors that the model here does not have: take another checkpoint")])
 
 
 def load_params(source: Source | str | Path, model: ModelConfig) -> dict:
@@ -109,7 +110,7 @@ def load_params(source: Source | str | Path, model: ModelConfig) -> dict:
 
 def save_params(params: dict, model: ModelConfig, folder, dtype: str, shard_bytes: int = 5 * 10 ** 9) -> None:
   """Writes the tensors of a dense model's parameters, in several files once they are more than `shard_bytes`."""
-  safetensors, folder = safetensors_files.library(), Path(folder)
+  folder = Path(folder)
   multiplier = model.embedding_multiplier or model.d_model ** 0.5
   width = jnp.dtype(dtype).itemsize
   names = list(_tensors(model))
@@ -118,7 +119,7 @@ def save_params(params: dict, model: ModelConfig, folder, dtype: str, shard_byte
 
   def write():
     file = f"model-{len(set(where.values())) + 1:05d}.safetensors" if several else safetensors_files.SINGLE
-    safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+    safetensors_files.save(shard, folder / file, {"format": "pt"})
     where.update(dict.fromkeys(shard, file))
 
   for path, layer, name, _, there, transposed in names:
