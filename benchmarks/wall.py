@@ -22,12 +22,16 @@ def of_run(run: Path) -> dict:
   done = metrics.read_json(run / "DONE")
   paused = done.get("seconds_paused", {})
   wall = ended - began
+  if wall < steps or wall <= 0:
+    raise ValueError(f"--workdir: by the times of its files {run} took {wall:.0f} s, {steps:.0f} s of them steps: a "
+                     "copy has no times of its own, take the study where it ran")
   return dict(run=run.name, wall=wall, began=began, ended=ended, steps=steps, **paused,
               rest=wall - steps - sum(paused.values()), evaluated=done.get("seconds_evaluated", {}))
 
 
 def table(workdir: Path) -> list[dict]:
-  """A row per finished run and, last, one of the whole. Raises ValueError if nothing is finished."""
+  """A row per finished run and, last, one of the whole. Raises ValueError if nothing is finished, or in a copy that
+  lost its files' times."""
   runs = [of_run(path.parent) for path in sorted(workdir.rglob("DONE"))]
   if not runs:
     raise ValueError(f"--workdir={workdir}: no finished run below it (a DONE file)")

@@ -5,6 +5,8 @@ own, eval/<step>-<what differs>.json, which reports leave out.
 
     python -m launch.evaluate --workdir=runs/native
     python -m launch.evaluate --workdir=runs/native --step=400 --run_modes="sparse sparse:num_blocks=8"
+    python -m launch.evaluate --workdir=runs/smollm2 --context=1024 --sequences=0 --decoded=4 \\
+        --tasks="needle:digits=4 phonebook"
 """
 from absl import flags
 
@@ -20,6 +22,12 @@ _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's ow
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
 _SEQUENCES = flags.DEFINE_integer("sequences", None,
                                   "Windows of text, -1 for all of the split; left out: the run's own.")
+_TASKS = flags.DEFINE_string("tasks", "", "Recall tasks, separated by spaces, e.g. 'needle:digits=4 phonebook@2048'; "
+                             "empty: the run's own.")
+_EXAMPLES = flags.DEFINE_integer("task_examples", None, "Of each task; left out: the run's own.", lower_bound=1)
+_DECODED = flags.DEFINE_integer("decoded", None, "Of so many of them answers are also decoded greedily, with the KV "
+                                "cache; left out: the run's own.", lower_bound=0)
+_RECALL = {"exact_match": "exact match", "far_exact_match": "of far answers", "greedy_exact_match": "decoded"}
 flags.mark_flag_as_required("workdir")
 cli.define_common()
 
@@ -31,7 +39,9 @@ def main():
   e = config.eval
   e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
-  e.sequences = e.sequences if _SEQUENCES.value is None else _SEQUENCES.value
+  e.tasks = tuple(_TASKS.value.split()) or e.tasks
+  for name, flag in (("sequences", _SEQUENCES), ("task_examples", _EXAMPLES), ("decoded", _DECODED)):
+    setattr(e, name, getattr(e, name) if flag.value is None else flag.value)
   config_lib.validate(config)
   evaluate.refuse_absent(config, _RUN_MODES.value.split(), "--run_modes")
   cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
@@ -43,7 +53,7 @@ def main():
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
     for seed in config.seeds:
       text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]
-      recall = [r["exact_match"] for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("task", run_mode, seed)]
+      asked = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("task", run_mode, seed)]
       parts = [f"{run_mode:24s} seed {seed}"]
       for name, weight, unit in (("bits_per_byte", "bytes", "bits/byte"),
                                  ("second_half_bits_per_byte", "second_half_bytes", "in the second half")):
@@ -51,14 +61,19 @@ def main():
         scored = [r for r in text if name in r]
         if scored:
           parts.append(f"{sum(r[name] * r[weight] for r in scored) / sum(r[weight] for r in scored):.4f} {unit}")
-      if recall:
-        parts.append(f"{100 * sum(recall) / len(recall):.1f} % exact match")
+      if asked:
+        parts.append(f"{100 * sum(r['exact_match'] for r in asked) / len(asked):.1f} % exact match")
       seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible"
               in r]
       if seen:
         parts.append("{:.0f} of {:.0f} tokens per query".format(
             *(sum(r[name] for r in seen) / len(seen) for name in ("tokens_visible", "tokens_causal"))))
       print("  ".join(parts))
+      for name in dict.fromkeys(r["task"] for r in asked):
+        mine = [r for r in asked if r["task"] == name]
+        scored = [(what, [r[score] for r in mine if score in r]) for score, what in _RECALL.items()]
+        print(f"  {name:24s}", ", ".join(f"{100 * sum(x) / len(x):.1f} % {what} ({len(x)} examples)"
+                                         for what, x in scored if x))
   print(f"{len(rows)} records in {path}")
 
 

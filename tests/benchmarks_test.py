@@ -174,6 +174,9 @@ def test_wall_time_of_a_study_by_part(tmp_path):
   assert whole["evaluated"] == {"sparse, val": 60.0, "a, val": 15.0, "b, val": 15.0}
   with pytest.raises(ValueError, match="no finished run"):
     wall.table(tmp_path / "nothing")
+  os.utime(run / "DONE", (1e9 + 220,) * 2)  # as unpacked from an archive
+  with pytest.raises(ValueError, match="runs/b took 0 s, 100 s of them steps: a copy has no times of its own"):
+    wall.table(tmp_path)
 
 
 def test_a_decoded_token_reads_the_weights_and_what_it_sees():

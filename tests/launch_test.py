@@ -75,6 +75,13 @@ def test_train_evaluate_report(tmp_path):
                              if r["run_mode"] == "sparse" and r["kind"] == "task")
   assert same(before) == same(by_hand.read_text()), "a checkpoint evaluates to the same numbers"
 
+  out, _ = run("evaluate", "--workdir", work, "--run_modes=dense", "--tasks=copy:length=6 mqar:pairs=2", "--decoded=1",
+               "--task_examples=2")
+  for task in ("copy:length=6", "mqar:pairs=2"):
+    assert re.search(rf"{task} +[\d.]+ % exact match \(2 examples\).*% decoded \(1 examples\)", out), out
+  _, err = run("evaluate", "--workdir", work, "--tasks=copy:lenght=6", code=2)
+  assert "lenght" in err and "Traceback" not in err
+
   out, _ = run("report", work)
   assert (work / "report/report.html").exists()
 
