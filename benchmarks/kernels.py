@@ -16,8 +16,9 @@ Times are medians in milliseconds over `--repeats` groups of `--calls` calls, on
 TFLOP/s count useful work. "limit" is what the device could do at best, the larger of useful FLOPs and unavoidable bytes
 over the rates in `timing.CEILINGS`, divided by the time. "vs dense" is the time of cuDNN's causal attention over the
 same queries and keys, from the same run, divided by ours; rows below 1.0 lose and are marked. The last lines say from
-which length on an operation wins. Rows of the implementation `fla` are flash-linear-attention's kernels in the same
-run, on the same block lists, where that package is installed (benchmarks/peer.py); what it refuses is said.
+which length on an operation wins. Rows of the implementations `fla` and `cudnn_nsa` are kernels of
+flash-linear-attention and cudnn-frontend in the same run, on the same block lists, where these packages are installed
+(benchmarks/peer.py); what they refuse is said.
 """
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ _IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty on
                                     "one if gradients may differ in last bits. mosaic_gpu:union and "
                                     "mosaic_gpu:gather force one of selected_attention's two algorithms.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
-_PEERS = flags.DEFINE_boolean("peers", True, "Times flash-linear-attention too, where it is installed.")
+_PEERS = flags.DEFINE_boolean("peers", True, "Times other packages too, where they are installed.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture of the speed-up over the length.")
 _CALLS = flags.DEFINE_integer("calls", 4, "Calls per timed group.", lower_bound=1)
@@ -153,14 +154,14 @@ def crossovers(rows):
 def against_peer(rows):
   """Lines: what the other package takes over the fastest of ours, per operation, shape and pattern."""
   lines = []
-  for row in (row for row in rows if row["implementation"] == peer.NAME):
+  for row in (row for row in rows if row["implementation"] in peer.PEERS):
     same = lambda other: all(other[name] == row[name] for name in ("operation", "shape", "pattern"))
-    ours = [other for other in rows if same(other) and other["implementation"] != peer.NAME]
+    ours = [other for other in rows if same(other) and other["implementation"] not in peer.PEERS]
     for part, words in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
       best = min((other[part] for other in ours if other[part]), default=None)
       if best and row[part]:
-        lines.append(f"{row['operation']} {row['shape']} {row['pattern']}, {words}: {peer.NAME} {row[part]:.3f} "
-                     f"ms, here {best:.3f} ms, {row[part] / best:.2f} times as fast")
+        lines.append(f"{row['operation']} {row['shape']} {row['pattern']}, {words}: {row['implementation']} "
+                     f"{row[part]:.3f} ms, here {best:.3f} ms, {row[part] / best:.2f} times as fast")
   return lines
 
 
@@ -222,8 +223,9 @@ def main():
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
   peers = set(operations) & set(peer.OPERATIONS) if _PEERS.value else ()
-  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}; flash-linear-attention "
-        f"{peer.missing() or ('is timed after the rest' if peers else 'is not asked for')}")
+  print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seed {seed}", *(
+      f"{name} {peer.missing(name) or ('is timed after the rest' if peers else 'is not asked for')}"
+      for name in peer.PEERS), sep="; ")
   if cudnn.deterministic():
     print("XLA_FLAGS asks for determinism: the dense baseline is cuDNN's deterministic one")
   print(f"{'operation':<21} {'shape':<13} {'pattern':<12} {'implement.':<10} {'ms fwd':>9} {'ms f+b':>9} {'TF/s f':>6} "
@@ -262,7 +264,8 @@ def main():
             record(operation, spec, pattern, implementation, columns, dense)
   for found in peer.measure(sorted(peers), names, _PATTERNS.value, seed, _CALLS.value, _REPEATS.value):
     operation, spec, pattern = found.pop("operation"), arg_specs.get(found.pop("shape")), found.pop("pattern")
-    record(operation, spec, pattern, peer.NAME, peer_columns(operation, spec, found), denses[spec.name], **found)
+    record(operation, spec, pattern, found.pop("implementation"), peer_columns(operation, spec, found),
+           denses[spec.name], **found)
   losing = [row for row in rows if any((row[f"{part}_vs_dense"] or 1) < 1 for part in ("forward", "both"))]
   print(f"{len(losing)} of {len(rows)} rows lose to dense cuDNN somewhere", *crossovers(rows), *against_peer(rows),
         sep="\n")

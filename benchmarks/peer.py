@@ -1,15 +1,18 @@
-"""flash-linear-attention's NSA kernels beside ours: what benchmarks.kernels shows as the implementation `fla`.
+"""NSA kernels of other packages beside ours: what benchmarks.kernels shows as the implementations `fla`,
+flash-linear-attention's, and `cudnn_nsa`, cudnn-frontend's.
 
   pip install fla-core einops                       # beside torch and Triton; not needed by anything else here
+  pip install nvidia-cudnn-frontend cuda-python     # beside torch; the same
   python -m benchmarks.kernels --operation=selected_attention,pooled_and_top_k --shapes=headline_g16,length
 
 torch and jax do not share a process: benchmarks.kernels runs this file as a program, which draws the same block lists
 (patterns are functions of the seed) and prints a row per line as JSON. By hand:
 
-  python -m benchmarks.peer '{"operations": ["selected_attention"], "shapes": ["headline_g16"],
+  python -m benchmarks.peer '{"operations": ["selected_attention"], "shapes": ["headline_g16"], "peers": ["cudnn_nsa"],
                                 "patterns": ["uniform"], "seed": 0, "calls": 4, "repeats": 5}'
 
-* `selected_attention` is `parallel_nsa` with the lists given, the mean pooling that it then does for nothing included.
+* `selected_attention` is `parallel_nsa` with the lists given, the mean pooling that it then does for nothing included;
+  or `NSA.selection_attention_wrapper`, forward alone, its lists put in order and counted before the clock runs.
 * `pooled_and_top_k` is `parallel_nsa_compression` and `parallel_nsa_topk` over keys that are pooled already. There the
   package has one compressed key per selection block and forces the first block and the last two; hence the operation.
 
@@ -34,24 +37,26 @@ import numpy as np
 from benchmarks import cases
 from pallas_kernels import arg_specs
 
-NAME = "fla"
+PEERS = {"fla": ("fla", "torch"), "cudnn_nsa": ("cudnn", "cutlass", "torch")}  # name -> what it imports
 OPERATIONS = ("selected_attention", "pooled_and_top_k")
 CHECKED = 32  # queries of the first sequence, in its second half
 LARGEST_ERROR = 2e-2  # of outputs and gradients in bfloat16, relative, over all checked queries
 LARGEST_CHOICE_ERROR = 5e-2  # of the attention that chosen blocks hold: scores come from rounded queries
 
 
-def missing():
+def missing(peer):
   """None, or what is not installed."""
-  names = [name for name in ("fla", "torch") if importlib.util.find_spec(name) is None]
+  names = [name for name in PEERS[peer] if importlib.util.find_spec(name) is None]
   return f"is not timed: {' and '.join(names)} not installed" if names else None
 
 
 def measure(operations, shapes, patterns, seed, calls, repeats):
-  """Rows as they come from the other process; none where the package or the operations are missing."""
-  if missing() or not operations:
+  """Rows as they come from the other process; none where all packages or the operations are missing."""
+  peers = [peer for peer in PEERS if not missing(peer)]
+  if not peers or not operations:
     return
-  request = dict(operations=operations, shapes=shapes, patterns=patterns, seed=seed, calls=calls, repeats=repeats)
+  request = dict(operations=operations, shapes=shapes, patterns=patterns, seed=seed, calls=calls, repeats=repeats,
+                 peers=peers)
   environment = dict(os.environ, JAX_PLATFORMS="cpu")
   # jax-triton 0.3 sets it to "" on import, and Triton then refuses to compile
   if not environment.get("TRITON_CACHE_DIR"):
@@ -63,40 +68,42 @@ def measure(operations, shapes, patterns, seed, calls, repeats):
     if line.startswith("{"):
       yield json.loads(line)
   if process.wait():
-    print(f"{NAME}: the process ended with {process.returncode}; rows may be missing", file=sys.stderr)
+    print(f"{', '.join(peers)}: the process ended with {process.returncode}; rows may be missing", file=sys.stderr)
 
 
 def main(request, device="cuda"):
-  import fla
-  import torch
-  import triton
-  versions = dict(fla=fla.__version__, torch=torch.__version__, triton=triton.__version__)
-  for name in request["shapes"]:
-    for operation in request["operations"]:
-      for pattern in request["patterns"] if operation == "selected_attention" else ("",):
-        row = dict(operation=operation, shape=name, pattern=pattern, forward_ms=None, both_ms=None, keys=None,
-                   refused=None, **versions)
-        try:
-          run(row, arg_specs.get(name), request, device)
-        except Exception as error:  # an assertion of the package, memory, a kernel: the other rows go on
-          row["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        print(json.dumps(row), flush=True)
+  for peer in request["peers"]:
+    packages = ("fla", "torch", "triton") if peer == "fla" else ("cudnn", "torch")
+    versions = {name: importlib.import_module(name).__version__ for name in packages}
+    for name in request["shapes"]:
+      for operation in request["operations"]:
+        if (peer, operation) not in FUNCTIONS:
+          continue
+        for pattern in request["patterns"] if operation == "selected_attention" else ("",):
+          row = dict(implementation=peer, operation=operation, shape=name, pattern=pattern, forward_ms=None,
+                     both_ms=None, keys=None, refused=None, **versions)
+          try:
+            run(row, arg_specs.get(name), request, device)
+          except Exception as error:  # an assertion of the package, memory, a kernel: the other rows go on
+            row["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+          print(json.dumps(row), flush=True)
 
 
 def run(row, spec, request, device):
   """Fills a row in, as far as it goes before an error."""
   import torch
   spec, patterned = cases.at(row["operation"], spec), row["operation"] == "selected_attention"
-  sets, keys = [], []
+  prepare, function, differentiable = FUNCTIONS[row["implementation"], row["operation"]]
+  sets, keys, given = [], [], None
   for i in range(2):
     lists = None
     if patterned:
       drawn = cases.draw_pattern(row["pattern"], spec, request["seed"] + i)
       keys.append(cases.visible_keys(drawn, spec))
       lists = torch.from_numpy(drawn).to(device)
-    sets.append((*tensors(spec, request["seed"] + i, patterned, device), lists))
+    given = lists if i == 0 else given
+    sets.append((*tensors(spec, request["seed"] + i, patterned, device), prepare(lists)))
   row["keys"] = float(np.mean(keys)) if keys else None
-  function = selected if patterned else pooled
 
   def forward(q, k, v, do, lists):
     with torch.no_grad():
@@ -108,10 +115,11 @@ def run(row, spec, request, device):
 
   clock = milliseconds if device == "cuda" else lambda *a: 0.0
   o, lists = forward(*sets[0])
-  check(row, spec, sets[0], patterned, lists, o)
+  check(row, spec, (*sets[0][:4], given), patterned, lists, o)
   row["forward_ms"] = clock(forward, sets, request["calls"], request["repeats"])
-  check(row, spec, sets[0], patterned, None, o, both(*sets[0])[0])
-  row["both_ms"] = clock(both, sets, request["calls"], request["repeats"])
+  if differentiable:
+    check(row, spec, (*sets[0][:4], given), patterned, None, o, both(*sets[0])[0])
+    row["both_ms"] = clock(both, sets, request["calls"], request["repeats"])
 
 
 def tensors(spec, seed, patterned, device):
@@ -137,6 +145,32 @@ def pooled(q, k, v, lists, spec):
   scale = spec.H ** -0.5
   o, lse = parallel_nsa_compression(q, k, v, spec.T, spec.block_size, scale)
   return o, parallel_nsa_topk(q.detach(), k.detach(), spec.T, lse.detach(), spec.J, spec.block_size, scale)
+
+
+def in_order(lists):
+  """(lists with the blocks in front, how many they are): int32[B, T, K, J] and [B, T, K]."""
+  import torch
+  last = torch.iinfo(lists.dtype).max
+  found = torch.where(lists < 0, last, lists).sort(dim=-1).values
+  return torch.where(found == last, 0, found).int().contiguous(), (lists >= 0).sum(dim=-1).int()
+
+
+def selected_by_cudnn(q, k, v, lists, spec):
+  """All sequences as one, packed, [tokens, heads, H]."""
+  from cudnn import NSA
+  import torch
+  ends = torch.arange(spec.B + 1, dtype=torch.int32, device=q.device) * spec.T
+  q, k, v, blocks, counts = (x.detach().flatten(0, 1) for x in (q, k, v, *lists))
+  found = NSA.selection_attention_wrapper(
+      q, k, v, blocks, counts, ends, ends, block_size=spec.block_size, scale_softmax=spec.H ** -0.5, max_s_q=spec.T,
+      max_s_k=spec.T, is_causal=True)
+  return found["o_tensor"].unflatten(0, (spec.B, spec.T)), lists
+
+
+# (peer, operation) -> what is done to the lists before the clock runs, the function, whether it has a gradient.
+FUNCTIONS = {("fla", "selected_attention"): (lambda lists: lists, selected, True),
+             ("fla", "pooled_and_top_k"): (lambda lists: lists, pooled, True),
+             ("cudnn_nsa", "selected_attention"): (in_order, selected_by_cudnn, False)}
 
 
 def milliseconds(function, sets, calls, repeats):

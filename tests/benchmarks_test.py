@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import os
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +100,7 @@ def test_decoding_from_pages_is_decoding_from_the_cache(batch):
 
 def test_the_peer_is_not_handed_the_empty_triton_cache_of_jax_triton(monkeypatch):
   monkeypatch.setenv("TRITON_CACHE_DIR", "")
-  monkeypatch.setattr(peer, "missing", lambda: None)
+  monkeypatch.setattr(peer, "missing", lambda name: None)
   seen = []
 
   class Process:
@@ -152,6 +154,37 @@ def test_kinds_of_kernels():
            "MemcpyD2D": "copies and transposes",
            "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
   assert {name: kinds.kind(name) for name in names} == names
+
+
+def test_cudnns_peer_gets_its_layout_and_is_compared(monkeypatch, capsys):
+  """A stand-in that goes by the package's own description: packed tokens, lists in front, causal in chosen blocks."""
+  torch = pytest.importorskip("torch")
+
+  def attend(q, k, v, blocks, counts, ends, more_ends, *, block_size, scale_softmax, max_s_q, max_s_k, is_causal):
+    assert blocks.dtype == counts.dtype == ends.dtype == torch.int32 and is_causal and max_s_q == max_s_k
+    o = torch.zeros_like(q)
+    for begin, end in zip(ends[:-1].tolist(), more_ends[1:].tolist()):
+      for t in range(begin, end):
+        for n in range(q.shape[1]):
+          r = n // (q.shape[1] // k.shape[1])
+          chosen = blocks[t, r, :counts[t, r]]
+          at = begin + (chosen[:, None] * block_size + torch.arange(block_size)).flatten()
+          at = at[at <= t].long()
+          o[t, n] = ((q[t, n] @ k[at, r].T * scale_softmax).softmax(-1) @ v[at, r]) * wrong
+    return dict(o_tensor=o)
+
+  monkeypatch.setitem(sys.modules, "cudnn", types.SimpleNamespace(
+      __version__="1.32", NSA=types.SimpleNamespace(selection_attention_wrapper=attend)))
+  request = dict(operations=["selected_attention", "pooled_and_top_k"], shapes=["tiny_g2"], peers=["cudnn_nsa"],
+                 patterns=["uniform"], seed=0, calls=1, repeats=1)
+  wrong = 1.0
+  peer.main(request, "cpu")
+  (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert (row["implementation"], row["refused"], row["both_ms"], row["cudnn"]) == ("cudnn_nsa", None, None, "1.32")
+  assert row["o_error"] < 1e-5 and row["keys"] > 0 and row["forward_ms"] == 0.0
+  wrong = 1.1
+  peer.main(request, "cpu")
+  assert "wrong: o differs from float32 attention by 0.1" in json.loads(capsys.readouterr().out)["refused"]
 
 
 def test_wall_time_of_a_study_by_part(tmp_path):
