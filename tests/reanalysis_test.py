@@ -23,8 +23,8 @@ def compare(path, sealed=False):
   table = endpoints.rows(study)
   result = verdict.verdict(study, table)
   if sealed:
-    opened = archive.unsealed(study)
-    result = verdict.verdict(opened, endpoints.rows(opened), result.admissions)
+    shown = archive.unsealed(study)
+    result = verdict.verdict(shown, endpoints.rows(shown), result.admissions)
   found, admitted, lines = reanalysis.analyse(reanalysis.published(path) or [path], sealed)
   assert {key: all(gates.values()) for key, gates in admitted.items()} == {
       key: one.admitted for key, one in result.admissions.items()}
@@ -43,7 +43,7 @@ def compare(path, sealed=False):
     ours = [c[n] for n in ("mean", "low", "high", "tost_holm", "difference_holm", "flips", "detectable")] + c["without"]
     expected = [i.mean, i.low, i.high, one.p_tost, one.p_difference, one.sign_flip, one.judgement.detectable]
     np.testing.assert_allclose(ours, expected + one.without_one, rtol=1e-6, atol=1e-12)
-  return {(c["metric"], c["quantity"], c["arm"]): c["word"] for c in found}, lines
+  return {(c["metric"], c["size"], c["quantity"], c["arm"]): c["word"] for c in found}, lines
 
 
 def change(root, **fields):
@@ -118,6 +118,8 @@ def test_a_study_with_all_there_can_be(tmp_path):
     if job["run"] == "runs/within_25-S-4":
       job["status"] = "failed"
   jobs = [job for job in jobs if not job["run"].startswith("runs/after_5-M")]  # only of one size
+  jobs += [{"run": f"runs/{arm}-L-{seed}", "arm": arm, "size": "L", "seeds": [seed], "status": "pending"}
+           for arm in arms for seed in range(5)]  # a size not begun: its tests count as failed ones
   text, recall = "second_half_bits_per_byte", "far_exact_match"
   change(root, jobs=jobs, controls={"after_5": "dense_more"}, quantities=["R", "A"], branches={},
          endpoints=[{"metric": f"{text}:novels", "margin": 0.005, "primary": True},
@@ -140,8 +142,16 @@ def test_a_study_with_all_there_can_be(tmp_path):
   (tmp_path / "published").mkdir()
   (tmp_path / "published" / archive.NAME).write_bytes(archive.pack(study))
   assert compare(tmp_path / "published")[0] == words
-  compare(root, sealed=True)
-  compare(tmp_path / "published", sealed=True)
+  with pytest.raises(SystemExit, match="has not been opened"):
+    compare(root, sealed=True)
+  for tiers, opened in (({}, [""]), ({"1": [f"{arm}-S" for arm in arms]}, ["1"])):
+    seeds = {key: list(range(5)) for keys in tiers.values() for key in keys}
+    change(root, opened=opened, plan={"tiers": tiers, "seeds": seeds})
+    study = archive.load([root])
+    assert {run.size for run in archive.unsealed(study).runs if run.sealed} == ({"S"} if tiers else {"S", "M"})
+    compare(root, sealed=True)
+    (tmp_path / "published" / archive.NAME).write_bytes(archive.pack(study))
+    compare(tmp_path / "published", sealed=True)
 
 
 def test_its_statistics_are_the_reports():

@@ -141,12 +141,23 @@ def test_what_is_sealed_is_not_reported_before_it_is_opened_and_stays_open(whole
     (file.parent / "1000-sealed.json").write_text(json.dumps({**tree, "settings": {"split": "test"}, "records": rows}))
   shut = contents(published([root], tmp_path / "shut"))
   assert {name: shut[name] for name in FILES[:3]} == {name: plain[name] for name in FILES[:3]}
-  report.write([tmp_path / "shut"], tmp_path / "open", publish=True, opened=True)  # from what was published
+  open_it = lambda path, **options: report.write([path], tmp_path / "open", opened=True, **options)
+  with pytest.raises(ValueError, match="--open: give --publish, too"):
+    open_it(tmp_path / "shut")
+  with pytest.raises(ValueError, match="--open: no finished run has a sealed evaluation"):
+    open_it(whole, publish=True)
+  (root / "runs/dense-tiny-1/DONE").unlink()
+  with pytest.raises(ValueError, match="--open: the study waits for 1 runs, the first of them dense-tiny seed 1"):
+    open_it(root, publish=True)
+  open_it(tmp_path / "shut", publish=True)  # from what was published
   opened = contents(tmp_path / "open")
+  with pytest.raises(ValueError, match="--open: it was opened before, once and for all"):
+    open_it(tmp_path / "open", publish=True)
   assert contents(published([tmp_path / "open"], tmp_path / "again")) == opened
   text = opened["report.md"].decode()
   assert text.startswith(shut["report.md"].decode().partition("### Which endpoints count")[0])
-  assert "### On test, which nothing was chosen by" in text and "8 of 9 finished runs have a sealed evaluation" in text
+  assert "### On test, which nothing was chosen by" in text
+  assert "8 of 9 finished runs have a sealed evaluation that was opened, each" in text
   begin = "| Delta(5 %) | retrofit_msa_5 - native_msa | bits per byte, second half"
   (line,) = [x for x in text.splitlines() if x.startswith(begin)]
   cells = [cell.strip() for cell in line.split("|")]

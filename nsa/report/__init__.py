@@ -39,14 +39,18 @@ def write(paths: list[Path], out: Path, publish: bool = False, opened: bool = Fa
   publish: for a repository: small PNGs alone, no page, no path of this machine, and an archive from which the same
   report can be written again (archive.py). `out` may be one of `paths` that was published: all is read before anything
   is written.
-  opened: whether the sealed evaluations (eval.sealed) are reported, from now on: once, when all runs are there.
+  opened: opens the sealed evaluations (eval.sealed) of each tier whose runs are all there, once and for all:
+    archive.open_sealed. With publish alone, which records it.
 
-  Raises ValueError for a path that is neither a run nor a study, for archives of another experiment, and where
-  something in `out` would be lost. Parts that are missing become lines of the report.
+  Raises ValueError for what cannot be opened, for a path that is neither a run nor a study, for archives of another
+  experiment, and where something in `out` would be lost. Parts that are missing become lines of the report.
   """
   out = Path(out)
   study = archive.load([Path(p) for p in paths])
-  study.opened |= opened
+  if opened and not publish:
+    raise ValueError("--open: give --publish, too; what was sealed is opened once, and the archive records it")
+  if opened:
+    archive.open_sealed(study)
   archive.check_out(out, study, publish)
   if (out / "NOTES.md").is_file():
     study.notes = (out / "NOTES.md").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nsa.report import analyses, endpoints, gates as gate_lib, plan_file
+from nsa.report import analyses, archive, endpoints, gates as gate_lib, plan_file
 from nsa.report.document import Bullets, Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -26,8 +26,8 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
   """The declared comparisons by the sealed evaluations, beside those by which everything was chosen."""
   if again is None:
     return []
-  count = sum(bool(run.sealed) for run in study.finished)
-  split = next((run.sealed["settings"]["split"] for run in study.finished if run.sealed.get("settings")), "")
+  shown = [run.sealed for run in archive.unsealed(study).finished if run.sealed]
+  split = next((one["settings"]["split"] for one in shown if one.get("settings")), "")
   key = lambda c: (c.endpoint.metric, c.size, c.quantity, c.arm)
   before, lines, many = {key(c): c for c in found.comparisons}, [], len(study.sizes) > 1
   for c in again.comparisons:
@@ -38,15 +38,15 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
         c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
         c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
   title = f"On {split}, which nothing was chosen by"
+  count = f"{len(shown)} of {len(study.finished)} finished runs have a sealed evaluation that was opened"
   if not lines:
-    return [Heading(title, 3), Text(f"No comparison: {count} of {len(study.finished)} finished runs have a sealed "
-                                    "evaluation.")]
+    return [Heading(title, 3), Text(f"No comparison: {count}.")]
   return [Heading(title, 3), Table(
       ["", "difference", "endpoint"] + ["size"] * many
       + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"], lines,
-      f"{count} of {len(study.finished)} finished runs have a sealed evaluation, each made at the end of its run "
-      "and read here for the first time. Same tests, families and margins; endpoints are admitted by their controls "
-      "as above. Bold: another outcome", left=3 + many)]
+      count + (f" (tier {', '.join(study.opened)})" if any(study.opened) else "") + ", each made at the end of its run "
+      "and read by no report before all runs of its tier were there. Same tests, families and margins; endpoints are "
+      "admitted by their controls as above. Bold: another outcome", left=3 + many)]
 
 
 def gates(study: Study, table: list[Row], found: Verdict) -> list:

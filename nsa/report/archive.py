@@ -105,7 +105,8 @@ def description(study: Study) -> dict:
           "reference_arm": study.reference, "dense_arm": study.dense, "budgets": study.budgets,
           "controls": study.controls, "branches": study.branches, "solved": study.solved, "plan": study.plan,
           "audit": study.audit, **({"sections": list(study.sections)} if study.sections else {}),
-          **({"opened": True} if study.opened else {}), **({} if study.speeds is None else {"speeds": study.speeds}),
+          **({"opened": list(study.opened)} if study.opened else {}),
+          **({} if study.speeds is None else {"speeds": study.speeds}),
           "jobs": [{"run": f"runs/{run.name}", "arm": run.arm, "size": run.size, "seeds": list(run.seeds),
                     "status": run.status, "error": bare(study, run.message) if run.status == "failed" else "",
                     "problems": [bare(study, p) for p in run.problems]} for run in study.runs]}
@@ -257,7 +258,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
     elif run.status == "done" and study.runs[at].status != "done":
       study.runs[at] = run
   study.arms += [arm for arm in other.arms if arm not in study.arms]
-  study.opened |= other.opened
+  study.opened += tuple(tier for tier in other.opened if tier not in study.opened)
   study.speeds = other.speeds if study.speeds is None else study.speeds
   study.budgets = {**other.budgets, **study.budgets}
   study.controls = {**other.controls, **study.controls}
@@ -301,10 +302,39 @@ def check_out(out: Path, study: Study, publishing: bool) -> None:
                      "or delete it")
 
 
+def open_sealed(study: Study) -> None:
+  """Opens the sealed evaluations of every tier all of whose planned runs are there, finished or failed.
+
+  Raises ValueError where no tier has become ready since: what is sealed is opened once.
+  """
+  there = {(f"{run.arm}-{run.size}", seed) for run in study.runs if run.status in ("done", "failed")
+           for seed in run.seeds}
+  waits = {tier: sorted(runs - there) for tier, runs in _tiers(study).items() if tier not in study.opened}
+  ready = tuple(tier for tier, left in waits.items() if not left)
+  if not any(run.sealed for run in study.finished):
+    raise ValueError("--open: no finished run has a sealed evaluation (eval.sealed)")
+  if not ready:
+    raise ValueError("--open: " + ("; ".join(
+        f"{f'tier {tier}' if tier else 'the study'} waits for {len(left)} runs, the first of them {left[0][0]} seed "
+        f"{left[0][1]}" for tier, left in waits.items())
+        or "it was opened before, once and for all: leave the flag out, and the report has it"))
+  study.opened += ready
+
+
+def _tiers(study: Study) -> dict[str, set]:
+  """The runs of each tier of the plan, {(arm-size, seed)}; under "" all runs, where the plan has no tiers."""
+  plan = study.plan or {}
+  if not plan.get("tiers"):
+    return {"": {(f"{run.arm}-{run.size}", seed) for run in study.runs for seed in run.seeds}}
+  return {tier: {(key, seed) for key in keys for seed in plan["seeds"][key]} for tier, keys in plan["tiers"].items()}
+
+
 def unsealed(study: Study) -> Study:
-  """The study as the sealed evaluations of its runs have it: each in its arm's own run mode, nothing on the way."""
-  runs = [dataclasses.replace(run, records=run.sealed.get("records", []), settings=run.sealed.get("settings", {}),
-                              layers={}, text={}, tasks={}) for run in study.runs]
+  """The study as the opened evaluations of its runs have it: each in its arm's own run mode, nothing on the way."""
+  shown = {key for tier, runs in _tiers(study).items() if tier in study.opened for key, _ in runs}
+  of = lambda run: run.sealed if f"{run.arm}-{run.size}" in shown else {}
+  runs = [dataclasses.replace(run, records=of(run).get("records", []), settings=of(run).get("settings", {}),
+                              sealed=of(run), layers={}, text={}, tasks={}) for run in study.runs]
   return dataclasses.replace(study, runs=runs, problems=[])
 
 

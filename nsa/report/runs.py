@@ -119,7 +119,8 @@ class Study:
   plan: dict | None = None         # what was planned before the data (plan_file.py)
   # rows of the shortcut audit (nsa.tasks), as study.json has them
   audit: list[dict] = dataclasses.field(default_factory=list)
-  opened: bool = False             # whether the runs' sealed evaluations are reported
+  # tiers of the plan whose sealed evaluations are reported; "" = of all runs, where the plan has no tiers
+  opened: tuple[str, ...] = ()
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -210,7 +211,8 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
                             ("controls", dict, "an object"), ("branches", dict, "an object"),
                             ("jobs", list, "a list of objects"),
                             ("speeds", dict, "an object"), ("arms", list, "a list of names"),
-                            ("audit", list, "a list of objects"), ("sections", list, "a list of names")):
+                            ("audit", list, "a list of objects"), ("sections", list, "a list of names"),
+                            ("opened", list, "a list of tiers")):
     need(isinstance(plan.get(name) or kind(), kind), name, plan.get(name), words)
   solved = plan.get("solved") or 0
   need(isinstance(solved, (int, float)) and 0 <= solved <= 1, "solved", solved, "a share of the answers, 0 to 1")
@@ -233,15 +235,14 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          at + "run", run, "a directory inside the study's")
     need(isinstance(job.get("seeds", []), list) and all(isinstance(s, int) for s in job.get("seeds", [])), at + "seeds",
          job.get("seeds"), "a list of integers")
-  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "opened",
-                                       "solved")
+  given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "solved")
            if plan.get(name)}
   return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
                sections=tuple(plan.get("sections") or ()),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
                dense=plan.get("dense_arm") or "dense",
                budgets={k: float(v) for k, v in (plan.get("budgets") or {}).items()},
-               quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")),
+               quantities=tuple(plan.get("quantities") or ("R", "A", "Delta")), opened=tuple(plan.get("opened") or ()),
                speeds=plan.get("speeds"), **({"endpoints": endpoints} if endpoints else {}), **given)
 
 

@@ -148,18 +148,20 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
   if not study.reference:
     return out
   kinds = dict.fromkeys(endpoints.metric(e.metric).kind for e in study.endpoints if e.primary)
+  sizes = list(dict.fromkeys([*study.sizes, *(run.size for run in study.runs)]))  # of those not begun tests count, too
   for e in study.endpoints:
     family = endpoints.metric(e.metric).kind
-    for size in study.sizes:
-      if not e.primary and not any(r.size == size and math.isfinite(r[e.metric]) for r in table):
-        continue
+    for size in sizes:
+      of_size = [r for r in table if r.size == size and r.status == "done"]
+      if not e.primary and of_size and not any(math.isfinite(r[e.metric]) for r in of_size):
+        continue  # it was not measured there
       for quantity in study.asked:
         main = e.primary and quantity in study.quantities
         for arm in [study.dense] if quantity == "A" else retrofits:
           if study.arm_runs(arm) and not study.arm_runs(arm, size):
             continue  # no run of this size was meant
           c = compare(study, table, quantity, arm, size, e)
-          c.family = "secondary" if not main else family if len(study.sizes) == 1 else f"{family}, size {size}"
+          c.family = "secondary" if not main else family if len(sizes) == 1 else f"{family}, size {size}"
           c.alpha = study.alpha / len(kinds) if main else study.alpha
           c.admitted = (e.metric, size) not in admitted or admitted[e.metric, size].admitted
           c.tested = len({seed for run in study.arm_runs(arm, size) for seed in run.seeds}) != 1

@@ -4,8 +4,8 @@
     python experiments/results/main/reanalysis.py runs/main [--sealed]
 
 A path is a published archive, what it unpacks to, or a study's own directory; of several, one after the other, runs
-add up and the last one's study.json counts. --sealed: the values of the sealed
-evaluations; endpoints are admitted by the controls of the plain ones all the same. Rules: PLAN.md.
+add up and the last one's study.json counts. --sealed: the values of the sealed evaluations, of the tiers that were
+opened (launch.report --open); endpoints are admitted by the controls of the plain ones all the same. Rules: PLAN.md.
 """
 import collections
 import itertools
@@ -187,13 +187,23 @@ def holm(p):
   return out
 
 
+def opened(plan, runs):
+  """The runs of the tiers that were opened; of a study without tiers, all."""
+  if not plan.get("opened"):
+    sys.exit("what is sealed has not been opened: launch.report --open --publish does it, when a tier is complete")
+  tiers = (plan.get("plan") or {}).get("tiers")
+  shown = {key for tier in plan["opened"] for key in tiers[tier]} if tiers else ()
+  key = lambda files: "{arm}-{size}".format(**json.loads(files.get("config.json", '{"arm": "", "size": ""}')))
+  return {name: files for name, files in runs.items() if not tiers or key(files) in shown}
+
+
 def analyse(paths, sealed=False):
   """(comparisons, admissions, lines) of the verdict: lists of dicts, {(metric, size): {control: passed}}, words."""
   plan, runs = read(*paths)
   metrics = [e["metric"] for e in plan["endpoints"]]
   metrics += [GATED_BY[base] + m[len(base):] for m in metrics if (base := m.partition(":")[0]) in GATED_BY]
   control_values = Values(runs, metrics)
-  v = Values(runs, metrics, sealed=True) if sealed else control_values
+  v = Values(opened(plan, runs), metrics, sealed=True) if sealed else control_values
   assert all(len(asked) == 1 for asked in v.asked.values()), "runs of one size were asked different questions"
   there, dense, native = {(j["arm"], j["size"]) for j in plan["jobs"]}, plan["dense_arm"], plan["reference_arm"]
   sizes = list(dict.fromkeys(j["size"] for j in plan["jobs"]))
@@ -205,8 +215,8 @@ def analyse(paths, sealed=False):
     known = lambda values: any(s == size and m == metric for _, s, _, m in values.value)
     if known(control_values):
       admitted[metric, size] = gates(plan, control_values, metric, size, {arm for arm, s in there if s == size})
-    if not known(v) and not e["primary"]:
-      continue
+    if not known(v) and not e["primary"] and any(s == size for _, s, _, _ in v.value):
+      continue  # it is not measured there; of a size without results its tests are missing ones
     for quantity in ("R", "A", "Delta"):
       for arm in [dense] if quantity == "A" else retrofits:
         if (arm, size) not in there and any(a == arm for a, _ in there):
