@@ -5,9 +5,10 @@
     python -m launch.report experiments/results/pilot --out=DIR        # the same report, from what was published
     python -m launch.report runs/pilot experiments/results/pilot --out=experiments/results/pilot --publish
 
-The last takes the runs that runs/pilot has not finished from what was published before. With --open --publish the report
-has what the sealed evaluations (eval.sealed) say, too: of each tier of the plan, or the whole study, once all its runs
-are there, not before and not a second time; a published report that was opened stays so. What people have to say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
+The last takes the runs that runs/pilot has not finished from what was published before. With --open --publish the
+report has what the sealed evaluations (eval.sealed) say, too: of each tier of the plan, or the whole study, once all
+its runs are there, not before and not a second time; a published report that was opened stays so. What people have to
+say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.
 """
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from absl import flags
 from launch import cli
 
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: report/ inside the first path.")
-_OPEN = flags.DEFINE_bool("open", False, "Open the sealed evaluations, of the split that nothing was chosen by, for good.")
+_OPEN = flags.DEFINE_bool("open", False, "Open the sealed evaluations, of the split that nothing was chosen by.")
 _PUBLISH = flags.DEFINE_bool("publish",
                              False, "For a repository: no HTML, small PNGs, configs and records without this "
                              "machine's paths.")

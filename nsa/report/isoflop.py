@@ -5,6 +5,10 @@ Of every method and endpoint one least-squares fit over all its runs, a parabola
 
     loss = a_C + b_C x + c x^2,  x = ln(parameters without embeddings, selectors and memories)
 
+Losses are parabolas near their lowest point alone: a run that lies h above the lowest one of its budget has the weight
+1 / (1 + (h / NEAR)^2). With equal weights far sizes, hundreds of steps long and whole bits behind, draw the optimum off
+its place by more than its interval, and what they miss doubles the intervals of the loss (tests/isoflop_test.py).
+
 A point is the mean over a run's seeds: what the parabola misses at a size, all of its seeds share, and they would count
 it as often as they are. Optimum: x = -b_C / 2c, its loss a_C - b_C^2 / 4c. Exponent e: the same fit with b_C = g + h
 ln C, so that the best size grows as C^e, e = -h / 2c. Intervals (95 %): DRAWS draws of the coefficients from their t
@@ -44,6 +48,7 @@ from nsa.report.endpoints import Row
 from nsa.report.runs import Study
 
 SMALLEST = 0.005                 # bits per byte between optima that matter
+NEAR = 0.05                      # bits per byte (nats per token) above the lowest run of a budget: half the weight
 DRAWS = 4000
 LEVEL = 0.95
 ARM = re.compile(r"(.+)_(\d[\d.]*(?:e\d+)?)$")
@@ -85,7 +90,7 @@ class Fit:
   optima: dict[float, Optimum]
   exponent: float
   exponent_between: tuple[float, float]
-  residual: float                  # SD
+  residual: float                  # SD, weighted
   df: int
   centre: float
   coefficients: dict[float, tuple[float, float, float]]
@@ -166,8 +171,10 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   y = np.array([np.mean(losses[cell]) for cell in cells])
   at = np.array([budgets.index(budget) for budget, _ in cells])
   one = (at[:, None] == np.arange(len(budgets))).astype(float)
-  design = np.concatenate([one, one * x[:, None], x[:, None] ** 2], axis=1)
-  best, sd, draws = statistics.least_squares(design, y, DRAWS, draw)
+  above = y - np.array([y[at == i].min() for i in at])
+  weights = 1 / (1 + (above / NEAR) ** 2)
+  solve = lambda *columns: statistics.least_squares(np.concatenate(columns, axis=1), y, DRAWS, draw, weights)
+  best, sd, draws = solve(one, one * x[:, None], x[:, None] ** 2)
   if best[-1] <= 0:
     return "no minimum: the fitted curve bends down"
   if np.mean(draws[:, -1] <= 0) > (1 - LEVEL) / 2:
@@ -191,8 +198,7 @@ def fit(found: list[Point], metric: str, draw: int = 0) -> Fit | str:
   if B > 1:
     log = np.log([budget for budget, _ in cells])
     log -= log.mean()
-    straight = np.concatenate([one, x[:, None], (x * log)[:, None], x[:, None] ** 2], axis=1)
-    best, _, draws = statistics.least_squares(straight, y, DRAWS, draw)
+    best, _, draws = solve(one, x[:, None], (x * log)[:, None], x[:, None] ** 2)
     if best[-1] > 0:
       exponent = float(-best[-2] / (2 * best[-1]))
       draws = draws[draws[:, -1] > 0]
@@ -223,32 +229,28 @@ def difference(one: Optimum, other: Optimum, level: float) -> tuple[float, float
   return one.loss - other.loss, float(low), float(high)
 
 
-def multiplier(one: Fit, other: Fit, by: str = "budget") -> tuple[float, float, float] | None:
-  """How many times the cost of `one` its `other` needs for the loss that `one` has at its largest budget: (value, low,
-  high).
+def multiplier(one: Fit, other: Fit, by: str = "budget") -> tuple[float, float, float, bool] | None:
+  """How many times the cost of `one` its `other` needs for the same loss: (value, low, high, whether it is a bound).
 
-  by: "budget" (training FLOPs) or "seconds". Along the line through other's optima, loss over the logarithm of the
-  cost, continued beyond its ends; None where that line does not fall, or a cost is unknown.
+  by: "budget" (training FLOPs) or "seconds". The loss: the higher of the two at the largest budget of both, so that
+  what it costs the better one lies between its own optima (linear, loss over the logarithm of the cost). Where its
+  cheapest optimum is better still, the number is a bound. None where fewer than two costs are known.
   """
-  budgets = sorted(set(one.optima) & set(other.optima))
-  if len(budgets) < 2:
-    return None
-  ours, theirs = one.optima[budgets[-1]], [other.optima[c] for c in budgets]
-  cost = lambda o: math.log(getattr(o, by)) if getattr(o, by) > 0 else math.nan
-  x = np.array([cost(o) for o in theirs])
-  if not np.isfinite([*x, cost(ours)]).all() or np.ptp(x) == 0:
-    return None
-  n = min(len(o.draws) for o in [ours, *theirs])
-  losses = np.stack([np.concatenate([[o.loss], o.draws[:n]]) for o in theirs])    # [budgets, 1 + n]
-  middle = x - x.mean()
-  slope = (middle[:, None] * losses).sum(0) / (middle ** 2).sum()
-  target = np.concatenate([[ours.loss], ours.draws[:n]])
-  with np.errstate(divide="ignore", over="ignore"):
-    times = np.where(slope < 0, np.exp(x.mean() + (target - losses.mean(0)) / slope - cost(ours)), np.nan)
-  if math.isnan(times[0]) or np.isnan(times).mean() > (1 - LEVEL) / 2:
-    return None
-  low, high = np.nanquantile(times[1:], _ends(LEVEL))
-  return float(times[0]), float(low), float(high)
+  lines = []
+  top = max(set(one.optima) & set(other.optima), default=None)
+  for f in (one, other):
+    known = [o for c, o in sorted(f.optima.items()) if top is not None and c <= top and getattr(o, by) > 0]
+    if len(known) < 2 or known[-1].budget != top:
+      return None
+    lines.append(known)
+  n = min(len(o.draws) for o in [*lines[0], *lines[1]])
+  x = [np.log([getattr(o, by) for o in known]) for known in lines]
+  losses = [np.minimum.accumulate([np.append(o.loss, o.draws[:n]) for o in known]) for known in lines]
+  target = np.maximum(losses[0][-1], losses[1][-1])
+  ours, theirs = ([np.interp(-t, -column, at) for t, column in zip(target, loss.T)] for at, loss in zip(x, losses))
+  times = np.exp(np.subtract(theirs, ours))
+  low, high = np.quantile(times[1:], _ends(LEVEL))
+  return float(times[0]), float(low), float(high), bool(target[0] > min(losses[0][0, 0], losses[1][0, 0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +307,7 @@ def section(study: Study, table: list[Row], gallery) -> list:
           for metric in metrics}
   blocks += [Text("How it is fitted and judged was stated before the runs: nsa/report/isoflop.py. Training FLOPs are "
                   "analytic, selectors and their losses counted; parameters are those of the backbone.")]
-  blocks += _verdict(study, fits)
+  blocks += _verdict(study, fits) + _missing(study)
   for metric in metrics:
     blocks += _table(fits[metric], metric) if endpoints.metric(metric).lower_is_better else []
   blocks += _multipliers(fits, names)
@@ -333,11 +335,28 @@ def _verdict(study, fits) -> list:
                                  + ", less than what matters" * (abs(d) < SMALLEST))
     of = "; ".join(f"minus {name} {said(*found)}" for name, found in one.against.items())
     of += f"; that window minus dense {said(*one.window)}" if one.window else ""
-    at = f"at {one.budget:.2g} FLOPs, {of}" if of else "no budget at which its optimum and dense's are bracketed"
+    hidden = min((low for name, (_, low, _) in one.against.items() if name != "dense"), default=0.0)
+    if one.word == "confirmed by locality" and hidden < -SMALLEST:
+      of += f"; that selection adds up to {m.text(-hidden)} is not excluded"
+    without = [name for name in (one.method, "dense") if not isinstance(fits[one.metric].get(name), Fit)]
+    at = (f"at {one.budget:.2g} FLOPs, {of}" if of else f"no fit of {' and '.join(without)}" if without else
+          "no budget at which its optimum and dense's are bracketed")
     lines.append(f"{one.method}, {m.title}: **{one.word}** ({at})")
   seeds = "one seed: a word about these runs, not about training" if _one_seed(study) else ""
   return [Text("\"Larger and sparse beats smaller and dense\": " + "; ".join(lines) + "."
                + f" **{seeds[0].upper()}{seeds[1:]}.**" * bool(seeds), "verdict")]
+
+
+def _missing(study) -> list:
+  """Which runs the fits do without."""
+  all_runs = [run for run in study.runs if ARM.match(run.arm)]
+  left = collections.defaultdict(list)
+  for run in all_runs:
+    if run.status != "done":
+      left[run.arm].append(run.size + f" seed {run.seeds[0]}" * (not _one_seed(study)))
+  named = "; ".join(f"{arm} ({', '.join(of)})" for arm, of in left.items())
+  return [Text(f"{sum(map(len, left.values()))} of {len(all_runs)} runs are missing, and fits do without them: "
+               f"{named}.", "note")] if left else []
 
 
 def _one_seed(study) -> bool:
@@ -378,12 +397,14 @@ def _multipliers(fits, names) -> list:
       mine, dense = of[name], of.get("dense")
       if name == "dense" or isinstance(mine, str) or not isinstance(dense, Fit):
         continue
-      cells = ["-" if (x := multiplier(mine, dense, by)) is None else "{:.2f} ({:.2f} to {:.2f})".format(*x)
+      cells = ["-" if (x := multiplier(mine, dense, by)) is None else
+               "{:.2f} ({:.2f} to {:.2f})".format(*x) if not x[3] else f"{'above' if x[0] > 1 else 'below'} {x[0]:.2f}"
                for by in ("budget", "seconds")]
       lines.append([endpoints.metric(metric).title, name, *cells])
   if not lines:
     return []
   return [Table(["endpoint", "method", "times its FLOPs", "times its device time"], lines,
-                "What dense needs for the loss that a method has at its largest budget, along the line of dense's own "
-                "optima (beyond its ends where it must be). Above 1: the method is cheaper. 95 % intervals of the "
-                "fits; exploratory", left=2)]
+                "What dense costs over what a method costs at the same loss, the one that the worse of the two has at "
+                "the largest budget; the better one's cost lies between its own optima, or below all of them "
+                "(\"above\", \"below\"). Above 1: the method is cheaper. 95 % intervals of the fits; exploratory",
+                left=2)]

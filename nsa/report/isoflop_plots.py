@@ -22,6 +22,10 @@ def _colour(method, k=0):
   return _COLOURS.get(method, _OTHERS[k % len(_OTHERS)])
 
 
+def _unit(m):
+  return "%" if m.scale == 100 else m.unit
+
+
 def curves(found: list[isoflop.Point], fits):
   """Loss over parameters: a panel for each endpoint."""
   metrics = list(fits)
@@ -49,8 +53,11 @@ def curves(found: list[isoflop.Point], fits):
     for i, c in enumerate(budgets):
       ax.plot([], [], _MARKERS[i % 6], color="#999999", mfc="none", label=f"{c:.2g} FLOPs")
     ax.set_xscale("log")
+    at = sorted({p.parameters / 1e6 for p in found})
+    ax.set_xticks(at, [f"{n:.2g}" for n in at])
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.set_xlabel("parameters of the backbone, without embeddings (M)")
-    ax.set_ylabel(f"{m.unit}")
+    ax.set_ylabel(_unit(m))
     ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
   style.key(fig, axes[0])
   return fig
@@ -78,6 +85,8 @@ def frontiers(fits):
                   mfc=None if o.bracketed else "none")
           ax.vlines(getattr(o, by), *(m.scale * end for end in o.loss_between), color=_colour(name, k), lw=1)
       ax.set_xscale("log")
+      ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
       ax.xaxis.set_minor_formatter(ticker.NullFormatter())  # they run into each other
       ax.set_xlabel(words)
     budgets = sorted({c for one in fits[metric].values() if not isinstance(one, str) for c in one.optima})
@@ -109,7 +118,7 @@ def inference(found: list[isoflop.Point], metrics: list[str]):
               mfc="none", ms=6)
     ax.set_xscale("log")
     ax.set_xlabel("forward FLOPs per token")
-    ax.set_ylabel(m.unit)
+    ax.set_ylabel(_unit(m))
     ax.set_title(m.title.partition(" (")[0].partition(", second")[0], fontsize=9)
   style.key(fig, axes[0])
   return fig

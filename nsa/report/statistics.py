@@ -261,21 +261,23 @@ def _exponential(n: int, draws: int, seed: int) -> np.ndarray:
   return np.random.default_rng(seed).standard_exponential((draws, n))
 
 
-def least_squares(design: np.ndarray, y: np.ndarray, draws: int,
-                  seed: int = 0) -> tuple[np.ndarray, float, np.ndarray]:
+def least_squares(design: np.ndarray, y: np.ndarray, draws: int, seed: int = 0,
+                  weights: np.ndarray | float = 1.0) -> tuple[np.ndarray, float, np.ndarray]:
   """(coefficients float64[P], SD of the residuals, draws of the coefficients float64[draws, P]).
 
   Of design float64[N, P], N > P, and y float64[N]. Draws are from the coefficients' t distribution, of N - P degrees of
-  freedom and independent normal residuals.
+  freedom and independent normal residuals of one SD: weights, float64[N], say what counts and not what scatters less.
   """
-  best = np.linalg.lstsq(design, y, rcond=None)[0]
+  weights = np.broadcast_to(weights, y.shape)
+  root = np.sqrt(weights)
+  solve = np.linalg.pinv(design * root[:, None]) * root  # [P, N]
+  best = solve @ y
   df = len(y) - design.shape[1]
-  sd = math.sqrt(float(np.sum((y - design @ best) ** 2)) / df)
+  free = np.sum(weights) - np.sum(weights * np.sum(design * solve.T, axis=1))  # N - P where all weights are 1
+  sd = math.sqrt(float(np.sum(weights * (y - design @ best) ** 2)) / free)
   rng = np.random.default_rng(seed)
-  # R of a QR: the covariance is sd^2 (R^T R)^-1. Each draw has a variance of its own, chi-square of df.
-  right = np.linalg.qr(design, mode="r")
-  scale = sd / np.sqrt(rng.chisquare(df, draws) / df)
-  return best, sd, best + scale[:, None] * np.linalg.solve(right, rng.standard_normal((len(best), draws))).T
+  scale = sd / np.sqrt(rng.chisquare(df, draws) / df)  # each draw has a variance of its own
+  return best, sd, best + scale[:, None] * (rng.standard_normal((draws, len(y))) @ solve.T)
 
 
 def _one_sided(x, bound: float) -> float:
