@@ -88,8 +88,8 @@ def get_config(arg=None):
                dense="dense", reference="native_mag", budgets=dict.fromkeys(retrofits, a.budget),
                controls={"native_mag": "window_equal", "native_mal": "window_equal",
                          **{arm: f"{arm.split('_')[1]}_after" for arm in retrofits}},
-               primary=("far_exact_match", *text), task_margin=0.1, quantities=("R", "A"), speeds=SPEEDS,
-               notes=NOTES, plan=a.plan or "experiments/results/titans")
+               primary=("far_exact_match", *text), task_margin=0.1, quantities=("R", "A"),
+               speeds={} if a.tiny else SPEEDS, notes=NOTES, plan=a.plan or "experiments/results/titans")
 
 
 class Arms:

@@ -196,7 +196,9 @@ def test_the_experiment_spends_its_budgets_and_its_report_says_so(tmp_path):
   text = report.write([tmp_path / "study"], tmp_path / "out").markdown.read_text()
   assert "msa_32, bits per byte, second half of the context: **confirmed by locality** (at 9e+13 FLOPs" in text
   assert "One seed: a word about these runs" in text and "| dense | 1e+13 | 4 |" in text
-  assert "not excluded" not in text and "runs are missing" not in text
+  head = text.partition("### Which endpoints count")[0]  # what is judged stands there, and no other verdict does
+  assert "next section: Larger and sparse, or smaller and dense?**" in head and "**confirmed by locality**" in head
+  assert "No verdict" not in head and "not excluded" not in text and "runs are missing" not in text
   for name in ("window_32_9e13-M-s0", "window_32_9e13-S-s0"):
     (tmp_path / f"study/runs/{name}/DONE").unlink()
   text = report.write([tmp_path / "study"], tmp_path / "cut").markdown.read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, flops, methods, schedule
-from nsa.report import lengths, runs
+from nsa.report import endpoints, lengths, runs, verdict
 
 TRAINED, SEEDS = 64, (1, 2, 3)
 # arm -> (attention, far exact match at 1x and 4x, bits per byte at 1x and 4x)
@@ -84,6 +84,23 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   assert lengths.compare(study, "s") == []
 
 
+def test_a_pair_whose_runs_are_missing_counts_as_a_test_that_failed(study, tmp_path):
+  from nsa.report import document, sections
+  short, long = lengths.compare(study, "s")
+  study.runs.append(runs.Run(tmp_path / "gone", "gone", "s", SEEDS, {}, {}, {}, [], None, "pending"))
+  study.controls["gone"] = "window"
+  again = lengths.compare(study, "s")
+  assert len(again) == 2 and [c.p for c in again] == pytest.approx([4 / 2 * short.p, 3 * long.p])
+  gallery = sections.Gallery(study, tmp_path, ("png",))
+  gates_not_run = verdict.verdict(study, endpoints.rows(study))  # so what is judged is what is judged by length
+  assert gates_not_run.headline == "What this study judges is in the next section: By length"
+  page = document.markdown("x", sections.all_sections(study, endpoints.rows(study), gates_not_run, gallery))
+  assert page.index("## By length") < page.index("### Which endpoints count")
+  assert "of 4 pairs" in page and "2 of 4 planned pairs are missing" in page
+  assert "counted as tests that failed: gone minus window at 1x, gone minus window at 4x." in page
+  assert "**differs by enough**: with_memory minus window at 1x (+50.0 points)" in page
+
+
 @pytest.mark.parametrize("true, false", [(0.1, ["differs by enough"]), (0.1, ["no more than that apart"]),
                                          (0.0, ["differs", "differs by enough"])])
 def test_words_are_of_the_whole_family(true, false, study, monkeypatch):
@@ -106,9 +123,10 @@ def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked
   config = config_lib.from_dict(study.runs[1].config)
   cost = [f"{sum(flops.forward(config, n, 'sparse').values()) / 1e6:.2f}" for n in (64, 256)]
   row = next(line for line in page.splitlines() if line.startswith("| with_memory | 3 | 85.0"))
-  assert row.endswith(f"| {cost[0]} | {cost[1]} | 500 |") and "| window | 3 | 35.0 ± 0.0 | 73.0 ± 0.0 |" in page
+  assert f"| {cost[0]} | {cost[1]} | 500 |" in row and "| window | 3 | 35.0 ± 0.0 | 73.0 ± 0.0 |" in page
   assert "| dense | 2.0000 ± 0.0000 | 3.0000 ± 0.0000 |" in page and "smallest effect that matters: 10.0 points" in page
-  assert "recall there says nothing" not in page
+  assert "recall there says nothing" not in page and "planned pairs are missing" not in page
+  assert "of window to dense closed, 1x (%)" in page and "| 500 | 83 |" in page  # of 35 to 95, 85
   for r in study.runs[0].records:
     r["far_exact_match"] = 0.5
   assert "dense answers 50.0 % at 1x, less than 90 %" in document.markdown("x", lengths.section(study, gallery))

@@ -43,6 +43,7 @@ from nsa import records as record_lib
 from nsa.report import statistics, style
 from nsa.report.document import Heading, Table, Text
 from nsa.report.runs import Study
+from nsa.report.verdict import SECTIONS
 
 LIMITS = (0.01, 0.05)            # shares of the dense arm's score
 LEAST = 0.5                      # sparsity that the verdict asks for
@@ -246,7 +247,7 @@ def judge(found: Grid, limit: float) -> Verdict | None:
 
 def section(study: Study, table, gallery) -> list:
   """The blocks of the report."""
-  blocks = [Heading("What sparsity is safe?"), Text(
+  blocks = [Heading(SECTIONS["frontier"]), Text(
       f"Ways to run {study.dense} without training (and the own selectors of other arms), by the share of attention "
       "that they leave out. Prefill methods thin out the prompt, snapkv what the answer sees of it, the others every "
       "query. Claim on trial: *no sparsity is safe for all tasks* (Sparse Frontier, arXiv 2504.17768). "

@@ -46,6 +46,7 @@ from nsa.report import endpoints, isoflop_plots as plots, statistics
 from nsa.report.document import Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
+from nsa.report.verdict import SECTIONS
 
 SMALLEST = 0.005                 # bits per byte between optima that matter
 NEAR = 0.05                      # bits per byte (nats per token) above the lowest run of a budget: half the weight
@@ -297,7 +298,7 @@ def judge(study: Study, fits: dict[str, dict[str, Fit | str]], dense: str = "den
 
 def section(study: Study, table: list[Row], gallery) -> list:
   """The blocks of the report."""
-  blocks = [Heading("Larger and sparse, or smaller and dense?")]
+  blocks = [Heading(SECTIONS["isoflop"])]
   found = points(study, table)
   if not found:
     return [*blocks, Text("No finished run of an arm named method_budget yet.", "note")]

@@ -5,8 +5,9 @@ mean over, this one takes apart. Text at k times the trained length is that of t
 a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
 shortest and the longest length. Three questions are asked of every pair, each of the family under Holm: is there a
 difference (two-sided t test), is it beyond the smallest effect that matters (the same test against that), is it within
-(two one-sided tests)? No pair is judged where dense answers less than Study.solved, or ANCHOR where the study states
-none, at the shortest length.
+(two one-sided tests)? The family is of all pairs that were planned: one whose runs are missing counts as a test that
+failed. No pair is judged where dense answers less than Study.solved, or ANCHOR where the study states none, at the
+shortest length.
 """
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from nsa.report import endpoints, statistics
 from nsa.report.document import Heading, Table, Text
 from nsa.report.runs import Run, Study
 
+TITLE = "By length"
 RECALL = "far_exact_match"
+FLOOR = "window"  # the arm whose distance from dense others close, where a study has it
 SMALLEST = 0.1   # of far exact match, where the study states no margin of it
 ANCHOR = 0.9     # what dense has to answer at the shortest length, where the study states nothing (Study.solved)
 
@@ -90,22 +93,32 @@ def flops_per_token(run: Run, tokens: int) -> float:
   return sum(flops.forward(config, tokens, run.headline_mode).values())
 
 
+def planned(study: Study, size: str) -> list[tuple[str, str, int]]:
+  """The pairs to be judged: (arm, its control, tokens of the examples)."""
+  _, asked = lengths(study, size)
+  return [(arm, against, n) for arm, against in study.controls.items() if study.arm_runs(arm, size)
+          for n in ((asked[0], asked[-1]) if asked else ())]
+
+
 def compare(study: Study, size: str) -> list[Compared]:
-  """The family of tests; a pair without a common seed is left out."""
-  trained, asked = lengths(study, size)
+  """The family of tests; a pair without a common seed is left out, and counts as a test that failed."""
+  trained, _ = lengths(study, size)
   margin = _margin(study)
-  found = []
-  for arm, against in study.controls.items():
-    ours, theirs = recall(study, arm, size), recall(study, against, size)
-    for n in (asked[0], asked[-1]) if asked else ():
-      at = lambda values: {seed: value for (tokens, seed), value in values.items() if tokens == n}
-      seeds, differences = statistics.paired_differences(at(ours), at(theirs))
-      if seeds:
-        found.append((arm, against, n, differences))
+  family, found = planned(study, size), []
+  for arm, against, n in family:
+    at = lambda values: {seed: value for (tokens, seed), value in values.items() if tokens == n}
+    seeds, differences = statistics.paired_differences(*(at(recall(study, one, size)) for one in (arm, against)))
+    if seeds:
+      found.append((arm, against, n, differences))
   tests = [differences for *_, differences in found]
-  different = statistics.holm([statistics.t_test(d) for d in tests])
-  enough = statistics.holm([_beyond(d, margin) for d in tests])
-  within = statistics.holm([statistics.tost(d, margin) for d in tests])
+
+  def corrected(test, *options):
+    p = np.array([test(d, *options) for d in tests])
+    holm = statistics.holm([*np.nan_to_num(p, nan=1.0), *[1.0] * (len(family) - len(tests))])
+    return np.where(np.isnan(p), np.nan, holm[:len(p)])
+
+  different, enough, within = (corrected(*test) for test in (
+      (statistics.t_test,), (_beyond, margin), (statistics.tost, margin)))
   admitted = np.mean(anchor(study, size) or [0.0]) >= (study.solved or ANCHOR)
   out = []
   for k, (arm, against, n, differences) in enumerate(found):
@@ -130,7 +143,7 @@ def _beyond(differences, margin: float) -> float:
 def section(study: Study, gallery) -> list:
   """Heading, tables and a figure for each size that was asked at several lengths; [] where none was."""
   sizes = [size for size in study.sizes if lengths(study, size)[1]]
-  return [Heading("By length")] * bool(sizes) + [block for size in sizes for block in _of_size(study, size, gallery)]
+  return [Heading(TITLE)] * bool(sizes) + [block for size in sizes for block in _of_size(study, size, gallery)]
 
 
 def _of_size(study, size, gallery):
@@ -151,16 +164,21 @@ def _of_size(study, size, gallery):
                        "what the others lack.**", "note"))
   speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
   measured = any(math.isfinite(speed(arm)) for arm in runs)
+  level = {arm: np.mean(pick(values[arm], asked[0]) or [math.nan]) for arm in runs}
+  gap = level.get(study.dense, math.nan) - level.get(FLOOR, math.nan)
+  gap = gap if gap > _margin(study) else math.nan
   rows = []
   for arm, run in runs.items():
     cost = [flops_per_token(run, n) / 1e6 for n in asked]
     rows.append([arm, str(len({seed for _, seed in values[arm]}))]
                 + [endpoints.interval_text(exact, pick(values[arm], n), False) for n in asked]
                 + [f"{c:.2f}" if math.isfinite(c) else "-" for c in cost]
-                + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if measured else []))
+                + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if measured else [])
+                + ([f"{100 * (level[arm] - level[FLOOR]) / gap:.0f}"] if math.isfinite(gap) else []))
   blocks.append(Table(
       ["arm", "seeds"] + [f"recall, {t} (%)" for t in times] + [f"MFLOPs per token, {t}" for t in times]
-      + ["training step, ns per token"] * measured, rows,
+      + ["training step, ns per token"] * measured
+      + [f"of {FLOOR} to {study.dense} closed, {times[0]} (%)"] * math.isfinite(gap), rows,
       "Exact match where the evidence is far, mean over tasks"
       + f" of which {study.dense} answers {100 * study.solved:g} %" * bool(study.solved)
       + f", on examples of so many times the trained {trained:,} "
@@ -175,14 +193,24 @@ def _of_size(study, size, gallery):
                   for n in asked] for arm in runs],
         "Bits per byte of held-out text in the second half of so many times the trained length: all windows are of the "
         "longest one"))
-  family = compare(study, size)
+  family, whole = compare(study, size), planned(study, size)
+  there = {(c.arm, c.against, round(c.multiple * trained)) for c in family}
+  missing = [f"{one[0]} minus {one[1]} at {one[2] / trained:g}x" for one in whole if one not in there]
   if family:
+    said = lambda c: f"{c.arm} minus {c.against} at {c.multiple:g}x ({exact.text(c.interval.mean, True)} points)"
+    words = "; ".join(f"**{word}**: " + ", ".join(said(c) for c in family if c.word == word)
+                      for word in dict.fromkeys(c.word for c in family))
+    blocks.append(Text(f"Far exact match, an arm against its control{_at(study, size)}: {words}."
+                       + f" {len(missing)} of {len(whole)} planned pairs are missing." * bool(missing), "verdict"))
     blocks.append(Table(
         ["arm", "minus", "at", "points", "95 % interval", "p (Holm)", "word"],
         [[c.arm, c.against, f"{c.multiple:g}x", exact.text(c.interval.mean, True), exact.between(c.interval),
           f"{c.p:.3f}" if math.isfinite(c.p) else "-", c.word] for c in family],
         f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(_margin(study))} points. "
-        f"Words: t tests under Holm, of {len(family)} pairs. Everything else in this section is exploratory", left=2))
+        f"Words: t tests under Holm, of {len(whole)} pairs. Everything else in this section is exploratory", left=2))
+  if missing:
+    blocks.append(Text("Not compared, for want of runs or of far answers, and counted as tests that failed: "
+                       + ", ".join(missing) + ".", "note"))
   figure = _figure(gallery, runs, values, asked, times, speed if measured else None)
   caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
              "means")
@@ -213,6 +241,10 @@ def _figure(gallery, runs, values, asked, times, speed):
   axes[0].set_ylim(-3, 103)
   gallery.style.key(fig, max(axes, key=lambda ax: len(ax.lines)))
   return fig if drawn else None
+
+
+def _at(study, size) -> str:
+  return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
 def _margin(study) -> float:

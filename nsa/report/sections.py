@@ -13,7 +13,7 @@ from nsa.report import answer, endpoints, frontier, isoflop, lengths, planning
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import Verdict
+from nsa.report.verdict import Verdict, judged_in
 
 # file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
 PICTURES = {
@@ -97,17 +97,19 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
   blocks += answer.verdict(study, table, verdict) + answer.opened(study, verdict, opened)
-  blocks += answer.gates(study, table, verdict)
   for name in study.sections:
     blocks += FURTHER[name](study, table, gallery) if name in FURTHER else [
         Text(f"The section {name!r} that the study asks for is not known to this version.", "note")]
+  by_length = lengths.section(study, gallery)
+  first = lengths.TITLE in judged_in(study, verdict.admissions)
+  blocks += by_length * first + answer.gates(study, table, verdict)
   if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
     blocks.append(Heading("When recall is learnt"))
     for size in study.sizes:
       blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
-  blocks += answer.exploratory(study, verdict) + lengths.section(study, gallery)
+  blocks += answer.exploratory(study, verdict) + by_length * (not first)
   for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"),
                       ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),

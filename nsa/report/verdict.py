@@ -22,11 +22,13 @@ from typing import Callable, Iterable
 
 import numpy as np
 
-from nsa.report import comparable, endpoints, gates, statistics
+from nsa.report import comparable, endpoints, gates, lengths, statistics
 from nsa.report.endpoints import Row
 from nsa.report.runs import Endpoint, Study
 
 QUANTITIES = ("R", "A", "Delta")
+# Of Study.sections: what they are called in the report. They have a rule of their own, and what it says is the verdict.
+SECTIONS = {"frontier": "What sparsity is safe?", "isoflop": "Larger and sparse, or smaller and dense?"}
 APART = 0.2        # exact match: seeds whose outcomes fall into two groups so far apart are counted, not averaged alone
 
 
@@ -278,6 +280,9 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
   counts = [f"{failed} of {len(study.runs)} runs failed."] * bool(failed) + [
       f"{waiting} of {len(study.runs)} runs have not finished and are left out."] * bool(waiting)
+  if elsewhere := judged_in(study, admitted):
+    return Verdict("What this study judges is in the next section" + "s" * (len(elsewhere) > 1) + ": "
+                   + "; ".join(elsewhere), counts, found, admitted)
   primary = [c for c in found if c.family not in ("", "secondary")]
   if not study.reference or not primary:
     head = ("No verdict: no study.json says which arms were to be compared." if not study.declared else
@@ -294,6 +299,16 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
     counts = [f"Of size {' and '.join(rest)} no run has finished."] + counts
   result.lines += counts
   return result
+
+
+def judged_in(study: Study, admitted: dict) -> list[str]:
+  """The sections that judge instead of R, A and Delta: those that the study asks for; by length, where it compares arms
+  with controls at several lengths and no endpoint's gates were run."""
+  if study.sections:
+    return [SECTIONS[name] for name in study.sections if name in SECTIONS]
+  run = [gate for one in admitted.values() for gate in one.gates if gate.control != study.dense
+         and math.isfinite(gate.found)]
+  return [lengths.TITLE] * (bool(admitted) and not run and any(lengths.planned(study, size) for size in study.sizes))
 
 
 def _of_endpoint(study, table, result, e, size) -> list[str]:
