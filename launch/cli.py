@@ -20,6 +20,7 @@ import errno
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -50,6 +51,12 @@ def run(main, arguments: bool = False) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def clean_up_when_stopped() -> None:
+  """SIGTERM becomes an exception, so that what is half written is removed on the way out. For commands that cannot go
+  on from there."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _parse(argv):

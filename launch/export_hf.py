@@ -22,6 +22,7 @@ flags.mark_flags_as_required(["workdir", "out"])
 
 def main():
   from nsa import huggingface
+  cli.clean_up_when_stopped()
   added = huggingface.export_model(_WORKDIR.value, _OUT.value, step=_STEP.value, seed=_SEED.value, dtype=_DTYPE.value,
                                    shard_bytes=int(_SHARD.value * 10 ** 9))
   beside = (f"; what {' and '.join(added)} added is in method.safetensors, the rest runs dense without it" if added

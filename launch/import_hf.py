@@ -28,6 +28,7 @@ flags.mark_flags_as_required(["source", "workdir"])
 
 def main():
   from nsa import flops, huggingface
+  cli.clean_up_when_stopped()
   config = huggingface.import_model(_SOURCE.value, _WORKDIR.value, context=_CONTEXT.value, tokenizer=_TOKENIZER.value,
                                     data_source=_DATA.value)
   print(f"{_WORKDIR.value}: {flops.parameters(config)['total']:,} parameters, {config.model.num_layers} layers, "

@@ -197,6 +197,25 @@ def test_the_command_says_it_in_a_line(tmp_path):
   assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
+def test_an_import_that_is_stopped_leaves_nothing(tmp_path):
+  shared.write("qwen3", tmp_path / "source")
+  (tmp_path / "stopped.py").write_text("""
+import os, signal, time
+from launch import cli, import_hf
+from nsa.huggingface import weights
+
+def stopped(*_):
+  assert os.path.isdir("run/hf")
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
+
+weights.load_params = stopped
+cli.run(import_hf.main)
+""")
+  commands.run("stopped", "--source=source", "--workdir=run", "--tokenizer=bytes", directory=tmp_path, code=143)
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_with_content_is_not_imported_into(tmp_path):
   source = shared.write("qwen3", tmp_path / "source")
   (tmp_path / "run/checkpoints/0").mkdir(parents=True)  # of an import that was killed: its weights would have stayed
