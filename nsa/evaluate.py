@@ -58,7 +58,6 @@ from nsa import (
   sharding,
   step as step_lib,
 )
-from nsa.data import tokenizer
 from nsa.methods import blocks
 
 
@@ -121,7 +120,8 @@ def _write(config, params, workdir, step, mesh, ending: str | None, during: bool
   directory = epath.Path(workdir) / "eval"
   path = directory / f"{step}{_by_hand(config, workdir, step, settings) if ending is None else ending}.json"
   parts = None
-  if ending is not None and not during and jax.process_count() == 1 and "://" not in str(directory):
+  if (ending is not None and len(settings["run_modes"]) > 1 and not during and jax.process_count() == 1
+      and "://" not in str(directory)):
     parts = directory / f"{path.stem}-parts"
   keep = parts and functools.partial(_kept, parts, settings)
   rows = records(config, params, step, mesh, during, asked, keep, seconds)
@@ -199,18 +199,24 @@ def records(config, params, step: int, mesh=None, during: bool = False,
     make = functools.partial(_of_mode, config, params, step, mesh, run_mode, *found, e, asked, short, ask)
     return keep(run_mode, make) if keep else make()
 
-  # Two threads, so that one reckons while the device works for the other. Several devices are asked in one order.
-  with concurrent.futures.ThreadPoolExecutor(2, "evaluation") as pool:
-    found = (map if mesh is not None else pool.map)(of, e.during if short else e.modes(config.seeds))
-    out = [row for rows in found for row in rows]
+  out = _two_at_a_time(of, e.during if short else e.modes(config.seeds), mesh)
   if seconds is not None:
     seconds.update(turns.seconds)
   return out
 
 
+def _two_at_a_time(of, items, mesh) -> list[dict]:
+  """The records of all items, in their order: `of` reckons with one while the device works for the other. Several
+  devices are asked in one order."""
+  if mesh is not None:
+    return [row for item in items for row in of(item)]
+  with concurrent.futures.ThreadPoolExecutor(2, "evaluation") as pool:
+    return [row for rows in pool.map(of, items) for row in rows]
+
+
 def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short, ask) -> list[dict]:
   """The records of one run mode, which `how` has read; e: eval, short where `short`; ask: `scores.Turns.ask`."""
-  token_bytes, out = tokenizer.get(config.data.tokenizer).token_bytes, []
+  out = []
   program = _program(run_config, mode, selector)
   if mesh is None:  # before the first turn: who waits for a compiler keeps no device from another, and takes none
     _compiled(program, e.batch, asked.context)
@@ -222,18 +228,22 @@ def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e
     if isinstance(run_config.attention, methods.PromptMethod):
       one = model_lib.backbone(one)
     base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-    rows = []
-    for corpus, of_corpus in asked.windows.items():
-      of_text = scores.text(run, one, of_corpus, e, asked.context, run_config.attention, token_bytes,
-                            asked.back(corpus), () if short or run_mode not in ("dense", "sparse") else e.context_gain,
-                            ask)
-      rows += [{**row, "corpus": corpus} if corpus else row for row in of_text]
+    own = run_mode in ("dense", "sparse")
+    decode = functools.partial(_decoder(run_config, mode), one) if own and not short and mesh is None else None
+
+    def of_text(corpus):
+      rows = scores.text(run, one, asked.windows[corpus], e, asked.context, run_config.attention, asked.back(corpus),
+                         e.context_gain if own and not short else (), ask)
+      return [{**row, "corpus": corpus} if corpus else row for row in rows]
+
+    def of_task(name):
+      return scores.task(run, one, name, asked.tasks[name], e, not short and (own or run_mode == "oracle"), decode,
+                         isinstance(run_config.attention, methods.PromptMethod), ask)
+
+    parts = [*(functools.partial(of_text, corpus) for corpus in asked.windows),
+             *(functools.partial(of_task, name) for name in asked.tasks)]
+    rows = _two_at_a_time(lambda part: part(), parts, mesh)
     scores.count_flops(rows, run_config, selector, asked.context)
-    decode = None if short or mesh is not None or run_mode not in ("dense", "sparse") else _decoder(run_config, mode)
-    for name, examples in asked.tasks.items():
-      listed = not short and run_mode in ("dense", "sparse", "oracle")
-      rows += scores.task(run, one, name, examples, e, listed, decode and functools.partial(decode, one),
-                          isinstance(run_config.attention, methods.PromptMethod), ask)
     rows = [row for row in rows if row["kind"] != "heat"] if short else rows
     out += [{**row, **base} for row in rows]
   return out

@@ -13,35 +13,85 @@ import json
 
 import numpy as np
 
-from nsa import data, programs, tasks
+from nsa import config as config_lib, data, programs, tasks
 from nsa.data import recurrence, tokenizer
 
 TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+  """The windows of one corpus, and stacked, a row each, what all run modes ask of them. token_bytes: int[V], of each
+  token, 0 of a special one."""
+  windows: list[data.EvalWindow]
+  token_bytes: np.ndarray
+
+  @functools.cached_property
+  def inputs(self) -> np.ndarray:
+    """int32[W, T]"""
+    return np.stack([window.inputs for window in self.windows])
+
+  @functools.cached_property
+  def targets(self) -> np.ndarray:
+    """int32[W, T]"""
+    return np.stack([window.targets for window in self.windows])
+
+  @functools.cached_property
+  def scored(self) -> np.ndarray:
+    """bool[W, T]: whether a target stands for bytes."""
+    return (self.token_bytes > 0)[self.targets]
+
+  @functools.cached_property
+  def bytes(self) -> np.ndarray:
+    """int32[W, T]: those of each target that are text of the document."""
+    out = self.token_bytes.astype(np.int32)[self.targets]
+    out[:, 0] -= [window.prefix for window in self.windows]
+    return out
+
+  def few(self, count: int) -> Text:
+    """`count` of the windows, spread evenly; all where there are no more."""
+    have = len(self.windows)
+    return self if count >= have else Text([self.windows[i * have // count] for i in range(count)], self.token_bytes)
+
+
+class Examples(dict):
+  """Arrays of `tasks.batch` by name."""
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    digest = hashlib.sha256()
+    _add(digest, *(self[key] for key in sorted(self)))
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """context: T, tokens. windows: of text, by corpus. tasks: name -> arrays of `tasks.batch`. fingerprint: SHA-256 of
+  """context: T, tokens. windows: of text, by corpus. tasks: the examples by the task's name. fingerprint: SHA-256 of
   the split's documents, "" where none are read. back: corpus -> how far back each target can be known from
   (recurrence.distances), where eval.ar_hits asks for it; seconds over the whole of training, so it is counted when
   asked for first."""
   context: int
-  windows: dict[str, list[data.EvalWindow]]
-  tasks: dict[str, dict[str, np.ndarray]]
+  windows: dict[str, Text]
+  tasks: dict[str, Examples]
   fingerprint: str
   back: Callable[[str], np.ndarray | None] = lambda corpus: None
 
   def settings(self, config, during: bool = False) -> dict:
     """`declared`, with SHA-256 of what was read: JSON-ready. Equal settings mean the same questions, asked in the same
     way."""
-    windows = hashlib.sha256()
-    for corpus, listed in self.windows.items():
-      for window in listed:
-        windows.update(f"{corpus!r} {window.document!r} {window.start} ".encode())
-        _add(windows, window.inputs, window.targets)
-    examples = {name: _digest(*(arrays[key] for key in sorted(arrays))) for name, arrays in self.tasks.items()}
     return {**declared(config, during), "corpus_sha256": self.fingerprint,
-            "windows_sha256": windows.hexdigest() if self.windows else "", "examples_sha256": examples}
+            "windows_sha256": _windows_sha256(tuple(self.windows.items())) if self.windows else "",
+            "examples_sha256": {name: arrays.sha256 for name, arrays in self.tasks.items()}}
+
+
+@functools.lru_cache(maxsize=8)
+def _windows_sha256(windows: tuple[tuple[str, Text], ...]) -> str:
+  digest = hashlib.sha256()
+  for corpus, text in windows:
+    for window in text.windows:
+      digest.update(f"{corpus!r} {window.document!r} {window.start} ".encode())
+      _add(digest, window.inputs, window.targets)
+  return digest.hexdigest()
 
 
 def declared(config, during: bool = False) -> dict:
@@ -92,15 +142,15 @@ def _load(config, asked):
   e, context, windows = config.eval, asked["context"], {}
   read = lambda tokens: [document for source in config.data.texts.values()
                          for document in data.load(source, e.split, data_dir=config.data.data_dir, tokens=tokens)]
-  real = tokenizer.get(config.data.tokenizer).token_bytes
   for corpus in _texts(config) if asked["sequences"] else ():
-    found = data.eval_windows(config.data, e.split, e.sequences, context, corpus)
-    few = asked["sequences"] if asked["sequences"] > 0 else len(found)  # on the way, some of the same
-    windows[corpus] = [found[i * len(found) // few] for i in range(few)] if few < len(found) else found
-    if not any(real[window.targets].any() for window in windows[corpus]):
-      raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(windows[corpus])} windows of {context} "
-                       f"tokens of the split {e.split!r} hold special tokens alone, no byte to score; take text that "
-                       "does not spell them")
+    few = asked["sequences"] if asked["sequences"] != e.sequences else 0  # on the way, some of the same
+    windows[corpus] = _windows(config.data.texts[corpus], e.split, e.sequences, few, context, config.data.data_dir,
+                               config.data.tokenizer)
+    found = windows[corpus].windows
+    if not any(windows[corpus].token_bytes[window.targets].any() for window in found):
+      raise ValueError(f"data.source = {config.data.texts[corpus]!r}: the {len(found)} windows of {context} tokens of "
+                       f"the split {e.split!r} hold special tokens alone, no byte to score; take text that does not "
+                       "spell them")
   haystack = read("bytes") if asked["tasks"] else []
   same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer)
   examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
@@ -110,6 +160,16 @@ def _load(config, asked):
 
   documents = read(config.data.tokenizer) if windows else haystack
   return HeldOut(context, windows, examples, data.fingerprint(documents) if documents else "", back)
+
+
+@functools.lru_cache(maxsize=8)
+def _windows(source, split, count, few, context, data_dir, tokens) -> Text:
+  """`count` windows of a source, or where `few` is above 0 that many of the same: made once for all evaluations of a
+  process."""
+  if few > 0:
+    return _windows(source, split, count, 0, context, data_dir, tokens).few(few)
+  config = config_lib.DataConfig(source=source, data_dir=data_dir, tokenizer=tokens)
+  return Text(data.eval_windows(config, split, count, context), tokenizer.get(tokens).token_bytes)
 
 
 def _back(config, source: str) -> np.ndarray:
@@ -127,10 +187,10 @@ def counted_ahead(config):
 
 
 @functools.lru_cache(maxsize=64)
-def _examples(name, count, context, split, texts, data_dir, tokens):
+def _examples(name, count, context, split, texts, data_dir, tokens) -> Examples:
   """The examples of a task, made once for all evaluations of a process."""
   haystack = [document for source in texts for document in data.load(source, split, data_dir=data_dir)]
-  return tasks.batch(name, TASK_SEED, count, context, split, haystack, tokens=tokens)
+  return Examples(tasks.batch(name, TASK_SEED, count, context, split, haystack, tokens=tokens))
 
 
 def check(config) -> dict[str, str]:
@@ -142,12 +202,6 @@ def check(config) -> dict[str, str]:
   if config.eval.sealed:
     prints[config.eval.sealed] = load(unsealed(config)).fingerprint
   return {split: fingerprint for split, fingerprint in prints.items() if fingerprint}
-
-
-def _digest(*arrays) -> str:
-  digest = hashlib.sha256()
-  _add(digest, *arrays)
-  return digest.hexdigest()
 
 
 def _add(digest, *arrays) -> None:

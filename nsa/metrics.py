@@ -19,6 +19,7 @@ from nsa.progress import Progress  # noqa: F401, part of this module's interface
 
 # JSON has no word for these; as strings they stay readable by every JSON parser.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_NUMBERS = {int, float}
 _SPELT = re.compile(r"\\*(nan|-?inf)")  # strings of these get a backslash, or one more
 
 
@@ -251,34 +252,55 @@ def _parse(line, number, path):
 
 
 def _encode(value, where):
-  """`value` in JSON's types. A float32 gets float32's shortest decimal, not the double's 17 digits."""
+  """`value` in JSON's types. A float32 gets float32's shortest decimal, not the double's 17 digits.
+
+  where: its name for errors, or (that of what holds it, its key or place).
+  """
+  kind = type(value)  # first what records are made of, a million of them in an evaluation's file
+  if kind is float:
+    return value if math.isfinite(value) else repr(value)
+  if isinstance(value, (list, tuple)):
+    if _NUMBERS.issuperset(map(type, value)) and _finite(value):
+      return list(value)
+    return [_encode(v, (where, i)) for i, v in enumerate(value)]
   if value is None or isinstance(value, (bool, int)):
     return value
   if isinstance(value, str):
     return "\\" + value if _SPELT.fullmatch(value) else value  # an arm called "nan" stays one
   if isinstance(value, float):  # np.float64 too
-    value = float(value)
-    return value if math.isfinite(value) else repr(value)
+    return _encode(float(value), where)
   if isinstance(value, dict):
     for key in value:
       if not isinstance(key, str):
-        raise ValueError(f"{where}: key {key!r} is not a string")
-    return {key: _encode(v, f"{where}.{key}") for key, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_encode(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        raise ValueError(f"{_name(where)}: key {key!r} is not a string")
+    return {key: _encode(v, (where, key)) for key, v in value.items()}
   if isinstance(value, os.PathLike):
     return os.fspath(value)
   if not hasattr(value, "__array__"):
-    raise ValueError(f"{where} is a {type(value).__name__}; write numbers, strings, arrays, dicts or lists")
+    raise ValueError(f"{_name(where)} is a {kind.__name__}; write numbers, strings, arrays, dicts or lists")
   array = np.asarray(value)
   if array.ndim:
-    return [_encode(v, f"{where}[{i}]") for i, v in enumerate(array)]
+    return [_encode(v, (where, i)) for i, v in enumerate(array)]
   if array.dtype.kind in "bui":
     return array.item()
   try:
     return _encode(float(str(array[()])), where)  # also the float types of ml_dtypes
   except ValueError as error:
-    raise ValueError(f"{where} has dtype {array.dtype}, which is no real number") from error
+    raise ValueError(f"{_name(where)} has dtype {array.dtype}, which is no real number") from error
+
+
+def _finite(numbers) -> bool:
+  try:
+    return all(map(math.isfinite, numbers))
+  except OverflowError:  # an int that no float can hold
+    return False
+
+
+def _name(where) -> str:
+  if isinstance(where, str):
+    return where
+  outer, key = where
+  return f"{_name(outer)}.{key}" if isinstance(key, str) else f"{_name(outer)}[{key}]"
 
 
 def _decode(value):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from nsa import methods, records as record_lib, step as step_lib
+from nsa import held_out, methods, records as record_lib, step as step_lib
 
 _MAX_HEAT = 64  # cells per side of a stored heat map
 
@@ -60,7 +60,7 @@ def ask_alone(*asked) -> list[tuple]:
   return Turns().ask("", *asked)
 
 
-def text(run, params, windows, e, context, method, token_bytes, back=None, gain=(), ask=ask_alone) -> list[dict]:
+def text(run, params, windows: held_out.Text, e, context, method, back=None, gain=(), ask=ask_alone) -> list[dict]:
   """Records of the windows of one corpus: each window, by position, by layer, and what far context is worth.
 
   back: int32[windows, T], how far back the n-gram was seen that a target completes (data/recurrence.py); None = not
@@ -68,35 +68,32 @@ def text(run, params, windows, e, context, method, token_bytes, back=None, gain=
   gain: tokens of context before the last quarter of a window that its loss is measured with, beside all there are.
   ask: `Turns.ask` under a name.
   """
-  if not windows:
-    return []
-  half = context // 2
+  count, half = len(windows.windows), context // 2
   scored = half if isinstance(method, methods.PromptMethod) else 0  # from which position on
-  arrays = {name: np.stack([getattr(w, name) for w in windows]) for name in ("inputs", "targets", "segment_ids")}
-  arrays["prompt"] = np.full(len(windows), half, np.int32)
+  arrays = {"inputs": windows.inputs, "targets": windows.targets, "segment_ids": np.ones_like(windows.inputs),
+            "prompt": np.full(count, half, np.int32)}
   # Methods that choose once per prompt measure themselves, always.
-  watched = _spread(-(-len(windows) // e.batch), -(-len(windows) if scored else -e.diagnosed // e.batch))
+  watched = _spread(-(-count // e.batch), -(-count if scored else -e.diagnosed // e.batch))
   nll, seen, weights = _nll(ask(run, params, arrays, e.batch, watched))
-  real = token_bytes[arrays["targets"]]  # bytes of each target, 0 for special tokens
-  scored_tokens = real > 0
-  bits = nll / step_lib.LN2 * scored_tokens
-  real[:, 0] -= [w.prefix for w in windows]
+  bits, real = nll / step_lib.LN2, windows.bytes
+  bits *= windows.scored
+  of = lambda x: zip(*(part.sum(axis=1).tolist() for part in (x, x[:, half:], x[:, scored:])))
   rows = [record_lib.make("language", split=e.split, document=w.document, start=int(w.start),
-                          **({} if scored else _per_byte("bits_per_byte", bits[i], real[i])),
-                          bytes=int(real[i, scored:].sum()),
-                          **_per_byte("second_half_bits_per_byte", bits[i, half:], real[i, half:]),
-                          second_half_bytes=int(real[i, half:].sum())) for i, w in enumerate(windows)]
+                          **({} if scored else _per_byte("bits_per_byte", loss, size)), bytes=behind,
+                          **_per_byte("second_half_bits_per_byte", late, late_size), second_half_bytes=late_size)
+          for w, (loss, late, _), (size, late_size, behind) in zip(windows.windows, of(bits), of(real))]
   edges = [0] + [context >> shift for shift in range(6, -1, -1) if context >> shift]
   for first, end in zip(edges[:-1], edges[1:]):
     if first < scored:
       continue
-    rows.append(record_lib.make("position", start=first, end=end, bytes=int(real[:, first:end].sum()),
-                                **_per_byte("bits_per_byte", bits[:, first:end], real[:, first:end])))
+    size = int(real[:, first:end].sum())
+    rows.append(record_lib.make("position", start=first, end=end, bytes=size,
+                                **_per_byte("bits_per_byte", bits[:, first:end].sum(), size)))
   if back is not None:
-    rows += _hits(nll[:, scored:], back[:, scored:] * scored_tokens[:, scored:], context)
+    rows += _hits(nll[:, scored:], back[:, scored:] * windows.scored[:, scored:], context)
   if gain and not scored:
     rows += _context_gain(lambda some: _nll(ask(run, params, some, e.batch))[0], arrays, bits, real, gain)
-  return rows + (_layer_records(seen, weights, windows[0].document) if seen else [])
+  return rows + (_layer_records(seen, weights, windows.windows[0].document) if seen else [])
 
 
 def _nll(said):
@@ -108,6 +105,8 @@ def _nll(said):
 
 def _hits(nll, back, context):
   """Loss of the targets that complete a rare n-gram seen before, by distance, in powers of 2 of the context."""
+  at = back > 0  # few of all
+  nll, back = nll[at], back[at]
   out, start = [], max(1, context >> 7)
   while start < context:
     mine = nll[(back >= start) & (back < 2 * start)]
@@ -128,7 +127,7 @@ def _context_gain(nll_of, arrays, bits, real, gain):
   rows = sorted(_spread(len(bits), MAX_GAIN))
   T = bits.shape[1]
   last = T - T // 4
-  scored = real[rows, last:]
+  size = int(real[rows, last:].sum())
   out = []
   for before in sorted(set(gain) | {last}):
     cut = last - before
@@ -139,8 +138,8 @@ def _context_gain(nll_of, arrays, bits, real, gain):
       some = {name: x[rows] for name, x in arrays.items()}
       some["segment_ids"] = np.where(np.arange(T) < cut, 1, 2).astype(np.int32) * np.ones((len(rows), 1), np.int32)
       mine = nll_of(some) / step_lib.LN2 * (real[rows] > 0)
-    out.append(record_lib.make("context_gain", context=before, bytes=int(scored.sum()),
-                               **_per_byte("bits_per_byte", mine[:, last:], scored)))
+    out.append(record_lib.make("context_gain", context=before, bytes=size,
+                               **_per_byte("bits_per_byte", mine[:, last:].sum(), size)))
   return out
 
 
@@ -149,9 +148,9 @@ def _spread(count, wanted):
   return {i * count // wanted for i in range(wanted)} if wanted < count else set(range(count))
 
 
-def _per_byte(name, bits, real) -> dict[str, float]:
+def _per_byte(name, bits, size) -> dict[str, float]:
   """{name: bits per byte}; {} where all targets are special tokens, which stand for no byte."""
-  return {name: float(bits.sum() / real.sum())} if real.sum() else {}
+  return {name: float(bits / size)} if size else {}
 
 
 def _layer_records(seen, weights, document):
@@ -186,16 +185,19 @@ def _shrink(heat):
   return grid.reshape(rows // factor, factor, columns // factor, factor).mean(axis=(1, 3))
 
 
-class _Answer(NamedTuple):
-  query: int       # its first token
-  evidence: int    # the last token of it
-  far: bool
-  right: int       # 1 if all its tokens are
-  nll: float       # nats per token
+class _Answers(NamedTuple):
+  """Of one example, or of all: a place for each answer."""
+  query: np.ndarray     # int, its first token
+  evidence: np.ndarray  # int, the last token of it
+  far: np.ndarray       # bool
+  right: np.ndarray     # int, 1 if all its tokens are
+  nll: np.ndarray       # nats per token
 
+  def where(self, which) -> _Answers:
+    return _Answers(*(x[which] for x in self))
 
-def _mean(answers, name):
-  return float(np.mean([getattr(a, name) for a in answers]))
+  def means(self) -> tuple[float, float]:
+    return float(self.right.mean()), float(self.nll.mean())
 
 
 def task(run, params, name, examples, e, listed: bool, decode=None, once: bool = False, ask=ask_alone):
@@ -230,36 +232,37 @@ def task(run, params, name, examples, e, listed: bool, decode=None, once: bool =
     size = np.bincount(group[at])
     right = np.bincount(group[at], correct[i, at]) == size
     loss = np.bincount(group[at], nll[i, at]) / size
-    mine = [_Answer(*one)
-            for one in zip(query.tolist(), evidence.max(axis=1).tolist(), far.tolist(), right.astype(int).tolist(),
-                           loss.tolist())]
-    answers += mine
-    more = {}
-    if of_far := [a for a in mine if a.far]:
-      more = dict(far_exact_match=_mean(of_far, "right"), far_answer_nll=_mean(of_far, "nll"))
+    n = len(size)  # fewer than others have where `query` is filled up
+    mine = _Answers(query[:n], evidence.max(axis=1)[:n], far[:n], right.astype(int), loss)
+    answers.append(mine)
+    more: dict[str, Any] = {}
+    if mine.far.any():
+      more["far_exact_match"], more["far_answer_nll"] = mine.where(mine.far).means()
     if decode is not None and i < e.decoded:
       begins = np.array([np.argmax(group == query) for query in range(len(size))], np.int32)
       written = np.asarray(decode(examples["inputs"][i], begins, longest))
       want = [examples["targets"][i, begin:begin + n] for begin, n in zip(begins, size)]
       more["greedy_exact_match"] = float(np.mean([(got[:len(its)] == its).all() for got, its in zip(written, want)]))
     if listed:
-      more["answers"] = [[a.query, a.evidence, a.right, round(a.nll, 4)] for a in mine]
-    out.append(record_lib.make("task", task=name, index=i, exact_match=_mean(mine, "right"),
-                               answer_nll=float(nll[i, at].mean()), far_answers=len(of_far),
+      more["answers"] = [[*one, round(loss, 4)] for *one, loss in zip(
+          *(x.tolist() for x in (mine.query, mine.evidence, mine.right, mine.nll)))]
+    out.append(record_lib.make("task", task=name, index=i, exact_match=mine.means()[0],
+                               answer_nll=float(nll[i, at].mean()), far_answers=int(mine.far.sum()),
                                depth=float(examples["depth"][i]),
                                evidence_distance=int(examples["evidence_distance"][i]), **more, **seen[i]))
-  return out + _answer_records(name, answers, length)
+  return out + _answer_records(name, _Answers(*map(np.concatenate, zip(*answers))), length)
 
 
-def _answer_records(name, answers, length):
+def _answer_records(name, answers: _Answers, length):
   """Answers by distance to their evidence, in powers of 2 of the context, apart for those that lie near."""
   out, end = [], length >> max(0, length.bit_length() - 6)
-  start = 0
+  start, distance = 0, answers.query - answers.evidence
   while start < length:
     for far in (True, False):
-      mine = [a for a in answers if start <= a.query - a.evidence < end and a.far == far]
-      if mine:
-        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine),
-                                   exact_match=_mean(mine, "right"), answer_nll=_mean(mine, "nll")))
+      mine = answers.where((start <= distance) & (distance < end) & (answers.far == far))
+      if len(mine.nll):
+        exact_match, nll = mine.means()
+        out.append(record_lib.make("answer", task=name, start=start, end=end, forced=not far, answers=len(mine.nll),
+                                   exact_match=exact_match, answer_nll=nll))
     start, end = end, 2 * end
   return out

@@ -358,6 +358,22 @@ def test_nobody_waits_for_a_compiler_in_a_turn(monkeypatch):
   assert len(waited) == 2 and {row["kind"] for row in rows} >= {"language", "task"}
 
 
+def test_a_run_mode_reckons_with_text_while_its_task_is_asked(monkeypatch):
+  config, begun = make_config(methods.MSA(index_dim=4, **BLOCKS), run_modes=("sparse",)), threading.Event()
+  text, task = scores.text, scores.task
+
+  def reckons(*args):
+    rows = text(*args)
+    assert begun.wait(60)
+    return rows
+
+  monkeypatch.setattr(scores, "text", reckons)
+  monkeypatch.setattr(scores, "task", lambda *args: begun.set() or task(*args))
+  rows, _ = records(config, tasks=("copy:length=6",))
+  kinds = [row["kind"] for row in rows]
+  assert kinds.index("task") > max(i for i, kind in enumerate(kinds) if kind == "language")
+
+
 def test_a_dense_model_runs_under_training_free_selectors():
   rows, _ = records(make_config(methods.Dense()), run_modes=MODES, blocks=BLOCKS)
   by_mode = {mode: [row for row in rows if row["run_mode"] == mode] for mode in MODES}

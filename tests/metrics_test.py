@@ -18,7 +18,7 @@ def test_every_value_comes_back(tmp_path):
             "double": 1 / 3, "np": np.float64(1e-300), "nan": math.nan, "inf": jnp.float32(-jnp.inf),
             "flag": np.bool_(True), "none": None, "model": ["-inf", "\\inf", "\\name"],
             "layers": np.float32([0.5, math.nan]),
-            "nested": {"a": (1, 2)}}
+            "nested": {"a": (1, 2)}, "mixed": [1.5, 2, True, -math.inf], "large": (10 ** 400, 0.5)}
   with metrics.JsonlWriter(path) as writer:
     writer.write(record)
   line = path.read_text()
@@ -27,6 +27,8 @@ def test_every_value_comes_back(tmp_path):
   (back,) = metrics.read_jsonl(path)
   assert back["double"] == 1 / 3 and back["np"] == 1e-300
   assert np.float32(back["loss"]) == np.float32(0.1) and jnp.bfloat16(back["bf16"]) == jnp.bfloat16(0.1)
+  assert back["mixed"] == [1.5, 2, True, -math.inf] and [type(x) for x in back["mixed"]] == [float, int, bool, float]
+  assert back["large"] == [10 ** 400, 0.5]
   assert math.isnan(back["nan"]) and back["inf"] == -math.inf and math.isnan(back["layers"][1])
   assert back["layers"][0] == 0.5 and back["nested"] == {"a": [1, 2]} and back["none"] is None
   assert back["arm"] == "nan" and back["model"] == ["-inf", "\\inf", "\\name"]  # names, not numbers

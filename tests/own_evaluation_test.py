@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, evaluate, methods, metrics, schedule, train as train_lib
+from nsa import checkpoint, config as config_lib, evaluate, held_out, methods, metrics, schedule, train as train_lib
 from nsa.data import sources
 from nsa.planning import plan
 
@@ -52,7 +52,13 @@ def files(workdir):
 def write(path, data):
   """Changes a corpus, as seen by a process that begins then."""
   path.write_bytes(data)
+  forget()
+
+
+def forget():
+  """What this process has read."""
   sources._load.cache_clear()
+  held_out._windows.cache_clear()
 
 
 def break_off(monkeypatch, step, error):
@@ -192,5 +198,5 @@ def test_other_documents_are_refused_on_resume_and_on_fork(tmp_path, corpus, spl
   (corpus.parent / "other").symlink_to(corpus)                     # another data.source: on purpose
   assert train(fork(source=f"files:{corpus.parent}/other"), tmp_path / "meant") == 8
   (corpus / split / "new.txt").unlink()
-  sources._load.cache_clear()
+  forget()
   assert train(config, tmp_path / "trunk") == 8

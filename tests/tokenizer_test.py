@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tasks_test import solve_scattered
 
-from nsa import config as config_lib, data, schedule, scores, sharding, step as step_lib, tasks
+from nsa import config as config_lib, data, held_out, schedule, scores, sharding, step as step_lib, tasks
 from nsa.data import tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -88,7 +88,8 @@ def test_a_space_that_a_tokenizer_puts_in_front_is_no_byte_of_the_text(kind, tmp
   windows = data.eval_windows(config.data, "val", 1, context)
   assert not caplog.records                   # nothing about other bytes than the file has
   run = lambda params, batch, watch: (np.full((1, context), 8.0), None, {})
-  rows = scores.text(run, None, windows, config_lib.EvalConfig(batch=1), context, config.attention, found.token_bytes)
+  text = held_out.Text(windows, found.token_bytes)
+  rows = scores.text(run, None, text, config_lib.EvalConfig(batch=1), context, config.attention)
   assert rows[0]["bytes"] == 23
   np.testing.assert_allclose(rows[0]["bits_per_byte"], 8 / np.log(2) * len(ids) / 23)
 

@@ -54,7 +54,9 @@ def eval_windows(config: DataConfig, split: str, count: int, context: int, corpu
                      f"{context + 1} tokens; the longest, {documents[at].name}, has {lengths[at]}; take a "
                      "smaller context or a source with longer documents")
   fit = (lengths[long] - 1) // context
-  windows = []
+  windows, weights, segment_ids = [], np.ones(context, np.float32), np.ones(context, np.int32)
+  for shared in (weights, segment_ids):
+    shared.setflags(write=False)
   for d, share in zip(long.tolist(), (fit if count < 0 else _shares(fit, count)).tolist()):
     slack = int(lengths[d]) - 1 - share * context  # tokens that no window needs; below 0 they must overlap
     for j in range(share):
@@ -64,8 +66,8 @@ def eval_windows(config: DataConfig, split: str, count: int, context: int, corpu
         start = j * (int(lengths[d]) - 1 - context) // max(share - 1, 1)
       inputs, targets = np.empty(context, np.int32), np.empty(context, np.int32)
       text.read(kind, documents[d].tokens, start, inputs, targets)
-      windows.append(EvalWindow(documents[d].name, start, inputs, targets, np.ones(context, np.float32),
-                                np.ones(context, np.int32), 0 if start else documents[d].prefix))
+      windows.append(EvalWindow(documents[d].name, start, inputs, targets, weights, segment_ids,
+                                0 if start else documents[d].prefix))
   return windows
 
 
