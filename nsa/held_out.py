@@ -124,14 +124,17 @@ def _texts(config) -> dict[str, str]:
   return {name: source for name, source in config.data.texts.items() if source != "tasks"}
 
 
-def load(config, during: bool = False) -> HeldOut:
-  """Reads what an evaluation asks; `during` as in `evaluate.write`.
+def load(config, during: bool = False, examples: int | None = None) -> HeldOut:
+  """Reads what an evaluation asks; `during` as in `evaluate.write`. examples: no more of each task than that.
 
   Raises ValueError or FileNotFoundError that name the field of the config, its value and the fix: no such split, no
   document that is long enough, no text in any window, a task that does not fit into the context.
   """
   try:
-    return _load(config, declared(config, during))
+    asked = declared(config, during)
+    if examples is not None:
+      asked["task_examples"] = min(examples, asked["task_examples"])
+    return _load(config, asked)
   except ValueError as error:  # its field is data.context for all who ask for windows and examples
     if not config.eval.context:
       raise
@@ -193,15 +196,28 @@ def _examples(name, count, context, split, texts, data_dir, tokens) -> Examples:
   return Examples(tasks.batch(name, TASK_SEED, count, context, split, haystack, tokens=tokens))
 
 
-def check(config) -> dict[str, str]:
+def check(config, examples: int | None = None) -> dict[str, str]:
   """Reads all that the evaluations of a run will ask, and raises what `load` raises. Returns {split: SHA-256 of its
-  documents}."""
-  for during in (True, False) if config.eval.every and config.eval.during else (False,):
-    found = load(config, during)
-  prints = {config.eval.split: found.fingerprint}
+  documents}. examples: as in `load`."""
+  found = [(config.eval.split, load(config, during, examples)) for during in _occasions(config)]
   if config.eval.sealed:
-    prints[config.eval.sealed] = load(unsealed(config)).fingerprint
-  return {split: fingerprint for split, fingerprint in prints.items() if fingerprint}
+    found.append((config.eval.sealed, load(unsealed(config), examples=examples)))
+  return {split: asked.fingerprint for split, asked in found if asked.fingerprint}
+
+
+def _occasions(config) -> tuple[bool, ...]:
+  return (True, False) if config.eval.every and config.eval.during else (False,)
+
+
+def made(config) -> tuple:
+  """What `programs` calls the examples of a run's evaluations, which `made_ahead` makes."""
+  return "examples", repr((config.eval, config.data))
+
+
+def made_ahead(config):
+  """Makes all that a run's evaluations will ask, a second of the host's, for `programs.ahead`: `check` with an example
+  of each task is enough to begin with."""
+  yield functools.partial(programs.get, made(config), functools.partial(check, config))
 
 
 def _add(digest, *arrays) -> None:

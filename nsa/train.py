@@ -136,7 +136,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
 
   programs.begun()
   compiled, needed, evaluated = {}, schedule.programs(config, start), collections.Counter()
-  keys = [step_lib.step_key(config, step, mesh) for step in needed]
+  keys = [*(step_lib.step_key(config, step, mesh) for step in needed), held_out.made(config)]
 
   def make_ready(step):
     with bar.pause("compile"), capacity.told(config, "a training step"):
@@ -165,7 +165,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     for index in range(start, total):
       watchdog.expect(f"step {index}")
       step = schedule.at(config, index)
-      programs.check(keys)             # of later stages too: a run that cannot end shall not go on for hours
+      programs.check(keys)             # also of what comes later: a run that cannot end shall not go on for hours
       if step.program not in compiled:
         make_ready(step)
       if step.enter:
@@ -245,6 +245,7 @@ def compilations(config, mesh, start: int = 0):
     yield functools.partial(step_lib.compile_step, config, step, mesh)
     if not number:
       yield programs.when_begun
+      yield from held_out.made_ahead(config)
   yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
   yield checkpoint.orbax

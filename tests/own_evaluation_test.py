@@ -2,11 +2,22 @@
 them."""
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
 
-from nsa import checkpoint, config as config_lib, evaluate, held_out, methods, metrics, schedule, train as train_lib
+from nsa import (
+  checkpoint,
+  config as config_lib,
+  evaluate,
+  held_out,
+  methods,
+  metrics,
+  programs,
+  schedule,
+  train as train_lib,
+)
 from nsa.data import sources
 from nsa.planning import plan
 
@@ -200,3 +211,30 @@ def test_other_documents_are_refused_on_resume_and_on_fork(tmp_path, corpus, spl
   (corpus / split / "new.txt").unlink()
   forget()
   assert train(config, tmp_path / "trunk") == 8
+
+
+def test_a_run_begins_with_one_example_of_each_task(tmp_path, corpus, monkeypatch):
+  """The others are made by who compiles ahead; what is wrong with them ends the run at its next step."""
+  counts, real = [], held_out.tasks.batch
+
+  def batch(name, seed, count, *rest, **options):
+    counts.append(count)
+    if count == 6:
+      raise ValueError("no sixth example")
+    return real(name, seed, count, *rest, **options)
+
+  monkeypatch.setattr(held_out.tasks, "batch", batch)
+  monkeypatch.setattr(programs, "_begun", threading.Event())  # no run of this process has begun yet
+  e = dict(tasks=("copy:length=4",), task_examples=5, during_examples=2)
+  config = make_config(corpus, eval=dataclasses.replace(make_config(corpus).eval, **e))
+  assert train(config, tmp_path / "run") == 4
+  assert counts[0] == 1 and set(counts) == {1, 2, 5}
+  e["task_examples"] = 6
+  config.eval, config.schedule = dataclasses.replace(config.eval, **e, every=3000), schedule.native(3000, 0)
+  config.checkpoint.every = 0
+  with pytest.raises(RuntimeError, match="in the middle of training.*no sixth example"):
+    train(config, tmp_path / "wrong")
+  assert len(metrics.read_jsonl(tmp_path / "wrong/metrics.jsonl")) < 2000  # not at its first evaluation
+  held_out.check(config, 1)
+  with pytest.raises(ValueError, match="no sixth example"):
+    held_out.check(config)

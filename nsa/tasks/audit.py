@@ -77,8 +77,12 @@ def _read_one_by_one(task, examples, visible, size) -> list[bool]:
 def _read_from_all_evidence(task, examples, visible, size) -> np.ndarray:
   """The same of tasks whose answers are read from all of their evidence, which is most: of all answers at once."""
   most = max(example.evidence.shape[1] for example in examples)
-  pieces = np.concatenate([np.pad(example.evidence, ((0, 0), (0, most - example.evidence.shape[1]), (0, 0)),
-                                  constant_values=-1) for example in examples])
+  pieces = np.full((sum(len(example.evidence) for example in examples), most, 2), -1)
+  row = 0
+  for example in examples:
+    count, of_each = example.evidence.shape[:2]
+    pieces[row:row + count, :of_each] = example.evidence
+    row += count
   begin, end = pieces[..., 0] // size, pieces[..., 1] // size + 1
   before = np.pad(np.cumsum(visible, axis=1), ((0, 0), (1, 0)))  # visible blocks before each
   count = np.take_along_axis(before, end, 1) - np.take_along_axis(before, begin, 1)
