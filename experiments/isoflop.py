@@ -210,7 +210,7 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
   read = lambda path: json.loads(pathlib.Path(path).read_text())
   rows = [r for r in read(measured or kernels / "layers_h200.json") if r["operation"] == "msa_layer" and r["H"] == 128]
   if measured is None:
-    rows += against_dense(read(kernels / "steps_and_long_h200.json")["kernels"])
+    rows += against_dense(read(kernels / "long_h200.json"))
   shape = ModelConfig(d_model=3072, num_heads=64, num_kv_heads=4, head_dim=128)
   with matplotlib.rc_context(style.STYLE):
     fig, (ax,) = style.figure(10, 4.4)
@@ -237,14 +237,11 @@ def reduction(out, measured=None) -> list[tuple[str, int, float]]:
 
 
 def against_dense(rows: list[dict]) -> list[dict]:
-  """MSA's rows of benchmarks.long from 262,144 tokens on, with dense's time over theirs where both were timed."""
-  rows = [row for row in rows if row.get("T", 0) >= 2 ** 18]
-  dense = {(row["T"], key): row[key] for row in rows if row["operation"] == "dense"
-           for key in ("forward_ms", "both_ms") if key in row}
-  keys = {"msa_attention": "forward", "msa_layer": "both"}
-  mine = [(row, keys[row["operation"]]) for row in rows if row["operation"] in keys]
-  return [row | {f"{key}_vs_dense": dense[row["T"], f"{key}_ms"] / row[f"{key}_ms"]} for row, key in mine
-          if (row["T"], f"{key}_ms") in dense and f"{key}_ms" in row]
+  """MSA's rows of benchmarks.long, with dense's time over theirs where both were timed."""
+  keys = {"forward": "forward_vs_dense", "forward + backward": "both_vs_dense"}
+  dense = {(row["T"], row["part"]): row["ms"] for row in rows if row["operation"] == "dense" and "ms" in row}
+  return [dict(row, block_size=128) | {keys[row["part"]]: dense[row["T"], row["part"]] / row["ms"]} for row in rows
+          if row["operation"] in ("msa_attention", "msa_layer") and "ms" in row and (row["T"], row["part"]) in dense]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from nsa import data, model as model_lib, optim, programs, schedule, sharding
 from pallas_kernels import backends, fused
 
 LN2 = float(np.log(2.0))
-UNROLLED_LAYERS = 12  # stacks of up to so many layers are unrolled where a loop costs more; see `layers_per_turn`
+UNROLLED_LAYERS = 32  # stacks of up to so many layers are unrolled where a loop costs more; see `layers_per_turn`
 MAX_LOGITS = 2 ** 28  # float32 numbers on a device at a time (1 GiB); more go in chunks
 BATCH_KEYS = ("inputs", "targets", "weights", "segment_ids")
 
@@ -161,8 +161,9 @@ def layers_per_turn(config) -> int:
   On a GPU all layers of a stack of up to UNROLLED_LAYERS, unless they are recomputed: a loop writes what the backward
   pass needs of each layer into stacked arrays and reads it from there again. On one H200, 10M parameters in 6 layers,
   8 x 4,096 tokens: dense 17.1 ms instead of 22.0, MSA 20.6 instead of 29.1; three of the six at a time gain nothing
-  (22.1). The dense program compiles in 17 s, of the loop in 27. With recomputation one array per layer is stacked. On a
-  CPU a loop compiles faster.
+  (22.1). The dense program compiles in 17 s, of the loop in 27. SmolLM2's 30 layers, 8 x 8,192 tokens: dense 265 ms
+  instead of 315, MSA 237 instead of 320, compiled in 23 and 25 s instead of 7 and 8. With recomputation one array per
+  layer is stacked. On a CPU a loop compiles faster.
   """
   if config.unroll:
     return config.unroll
