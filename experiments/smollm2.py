@@ -31,8 +31,9 @@ a second, dense or MSA, where it has nothing else to do:
 | 4 | 8 blocks, or the first three layers dense, with 2 and 8 | 20 |
 | 5 | Seer, DSA and gated with 32 and at 5:1; the rest of 5:1; selector only with 0.5 and 32 | 322 |
 | 6 | why tier 1's selectors find nothing: 8, with recall in the batches and with a fast selector | 48 |
-| 7 | why tier 6's find little: 8, a loss of far queries, small batches (one row: three orders), other selectors | 96 |
+| 7 | why tier 6's find little: 8, a loss of far queries, small batches (three orders), other selectors | 128 |
 | 8 | one row a step with 2 and 32, and controls: how many steps a selector needs | 68 |
+| 9 | steps and recall in the rows together: two rows a step with 32, and its control | 64 |
 
 Tier 6 was written after tier 1 and before its own runs. Tier 1's selectors hold 98 % of the attention mass that the
 best blocks hold and answer 0 to 3 % of far recall, where the best blocks answer all that dense attention does. A sink
@@ -60,8 +61,12 @@ missing, msa_32M_b1 (3,906) answers at least nine tenths of the far recall that 
 than half of what msa_8M_b1 leaves, more steps of this kind are not the way. Found: 8 %; 69 % of dense's 86; 45 % of
 what was left.
 
+Tier 9 was written after tier 8. Said beforehand: if steps and rows with recall are all that is missing,
+msa_32M_b2_recall (1,953 steps) answers at least nine tenths of the far recall that dense_32M_b2_recall does. If not,
+the next to look at is the form of the index.
+
 Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
-(archives or folders; none: the standard library's source), tier=1 (0 to 8, or all of 1 to 8; a tier brings the dense
+(archives or folders; none: the standard library's source), tier=1 (0 to 9, or all of 1 to 9; a tier brings the dense
 arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
 context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
 (of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, once=true (the imported
@@ -96,7 +101,7 @@ def get_config(arg=None):
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
                       windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
   make = Arms(a)
-  tiers = {str(number): make.tier(number) for number in range(1, 9)}
+  tiers = {str(number): make.tier(number) for number in range(1, 10)}
   if a.tier == "0":
     make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
   if a.tier not in (*tiers, "all"):
@@ -217,7 +222,7 @@ class Arms:
   def seeds(self, name):
     """All orders of the data for the main budgets of MSA, their controls, the anchor and what worked; one else."""
     main = ["dense", *(f"{kind}_{m:g}M" for kind in ("msa", "dense") for m in self.main),
-            *(f"{kind}_{self.main[-1]:g}M_b1" for kind in ("msa", "dense"))]
+            *(f"{kind}_{self.main[-1]:g}M{rows}" for rows in ("_b1", "_b2_recall") for kind in ("msa", "dense"))]
     return tuple(range(self.a.seeds)) if name in main else (0,)
 
   def tier(self, number):
@@ -246,9 +251,10 @@ class Arms:
       for one in arms:  # the question is recall by their own choice and by the best
         one.eval.more_modes = ()
       return arms
-    if number == 8:
-      arms = [one for m in (self.main[0], largest) for one in (self.retrofit("msa", m, rows=1),
-                                                               self.continued(m, rows=1))]
+    if number in (8, 9):
+      how = dict(rows=1) if number == 8 else dict(rows=2, recall=True)
+      arms = [one for m in ((self.main[0], largest) if number == 8 else (largest,))
+              for one in (self.retrofit("msa", m, **how), self.continued(m, **how))]
       for one in arms:
         one.eval.more_modes = ()
       return arms
