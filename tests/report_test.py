@@ -178,7 +178,8 @@ def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp
   text = report.write([root], root / "report").markdown.read_text()
   assert "17 runs: 13 done, 2 failed, 1 unfinished, 1 pending" in text
   assert "`retrofit_msa_5-tiny-1` (retrofit_msa_5, tiny, seeds 1) **failed**: loss is not finite" in text
-  assert "**failed**: out of memory" in text and "1 runs are pending and in no comparison: native_msa-tiny-3" in text
+  assert "**failed**: out of memory" in text
+  assert "Pending and in no comparison, of size tiny: native_msa (seeds 3)." in text
   assert "`retrofit_msa_1-tiny-0`: seed 0 diverged" in text and "2 of 17 runs failed" in text
   seeds = {c.arm: sorted(c.differences) for c in judged(root).of("Delta", planted.TEXT, "tiny")}
   assert seeds == {"retrofit_msa_1": [1, 2], "retrofit_msa_5": [0, 2], "retrofit_msa_25": [0, 1]}
@@ -193,7 +194,9 @@ def test_a_study_of_nothing_yet_and_one_without_its_reference(tmp_path, quick):
       "reference_arm": "native_msa", "budgets": {"retrofit_msa_5": 0.05}, "jobs": [
           {"run": "runs/a", "arm": "native_msa", "size": "s", "seeds": [0], "status": "pending"}]}))
   text = report.write([empty], empty / "report").markdown.read_text()
-  assert "No verdict" in text and text.count("Not drawn") == 8 and "No run has finished" in text
+  assert "No verdict" in text and "No run has finished" in text
+  absent = next(line for line in text.splitlines() if line.startswith("- Not drawn: "))
+  assert absent.count("; ") == 11 and "Recall by task: no task was evaluated" in absent
   partial = write_study(tmp_path / "partial", {a: ARMS[a] for a in ("dense", "retrofit_msa_5")})
   text = words(partial)
   assert "No verdict" in text and "no finished result of native_msa" in text
@@ -258,4 +261,4 @@ def test_recall_is_followed_over_training_in_the_arms_own_mode():
   study = SimpleNamespace(arms=["a"], finished=[run])
   assert endpoints.recall_over_training(study, "a", "s") == {(0, 10): 0.1, (1, 10): 0.0, (0, 30): 0.7, (1, 30): 0.0}
   (table,) = sections.learnt(study, "s")
-  assert table.rows == [["a", "30, never", "never, never"]]
+  assert table.rows == [["a", "30 (1), never (1)", "never (2)"]]

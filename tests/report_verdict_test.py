@@ -234,7 +234,7 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   of("dense_half", lambda line: {"tokens": line["tokens"] / 2, "flops": line["step"] * 8192 * 7.4e6 / 2})
   tokens, flops, seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")
   assert np.mean(list(tokens.differences.values())) == pytest.approx(0.02, abs=1e-5)
-  assert "needs a decay branch of dense that ends at 5.08e+13 training FLOPs, 0.84 of its own" == flops.reason
+  assert "needs a decay branch of dense that ends at 5.08e13 training FLOPs, 0.84 of its own" == flops.reason
   plan = json.loads((root / "study.json").read_text())
   (root / "study.json").write_text(json.dumps({**plan, "branches": {"dense": ["dense_half"]}}))
   tokens, flops, seconds = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")
@@ -261,7 +261,7 @@ def test_a_at_equal_cost_is_read_off_decay_branches(tmp_path):
   log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["seed"] != 2))
   flops = analyses.equal_cost(study(), endpoints.rows(study()), planted.TEXT, "tiny")[1]
   assert (sorted(flops.differences) == [0, 1]
-          and flops.reason.startswith("seeds 2: needs a decay branch of dense that ends at 5.08e+13"))
+          and flops.reason.startswith("seeds 2: needs a decay branch of dense that ends at 5.08e13"))
   assert flops.cost == pytest.approx(8.192e6 * 6.2e6)
 
 

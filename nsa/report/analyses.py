@@ -55,8 +55,8 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
       for arm in seeds:
         points = sorted(curves[arm, seed])
         if at < points[0][0] * (1 - 0.005):
-          reasons[seed] = (f"needs a decay branch of {arm} that ends at {at:.3g} {words}, {at / points[-1][0]:.2f} of "
-                           "its own")
+          reasons[seed] = (f"needs a decay branch of {arm} that ends at {endpoints.quantity(at)} "
+                           f"{'s of ' * (basis == 'seconds')}{words}, {at / points[-1][0]:.2f} of its own")
         values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
         above = next((n for n, (x, _) in enumerate(points) if x >= at * (1 - 1e-9)), len(points) - 1)
         if above and points[above][0] > 1.005 * at and points[above - 1][0] < at / 1.005:
@@ -105,14 +105,15 @@ def parts(study: Study, table: list[Row], metric: str, size: str) -> dict[str, t
 
 
 def limited(study: Study, table: list[Row], size: str) -> str:
-  """Whether sparse attention was sparse: the share of the reference's queries that had blocks to leave out."""
-  shares = endpoints.finite((r for r in table if r.size == size and r.arm == study.reference and r.headline),
-                            "queries_limited")
-  if not shares:
-    return ""
-  share = float(np.mean(shares))
-  return (f"{100 * share:.0f} % of the queries of {study.reference} had more blocks than they could take"
-          + ("." if share >= 0.5 else ": **for most queries sparse attention was dense attention.**"))
+  """Whether sparse attention was sparse: the share of the queries that had blocks to leave out, of the reference, or of
+  the first retrofit where that is dense."""
+  for arm in (study.reference, *study.retrofits()):
+    shares = endpoints.finite((r for r in table if (r.arm, r.size) == (arm, size) and r.headline), "queries_limited")
+    if shares and study.headline_mode(arm) != "dense":
+      share, at = float(np.mean(shares)), f" (size {size})" if len(study.sizes) > 1 else ""
+      return (f"{100 * share:.0f} % of the queries of {arm}{at} had more blocks than they could take"
+              + ("." if share >= 0.5 else ": **for most queries sparse attention was dense attention.**"))
+  return ""
 
 
 def interval(differences: dict[int, float]) -> statistics.Interval:

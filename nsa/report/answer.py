@@ -1,6 +1,7 @@
-"""The first part of the report: the verdict, the gates that admit endpoints, deviations from the plan, and the
-quantities."""
+"""The first part of the report: the verdict, the gates that admit endpoints, what is missing, and the quantities."""
 from __future__ import annotations
+
+import collections
 
 import numpy as np
 
@@ -14,7 +15,30 @@ from nsa.report.verdict import QUANTITIES, Verdict, p_text, percent
 def verdict(study: Study, table: list[Row], found: Verdict) -> list:
   """The judgement, in a sentence and in lines."""
   blocks = [Heading("Verdict"), Text(f"**{found.headline}**", "verdict")]
-  blocks += [Bullets(found.lines)] if found.lines else []
+  return blocks + ([Bullets(found.lines)] if found.lines else [])
+
+
+def missing(study: Study, absent: list[str]) -> list:
+  """Runs that are in no comparison, what could not be read or drawn (`absent`), and how what ran departs from the
+  plan."""
+  counts = collections.Counter(r.status for r in study.runs)
+  words = ", ".join(f"{counts[s]} {s}" for s in ("done", "failed", "unfinished", "pending") if counts[s])
+  lines = [f"{len(study.runs)} run{'s' * (len(study.runs) != 1)}: {words}."]
+  lines += [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: {r.message}"
+            for r in study.runs if r.status == "failed"]
+  lines += [f"`{r.name}` ({r.arm}, {r.size}) is {r.status}; it is in no comparison" for r in study.runs
+            if r.status == "unfinished"]
+  if study.plan and counts["pending"]:
+    lines.append("Pending and in no comparison: deviations from the plan say which.")
+  elif counts["pending"]:
+    meant, pending = {}, {}
+    for r in study.runs:
+      for seeds in [meant] + [pending] * (r.status == "pending"):
+        seeds.setdefault((r.arm, r.size), set()).update(r.seeds)
+    lines += [f"Pending and in no comparison, of size {size}: {arms}."
+              for size, arms in plan_file.by_size(meant, pending).items()]
+  lines += study.problems + ([f"Not drawn: {'; '.join(absent)}."] if absent else [])
+  blocks = [Heading("What is missing", 3), Bullets(lines)]
   deviations = plan_file.deviations(study)
   if deviations is not None:
     blocks += [Heading("Deviations from the plan", 3),
@@ -53,15 +77,14 @@ def gates(study: Study, table: list[Row], found: Verdict) -> list:
   """What each endpoint's controls show, and what a failed gate forbids."""
   if not found.admissions:
     return []
-  many, lines = len(study.sizes) > 1, []
+  many, tables = len(study.sizes) > 1, {}
   for (metric, size), one in found.admissions.items():
     m = gate_lib.gated(metric)
     title = endpoints.metric(metric).title + (f", by {m.title}" if m.name != metric else "")
-    for gate in one.gates:
-      lines.append([title] + [size] * many + [gate.control, gate.needs, m.text(gate.found, m.kind == "text"),
-                                              "passed" if gate.passed else "**not run**" if gate.found != gate.found
-                                              else "**failed**"])
-      title = ""
+    cells = [m.text(gate.found, m.kind == "text") if gate.passed else "**not run**" if gate.found != gate.found
+             else f"**{m.text(gate.found, m.kind == 'text')} failed**" for gate in one.gates]
+    header = tuple(f"{gate.control}: {gate.needs}" for gate in one.gates)
+    tables.setdefault(header, []).append([title] + [size] * many + cells + ["yes" if one.admitted else "**no**"])
   blocks = [Heading("Which endpoints count", 3)]
   for size in study.sizes if study.solved else ():
     can = endpoints.recall_of_dense(study, size)
@@ -70,16 +93,21 @@ def gates(study: Study, table: list[Row], found: Verdict) -> list:
                          for task, share in sorted(can.items())],
                         f"Recall endpoints are means over the tasks of which {study.dense} answers "
                         f"{100 * study.solved:g} % or more" + _at(study, size), left=1))
-  blocks += [Table(
-      ["endpoint"] + ["size"] * many + ["control", "has to be", "found", "gate"], lines,
-      "Means over seeds. Of text: what the control loses to dense attention (dense: to the best arm). An endpoint with "
-      "a failed gate, or with a control that was not run, does not test selection here and supports no verdict",
-      left=3 + many)]
+  blocks.append(Text(
+      "Each control and what it has to be; means over seeds. Of text: what the control loses to dense attention "
+      "(dense: to the best arm). An endpoint with a failed gate, or with a control that was not run, does not test "
+      "selection here and supports no verdict."))
+  blocks += [Table(["endpoint"] + ["size"] * many + [*header, "counts"], lines, left=1 + many)
+             for header, lines in tables.items()]
   if study.audit:
+    shares = ("first", "local", "forced", "window")
     names = list(dict.fromkeys(name for row in study.audit for name in row))
-    blocks.append(Table(names, [[_cell(row.get(name)) for name in names] for row in study.audit],
+    blocks.append(Table([f"{name} (%)" if name in shares else name for name in names],
+                        [[_percent(row.get(name)) if name in shares else str(row.get(name, "-")) for name in names]
+                         for row in study.audit],
                         "Shortcut audit, by counting and without a model: the share of answers whose evidence lies in "
-                        "blocks that every query has anyway", left=1))
+                        "blocks that need no selection: the forced first ones, the latest ones, both (forced), or as "
+                        "many as are selected, the first and a window", left=1))
   return blocks + [Text(note) for size in study.sizes if (note := analyses.limited(study, table, size))]
 
 
@@ -99,49 +127,50 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
         continue
       blocks.append(_comparison_table(study, found, mine, size))
       blocks += _parts(study, table, e.metric, size) if native else []
-      if not e.primary:
+      if not e.primary or not study.budgets:
         continue
       figure = gallery.plots.budget_curve(study, found, e.metric, size)
       blocks.append(gallery.block(
           "budget_" + e.metric.replace(":", "_"), figure,
-          ("R(b) and Delta(b), paired by seed. Line: A. " if native else "R(b), paired by seed. ")
-          + "Small marks: seeds. Large: mean with 95 % t interval. Blue band: equivalence margin around 0. "
-          + ("" if _admitted(found, e.metric, size) else "This endpoint is not admitted by its controls"),
+          ("R(b) and Delta(b), paired by seed. " if native else "R(b), paired by seed. ")
+          + ("Marks: seeds; bars: means; lines: 95 % t intervals" if len({c.budget for c in mine if c.budget}) == 1 else
+             "Line: A. " * native + "Small marks: seeds. Large: mean with 95 % t interval")
+          + ". Grey band: equivalence margin around 0"
+          + ("" if _admitted(found, e.metric, size) else ". This endpoint is not admitted by its controls"),
           "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
   return blocks
 
 
 def costs_of_anchor(study, table, found) -> list:
   """A at equal tokens, FLOPs and device time."""
-  blocks = []
-  for e in study.endpoints:
-    m = endpoints.metric(e.metric)
-    for size in study.sizes if e.primary and study.reference not in ("", study.dense) else ():
-      rows = analyses.equal_cost(study, table, e.metric, size)
-      if all(not one.differences for one in rows):
-        continue
-      lines = []
-      for one in rows:
+  lines, reasons = [], []
+  for size in study.sizes if study.reference not in ("", study.dense) else ():
+    for m in (endpoints.metric(e.metric) for e in study.endpoints if e.primary):
+      rows = analyses.equal_cost(study, table, m.name, size)
+      for one in rows if any(one.differences for one in rows) else ():
         words = analyses.BASES[one.basis]
-        if not one.differences:
-          lines.append([words, "-", "-", "-", "-", "-", one.reason])
-        else:
+        if one.reason:
+          reasons.append(f"Not given at equal {words}{_at(study, size)}: {one.reason}.")
+        if one.differences:
           i = analyses.interval(one.differences)
           line = ", ".join(f"{arm}: {m.text(low)} to {m.text(high)}" for arm, (low, high) in one.between.items())
-          lines.append([words, f"{one.cost:.3g}", str(i.n), m.text(i.mean, True), m.between(i), line or "-",
-                        one.reason])
-      blocks.append(Table(["at equal", "at", "seeds", f"A ({m.unit})", "95 % t interval", "read off between",
-                           "not given"], lines,
-                          f"A, {study.dense} minus {study.reference}: {m.title}{_at(study, size)}. Equal FLOPs and "
-                          "time: at the end of the cheaper of the two, the other read off its decay branches. "
-                          "Where its ends lie far apart the line says little. Exploratory but for equal tokens",
-                          left=1))
-  return blocks
+          lines.append([m.title, words] + [size] * (len(study.sizes) > 1)
+                       + [endpoints.quantity(one.cost) + " s" * (one.basis == "seconds"), str(i.n),
+                          m.text(i.mean, True), m.unit, m.between(i), line or "-"])
+  if not lines:
+    return []
+  return [Heading("A at equal cost", 3), Table(
+      ["endpoint", "at equal"] + ["size"] * (len(study.sizes) > 1)
+      + ["at", "seeds", "A", "unit", "95 % t interval", "read off between"], lines,
+      f"A, {study.dense} minus {study.reference}. Equal FLOPs and time: at the end of the cheaper of the two, the "
+      "other read off its decay branches. Where its ends lie far apart the line says little. Exploratory but for equal "
+      "tokens", left=2)] + ([Bullets(list(dict.fromkeys(reasons)))] if reasons else [])
 
 
 def errors(study: Study, table: list[Row], size: str, gallery) -> list:
   """Selector or backbone: by the oracle run mode."""
-  blocks = []
+  blocks = [Text("Selector error: loss(own blocks) - loss(oracle blocks). Backbone error: loss(oracle blocks) - "
+                 f"loss({study.dense}). Above 0 is lost. Mean ± half-width (seeds); exploratory.")]
   for e in (e for e in study.endpoints if e.primary):
     m, parts = endpoints.metric(e.metric), analyses.errors(study, table, e.metric, size)
     if not parts:
@@ -149,16 +178,15 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
     lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()]
              for arm, by_part in parts.items()]
     blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
-                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}, mean ± half-width (seeds). "
-                        "Selector error: loss(own blocks) - loss(oracle blocks). Backbone error: loss(oracle blocks) - "
-                        f"loss({study.dense}). Above 0 is lost"
-                        + (" (points)" if not m.lower_is_better else "") + ". Exploratory"))
-    blocks.append(
-        gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(study, e.metric, parts),
-                      "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
-                      "Selector error and backbone error", "Not drawn", size))
-  return blocks or [Text(f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and "
-                         f"{study.dense} on common seeds.", "note")]
+                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}: {m.unit}"))
+    if len(parts) > 1:
+      blocks.append(
+          gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(e.metric, parts),
+                        "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
+                        "Selector error and backbone error", "Not drawn", size))
+  return blocks if len(blocks) > 1 else [Text(
+      f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and {study.dense} on common "
+      "seeds.", "note")]
 
 
 def exploratory(study: Study, found: Verdict) -> list:
@@ -201,15 +229,15 @@ def _comparison_table(study, found, mine, size):
 def _parts(study, table, metric, size) -> list:
   m, lines = endpoints.metric(metric), []
   tokens = lambda arm: endpoints.finite((r for r in table if (r.arm, r.size) == (arm, size) and r.headline), "tokens")
-  mean = lambda values: f"{np.mean(values):.3g}" if values else "-"
+  mean = lambda arm: endpoints.quantity(float(np.mean(tokens(arm)))) if tokens(arm) else "-"
+  sides = lambda ours, theirs: " - ".join(dict.fromkeys((mean(ours), mean(theirs))))  # one number where they are equal
   sd = lambda x: m.text(float(np.std(x, ddof=1))) if len(x) > 1 else "-"
   for arm, (r, a) in analyses.parts(study, table, metric, size).items():
     lines.append([arm, percent(study.budgets[arm]) if arm in study.budgets else "-", str(len(r)),
                   m.text(float(np.mean(r + a)), True), m.text(float(np.mean(r)), True), sd(r),
                   m.text(float(np.mean(a)), True), sd(a),
-                  f"{mean(tokens(arm))} - {mean(tokens(study.control(arm)))}",
-                  f"{mean(tokens(study.dense))} - {mean(tokens(study.reference))}"])
-  return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD over seeds", "+ A", "SD over seeds",
+                  sides(arm, study.control(arm)), sides(study.dense, study.reference)])
+  return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD of R", "+ A", "SD of A",
                  "tokens of R's sides", "tokens of A's sides"], lines,
                 f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
           ] if lines else []
@@ -224,5 +252,5 @@ def _at(study, size):
   return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
-def _cell(value):
-  return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+def _percent(share):
+  return "-" if share is None else f"{100 * share:.1f}"

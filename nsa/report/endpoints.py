@@ -235,6 +235,14 @@ def group(records: list[dict], keys: tuple[str, ...], value: str, weight: str | 
   return {k: total / count for k, (total, count) in sums.items()}
 
 
+def quantity(value: float) -> str:
+  """1234567 -> 1.23e6: three figures, for numbers over many orders of magnitude."""
+  if not math.isfinite(value):
+    return "-"
+  return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e4 else (
+      f"{value:.2e}".replace("e+0", "e").replace("e+", "e"))
+
+
 def interval_text(metric: Metric, values: Iterable[float], show_n: bool = True) -> str:
   """mean ± half-width of the 95 % t interval (n); without ± where there is one seed."""
   values = list(values)

@@ -2,8 +2,6 @@
 data."""
 from __future__ import annotations
 
-import math
-
 from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
@@ -27,7 +25,7 @@ def layers(study: Study, look: Look, size: str) -> Figure | None:
       found[arm, mode] = endpoints.select(study, "layer", arm, size, mode)
   panels = [(names, title) for names, title in (
       (("captured_mass", "oracle_mass"), "attention mass in the chosen blocks"),
-      (("overlap",), "overlap of neighbouring queries' blocks"))
+      (("overlap",), "overlap with the next query's"))
       if any(endpoints.group(r, ("layer",), n) for r in found.values() for n in names)]
   if not panels:
     return None
@@ -37,10 +35,10 @@ def layers(study: Study, look: Look, size: str) -> Figure | None:
       for name in names:
         by = {k: 100 * v for k, v in endpoints.group(records, ("seed", "layer"), name).items()}
         xs = sorted({layer for _, layer in by})
-        if name == "oracle_mass":
-          for seed in sorted({s for s, _ in by}):
-            ax.plot(xs, [by.get((seed, x), math.nan) for x in xs], color=look(arm)[0], lw=1.1, ls=(0, (4, 2)))
-        else:
+        if by and name == "oracle_mass":
+          ax.plot(xs, [np.mean([v for (_, at), v in by.items() if at == x]) for x in xs], color=look(arm)[0], lw=1.1,
+                  ls=(0, (4, 2)))
+        elif by:
           seeds_and_mean(ax, by, xs, xs, look(arm), label=study.label(arm, mode))
     if "oracle_mass" in names:
       ax.plot([], [], color="#333333", lw=1.1, ls=(0, (4, 2)), label="best possible blocks")
@@ -63,7 +61,7 @@ def overlap_over_training(study: Study, look: Look, size: str) -> Figure | None:
 
 
 def _over_training(study, look, size, names, unit):
-  points = {}  # (arm, name, layer) -> {seed: [(tokens, value)]}
+  points = {}  # (arm, name, layer) -> {seed: [(tokens, value)]}, means over corpora
   labels = {}
   for run in study.finished:
     if run.size != size or len(run.layers) < 2:
@@ -73,13 +71,12 @@ def _over_training(study, look, size, names, unit):
                 "dense" if "dense" in modes else None)
     batch, context = (run.config.get("data", {}).get(n, 0) for n in ("global_batch", "context"))
     for step, records in sorted(run.layers.items()):
-      for record in records:
-        for name in names:
-          value = number(record.get(name))
-          if record.get("run_mode") == mode and math.isfinite(value) and record.get("seed") not in run.diverged:
-            labels[run.arm] = study.label(run.arm, mode)
-            line = points.setdefault((run.arm, name, record["layer"]), {}).setdefault(record.get("seed"), [])
-            line.append(((step - run.first) * batch * context, 100 * value))
+      mine = [r for r in records if r.get("run_mode") == mode and r.get("seed") not in run.diverged]
+      for name in names:
+        for (layer, seed), value in endpoints.group(mine, ("layer", "seed"), name).items():
+          labels[run.arm] = study.label(run.arm, mode)
+          line = points.setdefault((run.arm, name, layer), {}).setdefault(seed, [])
+          line.append(((step - run.first) * batch * context, 100 * value))
   depth = sorted({layer for _, _, layer in points})
   if not depth or all(len(line) < 2 for of_seed in points.values() for line in of_seed.values()):
     return None
@@ -100,10 +97,10 @@ def _over_training(study, look, size, names, unit):
         if means:
           xs = sorted(means)
           ax.plot(xs, [np.mean(means[x]) for x in xs], color=look(arm)[0], ls=dash, lw=1.7,
-                  marker=look(arm)[1] if len(xs) == 1 else "", ms=4, label=labels[arm] if dash == "-" else None)
+                  marker=look(arm)[1] if len(xs) == 1 else "", ms=4, label=labels.pop(arm, None))
     ax.set_title(f"layer {layer}")
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(numticks=5))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
   for ax in list(axes.flat)[len(depth):]:
@@ -140,6 +137,6 @@ def heat_maps(study: Study, look: Look, size: str) -> Figure | None:
   axes[0].set_ylabel("queries (% of the context)")
   fig.colorbar(image, ax=axes, shrink=0.82, pad=0.02).set_label("queries that select the block (%)")
   layer, head, document = (chosen[0][1].get(name) for name in ("layer", "kv_head", "document"))
-  fig.suptitle(f"layer {layer}, KV head {head}, {document}, seed {chosen[0][1].get('seed')}",
-               fontsize=10, x=0.02, ha="left")
+  fig.suptitle(f"layer {layer}, KV head {head}, seed {chosen[0][1].get('seed')}\n{document}",
+               fontsize=9 if len(chosen) > 1 else 7, x=0.02, ha="left")
   return fig

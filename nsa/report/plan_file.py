@@ -231,21 +231,34 @@ def deviations(study: Study) -> list[str] | None:
         out.append(f"{found[0]}: planned {_short(found[1])}, ran {_short(found[2])}.")
         seen.add(found[0])
     seen.add(key)
-  later = []
-  for key, planned in plan.get("seeds", {}).items():
-    got = seeds.get(key, {})
-    if more := sorted(set(got) - set(planned)):
+  planned, later = {}, {}
+  for key, asked in plan.get("seeds", {}).items():
+    arm, _, size = key.rpartition("-")
+    got, planned[arm, size] = seeds.get(key, {}), set(asked)
+    if more := sorted(set(got) - set(asked)):
       out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")
-    less = sorted(s for s in planned if got.get(s, "pending") not in ("done", "pending"))
+    less = sorted(s for s in asked if got.get(s, "pending") not in ("done", "pending"))
     if less:
       out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished "
                  f"({', '.join(sorted({got[s] for s in less}))}).")
-    waiting = sorted(s for s in planned if got.get(s, "pending") == "pending")
-    if waiting:
-      later.append(key if len(waiting) == len(planned) else f"{key} (seeds {', '.join(map(str, waiting))})")
-  if later:
-    out.append(f"Not run, or not yet: {', '.join(later)}.")
-  return out
+    later[arm, size] = {s for s in asked if got.get(s, "pending") == "pending"}
+  return out + [f"Not run, or not yet, of size {size}: {arms}." for size, arms in by_size(planned, later).items()]
+
+
+def by_size(meant: dict, waiting: dict) -> dict[str, str]:
+  """{size: "native, within_25 (seeds 1 to 3, 5)"} of {(arm, size): seeds}: seeds where not all that were meant wait."""
+  out = {}
+  for (arm, size), seeds in waiting.items():
+    spans = []
+    for s in sorted(seeds):
+      if spans and s == spans[-1][-1] + 1:
+        spans[-1].append(s)
+      else:
+        spans.append([s])
+    words = ", ".join(f"{x[0]} to {x[-1]}" if len(x) > 2 else ", ".join(map(str, x)) for x in spans)
+    if seeds:
+      out.setdefault(size, []).append(arm if seeds == meant[arm, size] else f"{arm} (seeds {words})")
+  return {size: ", ".join(arms) for size, arms in out.items()}
 
 
 def _short(value):

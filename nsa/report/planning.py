@@ -149,7 +149,8 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
       whole = 3600 * _tokens(config, config.schedule.steps)
       measured += work / rates[arm] / whole
       forecast_ += seconds / whole
-    for each in (ratio, TOKENS_PER_PARAMETER):
+    close = math.isclose(ratio, TOKENS_PER_PARAMETER, rel_tol=0.05)
+    for each in (ratio,) if close else (ratio, TOKENS_PER_PARAMETER):
       tokens = each * parameters
       out.append(Price(size, parameters, tokens, each, measured * tokens, forecast_ * tokens))
   return out, rates, chip.kind

@@ -17,7 +17,8 @@ from nsa.report.style import Look, figure, key
 
 
 def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
-  """R(b) and Delta(b) of one endpoint: every seed, mean and t interval per budget, A as a line.
+  """R(b) and Delta(b) of one endpoint: every seed, mean and t interval per budget, A as a line; a row per arm where all
+  have one budget.
 
   Hollow means: against a dense continuation of their own, not the trunk.
   """
@@ -25,12 +26,19 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
   if not any(groups.values()):
     return None
   m = endpoints.metric(name)
+  if len({c.budget for mine in groups.values() for c in mine}) == 1:
+    parts = {}
+    for label, mine in (("R(b): minus its dense control", groups["R"]), ("Delta(b) = R(b) + A", groups["Delta"]),
+                        (f"A: minus {study.reference}", [c for c in verdict.of("A", name, size) if c.judgement])):
+      for c in mine:
+        parts.setdefault(c.arm, {})[label] = c.differences
+    return decomposition(name, parts, c.endpoint.margin)
   fig, (ax,) = figure(7.8, 4.4)
   ax.set_xscale("log")
   budgets = sorted({c.budget for mine in groups.values() for c in mine})
   span = max(math.log(budgets[-1] / budgets[0]), 1.5)
   margin = next(iter(groups["R"] or groups["Delta"])).endpoint.margin * m.scale
-  ax.axhspan(-margin, margin, color="#0072b2", alpha=0.10, lw=0,
+  ax.axhspan(-margin, margin, color="#888888", alpha=0.16, lw=0,
              label=f"equivalence margin, ±{m.text(margin / m.scale)}")
   ax.axhline(0, color="#888888", lw=1)
   for c in verdict.of("A", name, size):
@@ -38,8 +46,8 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
       i = c.judgement.interval
       ax.axhline(i.mean * m.scale, color="#0072b2", lw=1.6, label=f"A: {c.arm} minus {c.against}")
       if i.bounded:
-        ax.axhspan(i.low * m.scale, i.high * m.scale, facecolor="none", edgecolor="#0072b2", hatch="....", alpha=0.25,
-                   lw=0, label="95 % t interval of A")
+        for label, end in (("95 % t interval of A", i.low), (None, i.high)):
+          ax.axhline(end * m.scale, color="#0072b2", lw=0.9, ls=(0, (4, 3)), label=label)
   styles = {"R": ("s", "#c4511f", -0.012, {False: f"R(b): minus {study.dense}", True: "R(b): minus its continuation"}),
             "Delta": ("D", "#333333", 0.012, dict.fromkeys((False, True), "Delta(b) = R(b) + A"))}
   for quantity, mine in groups.items():
@@ -66,7 +74,7 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
 
 
 def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
-  """Training loss over tokens, averaged in bins of log tokens (left), of tokens (right); a line per seed."""
+  """Training loss over tokens, averaged in bins of log tokens (left), of tokens (right); seeds and their means."""
   curves = [(r, c) for r in study.runs if r.size == size for c in r.curves.values()
             if np.isfinite(c["loss"]).any()]
   if not curves:
@@ -75,26 +83,31 @@ def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
   axis = "tokens" if tokens else "step"
   fig, (ax, end) = figure(10.4, 4.2, columns=2, width_ratios=(1.3, 1))
   last = max(np.nanmax(c[axis]) for _, c in curves)
-  seen = set()
+  arms, changes = {}, {}  # label -> [(x, y) of a seed]; and where its stages change
   for run, c in curves:
-    color, marker = look(run.arm)
     ok = np.isfinite(c[axis]) & np.isfinite(c["loss"]) & (c[axis] > 0)
-    if not ok.any():
-      continue
-    x, y, stage = c[axis][ok], c["loss"][ok], c["stage"][ok]
-    label = run.arm + ("" if run.status == "done" else f" ({run.status})")
-    style = dict(color=color, lw=1.0, alpha=0.9, ls="-" if run.status == "done" else (0, (2, 1.5)))
-    xs, ys = _binned(x, y, np.geomspace(x.min(), x.max() * 1.0001, 8 + int(14 * math.log(x.max() / x.min()))))
-    ax.plot(xs, ys, label=None if label in seen else label, marker=marker if len(xs) == 1 else "", **style)
-    seen.add(label)
-    for change in np.flatnonzero(np.diff(stage) > 0):
-      nearest = np.abs(xs - x[change + 1]).argmin()
-      ax.plot(xs[nearest], ys[nearest], marker="|", color=color, ms=11, mew=2)
-    late = x >= 0.7 * last
-    if late.any():
-      xs, ys = _binned(x[late], y[late], np.linspace(0.7 * last, last * 1.0001, 13))
-      end.plot(xs, ys, **style)
-      end.plot(xs[-1], ys[-1], marker=marker, color=color, mfc="none", ms=5.5)
+    if ok.any():
+      label = run.arm + ("" if run.status == "done" else f" ({run.status})")
+      arms.setdefault(label, []).append((c[axis][ok], c["loss"][ok]))
+      changes.setdefault(label, set()).update(c[axis][ok][1:][np.diff(c["stage"][ok]) > 0])
+  for label, seeds in arms.items():
+    color, marker = look(label.split(" ")[0])
+    x = np.concatenate([x for x, _ in seeds])
+    edges = np.geomspace(x.min(), x.max() * 1.0001, 8 + int(14 * math.log(x.max() / x.min())))
+    for a, bins in ((ax, edges), (end, np.linspace(0.7 * last, last * 1.0001, 13))):
+      inside = [(x[at], y[at]) for x, y in seeds if (at := x >= bins[0]).any()]
+      if not inside:
+        continue
+      style = dict(color=color, ls="-" if label in look.of else (0, (2, 1.5)))
+      for one in inside if len(inside) > 1 else ():
+        a.plot(*_binned(*one, bins), lw=0.5, alpha=0.45, **style)
+      xs, ys = _binned(*map(np.concatenate, zip(*inside)), bins)
+      a.plot(xs, ys, lw=1.4, label=label, marker=marker if len(xs) == 1 else "", **style)
+      if a is end:
+        a.plot(xs[-1], ys[-1], marker=marker, color=color, mfc="none", ms=5.5)
+      for change in changes[label] if a is ax else ():
+        nearest = np.abs(xs - change).argmin()
+        a.plot(xs[nearest], ys[nearest], marker="|", color=color, ms=11, mew=2)
   ax.set_xscale("log")
   ax.set_title("whole run (| marks a change of stage)")
   end.set_title("last 30 %")
@@ -194,7 +207,9 @@ def recall(study: Study, look: Look, size: str) -> Figure | None:
   edges = sorted({e for by in near.values() for _, e in by})
   panels = 2 if len(edges) > 1 else 1
   height = max(3.6, 1.1 + 0.16 * len(tasks) * (len(values) + 1))
-  fig, axes = figure(10.4 if panels == 2 else 7.6, height, columns=panels)
+  fig = Figure(figsize=(10.4 if panels == 2 else 7.6, height), layout="constrained")
+  grid = fig.add_gridspec(2, panels, height_ratios=(1, max(height / 4.2 - 1, 1e-3)))  # many tasks make one panel tall
+  axes = [fig.add_subplot(grid[0 if k and height > 5 else slice(2), k]) for k in range(panels)]
   for k, (arm, by) in enumerate(values.items()):
     color, marker = look(arm)
     shift, tall = 0.7 * ((k + 0.5) / len(values) - 0.5), 0.3 / len(values)
@@ -219,38 +234,45 @@ def recall(study: Study, look: Look, size: str) -> Figure | None:
     axes[1].set_xscale("log", base=2)
     axes[1].set_xticks(edges, [_short(e) for e in edges])
     axes[1].set_ylim(-3, 103)
-    axes[1].set_xlabel("tokens from the evidence to the question, at most")
+    axes[1].set_xlabel("tokens from evidence to question, at most")
     axes[1].set_ylabel("exact match (%), all tasks")
     axes[1].set_title("by distance")
   key(fig, axes[0], look)
   return fig
 
 
-def decomposition(study: Study, name: str, parts: dict) -> Figure | None:
-  """Selector and backbone error of the reference and every retrofit: parts[arm][part] = {seed: value}."""
-  if not parts:
-    return None
+def decomposition(name: str, parts: dict, margin: float = 0.0) -> Figure:
+  """A row per arm, its seeds, means and intervals: parts[arm][part] = {seed: value}, in the metric's stored unit.
+
+  margin: of equivalence, a band around 0; without one the parts are what is lost.
+  """
   metric = endpoints.metric(name)
-  names = list(next(iter(parts.values())))
-  colors = dict(zip(names, ("#e69f00", "#009e73")))
-  fig, (ax,) = figure(7.6, max(2.6, 1.2 + 0.6 * len(parts)))
+  names = list(dict.fromkeys(part for by_part in parts.values() for part in by_part))
+  colors = dict(zip(names, ("#c4511f", "#333333", "#0072b2") if margin else ("#333333", "#999999")))
+  labelled = set()
+  fig, (ax,) = figure(7.6, max(2.6, 1.4 + 0.45 * len(parts)))
+  if margin:
+    ax.axvspan(-margin * metric.scale, margin * metric.scale, color="#888888", alpha=0.16, lw=0,
+               label=f"equivalence margin, ±{metric.text(margin)}")
   for row, by_part in enumerate(parts.values()):
-    for k, part in enumerate(names):
-      y = row + 0.26 * (k - 0.5)
+    for k, part in enumerate(by_part):
+      y = row + 0.26 * (k - 0.5 * (len(by_part) - 1))
       values = np.array(list(by_part[part].values())) * metric.scale
       i = statistics.t_interval(values)
       if i.bounded:
         ax.plot([i.low, i.high], [y, y], color=colors[part], lw=2, solid_capstyle="butt")
       ax.plot(i.mean, y, "|", color=colors[part], ms=13, mew=2.4)
-      ax.plot(values, [y] * len(values), "os"[k], mfc="white", mec=colors[part], ms=5, mew=1.2, ls="none",
-              zorder=3, label=None if row else part)
+      ax.plot(values, [y] * len(values), "osD"[names.index(part)], mfc="white", mec=colors[part], ms=5, mew=1.2,
+              ls="none", zorder=3, label=None if part in labelled else part)
+      labelled.add(part)
   ax.axvline(0, color="#666666", lw=1)
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(5 if margin else 6))
   ax.set_yticks(range(len(parts)), list(parts))
   ax.set_ylim(len(parts) - 0.5, -0.5)
   ax.grid(axis="y", visible=False)
-  ax.set_xlabel(f"lost ({metric.unit})")
-  ax.set_title(metric.title)
+  behind = f"difference ({{}}), {'above' if metric.lower_is_better else 'below'} 0 is behind"
+  ax.set_xlabel((behind if margin else "lost ({})").format(metric.unit))
+  fig.suptitle(metric.title, fontsize=10.5, weight="bold", x=0.01, ha="left")  # of the axes it would meet the legend
   key(fig, ax)
   return fig
 

@@ -17,15 +17,15 @@ from nsa.report.verdict import Verdict, judged_in
 
 # file name: (function in plots.py or layer_plots.py, caption, alternative text, what is said where it is missing)
 PICTURES = {
-    "loss": ("loss_curves", "Training loss, one line per seed, averaged within bins of equal width in log "
-             "tokens (left) and in tokens (right). Dashed: a run that failed or has not finished. Losses of "
-             "a dense and of a sparse stage come from different forward passes",
+    "loss": ("loss_curves", "Training loss, averaged within bins of equal width in log tokens (left) and in tokens "
+             "(right). Thin: seeds; thick: means. Dashed: a run that failed or has not finished. Losses of a dense and "
+             "of a sparse stage come from different forward passes",
              "Training loss over tokens per arm", "no metrics.jsonl holds a loss"),
     "held_out": ("held_out", "Held-out bits per byte of the second half of the context over training, each arm in its "
                  "own run mode, and minus the reference at the same step (exploratory). Marks: seeds; thick: means. A "
                  "difference that still shrinks is one of speed, not of what can be reached",
                  "Held-out bits per byte over training, and the difference from the reference",
-                 "no evaluations on the way (eval.every was 0)"),
+                 "no evaluations of text on the way (eval.every was 0, or nothing is text)"),
     "learnt": ("recall_over_training", "Exact match over training, each arm in its own run mode; a retrofit begins "
                "where it leaves its trunk. Thin: seeds; thick: means", "Exact match over training tokens per arm",
                "no evaluations of tasks on the way (eval.during_examples was 0)"),
@@ -34,13 +34,13 @@ PICTURES = {
                  "no records of loss by position"),
     "recall": ("recall", "Exact match of each arm in its own run mode. Marks: seeds",
                "Exact match per task and arm", "no task was evaluated"),
-    "context": ("far_context", "Left: NLL of tokens that complete an n-gram seen before in the document, by the "
-                "distance to it. Right: bits per byte of the same last bytes with less and less context before them. "
-                "Marks: seeds; lines: means",
+    "context": ("far_context", "Repeated n-grams: NLL of tokens that complete an n-gram seen before in the document, "
+                "by the distance to it. Gain by context: bits per byte of the same last bytes with less and less "
+                "context before them. Marks: seeds; lines: means",
                 "Loss by distance of an earlier occurrence, and by context", "no records of far context"),
     "layers": ("layers", "Share of the attention mass that the chosen blocks hold, against the best choice "
-               "of as many blocks (dashed: one line per seed); share of blocks that neighbouring queries "
-               "have in common. Marks: seeds; lines: means",
+               "of as many blocks (dashed); share of blocks that neighbouring queries have in common. Marks: seeds; "
+               "lines: means",
                "Captured and oracle attention mass and overlap per layer",
                "no layer diagnostics (eval.diagnostics was off, or no arm is sparse)"),
     "learning": ("masses_over_training", "Share of the attention mass that the chosen blocks hold (solid) and that as "
@@ -89,7 +89,7 @@ class Gallery:
       name = f"{name}_{_safe(size)}"
     self.style.save(figure, self.folder, name, self.endings)
     self.names.append(name)
-    return Picture(name, caption + at, alt)
+    return Picture(name, caption.rstrip(".") + at, alt)
 
 
 def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gallery,
@@ -101,15 +101,15 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
     blocks += FURTHER[name](study, table, gallery) if name in FURTHER else [
         Text(f"The section {name!r} that the study asks for is not known to this version.", "note")]
   by_length = lengths.section(study, gallery)
-  first = lengths.TITLE in judged_in(study, verdict.admissions)
-  blocks += by_length * first + answer.gates(study, table, verdict)
+  judges = lengths.TITLE in judged_in(study, verdict.admissions)
+  first, blocks, absent = blocks + by_length * judges + answer.gates(study, table, verdict), [], []
   if any(sum(map(bool, run.tasks.values())) > 1 for run in study.runs):
     blocks.append(Heading("When recall is learnt"))
     for size in study.sizes:
       blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
-  blocks += answer.exploratory(study, verdict) + by_length * (not first)
+  blocks += answer.exploratory(study, verdict) + by_length * (not judges)
   for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"),
                       ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),
@@ -120,13 +120,17 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
     if (part == "context"
         and not any(r["kind"] in ("ar_hit", "context_gain") for run in study.runs for r in run.records)):
       continue  # not asked for
-    blocks.append(Heading(title))
+    mine = []
     for size in study.sizes:
-      blocks += part(study, table, size, gallery) if callable(part) else gallery.picture(part, size)
-  blocks += costs(study)
-  if study.notes.strip():
-    blocks += [Heading("Notes"), Written(study.notes)]
-  return blocks + limits(study, table, verdict)
+      found = part(study, table, size, gallery) if callable(part) else gallery.picture(part, size)
+      mine += [b for b in found if not (isinstance(b, Text) and b in mine)]  # what holds of all sizes is said once
+    notes = [b.text for b in mine if isinstance(b, Text) and b.style == "note"]
+    if len(notes) == len(mine):
+      absent += [f"{title}: {note.removeprefix('Not drawn: ').rstrip('.')}" for note in notes]
+    else:
+      blocks += [Heading(title), *mine]
+  notes = [Heading("Notes"), Written(study.notes)] if study.notes.strip() else []
+  return first + answer.missing(study, absent) + notes + blocks + costs(study) + limits(study, table, verdict)
 
 
 def learnt(study: Study, size: str) -> list:
@@ -137,66 +141,61 @@ def learnt(study: Study, size: str) -> list:
     if len({step for _, step in found}) < 2:
       continue
     seeds = sorted({seed for seed, _ in found})
-    first = lambda level: ", ".join(
-        str(min((step for (s, step), v in found.items() if s == seed and v >= level), default="never"))
-        for seed in seeds)
+    def first(level):
+      steps = collections.Counter(min((step for (s, step), v in found.items() if s == seed and v >= level),
+                                      default=math.inf) for seed in seeds)
+      return ", ".join(("never" if step == math.inf else str(step)) + f" ({count})" * (len(seeds) > 1)
+                       for step, count in sorted(steps.items()))
     rows.append([arm, first(0.5), first(0.9)])
-  return [Table(["arm", "50 % at step", "90 % at step"], rows,
-                "The first evaluation that found so many answers right, by seed. Exploratory")]
+  return [Table(["arm", "50 % at step (seeds)", "90 % at step (seeds)"], rows,
+                "The first evaluation that found so many answers right. Exploratory")]
 
 
 def arms(study: Study, table: list[Row]) -> list:
-  """(2) Arm by arm: endpoints, cost, failures."""
-  blocks = [Heading("Arms")]
-  runs = collections.Counter(r.status for r in study.runs)
-  counts = ", ".join(f"{runs[s]} {s}" for s in ("done", "failed", "unfinished", "pending") if runs[s])
-  blocks.append(Text(f"{len(study.runs)} run{'s' * (len(study.runs) != 1)}: {counts}. Numbers are mean ± "
-                     "half-width of the 95 % t interval over seeds; without ± there is one seed."))
+  """Arm by arm: endpoints in its own run mode, those of the dense arm in others, cost."""
+  blocks = [Heading("Arms"), Text(
+      "Mean ± half-width of the 95 % t interval over seeds; without ± there is one seed. Visible share: what the last "
+      "query of a full context attends to. Limited queries: those with more blocks than they take. Tokens/s per seed "
+      "and MFU (FLOPs that the arm needs, over the device's peak): medians over its last stage. \"arm -> mode\": the "
+      "trained arm, run in another mode.")]
   shown = [r for r in table if r.status == "done"] or table
   if shown and shown[0].status != "done":
     blocks.append(Text("No run has finished: these are the numbers of the latest evaluations.", "note"))
   shown_metrics = list(
       dict.fromkeys(e.metric for e in study.endpoints if any(math.isfinite(r[e.metric]) for r in table)))
   for size in study.sizes:
-    lines = []
+    own, others, costs = [], [], []
     for arm, mode in dict.fromkeys((r.arm, r.run_mode) for r in shown if r.size == size):
       mine = [r for r in shown if (r.arm, r.run_mode, r.size) == (arm, mode, size)]
-      if not mine[0].headline and arm not in (study.dense,) and study.declared:
+      if not mine[0].headline and arm != study.dense and study.declared:
         continue  # train mode x run mode has them
-      shares = [share for r in study.arm_runs(arm, size)
-                if mine[0].headline and math.isfinite(share := endpoints.visible_share(r))]
-      lines.append([study.label(arm, mode), str(len({r.seed for r in mine}))]
-                   + [endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False)
-                      for m in shown_metrics]
-                   + [_quantity(_mean(mine, "tokens")), _quantity(_mean(mine, "flops")),
-                      f"{100 * shares[0]:.1f}" if shares else "-",
-                      *([_percent(mine, "queries_limited", ".0f"), _quantity(_mean(mine, "tokens_per_second")),
-                         _percent(mine, "mfu", ".2g")] if mine[0].headline else ["-"] * 3)])
-    if lines:
-      blocks.append(Table(["arm", "seeds", *(endpoints.metric(m).title for m in shown_metrics), "training tokens",
-                           "training FLOPs per seed", "visible share (%)",
-                           "queries with more blocks than they take (%)", "tokens/s", "MFU (%)"], lines,
-                          f"Size {size}. Visible share: what the last query of a full context attends to. Tokens/s per "
-                          "seed and MFU (FLOPs that the arm needs, over the device's peak): medians over its last "
-                          "stage. \"arm -> mode\": the trained arm, run in another mode."))
-    else:
+      name = [study.label(arm, mode), str(len({r.seed for r in mine}))]
+      (own if mine[0].headline else others).append(name + [
+          endpoints.interval_text(endpoints.metric(m), endpoints.finite(mine, m), False) for m in shown_metrics])
+      if mine[0].headline:
+        quantities = [endpoints.quantity(_mean(mine, n)) for n in ("tokens", "flops", "tokens_per_second")]
+        share = next((100 * s for r in study.arm_runs(arm, size) if math.isfinite(s := endpoints.visible_share(r))),
+                     math.nan)
+        costs.append(name + quantities + [_percent(mine, "mfu", ".1f"), "-" if math.isnan(share) else f"{share:.1f}",
+                                          "-" if mode == "dense" else _percent(mine, "queries_limited", ".0f")])
+    header = ["arm", "seeds", *(endpoints.metric(m).title for m in shown_metrics)]
+    for lines, caption in ((own, "each arm in its own run mode"), (others, "finished arms in other run modes")):
+      if lines:
+        blocks.append(Table(header, lines, f"Size {size}: {caption}"))
+    if costs:
+      blocks.append(Table(["arm", "seeds", "training tokens", "training FLOPs per seed", "tokens/s", "MFU (%)",
+                           "visible share (%)", "limited queries (%)"], costs, f"Size {size}: cost and sparsity"))
+    if not own + others:
       blocks.append(Text(f"Size {size}: no evaluation yet.", "note"))
-  lost = [f"`{r.name}` ({r.arm}, {r.size}, seeds {', '.join(map(str, r.seeds))}) **failed**: "
-          f"{r.message}" for r in study.runs if r.status == "failed"]
-  lost += [f"`{r.name}` ({r.arm}, {r.size}) is {r.status}; it is in no comparison" for r in study.runs
-           if r.status == "unfinished"]
-  if pending := [r.name for r in study.runs if r.status == "pending"]:
-    lost.append(f"{len(pending)} runs are pending and in no comparison" + (
-        "; deviations from the plan say which" if study.plan else f": {', '.join(pending)}"))
-  lost += study.problems
-  return blocks + ([Heading("Failed, unfinished, unreadable", 3), Bullets(lost)] if lost else [])
+  return blocks
 
 
 def modes(study, table, size, gallery) -> list:
-  """(7) Rows are what was trained, columns how it is run."""
+  """Rows are what was trained, columns how it is run, of the run modes that not dense alone was run in."""
   shown = [r for r in table if r.size == size and (r.status == "done" or not study.finished)]
   first = ("dense", "sparse", "oracle", "random")
-  columns = sorted({r.run_mode for r in shown}, key=lambda m: (first.index(m) if m in first else len(first), m))
+  columns = sorted({r.run_mode for r in shown if r.headline or r.arm != study.dense},
+                   key=lambda m: (first.index(m) if m in first else len(first), m))
   blocks = []
   for metric in map(endpoints.metric, dict.fromkeys(e.metric for e in study.endpoints)):
     lines = []
@@ -210,7 +209,7 @@ def modes(study, table, size, gallery) -> list:
       at = f"size {size}, " if len(study.sizes) > 1 else ""
       blocks.append(Table(["trained as"] + [f"run {m}" for m in columns], lines,
                           f"{metric.title[0].upper()}{metric.title[1:]}; {at}mean ± half-width (seeds), "
-                          "bold = the arm's own mode. Exploratory but for that column."))
+                          "bold: the arm's own mode. Exploratory but for that"))
   return blocks or [Text("No evaluation yet.", "note")]
 
 
@@ -245,10 +244,12 @@ def locality(study, table, size, gallery) -> list:
 
 def spread(study, table, size, gallery) -> list:
   """The SD over seeds of each endpoint, and the smallest effect that a main study could see."""
-  blocks = []
+  blocks, at = [], f" (size {size})" if len(study.sizes) > 1 else ""
   for metric, margin in ((endpoints.metric(e.metric), e.margin) for e in study.endpoints):
     lines = []
     for s in planning.spreads(study, table, size, metric.name, margin):
+      if s.n < 2:
+        continue
       paired = s.df > 0 and s.sd_difference > 0
       low, high = planning.statistics.standard_deviation_interval(s.sd_difference, s.df)
       seen = ["{} ({} to {})".format(*map(metric.text, s.detectable(n))) if paired else "-" for n in planning.SEEDS]
@@ -257,17 +258,16 @@ def spread(study, table, size, gallery) -> list:
                     f"{metric.text(low)} to {metric.text(high)}" if paired else "-", *seen,
                     ("-" if not paired else str(least) if least else f"over {planning.MOST_SEEDS}")])
     if lines:
-      at = f"size {size}, " if len(study.sizes) > 1 else ""
       blocks.append(Table(
           ["arm", "seeds", "mean", "SD over seeds",
            f"SD of paired difference from {study.reference or 'the reference'}", "95 % interval of that SD"]
           + [f"smallest detectable, {n} seeds" for n in planning.SEEDS]
           + [f"seeds to see {metric.text(margin)}"], lines,
-          f"{metric.title[0].upper()}{metric.title[1:]}; {at}each arm in its own run mode. Detectable: a mean paired "
-          "difference found with 80 % power at 5 % two-sided, were the SD the one found (and at the ends of its "
-          "chi-square interval). Pooled as if the retrofits' differences were independent; they share the reference's "
-          "runs, so its interval is too narrow."))
-  return blocks or [Text("No endpoint has a finished result.", "note")]
+          f"{metric.title[0].upper()}{metric.title[1:]}{at}"))
+  return [Text("Arms of two seeds and more, each in its own run mode. Detectable: a mean paired difference found with "
+               "80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
+               "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its "
+               "interval is too narrow."), *blocks] if blocks else [Text(f"No arm has two finished seeds{at}.", "note")]
 
 
 def costs(study: Study) -> list:
@@ -276,8 +276,8 @@ def costs(study: Study) -> list:
   prices, rates, device = planning.prices(study)
   if not prices:
     return blocks + [Text("Not given: no finished run has logged tokens per second.", "note")]
-  hours = lambda h: f"{h:.3g}"
-  lines = [[p.size, f"{p.parameters / 1e6:.1f}M", _quantity(p.tokens), f"{p.ratio:.3g}"]
+  hours = endpoints.quantity
+  lines = [[p.size, f"{p.parameters / 1e6:.1f}M", endpoints.quantity(p.tokens), f"{p.ratio:.3g}"]
            + [hours(n * p.measured) for n in planning.SEEDS] + [hours(n * p.forecast) for n in planning.SEEDS]
            for p in prices]
   kinds = sorted({str(r.versions.get("device_kind", "?")) for r in study.finished})
@@ -314,7 +314,7 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
         " The t interval takes differences between seeds as normal; with so few that cannot be checked."))
   tokens = endpoints.finite(table, "tokens")
   items.append(f"**Scale.** Sizes run: {', '.join(study.sizes) or 'none'}"
-               + (f", at most {_quantity(max(tokens))} training tokens per run" if tokens else "")
+               + (f", at most {endpoints.quantity(max(tokens))} training tokens per run" if tokens else "")
                + ". Nothing here speaks of larger models, longer contexts or other data.")
   if study.declared:
     listed = lambda primary: "; ".join(f"{m.title}, margin {m.text(e.margin)} {m.unit}" for e in study.endpoints
@@ -335,7 +335,7 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
                     if r.versions.get("commit")})
   if commits:
     items.append("**Code.** Commit " + ", ".join(commits) + ".")
-  versions = sorted({f"{k} {v}" for r in study.runs for k, v in r.versions.items()
+  versions = sorted({f"{k} {v[:12] if k.endswith('sha256') else v}" for r in study.runs for k, v in r.versions.items()
                      if isinstance(v, (str, int, float)) and k not in ("commit", "dirty")})
   if versions:
     items.append("**Ran with** " + ", ".join(versions[:16]) + ".")
@@ -350,13 +350,6 @@ def _mean(table, name):
 def _percent(table, name, form):
   value = _mean(table, name)
   return f"{100 * value:{form}}" if math.isfinite(value) else "-"
-
-
-def _quantity(value):
-  """1234567 -> 1.23e6: three figures, for numbers over many orders of magnitude."""
-  if not math.isfinite(value):
-    return "-"
-  return f"{value:.0f}" if abs(value) < 1e4 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _safe(name):

@@ -1,12 +1,14 @@
 """How figures look: fonts, a colour and a marker per arm that all of them share, a legend beside the data.
 
 The dense arm is grey, the reference arm blue, retrofits go from light to dark orange with their
-budget, other arms take what is left of the Okabe-Ito colours; colour is doubled by a marker shape.
+budget, other arms take what is left of the Okabe-Ito colours; colour is doubled by a marker shape. Arms of which no run
+has begun take none.
 """
 from __future__ import annotations
 
 import io
 
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image  # matplotlib's own
@@ -21,7 +23,7 @@ STYLE = {
     "lines.linewidth": 1.8, "lines.markersize": 6, "savefig.dpi": 150, "svg.hashsalt": "report",
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "axes.formatter.useoffset": False,
 }
-_RAMP = ("#f2a65a", "#e07b39", "#c4511f", "#93330f", "#5e1c05")
+_RAMP = LinearSegmentedColormap.from_list("budgets", ("#f2a65a", "#e07b39", "#c4511f", "#93330f", "#5e1c05"))
 _OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#b8a500", "#7b5ea7", "#117733")
 _MARKERS = "sD^vP*XphH<>"
 
@@ -31,10 +33,11 @@ class Look:
 
   def __init__(self, study: Study):
     self.study = study
-    retrofits = [a for a in study.retrofits() if a in study.budgets or a.startswith("retrofit")]
+    arms = [a for a in study.arms if any(run.status != "pending" for run in study.arm_runs(a))]
+    retrofits = [a for a in study.retrofits() if a in arms and (a in study.budgets or a.startswith("retrofit"))]
     self.of = {}
     others = 0
-    for arm in study.arms:
+    for arm in arms:
       if arm == study.reference:
         self.of[arm] = ("#0072b2", "o")
       elif arm == study.dense:
@@ -42,7 +45,7 @@ class Look:
       elif arm in retrofits:
         k = retrofits.index(arm)
         place = 0.5 if len(retrofits) == 1 else k / (len(retrofits) - 1)
-        self.of[arm] = (_RAMP[round(place * (len(_RAMP) - 1))], "s^vP*Xp"[k % 7])
+        self.of[arm] = (to_hex(_RAMP(place)), "s^vP*Xp"[k % 7])
       else:
         self.of[arm] = (_OTHERS[others % len(_OTHERS)], _MARKERS[::-1][others % len(_MARKERS)])
         others += 1
