@@ -42,6 +42,8 @@ def main():
   e.tasks = tuple(_TASKS.value.split()) or e.tasks
   for name, flag in (("sequences", _SEQUENCES), ("task_examples", _EXAMPLES), ("decoded", _DECODED)):
     setattr(e, name, getattr(e, name) if flag.value is None else flag.value)
+  if e.sequences >= 0 and (_SEQUENCES.value, _EXAMPLES.value) != (None, None):  # no rows that ask nothing
+    e.batch = max(1, min(e.batch, max(e.sequences, e.task_examples if e.tasks or config.data.tasks else 0)))
   config_lib.validate(config)
   evaluate.refuse_absent(config, _RUN_MODES.value.split(), "--run_modes")
   cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
