@@ -141,6 +141,7 @@ def test_a_damaged_config_is_named_with_the_key(tmp_path):
       (dict(num_hidden_layers=10 ** 12), "num_hidden_layers = 1000000000000: more than 10,000"),
       (dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
        "rope_scaling = {'rope_type': 'linear', 'factor': 2.0}: rope_parameters"),
+      (dict(rope_theta=[1e6]), "rope_theta = [1000000.0]: a number above 0"),
       (dict(rope_theta=1e6), "rope_theta and rope_parameters.rope_theta = [1000000.0, 500.0]"),
       (dict(model_type="mistral"), "sliding_window = 'absent': which means 4096"),
       (dict(model_type="mistral", sliding_window=64, use_sliding_window=False), "sliding_window = 64"),
@@ -328,8 +329,28 @@ def test_what_a_method_added_goes_out_beside_the_backbone_and_comes_back_bit_for
   added = safetensors.load_file(tmp_path / "out/method.safetensors")
   safetensors.save_file({name: added[name] for name in sorted(added)[1:]}, tmp_path / "out/method.safetensors")
   refused(tmp_path / "out", tmp_path / "x", f"method.safetensors: {sorted(added)[0]} = 'missing'")
+  safetensors.save_file({**added, "layers.0.more": np.ones(1, np.float32)}, tmp_path / "out/method.safetensors")
+  refused(tmp_path / "out", tmp_path / "x", "method.safetensors = ['layers.0.more']", "no such parameters")
   (tmp_path / "out/method.safetensors").write_bytes(b"x")
   refused(tmp_path / "out", tmp_path / "x", "method.safetensors", "export it again")
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(num_blocks="x"), "attention.num_blocks = 'x': of the type str, int is needed"),
+    (dict(num_blocks=2.5), "attention.num_blocks = 2.5: of the type float"),
+    (dict(num_blocks=True), "attention.num_blocks = True: of the type bool"),
+    (dict(method=["msa"]), "attention = {'method': ['msa']"), (dict(more=1), "attention.more = 1: no such field"),
+    # As much memory is not asked for.
+    (dict(index_dim=10 ** 13), "layers.1.selector.k.norm = ('float32', (4,)): method.json makes it")])
+def test_a_damaged_method_is_named_with_its_field(change, said, tmp_path):
+  sparse_run(tmp_path, methods.MSA(index_dim=4, block_size=8, num_blocks=3), ("dense", "attention", "dense"))
+  huggingface.export_model(tmp_path / "run", tmp_path / "out")
+  file = tmp_path / "out/method.json"
+  tree = json.loads(file.read_text())
+  file.write_text(json.dumps({**tree, "attention": {**tree["attention"], **change}}))
+  refused(tmp_path / "out", tmp_path / "x", str(tmp_path / "out"), said)
+  file.write_text(json.dumps({**tree, "others": [1]}))
+  refused(tmp_path / "out", tmp_path / "x", f"{file}: others = [1]")
 
 
 def test_an_export_takes_no_place_that_is_taken_and_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ def from_dict(tree: dict) -> Config:
   for module in tree.get("modules", ()):
     origins.load(module)
   attention = _method(tree.pop("attention", {"method": "dense"}), "attention")
-  others = {name: _method(options, f"others.{name}") for name, options in tree.pop("others", {}).items()}
+  others = _convert(dict, tree.pop("others", {}), "others")
+  others = {name: _method(options, f"others.{name}") for name, options in others.items()}
   config = _build(Config, {"one_pass": False, **tree}, "")  # runs from before there was such a field went on without
   config.attention, config.others = attention, others
   return config
@@ -44,8 +45,10 @@ def _classes(config: Config) -> set[type]:
 
 
 def _method(options: dict, where: str) -> methods.Method:
+  if not isinstance(options, dict) or not isinstance(options.get("method"), str):
+    raise ConfigError([(where, options, 'an object with the name of a "method" is needed')])
   options = dict(options)
-  name = options.pop("method", None)
+  name = options.pop("method")
   try:
     method = methods.get(name)
   except ValueError as error:
@@ -64,7 +67,14 @@ def _build(cls, tree, prefix):
   return cls(**kwargs)
 
 
+_HELD_BY = {int: int, float: (int, float), bool: bool, str: str, list: list, tuple: (list, tuple), dict: dict}
+
+
 def _convert(hint, value, where):
+  """The value as its field holds it. Raises ConfigError if it is of another type: files may be others'."""
+  kind = typing.get_origin(hint) or (dict if dataclasses.is_dataclass(hint) else hint)
+  if kind in _HELD_BY and (not isinstance(value, _HELD_BY[kind]) or kind in (int, float) and isinstance(value, bool)):
+    raise ConfigError([(where, value, f"of the type {type(value).__name__}, {kind.__name__} is needed")])
   origin = typing.get_origin(hint)
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, where + ".")

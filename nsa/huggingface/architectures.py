@@ -198,7 +198,8 @@ def _rope(tree, family, need) -> tuple[float, RopeScaling]:
   bases = {key: theta for key, theta in {"rope_theta": tree.get("rope_theta"), **bases}.items() if theta is not None}
   for key, theta in bases.items():
     need(is_number(theta) and theta > 0, key, theta, "a number above 0 is needed")
-  need(len(set(bases.values())) < 2, " and ".join(bases), list(bases.values()),
+  given = list(bases.values())
+  need(all(theta == given[0] for theta in given), " and ".join(bases), given,
        "they have to be the same: which is right?")
   theta = next(iter(bases.values()), family.theta)
   scaling = next((scaling for _, scaling in found.values()), RopeScaling())

@@ -269,7 +269,10 @@ def _read_method(folder: Path) -> tuple:
   tree = safetensors_files.read_object(folder / METHOD)
   if tree.pop("format", None) != _FORMAT or not tree.keys() <= {"attention", "layers", "others"}:
     raise ConfigError([("source", str(folder / METHOD), f"not of the format {_FORMAT}: export it again")])
-  config = config_lib.from_dict(tree)
+  try:
+    config = config_lib.from_dict(tree)
+  except ConfigError as error:
+    raise ConfigError([(f"source: {folder / METHOD}: {name}", *rest) for name, *rest in error.problems]) from None
   return config.attention, config.layers, config.others
 
 
@@ -283,16 +286,18 @@ def _with_method(params: dict, config, folder: Path) -> dict:
   except Exception as error:
     raise ConfigError([("source", str(path), f"no whole safetensors file ({error}): export it again")]) from None
   abstract = model_lib.abstract_params(config)
+  wanted = {name: (node[key].dtype.name, node[key].shape[1:])
+            for name, node, key, _ in _method_leaves(abstract, config)}
+  for name, want in wanted.items():
+    got = (found[name].dtype.name, found[name].shape) if name in found else "missing"
+    if got != want:
+      raise ConfigError([(f"source: {path}: {name}", got, f"{METHOD} makes it {want}: export it again")])
+  if left := sorted(found.keys() - wanted):
+    raise ConfigError([(f"source: {path}", left[:8], f"{METHOD} has no such parameters: export it again")])
   for i in range(len(abstract["stacks"])):
     added = abstract["stacks"][f"stack{i}"]["attention"].get("method")
     if added:
       params["stacks"][f"stack{i}"]["attention"]["method"] = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), added)
   for name, node, key, layer in _method_leaves(params, config):
-    x = found.pop(name, None)
-    if x is None or x.shape != node[key].shape[1:] or x.dtype != node[key].dtype:
-      raise ConfigError([(f"source: {path}: {name}", "missing" if x is None else (x.dtype.name, x.shape),
-                          f"{METHOD} makes it {(node[key].dtype.name, node[key].shape[1:])}: export it again")])
-    node[key][layer] = x
-  if found:
-    raise ConfigError([(f"source: {path}", sorted(found)[:8], f"{METHOD} has no such parameters: export it again")])
+    node[key][layer] = found[name]
   return params
