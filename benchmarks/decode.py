@@ -14,11 +14,10 @@ one's. floor: the time of a copy of what has to be read, weights and the cache's
 from __future__ import annotations
 
 import collections
-import json
 
 from absl import flags
 
-from benchmarks import models
+from benchmarks import models, timing
 from launch import cli
 
 _MODELS = flags.DEFINE_list("models", ["smollm2"], f"Of {', '.join(models.MODELS)}; random weights.")
@@ -58,7 +57,7 @@ def main():
       try:
         row |= models.measure_decoding(config, params, mode, batch, _CONTEXT.value, _STEPS.value, _REPEATS.value)
       except Exception as error:  # memory, a shape that an implementation refuses; other rows go on
-        row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["error"] = timing.of_error(error)
         print(f"{model:<12} {method:<16} {batch:>5} {row['error']}", flush=True)
       else:
         if method == "dense":
@@ -68,9 +67,7 @@ def main():
         print(f"{model:<12} {method:<16} {batch:>5} {row['ms']:9.3f} {row['tokens_per_second']:9.0f} "
               f"{part('of_floor')} {part('vs_dense')}", flush=True)
       rows.append(row)
-      if _OUT.value:  # after each row: what was measured stays if a later one fails
-        with open(_OUT.value, "w") as file:
-          json.dump(rows, file, indent=1)
+      timing.write(_OUT.value, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 import time
 
@@ -64,7 +63,7 @@ def _try(what, function):
   try:
     return function()
   except Exception as error:  # memory, a shape that an implementation refuses; other rows go on
-    print(f"{what}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    print(f"{what}: {timing.of_error(error)}", file=sys.stderr)
     return None
 
 
@@ -241,9 +240,7 @@ def main():
       row[f"{part}_vs_dense"] = ms and row[f"{part}_ms"] and ms / row[f"{part}_ms"]
     rows.append(row)
     print(_line(row) + (f"  REFUSES: {row['refused']}" if row.get("refused") else ""), flush=True)
-    if _OUT.value:  # after each row: what was measured stays if a later shape fails
-      with open(_OUT.value, "w") as file:
-        json.dump(rows, file, indent=1)
+    timing.write(_OUT.value, rows)
 
   denses = {}
   for name in names:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 
@@ -21,7 +20,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from benchmarks import cases
+from benchmarks import cases, timing
 from launch import cli
 from pallas_kernels import arg_specs
 
@@ -92,12 +91,10 @@ def main():
         print(f"{name:<14} {T:>9,} {row['part']:<19} {row['ms']:10.1f} ms {row['tflops']:6.0f} TFLOP/s"
               + (f", dense takes {against / row['ms']:.1f} times as long" if against else ""), flush=True)
       except Exception as error:  # memory; the rest goes on
-        row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["error"] = timing.of_error(error)
         print(f"{name:<14} {T:>9,} {row['part']:<19} {row['error']}", flush=True)
       rows.append(row)
-      if _OUT.value:
-        with open(_OUT.value, "w") as file:
-          json.dump(rows, file, indent=1)
+      timing.write(_OUT.value, rows)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ cli.define_common()
 def main():
   import jax
 
-  from benchmarks import loops, models
+  from benchmarks import loops, models, timing
   from experiments import titans
   from nsa import flops
   cli.compilation_cache(flags.FLAGS.compilation_cache)
@@ -111,7 +111,7 @@ def main():
       one = make()
       work.append((label, one, compilers.submit(one.compile, options)))
     except Exception as error:  # a shape that an implementation refuses
-      write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+      write(dict(row="failed", what=label, error=timing.of_error(error)))
   print(f"traced in {time.monotonic() - began:.0f} s", flush=True)
   # Nothing compiles while something is timed, unless that takes more than half of the time.
   concurrent.futures.wait([future for *_, future in work], timeout=0.5 * _SECONDS.value or None)
@@ -131,7 +131,7 @@ def main():
       try:
         write({**measure(one, future.result()), "compiling": sum(not f.done() for *_, f in work)})
       except Exception as error:  # memory, a compiler that gives up; other rows go on
-        write(dict(row="failed", what=label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+        write(dict(row="failed", what=label, error=timing.of_error(error)))
   print(f"done in {time.monotonic() - began:.0f} s", flush=True)
   if work:
     os._exit(0)  # a compiler cannot be stopped otherwise

@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 
-from benchmarks import kinds, timing
+from benchmarks import timing
 
 PILOT = dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,
              tie_embeddings=False, dtype="bfloat16")
@@ -137,7 +137,7 @@ class Row:
       with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
           run(apart, state, 3)
-        row["kinds_ms"] = {kind: total / 3 for kind, total in kinds.milliseconds(directory).items()}
+        row["kinds_ms"] = {kind: total / 3 for kind, total in timing.by_kind(directory).items()}
     return row
 
 

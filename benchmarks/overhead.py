@@ -18,7 +18,6 @@ input: one `batch_at` and its way to the devices. It runs while the devices work
 checkpoint: how long `save` holds up the loop, and how long the writing behind it takes.
 """
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from unittest import mock
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks import timing
 from launch import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file of a run.", lock_config=True)
@@ -162,9 +162,7 @@ def main():
     if "checkpoint" in _PARTS.value:
       out["checkpoint"] = saving(config, mesh, f"{directory}/saving")
       print(f"checkpoint {text(out['checkpoint'])}", flush=True)
-  if _OUT.value:
-    with open(_OUT.value, "w") as file:
-      json.dump(out, file, indent=1)
+  timing.write(_OUT.value, out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+from benchmarks import timing
 from pallas_kernels import arg_specs, cost
 
 MEASURED = pathlib.Path(__file__).parent.parent / "experiments" / "results" / "kernels"
@@ -67,6 +68,4 @@ def main(names, patterns, chip_name, out=None):
         line += (f"   {clock[0]:.3f}, {clock[1]:.3f} ({row['forward_ms'] / clock[0]:.2f}, "
                  f"{row['both_ms'] / clock[1]:.2f})")
       print(line, flush=True)
-  if out:
-    with open(out, "w") as file:
-      json.dump(table, file, indent=1)
+  timing.write(out, table)

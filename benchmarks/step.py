@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import json
 
 from absl import flags
 
-from benchmarks import models
+from benchmarks import models, timing
 from launch import cli
 
 _MODELS = flags.DEFINE_list("models", ["pilot"], f"Of {', '.join(models.MODELS)}.")
@@ -91,7 +90,7 @@ def main():
         raise made
       row.update(made[0].measure(made[1].result(), steps=_STEPS.value, repeats=_REPEATS.value))
     except Exception as error:  # memory, a compiler that gives up; other rows go on
-      row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+      row["error"] = timing.of_error(error)
       print(f"{_name(row)} {row['error']}", flush=True)
     else:
       if method == "dense":
@@ -102,9 +101,7 @@ def main():
       for kind, ms in row.get("kinds_ms", {}).items():
         print(f"    {kind:<34} {ms:9.3f} ms")
     rows.append(row)
-    if _OUT.value:  # after each row: what was measured stays if a later one fails
-      with open(_OUT.value, "w") as file:
-        json.dump(rows, file, indent=1)
+    timing.write(_OUT.value, rows)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ on count their waiting, too: for a clean number take a study that ran in one go.
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from absl import flags
 
-from benchmarks import wall
+from benchmarks import timing, wall
 from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A study, or a folder with runs below it.", required=True)
@@ -35,8 +34,7 @@ def main():
     host = rows[-1].get("evaluate", 0.0) - sum(evaluated.values())
     for name, seconds in (*sorted(evaluated.items(), key=lambda x: -x[1]), ("host, compiler, decoding", host)):
       print(f"{name:<32}{seconds:12.1f}{100 * seconds / rows[-1]['wall']:12.1f}")
-  if _OUT.value:
-    Path(_OUT.value).write_text(json.dumps(rows, indent=1))
+  timing.write(_OUT.value, rows)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ class Rules:
   vocab: tuple[str, ...] | str | None = None
 
 
+RULES = Rules()
+
+
 def make_mesh(config, devices=None) -> Mesh:
   """The device mesh (data, fsdp, context, tensor). `config.validate` has checked that it fits."""
   devices = jax.devices() if devices is None else devices
@@ -64,7 +67,7 @@ def _over(target) -> tuple[str, ...]:
   return (target,) if isinstance(target, str) else target or ()
 
 
-def named(mesh: Mesh, axes, shape, rules: Rules = Rules(), replicas: bool = False) -> NamedSharding:
+def named(mesh: Mesh, axes, shape, rules: Rules = RULES, replicas: bool = False) -> NamedSharding:
   """The sharding of an array with these logical axes. `replicas`: a leading axis of seeds, never sharded."""
   spec = []
   for name, size in zip(axes, shape[1:] if replicas else shape):
@@ -74,16 +77,16 @@ def named(mesh: Mesh, axes, shape, rules: Rules = Rules(), replicas: bool = Fals
   return NamedSharding(mesh, P(*([None] if replicas else []), *spec))
 
 
-def constrain(mesh: Mesh, rules: Rules = Rules()):
+def constrain(mesh: Mesh):
   """(x, logical axes) -> x with a sharding constraint; the identity on one device."""
   if mesh.size == 1:
     return lambda x, axes: x
-  return lambda x, axes: jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape, rules))
+  return lambda x, axes: jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape))
 
 
-def operations(mesh: Mesh, rules: Rules = Rules()) -> contextlib.AbstractContextManager:
+def operations(mesh: Mesh) -> contextlib.AbstractContextManager:
   """Inside the block the attention operations are traced for each device's rows, queries and KV heads."""
-  return pk.partitioned(mesh, batch=_over(rules.batch), time=_over(rules.time), heads=_over(rules.kv_heads))
+  return pk.partitioned(mesh, batch=_over(RULES.batch), time=_over(RULES.time), heads=_over(RULES.kv_heads))
 
 
 def gathered(part: jax.Array, spec: P, dtype) -> jax.Array:
@@ -109,12 +112,12 @@ def gathered(part: jax.Array, spec: P, dtype) -> jax.Array:
   return gather(part)
 
 
-def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
+def of_state(config, abstract_state, mesh: Mesh):
   """Shardings of a TrainState: parameters by their axes, moments like their parameter, the rest replicated."""
   replicas = len(config.seeds) > 1
   is_axes = lambda x: isinstance(x, model_lib.Axes)
   axes = model_lib.param_metadata(config, "axes")
-  params = jax.tree.map(lambda a, p: named(mesh, a, p.shape, rules, replicas), axes, abstract_state.params,
+  params = jax.tree.map(lambda a, p: named(mesh, a, p.shape, replicas=replicas), axes, abstract_state.params,
                         is_leaf=is_axes)
   placed = optim.by_path(params)
   by_path = {path: (placed[path], leaf.shape) for path, leaf in optim.by_path(abstract_state.params).items()}
@@ -128,9 +131,9 @@ def of_state(config, abstract_state, mesh: Mesh, rules: Rules = Rules()):
   return abstract_state._replace(step=NamedSharding(mesh, P()), params=params, optimizer=optimizer)
 
 
-def of_batch(config, mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+def of_batch(config, mesh: Mesh) -> NamedSharding:
   """[batch, time] arrays, with a leading axis of seeds if there are several."""
-  return NamedSharding(mesh, P(*([None] if len(config.seeds) > 1 else []), rules.batch, rules.time))
+  return NamedSharding(mesh, P(*([None] if len(config.seeds) > 1 else []), RULES.batch, RULES.time))
 
 
 def place(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
@@ -140,7 +143,7 @@ def place(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
   return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
-def place_rows(mesh: Mesh, arrays: dict[str, np.ndarray], rules: Rules = Rules()) -> dict[str, jax.Array]:
+def place_rows(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """[batch] and [batch, time] arrays, onto the devices."""
-  return {name: place(NamedSharding(mesh, P(rules.batch, *[rules.time] * (x.ndim - 1))), x)
+  return {name: place(NamedSharding(mesh, P(RULES.batch, *[RULES.time] * (x.ndim - 1))), x)
           for name, x in arrays.items()}

@@ -1,4 +1,5 @@
-"""What the operations of `pallas_kernels.api` accept: a check raises ValueError that names argument, value and fix."""
+"""What the operations of `pallas_kernels.api` accept: a check raises ValueError that names argument, value and fix.
+And what several backends refuse."""
 from __future__ import annotations
 
 import jax.numpy as jnp
@@ -61,6 +62,30 @@ def lse(operation, lse, q):
   array(operation, "lse", lse, 3, "[B, T, N]")
   if lse.shape != q.shape[:3]:
     raise ValueError(f"{operation}: lse has the shape {lse.shape}; it must be [B, T, N] = {q.shape[:3]}")
+
+
+def unserved_selection(q, k, block_indices, block_size, scale, *, dtypes, head_dims, block_sizes, group, slots):
+  """None, or why kernels of selected attention with these limits need another implementation."""
+  named = lambda values, last=", ": last.join(map(str, values))
+  B, T, N, H = q.shape
+  S, K, J = *k.shape[1:3], block_indices.shape[3]
+  if q.dtype not in dtypes:
+    return f"q.dtype = {q.dtype}: the kernels take {named((jnp.dtype(x) for x in dtypes), ' and ')}"
+  if k.dtype != q.dtype:
+    return f"k.dtype = {k.dtype}: the kernels need that of q, {q.dtype}"
+  if H not in head_dims:
+    return f"q has head dim {H}: the kernels take {named(head_dims)}"
+  if block_size not in block_sizes:
+    return f"block_size = {block_size}: the kernels take {named(block_sizes)}"
+  if N // K > group:
+    return f"q has {N // K} heads per KV head: the kernels take up to {group}"
+  if J > slots:
+    return f"block_indices has {J} slots: the kernels take up to {slots}"
+  if scale is not None and not isinstance(scale, (int, float, np.floating)):
+    return "scale is traced: the kernels need a number"
+  if min(B, T, S, J) == 0:
+    return f"block_indices {block_indices.shape}, q {q.shape} or k {k.shape} is empty"
+  return None
 
 
 def indices(operation, block_indices, q, K):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, kernels, kinds, loops, models, peer, timing, wall
+from benchmarks import cases, kernels, loops, models, peer, timing, wall
 from nsa import config as config_lib, flops, methods, metrics, schedule
 from nsa.look import selections
 from pallas_kernels import arg_specs
@@ -153,7 +153,7 @@ def test_kinds_of_kernels():
            "loop_add_fusion": "elementwise and the rest",
            "MemcpyD2D": "copies and transposes",
            "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention of cuDNN"}
-  assert {name: kinds.kind(name) for name in names} == names
+  assert {name: timing.kind(name) for name in names} == names
 
 
 def test_cudnns_peer_gets_its_layout_and_is_compared(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
 import one_layer
-from one_layer import D, H, K
+from one_layer import H, K
 import pytest
 
 from nsa import config as config_lib, flops, methods
@@ -25,18 +25,6 @@ PACKED = np.searchsorted((24, 32, T), np.arange(T), side="right") * np.ones((B, 
 CASES = [(name, packed) for name in VARIANTS for packed in (False, True)]
 
 
-def segments_of(packed):
-  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
-
-
-make_config = functools.partial(one_layer.make_config, heads=N, vocab_size=320, context=60)
-
-
-@functools.lru_cache(maxsize=None)
-def attention_of(name):
-  return one_layer.split(make_config(VARIANTS[name]), 0.5)
-
-
 def objective(name, params, h, weights, segments):
   """<output, weights> of one layer, and (output, chosen blocks)."""
   call = one_layer.call(T, segments)
@@ -46,14 +34,8 @@ def objective(name, params, h, weights, segments):
   return jnp.sum(out * weights), (out, seen["indices"])
 
 
-@functools.lru_cache(maxsize=None)
-def run_layer(name, packed):
-  return one_layer.run(gradient_of(name), attention_of(name)[1], segments_of(packed), shape=(B, T, D))
-
-
-@functools.lru_cache(maxsize=None)
-def gradient_of(name):
-  return jax.jit(jax.grad(functools.partial(objective, name), argnums=(0, 1), has_aux=True))
+make_config, segments_of, attention_of, gradient_of, run_layer = one_layer.kit(
+    objective, VARIANTS, PACKED, N, 0.5, vocab_size=320, context=60)
 
 
 # --- the reference -----------------------------------------------------------------

@@ -20,22 +20,8 @@ VARIANTS = {
     "bare": methods.Seer(block_size=8, num_blocks=3, num_initial=1, gate_dim=6, gate_norm=False),
 }
 PACKED = np.searchsorted((5, 29, T), np.arange(T), side="right") * np.ones((B, 1), int)  # not on the block grid
-
-
-def segments_of(packed):
-  return np.asarray(PACKED if packed else 0 * PACKED, np.int32)
-
-
 CASES = [(name, mode, packed) for name in VARIANTS for mode in ("sparse", "warmup") for packed in (False, True)
          if mode == "sparse" or name == "seer"]
-
-
-make_config = functools.partial(one_layer.make_config, heads=N)
-
-
-@functools.lru_cache(maxsize=None)
-def attention_of(name):
-  return one_layer.split(make_config(VARIANTS[name]))
 
 
 def objective(name, mode, params, h, weights, segments):
@@ -46,14 +32,7 @@ def objective(name, mode, params, h, weights, segments):
   return jnp.sum(out * weights) + losses["gate_kl"], (out, losses["gate_kl"], seen.get("indices"))
 
 
-@functools.lru_cache(maxsize=None)
-def gradient_of(name, mode):
-  return jax.jit(jax.grad(functools.partial(objective, name, mode), argnums=(0, 1), has_aux=True))
-
-
-@functools.lru_cache(maxsize=None)
-def run_layer(name, mode, packed):
-  return one_layer.run(gradient_of(name, mode), attention_of(name)[1], segments_of(packed), shape=(B, T, D))
+make_config, segments_of, attention_of, gradient_of, run_layer = one_layer.kit(objective, VARIANTS, PACKED, N)
 
 
 # --- the reference -----------------------------------------------------------------

@@ -1,4 +1,6 @@
 """One small attention layer and its parameters: what the tests of single methods begin with."""
+import functools
+
 from flax import nnx
 import jax
 import numpy as np
@@ -35,7 +37,23 @@ def call(tokens, segments, mode="sparse"):
   return methods.Call(mode=mode, rope=rotate, segment_ids=segments)
 
 
-def run(gradient, params, *rest, shape):
-  """(h, weights, what `gradient` makes of the parameters and them) for random hidden states [B, T, D]."""
-  h, weights = np.random.default_rng(5).standard_normal((2, *shape)).astype(np.float32)
-  return h, weights, jax.device_get(gradient(params, h, weights, *rest))
+def kit(objective, variants, packed, heads, size=0.3, **model):
+  """What tests of a method's variants share, each made once: (config of a method, segments, graph and parameters by
+  name, gradients by name and mode, and (h, weights, what those gradients are for random hidden states)).
+
+  objective: (name[, mode], params, h, weights, segments) -> (sum, all else). packed: int[B, T], documents in one row.
+  """
+  config = functools.partial(make_config, heads=heads, **model)
+  segments_of = lambda is_packed: np.asarray(packed if is_packed else 0 * packed, np.int32)
+  attention_of = functools.lru_cache(None)(lambda name: split(config(variants[name]), size))
+  gradient_of = functools.lru_cache(None)(lambda *which: jax.jit(jax.grad(
+      functools.partial(objective, *which), argnums=(0, 1), has_aux=True)))
+
+  @functools.lru_cache(None)
+  def run_layer(*which):
+    *which, is_packed = which
+    h, weights = np.random.default_rng(5).standard_normal((2, *packed.shape, D)).astype(np.float32)
+    return h, weights, jax.device_get(gradient_of(*which)(attention_of(which[0])[1], h, weights,
+                                                          segments_of(is_packed)))
+
+  return config, segments_of, attention_of, gradient_of, run_layer

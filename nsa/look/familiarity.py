@@ -135,18 +135,16 @@ def last(snapshots: list[dict]) -> list[dict]:
   return [s for s in snapshots if s["step"] == step]
 
 
-def judge(arms: dict[str, list[dict]], dense: str = "dense", alpha: float = 0.05, measure: str = MEASURE,
-          point=POINT) -> list[Tested]:
+def judge(arms: dict[str, list[dict]], dense: str = "dense") -> list[Tested]:
   """The family of tests, of the last snapshots of each arm. Slopes that cannot be had are left out."""
-  of = lambda s: values(s, measure, point)
   ends = {arm: last(found) for arm, found in arms.items() if found}
-  found = [(arm, "", slope_of(end, of)) for arm, end in ends.items()]
-  found += [(arm, dense, difference(end, ends[dense], of)) for arm, end in ends.items()
+  found = [(arm, "", slope_of(end, values)) for arm, end in ends.items()]
+  found += [(arm, dense, difference(end, ends[dense], values)) for arm, end in ends.items()
             if dense in ends and arm != dense]
   found = [one for one in found if not math.isnan(one[2].p)]
   out = []
   for (arm, against, one), p in zip(found, statistics.holm([one[2].p for one in found])):
-    low, high = one.interval(1 - alpha / len(found))
+    low, high = one.interval(1 - 0.05 / len(found))
     beyond, within = low > SMALLEST or high < -SMALLEST, -SMALLEST < low and high < SMALLEST
     word = "matters" if beyond else "too small" if within else "undecided"
     out.append(Tested(arm, against, one, low, high, float(p), word))
@@ -185,14 +183,14 @@ def correlation(x, y, groups=None, *covariates) -> float:
   return float(np.sum(rest[0] * rest[1]) / size) if size > 1e-12 else math.nan
 
 
-def difficulty(snapshots: list[dict], measure: str = MEASURE, point=POINT) -> list[Correlation]:
+def difficulty(snapshots: list[dict]) -> list[Correlation]:
   """Of one snapshot of each seed: with the number of pairs of recall, with the same among examples of equal loss and
   distance, with the loss of recall, and with the loss of held-out text within its corpus."""
   column = lambda s, name: np.array(s[name], np.float64)
   of_kind = lambda s, kind: np.array([k == kind for k in s["kind"]])
   only = lambda s, kind, x: np.where(of_kind(s, kind), x, math.nan)
   pairs = lambda s: np.log2(column(s, "pairs"))
-  loss, y = (lambda s: column(s, "bits_per_byte")), (lambda s: values(s, measure, point))
+  loss, y = (lambda s: column(s, "bits_per_byte")), values
   asked = {
       "log2 of the pairs of recall": lambda s: correlation(pairs(s), y(s)),
       "the same, given loss and distance": lambda s: correlation(pairs(s), y(s), None, loss(s), column(s, "distance")),
@@ -219,9 +217,9 @@ def difficulty(snapshots: list[dict], measure: str = MEASURE, point=POINT) -> li
   return out
 
 
-def by_quintile(snapshots: list[dict], measure: str = MEASURE, point=POINT) -> list[tuple[float, float]]:
+def by_quintile(snapshots: list[dict]) -> list[tuple[float, float]]:
   """(mean loss, mean measure) of held-out passages by quintile of their loss, of all seeds together; [] without any."""
   rows = [(loss, value) for s in snapshots
-          for kind, loss, value in zip(s["kind"], s["bits_per_byte"], values(s, measure, point)) if kind == "held_out"]
+          for kind, loss, value in zip(s["kind"], s["bits_per_byte"], values(s)) if kind == "held_out"]
   rows.sort()
   return [tuple(np.mean(part, 0).tolist()) for part in np.array_split(rows, 5)] if len(rows) >= 5 else []

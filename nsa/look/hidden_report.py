@@ -25,7 +25,6 @@ _RAMP = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08306b")
 _KINDS = {"held_out": ("#111111", "held out"), "ood": ("#c4511f", "other kinds of text"),
           "shuffled": ("#8c6bb1", "shuffled")}
 _PLANTED = ("planted 0 times", "1 time", "2 to 7 times", "8 to 31 times", "32 and more")
-_NULL = dict(color="#888888", ls=":", lw=1.6)
 
 
 def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "dense") -> Path:
@@ -101,13 +100,14 @@ def _groups(snapshot) -> dict[str, np.ndarray]:
   return {name: mine for name, mine in out.items() if mine.any()}
 
 
-def _null(snapshot, variant="own", measure=familiarity.MEASURE) -> float:
+def _null(snapshot, variant="own") -> float:
   """Of noise: the same in a random basis."""
-  return snapshot["null"]["trimmed" if variant == "trimmed" else "own"][measure][0]
+  return snapshot["null"]["trimmed" if variant == "trimmed" else "own"][familiarity.MEASURE][0]
 
 
-def _mean(snapshots, group, measure=familiarity.MEASURE, point=familiarity.POINT, variant="own") -> float:
-  parts = [familiarity.values(s, measure, point, variant)[g[group]] for s in snapshots if group in (g := _groups(s))]
+def _mean(snapshots, group, point=familiarity.POINT, variant="own") -> float:
+  parts = [familiarity.values(s, point=point, variant=variant)[g[group]]
+           for s in snapshots if group in (g := _groups(s))]
   return float(np.mean(np.concatenate(parts))) if parts else math.nan
 
 
@@ -135,11 +135,10 @@ def _judged(judged):
 def _beside(ends) -> list:
   """Slopes that are not judged: of every measure in every basis, given the loss, and of attention."""
   of = lambda measure, variant="own": lambda s: familiarity.values(s, measure, variant=variant)
-  columns = {"own": "own", "rotated": "rotated", "trimmed": "trimmed"}
   rows = []
   for arm, end in ends.items():
     for measure in (*MEASURES, "spectral_participation"):
-      found = [familiarity.slope_of(end, of(measure, variant)) for variant in columns]
+      found = [familiarity.slope_of(end, of(measure, variant)) for variant in VARIANTS]
       given = familiarity.slope_of(end, of(measure), lambda s: np.array(s["bits_per_byte"], np.float64))
       rows.append([arm, measure, *(_cell(one) for one in (*found, given))])
   other = {"bits per byte": lambda s: np.array(s["bits_per_byte"], np.float64),
@@ -147,7 +146,7 @@ def _beside(ends) -> list:
            "captured mass": lambda s: familiarity.attention(s, "captured_mass")}
   more = [[arm, name, _cell(familiarity.slope_of(end, f))] for arm, end in ends.items() for name, f in other.items()]
   more = [row for row in more if row[2]]
-  return [document.Table(["arm", "measure", *columns, "own, given the loss"], rows,
+  return [document.Table(["arm", "measure", *VARIANTS, "own, given the loss"], rows,
                          "Slopes per doubling of exposure with 95 % intervals, behind the final norm; not judged. "
                          "spectral_participation is the same in every basis.", left=2),
           document.Table(["arm", "what else moves", "slope"], more,
@@ -164,36 +163,39 @@ def _cell(one):
 # --- figures --------------------------------------------------------------------------
 
 
-def figures(arms: dict[str, list[dict]], measure: str = familiarity.MEASURE) -> list[tuple]:
+def figures(arms: dict[str, list[dict]]) -> list[tuple]:
   """(name, Figure or None, caption) of each figure."""
   noise = "Dotted: independent normal numbers; upper row the model's basis, lower row a random one."
+  label, ends = LABELS[familiarity.MEASURE], {arm: familiarity.last(found) for arm, found in arms.items()}
+  has = lambda kind: any(kind in s["kind"] for found in arms.values() for s in found)
+  trained = any(len({s["step"] for s in found}) > 1 for found in arms.values())
   return [
-      ("hidden_training", over_training(arms, measure),
-       f"{LABELS[measure]} over training, behind the final norm. {noise}"),
-      ("hidden_exposure", by_exposure(arms, measure),
-       f"{LABELS[measure]} of each planted passage at the last snapshot, by plantings until then. {noise}"),
-      ("hidden_layers", by_layer(arms, measure), f"{LABELS[measure]} by layer at the last snapshot. {noise}"),
-      ("hidden_difficulty", by_pairs(arms, measure),
-       f"{LABELS[measure]} of the state that answers, by pairs of recall, at the last snapshot. {noise}")]
+      ("hidden_training", _figure(arms, "optimizer steps + 1", over_training, 10) if trained else None,
+       f"{label} over training, behind the final norm. {noise}"),
+      ("hidden_exposure", _figure(ends, "plantings so far + 1", by_exposure, 2) if has("planted") else None,
+       f"{label} of each planted passage at the last snapshot, by plantings until then. {noise}"),
+      ("hidden_layers", _figure(ends, "behind layer (0 = first)", by_layer),
+       f"{label} by layer at the last snapshot. {noise}"),
+      ("hidden_difficulty", _figure(ends, "pairs", by_pairs, 2) if has("recall") else None,
+       f"{label} of the state that answers, by pairs of recall, at the last snapshot. {noise}")]
 
 
-def _grid(arms, xlabel, ylabel, height=5.6):
-  """A figure with a column for each arm and a row for each basis, and its axes [2, arms]."""
-  fig = style.Figure(figsize=(2.0 + 3.1 * len(arms), height), layout="constrained")
+def _figure(arms, xlabel, draw, base=0):
+  """A column for each arm, a row for each basis: draw(axes, snapshots, basis). base: of x in logarithms."""
+  fig = style.Figure(figsize=(2.0 + 3.1 * len(arms), 5.6), layout="constrained")
   axes = fig.subplots(2, len(arms), squeeze=False, sharex="col", sharey=True)
-  for column, arm in enumerate(arms):
+  for column, (arm, found) in enumerate(arms.items()):
     axes[0, column].set_title(arm)
     axes[1, column].set_xlabel(xlabel)
-  for row, variant in enumerate(("own", "rotated")):
-    axes[row, 0].set_ylabel(f"{ylabel}\n{variant} basis")
-  return fig, axes
-
-
-def _cells(arms, axes, ends=True):
-  """(axes, arm, snapshots, variant) of each panel; of the last snapshot alone unless `ends` is False."""
-  for column, (arm, found) in enumerate(arms.items()):
-    for row, variant in enumerate(("own", "rotated")):
-      yield axes[row, column], arm, familiarity.last(found) if ends else found, variant
+    for ax, variant in zip(axes[:, column], ("own", "rotated")):
+      draw(ax, found, variant)
+      ax.axhline(_null(found[0]), color="#888888", ls=":", lw=1.6, label="noise")
+      if base:
+        ax.set_xscale("log", base=base)
+  for ax, variant in zip(axes[:, 0], ("own", "rotated")):
+    ax.set_ylabel(f"{LABELS[familiarity.MEASURE]}\n{variant} basis")
+  style.key(fig, axes[0, 0])
+  return fig
 
 
 def _colour(group):
@@ -201,73 +203,42 @@ def _colour(group):
   return kinds.get(group) or _RAMP[_PLANTED.index(group)]
 
 
-def over_training(arms, measure):
-  """Means of each group of passages over optimizer steps; None without two steps of any arm."""
-  if all(len({s["step"] for s in found}) < 2 for found in arms.values()):
-    return None
-  fig, axes = _grid(arms, "optimizer steps + 1", LABELS[measure])
-  for ax, _, found, variant in _cells(arms, axes, ends=False):
-    steps = sorted({s["step"] for s in found})
-    of_step = {step: [s for s in found if s["step"] == step] for step in steps}
-    for group in dict.fromkeys(g for s in found for g in _groups(s)):
-      ys = [_mean(of_step[step], group, measure, variant=variant) for step in steps]
-      ax.plot(np.array(steps) + 1, ys, color=_colour(group), marker="o", ms=3, lw=1.3, label=group)
-    ax.axhline(_null(found[0], measure=measure), **_NULL, label="noise")
-    ax.set_xscale("log")
-  style.key(fig, axes[0, 0])
-  return fig
+def over_training(ax, found, variant):
+  """Means of each group of passages over optimizer steps."""
+  of_step = {step: [s for s in found if s["step"] == step] for step in sorted({s["step"] for s in found})}
+  for group in dict.fromkeys(g for s in found for g in _groups(s)):
+    ax.plot(np.array(list(of_step)) + 1, [_mean(mine, group, variant=variant) for mine in of_step.values()],
+            color=_colour(group), marker="o", ms=3, lw=1.3, label=group)
 
 
-def by_exposure(arms, measure):
-  """Every planted passage and the fitted slope; None without planted passages."""
-  if not any("planted" in s["kind"] for found in arms.values() for s in found):
-    return None
-  fig, axes = _grid(arms, "plantings so far + 1", LABELS[measure])
-  for ax, _, end, variant in _cells(arms, axes):
-    x = np.concatenate([familiarity.exposure(s) for s in end])
-    y = np.concatenate([familiarity.values(s, measure, variant=variant) for s in end])
-    mine = np.isfinite(x)
-    ax.plot(2 ** x[mine], y[mine], ".", color="#4292c6", ms=3, alpha=0.6, label="a passage")
-    found = familiarity.slope_of(end, lambda s, v=variant: familiarity.values(s, measure, variant=v))
-    if math.isfinite(found.slope):
-      at = np.array([x[mine].min(), x[mine].max()])
-      ax.plot(2 ** at, y[mine].mean() + found.slope * (at - x[mine].mean()), color="#08306b", lw=1.6,
-              label="slope within seed x document")
-    ax.axhline(_null(end[0], measure=measure), **_NULL, label="noise")
-    ax.set_xscale("log", base=2)
-  style.key(fig, axes[0, 0])
-  return fig
+def by_exposure(ax, end, variant):
+  """Every planted passage and the fitted slope."""
+  of = lambda s: familiarity.values(s, variant=variant)
+  x, y = (np.concatenate([f(s) for s in end]) for f in (familiarity.exposure, of))
+  mine = np.isfinite(x)
+  ax.plot(2 ** x[mine], y[mine], ".", color="#4292c6", ms=3, alpha=0.6, label="a passage")
+  found = familiarity.slope_of(end, of)
+  if math.isfinite(found.slope):
+    at = np.array([x[mine].min(), x[mine].max()])
+    ax.plot(2 ** at, y[mine].mean() + found.slope * (at - x[mine].mean()), color="#08306b", lw=1.6,
+            label="slope within seed x document")
 
 
-def by_layer(arms, measure):
+def by_layer(ax, end, variant):
   """Means of groups of passages behind each layer and behind the final norm."""
-  fig, axes = _grid(arms, "behind layer (0 = first)", LABELS[measure])
-  for ax, _, end, variant in _cells(arms, axes):
-    points = end[0]["points"]
-    for group in dict.fromkeys(g for s in end for g in _groups(s)):
-      ys = [_mean(end, group, measure, point, variant) for point in points]
-      ax.plot(range(len(points)), ys, color=_colour(group), marker="o", ms=3, lw=1.3, label=group)
-    ax.axhline(_null(end[0], measure=measure), **_NULL, label="noise")
-    every = max(1, len(points) // 8)
-    ax.xaxis.set_major_locator(ticker.FixedLocator([*range(0, len(points) - every, every), len(points) - 1]))
-    ax.xaxis.set_major_formatter(lambda value, _, points=points: str(points[int(value)]) if value < len(points) else "")
-  style.key(fig, axes[0, 0])
-  return fig
+  points = end[0]["points"]
+  for group in dict.fromkeys(g for s in end for g in _groups(s)):
+    ax.plot(range(len(points)), [_mean(end, group, point, variant) for point in points], color=_colour(group),
+            marker="o", ms=3, lw=1.3, label=group)
+  every = max(1, len(points) // 8)
+  ax.xaxis.set_major_locator(ticker.FixedLocator([*range(0, len(points) - every, every), len(points) - 1]))
+  ax.xaxis.set_major_formatter(lambda value, _: str(points[int(value)]) if value < len(points) else "")
 
 
-def by_pairs(arms, measure):
-  """Every recall example, right ones and wrong ones apart; None without recall."""
-  if not any("recall" in s["kind"] for found in arms.values() for s in found):
-    return None
-  fig, axes = _grid(arms, "pairs", LABELS[measure])
-  for ax, _, end, variant in _cells(arms, axes):
-    pairs = np.concatenate([np.array(s["pairs"], np.float64) for s in end])
-    right = np.concatenate([np.array(s["correct"], np.float64) for s in end]) > 0.5
-    y = np.concatenate([familiarity.values(s, measure, variant=variant) for s in end])
-    for mine, colour, label, shift in ((right, "#0072b2", "answered right", 0.96), (~right, "#c4511f", "wrong", 1.04)):
-      mine = mine & np.isfinite(pairs)
-      ax.plot(shift * pairs[mine], y[mine], ".", color=colour, ms=3, alpha=0.6, label=label)
-    ax.axhline(_null(end[0], measure=measure), **_NULL, label="noise")
-    ax.set_xscale("log", base=2)
-  style.key(fig, axes[0, 0])
-  return fig
+def by_pairs(ax, end, variant):
+  """Every recall example, right ones and wrong ones apart."""
+  pairs, right, y = (np.concatenate([np.array(f(s), np.float64) for s in end]) for f in (
+      lambda s: s["pairs"], lambda s: s["correct"], lambda s: familiarity.values(s, variant=variant)))
+  for answered, colour, label, shift in ((True, "#0072b2", "answered right", 0.96), (False, "#c4511f", "wrong", 1.04)):
+    mine = ((right > 0.5) == answered) & np.isfinite(pairs)
+    ax.plot(shift * pairs[mine], y[mine], ".", color=colour, ms=3, alpha=0.6, label=label)

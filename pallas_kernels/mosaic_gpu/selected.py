@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backends, lists as entry_lists
+from pallas_kernels import backends, lists as entry_lists, validate
 from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, of_another_gpu
@@ -48,34 +48,20 @@ def supports(q, k, v, block_indices, *, block_size, scale=None, **_):
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   J = block_indices.shape[3]
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"q.dtype = {q.dtype}: the kernels take bfloat16 and float16"
-  if k.dtype != q.dtype or v.dtype != q.dtype:
-    return f"k.dtype, v.dtype = {k.dtype}, {v.dtype}: the kernels need that of q, {q.dtype}"
-  if H not in HEAD_DIMS:
-    return f"q has head dim {H}: the kernels take {_listed(HEAD_DIMS)}"
+  refused = validate.unserved_selection(q, k, block_indices, block_size, scale, dtypes=(jnp.bfloat16, jnp.float16),
+                                        head_dims=HEAD_DIMS, block_sizes=BLOCK_SIZES, group=MAX_GROUP, slots=MAX_SLOTS)
+  if refused:
+    return refused
+  if v.dtype != q.dtype:
+    return f"v.dtype = {v.dtype}: the kernels need that of q, {q.dtype}"
   if v.shape[3] != H:
     return f"v has head dim {v.shape[3]}: the kernels need that of q, {H}"
-  if block_size not in BLOCK_SIZES:
-    return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
   if H % 64 and block_size % 64:
     return f"q has head dim {H}: with block_size = {block_size} the kernels take 64 and 128"
-  if N // K > MAX_GROUP:
-    return f"q has {N // K} heads per KV head: the kernels take up to {MAX_GROUP}"
-  if J > MAX_SLOTS:
-    return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
-  if scale is not None and not isinstance(scale, (int, float, np.floating)):
-    return "scale is traced: the kernels need a number"
-  if min(B, T, S, J) == 0:
-    return f"block_indices {block_indices.shape}, q {q.shape} or k {k.shape} is empty"
   plan, _ = _slices(B, T, S, K, N // K, J, H, block_size)
   if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {block_indices.shape} has more entries per slice of queries than int32 counts"
   return of_another_gpu("q")
-
-
-def _listed(numbers):
-  return ", ".join(map(str, numbers))
 
 
 def _slices(B, T, S, K, G, J, H, block_size, list_tiles=FORWARD_TILES):

@@ -19,7 +19,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backends
+from pallas_kernels import backends, validate
 from pallas_kernels.mosaic_tpu import union, walk
 from pallas_kernels.mosaic_tpu.walk import LN2, LOG2E
 
@@ -47,32 +47,13 @@ def supports(q, k, v, block_indices, *, block_size, scale=None, **_):
 
 def unserved(q, k, block_indices, block_size, scale):
   """`supports` for the arguments that all walks over selected blocks share."""
-  B, T, N, H = q.shape
-  S, K = k.shape[1:3]
-  J = block_indices.shape[3]
-  if q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"q.dtype = {q.dtype}: the kernels take bfloat16 and float32"
-  if k.dtype != q.dtype:
-    return f"k.dtype = {k.dtype}: the kernels need that of q, {q.dtype}"
-  if H not in HEAD_DIMS:
-    return f"q has head dim {H}: the kernels take {_listed(HEAD_DIMS)}"
-  if block_size not in BLOCK_SIZES:
-    return f"block_size = {block_size}: the kernels take {_listed(BLOCK_SIZES)}"
-  if N // K > MAX_GROUP:
-    return f"q has {N // K} heads per KV head: the kernels take up to {MAX_GROUP}"
-  if J > MAX_SLOTS:
-    return f"block_indices has {J} slots: the kernels take up to {MAX_SLOTS}"
-  if scale is not None and not isinstance(scale, (int, float, np.floating)):
-    return "scale is traced: the kernels need a number"
-  if min(B, T, S, J) == 0:
-    return f"block_indices {block_indices.shape}, q {q.shape} or k {k.shape} is empty"
+  refused = validate.unserved_selection(q, k, block_indices, block_size, scale, dtypes=(jnp.bfloat16, jnp.float32),
+                                        head_dims=HEAD_DIMS, block_sizes=BLOCK_SIZES, group=MAX_GROUP, slots=MAX_SLOTS)
+  if refused:
+    return refused
   if make_plan(q, k, block_indices, block_size).ranges > MAX_RANGES:
-    return f"k has {S} keys: the backward kernel takes {MAX_RANGES} times what fits VMEM"
+    return f"k has {k.shape[1]} keys: the backward kernel takes {MAX_RANGES} times what fits VMEM"
   return None
-
-
-def _listed(numbers):
-  return ", ".join(map(str, numbers))
 
 
 def make_plan(q, k, block_indices, block_size):
