@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from one_layer import random_params
 
 from nsa import config as config_lib, methods, model as model_lib
 
@@ -46,16 +47,6 @@ def make_config(attention, layers=(), **model):
   shape = dict(vocab_size=V, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16,
                short_conv=3)
   return config_lib.Config(model=config_lib.ModelConfig(**{**shape, **model}), attention=attention, layers=layers)
-
-
-def random_params(tree, seed=1):
-  """Values for a tree of shapes; unlike those of an initial model no norm, tap or bias is trivial."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, x):
-    return (0.3 * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 @functools.lru_cache(maxsize=None)

@@ -26,6 +26,7 @@ from methods_models import (
 )
 import methods_oracle as oracle
 import numpy as np
+import one_layer
 import pytest
 
 from nsa import (
@@ -43,10 +44,7 @@ from nsa import (
 
 @functools.lru_cache(maxsize=None)
 def attention_of(name):
-  config = make_config(METHODS[name])
-  graph, state = nnx.split(nnx.eval_shape(
-      lambda: model_lib.Attention(layers.Init(jax.random.key(3)), config.model, METHODS[name], 1.0)))
-  return graph, random_params(nnx.to_pure_dict(state))
+  return one_layer.split(make_config(METHODS[name]))
 
 
 @functools.lru_cache(maxsize=None)

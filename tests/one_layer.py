@@ -18,7 +18,7 @@ def make_config(attention, heads, *, vocab_size=32, context=0, plan=None, **mode
 
 
 def random_params(tree, size=0.3, seed=1):
-  """No norm or bias is trivial."""
+  """Values for a tree of shapes; unlike those of an initial model no norm, tap or bias is trivial."""
   rng = np.random.default_rng(seed)
   draw = lambda path, x: (size * rng.standard_normal(x.shape) + ("norm" in str(path[-1]))).astype(np.float32)
   return jax.tree_util.tree_map_with_path(draw, tree)
