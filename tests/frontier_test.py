@@ -120,6 +120,29 @@ def test_words_are_seldom_false_and_found_where_true(losses, false, true):
   assert true is None or words.count(true) >= 95
 
 
+def test_a_cut_grid_confirms_nothing(tmp_path):
+  """What has not run may be safe; and the ways that were planned share alpha, whether they have run or not."""
+  rng = np.random.default_rng(1)
+  found = planted(rng, 128, {"a": [[0.0, 0.2], [0.3, 0.3]], "b": [[0.4, 0.0]]})
+  assert frontier.judge(found, 0.05).word == "confirmed"
+  found.missing = ["once-tiny-64-s0"]
+  assert frontier.judge(found, 0.05).word == "undecided"
+  safe = planted(rng, 128, {"a": [[0.0, 0.0]]})
+  assert frontier.judge(safe, 0.05).word == "refuted"
+  safe.planned = 40  # 128 examples without a loss do not show 5 % at alpha / 40
+  assert frontier.judge(safe, 0.05).word == "undecided"
+  root = write(tmp_path / "study", MODES)
+  plan = json.loads((root / "study.json").read_text())
+  once = {"run": f"runs/once-{SIZE}-s0", "arm": "once", "size": SIZE, "seeds": [0], "status": "pending"}
+  configs = {f"{arm}-{SIZE}": {"arm": arm, "size": SIZE, "eval": {"run_modes": modes}} for arm, modes in (
+      ("dense", list(MODES)), ("once", ["flexprefill:alpha=0.9", "flexprefill:alpha=0.8", "xattention"]))}
+  (root / "study.json").write_text(json.dumps({**plan, "jobs": [*plan["jobs"], once], "plan": {"configs": configs}}))
+  study = archive.load([root])
+  cut = frontier.grid(study, SIZE)
+  assert cut.missing == [f"once-{SIZE}-s0"] and cut.planned == 4  # quest, snapkv, flexprefill, xattention
+  assert frontier._verdicts(study, cut, SIZE)[0].text == f"Missing at size {SIZE}: once-{SIZE}-s0."
+
+
 def test_limits_hold_the_truth_as_often_as_they_say():
   rng = np.random.default_rng(2)
   for n, true in ((128, 0.0), (128, 0.03), (128, 0.5), (48, 0.1)):

@@ -74,6 +74,21 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
   return out
 
 
+def over_tokens(study: Study, table: list[Row], metric: str, size: str) -> dict[float, dict[int, float]]:
+  """{training tokens: {seed: dense minus the reference}}, of their decay branches (Study.branches, in their order) and
+  of both to the end."""
+  out = {}
+  ends = [[*study.branches.get(arm, ()), arm] for arm in (study.dense, study.reference)]
+  for dense, native in zip(*ends) if len(ends[0]) == len(ends[1]) else ():
+    ours, theirs = own(study, table, dense, size, metric), own(study, table, native, size, metric)
+    seeds, differences = statistics.paired_differences(ours, theirs)
+    if seeds:
+      tokens = own(study, table, dense, size, "tokens")
+      out[float(np.mean([tokens[seed] for seed in seeds if seed in tokens] or [math.nan]))] = dict(
+          zip(seeds, map(float, differences)))
+  return out
+
+
 def errors(study: Study, table: list[Row], metric: str, size: str) -> dict[str, dict[str, dict[int, float]]]:
   """{arm: {"selector error": loss(own blocks) - loss(oracle blocks), "backbone error": loss(oracle blocks) -
   loss(dense)}}.

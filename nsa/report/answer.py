@@ -5,11 +5,11 @@ import collections
 
 import numpy as np
 
-from nsa.report import analyses, archive, endpoints, gates as gate_lib, plan_file
+from nsa.report import analyses, archive, endpoints, gates as gate_lib, plan_file, selectors, statistics
 from nsa.report.document import Bullets, Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import QUANTITIES, Verdict, p_text, percent
+from nsa.report.verdict import QUANTITIES, Verdict, own, p_text, percent
 
 
 def verdict(study: Study, table: list[Row], found: Verdict) -> list:
@@ -41,7 +41,7 @@ def missing(study: Study, absent: list[str]) -> list:
   blocks = [Heading("What is missing", 3), Bullets(lines)]
   deviations = plan_file.deviations(study)
   if deviations is not None:
-    blocks += [Heading("Deviations from the plan", 3),
+    blocks += [Heading("Deviations from the plan", 3), Text(f"Plan hash: `{study.plan.get('hash')}` (PLAN.md)."),
                Bullets(deviations) if deviations else Text("None: what ran is what was planned before the data.")]
   return blocks
 
@@ -167,6 +167,24 @@ def costs_of_anchor(study, table, found) -> list:
       "tokens", left=2)] + ([Bullets(list(dict.fromkeys(reasons)))] if reasons else [])
 
 
+def sizes_and_tokens(study: Study, table: list[Row], gallery) -> list:
+  """A over the tokens of training, at each size: of runs that were decayed at that point, and of nothing in between."""
+  metrics = [endpoints.metric(e.metric) for e in study.endpoints if e.primary and study.branches]
+  found = {m: {size: analyses.over_tokens(study, table, m.name, size) for size in study.sizes} for m in metrics}
+  lines = [[m.title, size, f"{tokens:.3g}", str(len(d)), m.text(float(np.mean(list(d.values()))), True),
+            m.between(analyses.interval(d))]
+           for m, of in found.items() for size, points in of.items() for tokens, d in points.items()]
+  if not any(len(points) > 1 for of in found.values() for points in of.values()):
+    return []
+  what = f"A, {study.dense} minus {study.reference}"
+  return [Table(["endpoint", "size", "training tokens", "seeds", "A", "95 % t interval"], lines,
+                f"{what}, over the tokens of training: decay branches of both, and both to the end, paired by seed. "
+                "Points can rest on other seeds. Exploratory", left=2),
+          gallery.block("anchor", gallery.plots.anchor_over_tokens(found),
+                        f"{what}, over the tokens of training. Small marks: seeds; lines: means with 95 % t intervals",
+                        "Dense minus native over tokens and sizes", "Not drawn")]
+
+
 def errors(study: Study, table: list[Row], size: str, gallery) -> list:
   """Selector or backbone: by the oracle run mode."""
   blocks = [Text("Selector error: loss(own blocks) - loss(oracle blocks). Backbone error: loss(oracle blocks) - "
@@ -189,17 +207,32 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
       "seeds.", "note")]
 
 
-def exploratory(study: Study, found: Verdict) -> list:
-  """Arms and run modes beside the question: an interval and no word."""
-  mine = [c for c in found.comparisons if not c.family and c.judgement]
-  if not mine:
-    return []
-  m, many = mine[0].metric, len(study.sizes) > 1
-  return [Table(["arm"] + ["size"] * many + ["seeds", f"minus {study.reference} ({m.unit})", "95 % t interval"],
-                [[study.label(c.arm, c.run_mode)] + [c.size] * many
-                 + [str(c.judgement.interval.n), m.text(c.judgement.interval.mean, True),
-                    m.between(c.judgement.interval)] for c in mine],
-                f"Other arms and run modes: {m.title}. Exploratory: outside the family of tests", left=1 + many)]
+def exploratory(study: Study, table: list[Row], found: Verdict) -> list:
+  """Arms and run modes beside the question: intervals and no word."""
+  blocks = []
+  for size in study.sizes:
+    # Of the dense arm's run modes the section on selectors has more.
+    modes = not selectors.ways(study, table, size)
+    mine = [c for c in found.comparisons if not c.family and c.judgement and c.size == size
+            and (modes or c.run_mode == study.headline_mode(c.arm))]
+    metrics = [endpoints.metric(e.metric) for e in study.endpoints if e.primary]
+    against = list(dict.fromkeys((study.reference, study.dense)))
+    lines = []
+    for c in mine:
+      cells, seeds = [], []
+      for m, other in ((m, other) for m in metrics for other in against):
+        _, d = statistics.paired_differences(endpoints.series(table, c.arm, size, c.run_mode, m.name),
+                                             own(study, table, other, size, m.name))
+        seeds.append(len(d))
+        i = statistics.t_interval(d) if len(d) else None
+        cells.append("-" if i is None else m.text(i.mean, True) + f" ({m.between(i)})" * i.bounded)
+      lines.append([study.label(c.arm, c.run_mode), str(max(seeds)), *cells])
+    if lines:
+      blocks.append(Table(["arm", "seeds", *(f"{m.title} ({m.unit}), minus {other}" for m in metrics
+                                             for other in against)], lines,
+                          f"Other arms{' and run modes' * modes}{_at(study, size)}, paired by seed, with 95 % t "
+                          "intervals. Exploratory: outside the family of tests", left=1))
+  return blocks
 
 
 def _comparison_table(study, found, mine, size):

@@ -20,7 +20,8 @@ the steps that leave out at least LEAST of the attention, as the paper's grid do
   refuted    the mildest such step of some way loses at most x on every cell: all upper limits are at most x, one-sided,
              at alpha / ways. All cells have to be shown, so their number needs no correction. How far up it holds:
              the steps of that way in their order, as long as they are safe
-  undecided  neither
+  undecided  neither; and in place of confirmed, as long as a planned run or step is missing, which might be safe. Ways
+             that were planned count in alpha / ways, whether they have run or not
 
 The oracle (which costs a dense pass) and random blocks are no ways to save anything: shown, not judged. Draws weight
 the examples by exponential variates (the Bayesian bootstrap, Rubin 1981). Limits of tasks have one example more, that
@@ -50,7 +51,7 @@ LEAST = 0.5                      # sparsity that the verdict asks for
 ALPHA = 0.05
 DRAWS = 10_000
 CONTROLS = ("oracle", "random")  # no ways to save anything
-_COLOURS = {"oracle": "#111111", "random": "#aaaaaa", "quest": "#0072b2", "block_topk": "#56b4e9",
+COLOURS = {"oracle": "#111111", "random": "#aaaaaa", "quest": "#0072b2", "block_topk": "#56b4e9",
             "sink_window": "#c4511f", "vertical_slash": "#009e73", "flexprefill": "#7b5ea7", "xattention": "#cc79a7",
             "snapkv": "#b8a500", "minference_blocks": "#117733"}
 _OTHERS = ("#93330f", "#f2a65a", "#5e1c05", "#117733")
@@ -81,6 +82,8 @@ class Grid:
   cells: list[Cell]
   ways: dict[str, list[Step]]
   left_out: list[str] = dataclasses.field(default_factory=list)
+  missing: list[str] = dataclasses.field(default_factory=list)   # runs, and steps that could not be placed
+  planned: int = 0                 # ways that are no controls, as planned
 
   @property
   def tasks(self) -> list[Cell]:
@@ -110,6 +113,7 @@ def grid(study: Study, size: str) -> Grid:
   """The grid of one size, of finished runs; seeds are averaged, example by example."""
   dense = study.dense
   mine = [run for run in study.finished if run.size == size]
+  missing = [run.name for run in study.runs if run.size == size and run.status != "done"]
   found = collections.defaultdict(lambda: collections.defaultdict(list))  # (arm, mode) -> kind -> records
   for run in mine:
     for record in run.records:
@@ -120,7 +124,7 @@ def grid(study: Study, size: str) -> Grid:
     return Grid([], {})
   base = _scores(found[dense, "dense"])
   same = {run.arm for run in mine if run.config.get("attention", {}).get("method", "dense") == "dense"}
-  cells, left_out = [], []
+  cells, left_out, lost = [], [], []
   for (task, name), values in base.items():
     share = float(np.mean(list(values.values())))
     if task and share < max(study.solved, 1e-9):
@@ -141,12 +145,27 @@ def grid(study: Study, size: str) -> Grid:
         got = np.array([values[e] for e in cell.examples])
         step.lost[cell.name] = cell.dense - got if cell.task else got - cell.dense
     if math.isnan(step.sparsity):
+      lost.append(f"{arm} run {mode}")
       left_out.append(f"{arm} run {mode}: no record says how many tokens its queries see (eval.diagnosed)")
     elif any(cell.name not in step.lost for cell in cells):
+      lost.append(f"{arm} run {mode}")
       left_out.append(f"{arm} run {mode}: not asked what {dense} was asked")
     else:
       ways[way].append(step)
-  return Grid(cells, {way: sorted(steps, key=lambda s: s.sparsity) for way, steps in ways.items()}, left_out)
+  return Grid(cells, {way: sorted(steps, key=lambda s: s.sparsity) for way, steps in ways.items()}, left_out,
+              missing + lost, len(_planned(study, size)))
+
+
+def _planned(study: Study, size: str) -> set[str]:
+  """The ways of the plan's arms of this size, without controls; {} of a study without a plan."""
+  out = set()
+  for config in (study.plan or {}).get("configs", {}).values():
+    dense = config.get("attention", {}).get("method", "dense") == "dense"
+    for mode in config.get("eval", {}).get("run_modes", ()) if config.get("size") == size else ():
+      name = mode.partition(":")[0]
+      if name != "dense" and (dense or name == "sparse"):
+        out.add(name if dense else config["arm"])
+  return out - set(CONTROLS)
 
 
 def _scores(kinds) -> dict[tuple[bool, str], dict]:
@@ -231,14 +250,14 @@ def judge(found: Grid, limit: float) -> Verdict | None:
     return None
   safe, unsafe, count = {}, 0, 0
   for way, steps in ways.items():
-    of_cells = [limits(cell, steps, ALPHA / len(tasks), ALPHA / len(ways)) for cell in tasks]
+    of_cells = [limits(cell, steps, ALPHA / len(tasks), ALPHA / max(len(ways), found.planned)) for cell in tasks]
     unsafe += sum(any(cell[i][0] > limit for cell in of_cells) for i in range(len(steps)))
     count += len(steps)
     for i, step in enumerate(steps):
       if not all(cell[i][1] <= limit for cell in of_cells):
         break
       safe[way] = step.sparsity
-  word = "refuted" if safe else "confirmed" if unsafe == count else "undecided"
+  word = "refuted" if safe else "confirmed" if unsafe == count and not found.missing else "undecided"
   return Verdict(limit, word, safe, unsafe, count)
 
 
@@ -271,15 +290,18 @@ def _verdicts(study, found, size) -> list:
     if one is None:
       return [Text(f"Size {size}: no verdict: no way, or no task of which {study.dense} answers "
                    f"{100 * study.solved:g} %.", "note")]
-    few = [cell.name for cell in found.tasks if 1 - (ALPHA / len(found.judged)) ** (1 / cell.dense.sum()) > limit]
+    number = max(len(found.judged), found.planned)
+    few = [cell.name for cell in found.tasks if 1 - (ALPHA / number) ** (1 / cell.dense.sum()) > limit]
     how = {"confirmed": "every step loses more on some task",
            "refuted": "safe for all tasks: " + ", ".join(f"{way} up to {s:.2f}" for way, s in one.safe.items()),
-           "undecided": "no way is shown to be safe, nor every step to be unsafe"}[one.word]
+           "undecided": "no way is shown to be safe, nor every step to be unsafe" if one.unsafe < one.steps else
+                        "every step that was run loses more on some task; not all were run"}[one.word]
     how += f"; {study.dense} answers too little of {', '.join(few)} for any way to be shown safe" * bool(few)
     lines.append(f"within {100 * limit:g} %: **{one.word}** ({how}; {one.unsafe} of {one.steps} steps are shown to "
                  "lose more)")
-  return [Text(f"**Size {size}**, {len(found.tasks)} tasks, {len(found.judged)} ways with {LEAST:g} and more left "
-               "out; \"no sparsity is safe for all tasks\", " + "; ".join(lines) + ".", "verdict")]
+  blocks = [Text(f"Missing at size {size}: {', '.join(found.missing)}.", "note")] * bool(found.missing)
+  return blocks + [Text(f"**Size {size}**, {len(found.tasks)} tasks, {len(found.judged)} ways with {LEAST:g} and more "
+                        "left out; \"no sparsity is safe for all tasks\", " + "; ".join(lines) + ".", "verdict")]
 
 
 def _tables(study, found: Grid, size) -> list:
@@ -320,7 +342,7 @@ def figure(found: Grid):
   fig = style.Figure(figsize=(2.2 + 3.3 * columns, 0.6 + 2.9 * rows), layout="constrained")
   axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   others = iter(_OTHERS * 9)
-  colours = {way: _COLOURS.get(way) or next(others) for way in found.ways}
+  colours = {way: COLOURS.get(way) or next(others) for way in found.ways}
   for number, ax in enumerate(axes.flat):
     if number >= len(panels):
       ax.set_visible(False)
@@ -343,6 +365,7 @@ def figure(found: Grid):
       ax.set_ylabel("loss (% of dense)")
     if number + columns >= len(panels):
       ax.set_xlabel("sparsity (share left out)")
+      ax.tick_params(labelbottom=True)  # where nothing is drawn below, the shared axis hides them
   shown = [ax.dataLim for ax in axes.flat[:len(panels)]]
   axes[0, 0].set_ylim(min(-0.5, 1.1 * min(d.y0 for d in shown)), max(120.0, 1.2 * max(d.y1 for d in shown)))
   style.key(fig, axes[0, 0])

@@ -73,6 +73,32 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
   return fig
 
 
+def anchor_over_tokens(found) -> Figure:
+  """A over training tokens, a panel for each endpoint: {metric: {size: {tokens: {seed: difference}}}}."""
+  fig, axes = figure(1.6 + 3.4 * len(found), 3.6, len(found))
+  for ax, (m, of) in zip(axes, found.items()):
+    ax.axhline(0, color="#888888", lw=1)
+    for k, (size, points) in enumerate(of.items()):
+      color, marker, means = ("#0072b2", "#c4511f", "#009e73", "#7b5ea7")[k % 4], "osD^"[k % 4], []
+      for tokens, d in sorted(points.items()):
+        i = statistics.t_interval(list(d.values()))
+        at = tokens * 1.03 ** (k - len(of) / 2)
+        means.append((at, i.mean * m.scale))
+        ax.plot([1.02 * at] * len(d), [m.scale * x for x in d.values()], marker, mfc="none", mec=color, ms=3, alpha=0.6)
+        _with_interval(ax, at, i, m.scale, marker, color, None)
+      if means:
+        ax.plot(*zip(*means), color=color, lw=1.3, label=f"size {size}")
+    ax.set_xscale("log")
+    ends = sorted({tokens for points in of.values() for tokens in points})
+    ax.set_xticks(ends, [f"{n / 1e6:.0f} M" for n in ends])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel(f"A ({m.unit})")
+    ax.set_title(textwrap.fill(m.title, 34))
+  key(fig, axes[0])
+  return fig
+
+
 def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
   """Training loss over tokens, averaged in bins of log tokens (left), of tokens (right); seeds and their means."""
   curves = [(r, c) for r in study.runs if r.size == size for c in r.curves.values()

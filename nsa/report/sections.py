@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, frontier, isoflop, lengths, planning
+from nsa.report import answer, endpoints, frontier, isoflop, lengths, planning, selectors
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -109,8 +109,10 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
       blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
-  blocks += answer.exploratory(study, verdict) + by_length * (not judges)
-  for title, part in (("Selector or backbone?", answer.errors), ("Loss curves", "loss"),
+  blocks += answer.sizes_and_tokens(study, table, gallery)
+  blocks += answer.exploratory(study, table, verdict) + by_length * (not judges)
+  for title, part in (("Selector or backbone?", answer.errors), ("Trained, or free of training?", selectors.section),
+                      ("Loss curves", "loss"),
                       ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),
                       ("Train mode and run mode", modes), ("What the selector captures", "layers"),

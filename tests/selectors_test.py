@@ -1,0 +1,92 @@
+"""The report on trained and training-free selectors, on A over tokens, and on arms beside the family."""
+import numpy as np
+import pytest
+
+from nsa import config as config_lib, methods, schedule
+from nsa.report import analyses, answer, document, endpoints, runs, sections, selectors, verdict
+
+TEXT, SEEDS = "second_half_bits_per_byte", (1, 2, 3)
+NOISE = dict(zip(SEEDS, (0.0, 0.001, 0.002)))
+# arm -> (tokens, {run mode: (bits per byte, tokens that a query sees of 10, attention FLOPs of a query)})
+ARMS = {
+    "dense": (100, {"dense": (2.0, None, None), "quest": (2.3, 4.0, 180.0), "quest:num_blocks=1": (2.6, 2.0, 100.0),
+                    "random": (3.0, 2.0, 64.0)}),
+    "native": (100, {"sparse": (2.1, 4.0, 240.0), "sparse:num_blocks=1": (2.2, 2.0, 176.0), "dense": (2.05, None, None)}),
+    "after": (120, {"sparse": (1.95, 4.0, 240.0)}),
+    "dense_after": (120, {"dense": (1.9, None, None)}),
+    "dense_half": (50, {"dense": (2.5, None, None)}),
+    "native_half": (50, {"sparse": (2.8, 4.0, 240.0)}),
+    "to_dense": (100, {"dense": (2.02, None, None)}),
+}
+
+
+def run_of(arm, path):
+  tokens, modes = ARMS[arm]
+  dense = "sparse" not in modes
+  model = config_lib.ModelConfig(num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=2, mlp_dim=32)
+  config = config_lib.to_dict(config_lib.Config(
+      arm=arm, size="s", seeds=SEEDS, model=model, attention=methods.Dense() if dense else methods.MSA(index_dim=2),
+      schedule=schedule.dense(10) if dense else schedule.native(10, selector_warmup=0)))
+  records = []
+  for seed in SEEDS:
+    for mode, (bits, seen, cost) in modes.items():
+      common = dict(seed=seed, arm=arm, size="s", run_mode=mode)
+      shift = NOISE[seed] * (arm != "dense")
+      records.append({"kind": "language", "split": "val", "document": "d", "second_half_bytes": 10,
+                      TEXT: bits + shift, **common})
+      if seen:
+        records += [{"kind": "layer", "layer": k, "tokens_visible": seen, "tokens_causal": 10.0,
+                     "attention_flops": cost, **common} for k in range(2)]
+  curves = {seed: {name: np.array([value]) for name, value in dict(
+      step=1.0, stage=0.0, tokens=float(tokens), tokens_per_second=1.0, flops=1.0, mfu=0.1, loss=1.0).items()} for seed in SEEDS}
+  return runs.Run(path / arm, arm, "s", SEEDS, config, {}, curves, records, 10, "done")
+
+
+@pytest.fixture
+def study(tmp_path):
+  return runs.Study("selectors", [run_of(arm, tmp_path) for arm in ARMS], declared=True, arms=list(ARMS), sizes=["s"],
+                    endpoints=[runs.Endpoint(TEXT, 0.005)], reference="native", budgets={"after": 0.2},
+                    controls={"after": "dense_after"},
+                    branches={"dense": ["dense_half"], "native": ["native_half"]})
+
+
+def test_ways_are_compared_with_the_dense_arm_of_as_many_tokens_by_what_they_see_and_cost(study, tmp_path):
+  table = endpoints.rows(study)
+  found = {(way.arm, way.mode): way for way in selectors.ways(study, table, "s")}
+  assert list(found) == [("dense", "random"), ("dense", "quest:num_blocks=1"), ("native", "sparse:num_blocks=1"),
+                         ("dense", "quest"), ("native", "sparse"), ("after", "sparse")]  # no shorter runs
+  dense = 4 * 4 * 2 * 10.0  # FLOPs of a query that attends to 10 tokens
+  for key, kind, seen, cost, minus in ((("dense", "quest"), "training-free", 0.4, 180, 0.3),
+                                       (("dense", "random"), "control", 0.2, 64, 1.0),
+                                       (("native", "sparse:num_blocks=1"), "trained", 0.2, 176, 0.2),
+                                       (("after", "sparse"), "trained", 0.4, 240, 0.05)):
+    way = found[key]
+    assert (way.kind, way.seen, way.cost) == (kind, pytest.approx(seen), pytest.approx(cost / dense))
+    assert way.differences[TEXT][1] == pytest.approx(minus)
+  gallery = sections.Gallery(study, tmp_path, ("png",))
+  page = document.markdown("x", selectors.section(study, table, "s", gallery))
+  assert "| dense -> quest | training-free | 3 | 40.0 | 56 | +0.3000 (+0.3000 to +0.3000) |" in page
+  assert (tmp_path / "selectors.png").stat().st_size > 5000
+  study.runs = study.runs[:1]  # without a trained one there is nothing to compare
+  assert selectors.ways(study, endpoints.rows(study), "s") == []
+
+
+def test_a_over_tokens_is_of_runs_that_were_decayed_there(study, tmp_path):
+  table = endpoints.rows(study)
+  found = analyses.over_tokens(study, table, TEXT, "s")
+  assert list(found) == [50, 100]
+  assert found[50][3] == pytest.approx(-0.3) and found[100] == {s: pytest.approx(-0.1 - NOISE[s]) for s in SEEDS}
+  gallery = sections.Gallery(study, tmp_path, ("png",))
+  page = document.markdown("x", answer.sizes_and_tokens(study, table, gallery))
+  assert "| s | 50 | 3 | -0.3000 |" in page and gallery.names == ["anchor"]
+  study.branches = {}
+  assert answer.sizes_and_tokens(study, table, gallery) == []
+
+
+def test_arms_beside_the_family_stand_against_both_ends(study):
+  """A curriculum arm says nothing beside native alone: what of native's lead, or lag, does it have?"""
+  table = endpoints.rows(study)
+  page = document.markdown("x", answer.exploratory(study, table, verdict.verdict(study, table)))
+  row = next(line for line in page.splitlines() if line.startswith("| to_dense |"))
+  assert row.startswith("| to_dense | 3 | -0.0800 (-0.0800 to -0.0800) | +0.0210 (")
+  assert "quest" not in page  # the section on selectors has the run modes
