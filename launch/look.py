@@ -42,7 +42,9 @@ def main():
   size = _SIZE.value or next((run.size for run in runs), "")
   arms = {arm: [snapshot for run in runs if (run.arm, run.size) == (arm, size) for found in run.hidden.values()
                 for snapshot in found] for arm in study.arms}
-  path = hidden_report.write(arms, Path(_OUT.value) if _OUT.value else workdir / "hidden_report", study.dense)
+  planned = [config["arm"] for config in (study.plan or {}).get("configs", {}).values()
+             if config.get("size") == size and config.get("eval", {}).get("hidden_states")]
+  path = hidden_report.write(arms, Path(_OUT.value) if _OUT.value else workdir / "hidden_report", study.dense, planned)
   print(path)
 
 

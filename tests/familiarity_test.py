@@ -93,6 +93,9 @@ def test_a_planted_slope_is_found_and_one_that_is_not_there_is_not():
   assert native.found.passages == len(SEEDS) * PASSAGES and native.found.units == len(SEEDS) * DOCUMENTS
   # The same passages: what they have of their own is gone from a difference.
   assert judged["native", "dense"].found.error < 0.8 * native.found.error
+  # An arm that is missing is two tests that failed, and the rest is judged as with them.
+  cut = {(t.arm, t.against): t for t in familiarity.judge(arms_of(dense=0.0, native=-0.003, small=-0.0005), missing=1)}
+  assert cut["native", ""].p == pytest.approx(7 / 5 * native.p) and cut["native", ""].low < native.low
   few = [simulated("native", 1, noise=0.05)]
   assert [t.word for t in familiarity.judge({"native": few})] == ["undecided"]
   other = [simulated("dense", seed, draw=9) for seed in SEEDS]  # other passages
@@ -137,7 +140,9 @@ def test_the_report_says_what_is_judged_and_draws_noise_and_rotation(tmp_path):
   text = hidden_report.write(arms, tmp_path).read_text()
   row = next(line for line in text.splitlines() if line.startswith("| native |") and "matters" in line)
   assert re.search(r"\| -0\.00[23]\d+ \|", row) and "| too small |" in text
-  assert "A slope of 0.002 per doubling of exposure matters" in text
+  assert "A slope of 0.002 per doubling of exposure matters" in text and "not there yet" not in text
+  cut = hidden_report.write(arms, tmp_path / "cut", planned=("dense", "native", "window")).read_text()
+  assert "Planned and not there yet: window." in cut
   for name, figure, caption in hidden_report.figures(arms):
     assert (tmp_path / f"plots/{name}.png").stat().st_size > 5000 and f"plots/{name}.png" in text
     assert "independent normal numbers" in caption and "a random one" in caption

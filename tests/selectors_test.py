@@ -11,7 +11,8 @@ NOISE = dict(zip(SEEDS, (0.0, 0.001, 0.002)))
 ARMS = {
     "dense": (100, {"dense": (2.0, None, None), "quest": (2.3, 4.0, 180.0), "quest:num_blocks=1": (2.6, 2.0, 100.0),
                     "random": (3.0, 2.0, 64.0)}),
-    "native": (100, {"sparse": (2.1, 4.0, 240.0), "sparse:num_blocks=1": (2.2, 2.0, 176.0), "dense": (2.05, None, None)}),
+    "native": (100, {"sparse": (2.1, 4.0, 240.0), "sparse:num_blocks=1": (2.2, 2.0, 176.0),
+                     "dense": (2.05, None, None)}),
     "after": (120, {"sparse": (1.95, 4.0, 240.0)}),
     "dense_after": (120, {"dense": (1.9, None, None)}),
     "dense_half": (50, {"dense": (2.5, None, None)}),
@@ -37,8 +38,8 @@ def run_of(arm, path):
       if seen:
         records += [{"kind": "layer", "layer": k, "tokens_visible": seen, "tokens_causal": 10.0,
                      "attention_flops": cost, **common} for k in range(2)]
-  curves = {seed: {name: np.array([value]) for name, value in dict(
-      step=1.0, stage=0.0, tokens=float(tokens), tokens_per_second=1.0, flops=1.0, mfu=0.1, loss=1.0).items()} for seed in SEEDS}
+  logged = dict(step=1.0, stage=0.0, tokens=float(tokens), tokens_per_second=1.0, flops=1.0, mfu=0.1, loss=1.0)
+  curves = {seed: {name: np.array([value]) for name, value in logged.items()} for seed in SEEDS}
   return runs.Run(path / arm, arm, "s", SEEDS, config, {}, curves, records, 10, "done")
 
 

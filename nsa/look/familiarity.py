@@ -135,16 +135,19 @@ def last(snapshots: list[dict]) -> list[dict]:
   return [s for s in snapshots if s["step"] == step]
 
 
-def judge(arms: dict[str, list[dict]], dense: str = "dense") -> list[Tested]:
-  """The family of tests, of the last snapshots of each arm. Slopes that cannot be had are left out."""
+def judge(arms: dict[str, list[dict]], dense: str = "dense", missing: int = 0) -> list[Tested]:
+  """The family of tests, of the last snapshots of each arm. Slopes that cannot be had are left out.
+
+  missing: arms that were planned and have no snapshot yet; the two tests of each count as failed ones.
+  """
   ends = {arm: last(found) for arm, found in arms.items() if found}
   found = [(arm, "", slope_of(end, values)) for arm, end in ends.items()]
   found += [(arm, dense, difference(end, ends[dense], values)) for arm, end in ends.items()
             if dense in ends and arm != dense]
   found = [one for one in found if not math.isnan(one[2].p)]
   out = []
-  for (arm, against, one), p in zip(found, statistics.holm([one[2].p for one in found])):
-    low, high = one.interval(1 - 0.05 / len(found))
+  for (arm, against, one), p in zip(found, statistics.holm([one[2].p for one in found] + [1.0] * 2 * missing)):
+    low, high = one.interval(1 - 0.05 / (len(found) + 2 * missing))
     beyond, within = low > SMALLEST or high < -SMALLEST, -SMALLEST < low and high < SMALLEST
     word = "matters" if beyond else "too small" if within else "undecided"
     out.append(Tested(arm, against, one, low, high, float(p), word))

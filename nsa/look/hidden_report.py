@@ -27,10 +27,10 @@ _KINDS = {"held_out": ("#111111", "held out"), "ood": ("#c4511f", "other kinds o
 _PLANTED = ("planted 0 times", "1 time", "2 to 7 times", "8 to 31 times", "32 and more")
 
 
-def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "dense") -> Path:
+def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "dense", planned=()) -> Path:
   """Writes out/hidden_states.md and out/plots/hidden_*.png; returns the former.
 
-  arms: {arm: its snapshots}, of one size.
+  arms: {arm: its snapshots}, of one size. planned: arms that were to have some.
   Raises ValueError where there is no snapshot.
   """
   arms = {arm: found for arm, found in arms.items() if found}
@@ -39,7 +39,7 @@ def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "den
                      "with --step")
   out = Path(out)
   (out / "plots").mkdir(parents=True, exist_ok=True)
-  blocks = _sections(arms, dense)
+  blocks = _sections(arms, dense, [arm for arm in planned if arm not in arms])
   with matplotlib.rc_context(style.STYLE):
     for name, figure, caption in figures(arms):
       if figure is not None:
@@ -50,7 +50,7 @@ def write(arms: dict[str, list[dict]], out: str | os.PathLike, dense: str = "den
   return path
 
 
-def _sections(arms, dense) -> list:
+def _sections(arms, dense, missing) -> list:
   ends = {arm: familiarity.last(found) for arm, found in arms.items()}
   planted = any("planted" in s["kind"] for end in ends.values() for s in end)
   blocks = [document.Text(
@@ -62,11 +62,14 @@ def _sections(arms, dense) -> list:
                 ", ".join(map(str, sorted({s["seed"] for s in found}))), ends[arm][0]["run_mode"],
                 " ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds))]
                for arm, found in arms.items() for kinds in (ends[arm][0]["kind"],)]
+  if missing:
+    blocks.append(document.Text(f"Planned and not there yet: {', '.join(missing)}. Their tests count as failed ones.",
+                                "note"))
   header = ["arm", "snapshots", "steps", "seeds", "run mode at the end", "items of each"]
   blocks.append(document.Table(header, snapshots, left=6))
   blocks.append(document.Heading("Means at the last snapshot"))
   blocks.append(_means(ends))
-  judged = familiarity.judge(arms, dense)
+  judged = familiarity.judge(arms, dense, missing=len(missing))
   if judged:
     blocks += [document.Heading("Slope over exposure"), _judged(judged), *_beside(ends)]
   elif planted:
