@@ -41,8 +41,9 @@ def missing(study: Study, absent: list[str]) -> list:
   blocks = [Heading("What is missing", 3), Bullets(lines)]
   deviations = plan_file.deviations(study)
   if deviations is not None:
-    blocks += [Heading("Deviations from the plan", 3), Text(f"Plan hash: `{study.plan.get('hash')}` (PLAN.md)."),
-               Bullets(deviations) if deviations else Text("None: what ran is what was planned before the data.")]
+    blocks += [Heading("Deviations from the plan", 3),
+               Bullets(deviations) if deviations else Text("None: what ran is what was planned before the data."),
+               Text(f"Plan hash: `{study.plan.get('hash')}` (PLAN.md).")]
   return blocks
 
 
