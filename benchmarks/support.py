@@ -49,6 +49,7 @@ def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, 
   k_cmp = of(1, (T - 2 * stride) // stride + 1, K, H)
   lse, blocks = of(1, queries, N, dtype="float32"), of(1, queries, K, J, dtype="int32")
   q_idx, k_idx = of(1, queries, K, H), of(1, T, H)
+  heads = dict(q_idx=of(1, queries, K, 4, H), index_weights=of(1, queries, K, 4))
   strides = dict(block_len=2 * stride, block_stride=stride)
   choice = dict(block_size=block_size, num_blocks=J, num_initial=1, num_local=2)
   where = dict(scale=H ** -0.5, segment_ids=of(1, T, dtype="int32") if packed else None, query_offset=offset)
@@ -64,9 +65,13 @@ def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, 
       "selected_attention": lambda: dict(q=q, k=k, v=k, block_indices=blocks, block_size=block_size, **where),
       "index_kl": lambda: dict(q=q, k=k, lse=lse, q_idx=q_idx, k_idx=k_idx, block_indices=blocks, block_size=block_size,
                                index_scale=H ** -0.5, **where),
+      "lightning_scores": lambda: dict(heads, k_idx=k_idx, block_size=block_size, segment_ids=where["segment_ids"],
+                                       query_offset=offset),
+      "lightning_kl": lambda: dict(heads, q=q, k=k, lse=lse, k_idx=k_idx, block_indices=blocks, block_size=block_size,
+                                   **where),
       "block_top_k": lambda: dict(scores=of(1, queries, K, -(-T // block_size), dtype="float32"), keys=T, **choice,
                                   segment_ids=where["segment_ids"], query_offset=offset),
-      "block_mass": lambda: dict(q=q, k=k, lse=lse, block_size=block_size, **where),
+      **dict.fromkeys(("block_mass", "block_peak"), lambda: dict(q=q, k=k, lse=lse, block_size=block_size, **where)),
   }[operation]()
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from benchmarks import timing
 from launch import cli
 from pallas_kernels import arg_specs, spans
-from pallas_kernels.triton import kl, ranged, selected, top_k, tuning
+from pallas_kernels.triton import kl, lightning, ranged, selected, top_k, tuning
 from pallas_kernels.triton.tuning import Tuned
 
 _KERNELS = flags.DEFINE_list("kernels", None, "Names, or None for all.")
@@ -107,6 +107,18 @@ def index_kl(spec):
   return f, (x["q"], x["k"], lse, x["q_idx"], x["k_idx"], blocks)
 
 
+def lightning_kl(spec):
+  """Over all tokens: DSA's warm-up, four index heads."""
+  x = arg_specs.arrays(spec)
+  lse, heads = jnp.full((spec.B, spec.T, spec.N), 8.0), jnp.repeat(x["q_idx"][:, :, :1, None], 4, axis=3)
+
+  def f(q, k, lse, heads, k_idx):
+    g = lambda a, b: lightning.lightning_kl(q, k, lse, a, a[..., 0], b, None, block_size=spec.block_size,
+                                            scale=spec.H ** -0.5, **NOWHERE).sum()
+    return jax.value_and_grad(g, (0, 1))(heads, k_idx)
+  return f, (x["q"], x["k"], lse, heads, x["k_idx"])
+
+
 def selected_both(spec):
   x, blocks = arg_specs.arrays(spec), _selection(spec)
 
@@ -127,6 +139,7 @@ KERNELS = {  # kernel -> (what is timed, candidates)
     "index_scores": (index_scores, _grid((64,), (64, 128), (4,), (2, 3)) + _grid((128,), (64, 128), (4,), (2, 3))
                      + _grid((128,), (64, 128), (8,), (2, 3))),
     "index_kl": (index_kl, _grid((64,), (64,), (4, 8), (2, 3, 4))),
+    "lightning": (lightning_kl, _grid((64,), (64, 128), (4, 8), (2, 3)) + _grid((128,), (64,), (4, 8), (2, 3))),
     "range_dkv": (range_backward, _grid((64, 128), (128,), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),
     "range_dq": (range_backward, _grid((128,), (64, 128), (8,), (2, 3)) + _grid((64,), (64,), (4,), (2, 3))),
     "range_forward": (range_forward, _grid((128,), (64, 128), (8,), (2, 3)) + _grid((64,), (64, 128), (4,), (3,))),

@@ -33,8 +33,9 @@ import numpy as np
 from pallas_kernels import backends, partition, reference, validate
 from pallas_kernels.backends import available, register, target_platform
 
-__all__ = ("attention", "available", "block_mass", "block_top_k", "compressed_attention", "compressed_top_k",
-           "index_kl", "index_top_k", "paged_attention", "register", "selected_attention", "target_platform")
+__all__ = ("attention", "available", "block_mass", "block_peak", "block_top_k", "compressed_attention",
+           "compressed_top_k", "index_kl", "index_top_k", "lightning_kl", "lightning_scores", "paged_attention",
+           "register", "selected_attention", "target_platform")
 
 Offset = int | np.integer | Int[Array, ""] | Int[Array, "B"]
 Scale = float | Float[Array, ""]
@@ -270,6 +271,70 @@ def index_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[
               segment_ids=segment_ids, query_offset=query_offset)
 
 
+def lightning_scores(q_idx: Float[Array, "B T R HI dI"], index_weights: Float[Array, "B T R HI"],
+                     k_idx: Float[Array, "B S dI"], *, block_size: int, segment_ids: Int[Array, "B S"] | None = None,
+                     query_offset: Offset = 0, implementation: str | None = None) -> Float[Array, "B T R blocks"]:
+  """The best index score among the visible tokens of each block, by several index heads (DSA, arXiv 2512.02556, eq. 1).
+
+  The score of token s is the sum over heads j of index_weights[j] * relu(<q_idx[j], k_idx[s]>).
+
+  Args:
+    q_idx: [B, T, R, HI, dI], HI index queries for each of R sets of tokens; any scale is in the weights.
+    index_weights: [B, T, R, HI].
+    k_idx: [B, S, dI], one index key for all.
+    block_size: tokens.
+
+  Returns:
+    float32[B, T, R, blocks], -inf for blocks without a visible token. No gradient: `lightning_kl` trains the index.
+  """
+  name = "lightning_scores"
+  validate.lightning(name, q_idx, index_weights, k_idx)
+  validate.common(name, q_idx, k_idx.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
+  return _run(name, implementation, q_idx=lax.stop_gradient(q_idx), index_weights=lax.stop_gradient(index_weights),
+              k_idx=lax.stop_gradient(k_idx), block_size=block_size, segment_ids=segment_ids, query_offset=query_offset)
+
+
+def lightning_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
+                 q_idx: Float[Array, "B T R HI dI"], index_weights: Float[Array, "B T R HI"],
+                 k_idx: Float[Array, "B S dI"], block_indices: Int[Array, "B T R J"] | None, *, block_size: int,
+                 scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+                 implementation: str | None = None) -> Float[Array, "B T R"]:
+  """KL(P || P_idx) per query and set of tokens: what trains DSA's indexer (arXiv 2512.02556, eqs. 3 and 4).
+
+  Over the selected, visible tokens, P is the sum over the N / R heads of a set of exp(scale * q.k - lse), L1-normalised
+  and held constant, and P_idx the softmax of the scores of `lightning_scores`. Gradient reaches q_idx, index_weights
+  and k_idx alone.
+
+  Args:
+    q, k: [B, T, N, H] and [B, S, K, H] of the main attention.
+    lse: float32[B, T, N] of it over the same tokens.
+    q_idx, index_weights, k_idx: see `lightning_scores`; R is 1 or K.
+    block_indices: int32[B, T, R, J], or None for all visible tokens (warm-up). With R = 1 also [B, T, K, J]: each KV
+      head has its own tokens then, and P_idx ranges over those that any has.
+    block_size: tokens.
+    scale: None is H ** -0.5.
+
+  Returns:
+    loss float32[B, T, R] in nats, 0 for rows that see nothing.
+  """
+  name = "lightning_kl"
+  validate.attention(name, q, k, None)
+  validate.lse(name, lse, q)
+  validate.lightning(name, q_idx, index_weights, k_idx)
+  R, K = q_idx.shape[2], k.shape[2]
+  if q_idx.shape[:2] != q.shape[:2] or k_idx.shape[:2] != k.shape[:2] or R not in (1, K):
+    raise ValueError(f"{name}: q_idx {q_idx.shape} and k_idx {k_idx.shape} must be [B, T, R, HI, dI] and [B, S, dI] "
+                     f"for q {q.shape} and k {k.shape}, with R = 1 or {K}")
+  if block_indices is not None:
+    validate.indices(name, block_indices, q, K if getattr(block_indices, "shape", ())[2:3] == (K,) else R)
+  validate.common(name, q, k.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
+  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k), lse=lax.stop_gradient(lse),
+              q_idx=q_idx, index_weights=index_weights, k_idx=k_idx, block_indices=block_indices, block_size=block_size,
+              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+
+
 def block_top_k(scores: Float[Array, "B T K blocks"], *, block_size: int, num_blocks: int, num_initial: int = 0,
                 num_local: int = 1, keys: int | None = None, segment_ids: Int[Array, "B S"] | None = None,
                 query_offset: Offset = 0, implementation: str | None = None) -> Int[Array, "B T K J"]:
@@ -317,6 +382,33 @@ def block_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
     1, and entropy float32[B, T, K] in nats, the mean over the heads of the token distribution's. No gradient.
   """
   name = "block_mass"
+  validate.attention(name, q, k, None)
+  validate.lse(name, lse, q)
+  validate.common(name, q, k.shape[1], segment_ids, query_offset)
+  validate.integer(name, "block_size", block_size, 1, "tokens")
+  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+              lse=lax.stop_gradient(lse), block_size=block_size, scale=_scale(scale, q),
+              segment_ids=segment_ids, query_offset=query_offset)
+
+
+def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"], *, block_size: int,
+               scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+               implementation: str | None = None) -> Float[Array, "B T K blocks"]:
+  """The largest attention probability in each block: what a gate of blocks is distilled from (arXiv 2506.08889).
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, S, K, H].
+    lse: float32[B, T, N] of an attention. One that sees fewer tokens is allowed, of some blocks: what is said of the
+      others is no probability then, and may be inf.
+    block_size: tokens.
+    scale: of the scores; None is H ** -0.5.
+
+  Returns:
+    float32[B, T, K, blocks], the largest of exp(scale * q.k - lse) over the block's visible tokens and the group's
+    heads; 0 where there is none. No gradient.
+  """
+  name = "block_peak"
   validate.attention(name, q, k, None)
   validate.lse(name, lse, q)
   validate.common(name, q, k.shape[1], segment_ids, query_offset)

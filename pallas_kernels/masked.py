@@ -58,12 +58,24 @@ def selected_tokens(block_indices: Int[Array, "B T K J"], block_size: int, keys:
   return tokens.reshape(B, K, T, blocks * block_size)[..., :keys]
 
 
+def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array, "B T K blocks"]:
+  """The index lists as bool sets; -1 belongs to none."""
+  return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)
+
+
 def by_block(x: Array, block_size: int, fill) -> Array:
   """[..., S] -> [..., blocks, block_size], the last block padded with `fill`."""
   S = x.shape[-1]
   blocks = -(-S // block_size)
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block_size - S)], constant_values=fill)
   return x.reshape(x.shape[:-1] + (blocks, block_size))
+
+
+def weighted_scores(q_idx: Float[Array, "B T R HI dI"], weights: Float[Array, "B T R HI"],
+                    k_idx: Float[Array, "B S dI"]) -> Float[Array, "B R T S"]:
+  """The sum over index heads of weights * relu(<q_idx, k_idx>)."""
+  dots = einsum("btrjd,bsd->brtjs", q_idx, k_idx)
+  return jnp.sum(weights.astype(jnp.float32).swapaxes(1, 2)[..., None] * jax.nn.relu(dots), axis=3)
 
 
 # --- softmax over them ------------------------------------------------------------

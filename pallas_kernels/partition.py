@@ -25,12 +25,13 @@ import numpy as np
 _ARGUMENTS = {
     "q": "bth.", "k": "b.h.", "v": "b.h.", "k_cmp": "b.h.", "v_cmp": "b.h.", "lse": "bth", "q_idx": "bth.",
     "k_idx": "b..", "block_indices": "bth.", "scores": "bth.", "segment_ids": "b.",
-    "k_pages": "..h.", "v_pages": "..h.", "page_table": "b.",
+    "index_weights": "bth.", "k_pages": "..h.", "v_pages": "..h.", "page_table": "b.",
 }
 _RESULTS = {
     "attention": ("bth.", "bth"), "compressed_attention": ("bth.", "bth"), "selected_attention": ("bth.", "bth"),
     "compressed_top_k": "bth.", "index_top_k": "bth.", "block_top_k": "bth.", "index_kl": "bth",
-    "block_mass": ("bth.", "bth"), "paged_attention": ("bth.", "bth"),
+    "block_mass": ("bth.", "bth"), "block_peak": "bth.", "lightning_scores": "bth.", "lightning_kl": "bth",
+    "paged_attention": ("bth.", "bth"),
 }
 
 

@@ -140,6 +140,40 @@ def index_kl(q, k, lse, q_idx, k_idx, block_indices, *, block_size, scale=None, 
   return _over_queries(part, k.shape[1], query_offset, None, q, lse, q_idx, block_indices, pos, seg)
 
 
+def lightning_scores(q_idx, index_weights, k_idx, *, block_size, segment_ids=None, query_offset=0):
+  """The best score of each block by several index heads; see `api.lightning_scores`."""
+  q_idx, index_weights, k_idx = map(lax.stop_gradient, (q_idx, index_weights, k_idx))
+  pos, seg = _query_positions(q_idx.shape[1], query_offset, segment_ids)
+
+  def part(keys, q_idx, weights, pos, seg):
+    mask = masked.visible_tokens(pos, seg, keys, segment_ids)[:, None]
+    s = jnp.where(mask, masked.weighted_scores(q_idx, weights, k_idx), -jnp.inf)
+    return masked.by_block(s, block_size, -jnp.inf).max(axis=-1).transpose(0, 2, 1, 3)
+
+  heads = q_idx.shape[2] * q_idx.shape[3]
+  return _over_queries(part, k_idx.shape[1], None, None, q_idx, index_weights, pos, seg, heads=heads)
+
+
+def lightning_kl(q, k, lse, q_idx, index_weights, k_idx, block_indices, *, block_size, scale=None, segment_ids=None,
+                 query_offset=0):
+  """KL from the main attention to several index heads; see `api.lightning_kl`."""
+  q, k, lse = map(lax.stop_gradient, (q, k, lse))
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
+  R = q_idx.shape[2]
+
+  def part(keys, q, lse, q_idx, weights, block_indices, pos, seg):
+    mask = _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size)
+    target = masked.probabilities(q, k[:, keys], lse, mask, scale).sum(axis=2)  # [B, K, T, S]
+    if R == 1:
+      target, mask = target.sum(axis=1, keepdims=True), mask.any(axis=1, keepdims=True)
+    return masked.kl(target, masked.weighted_scores(q_idx, weights, k_idx[:, keys]), mask).transpose(0, 2, 1)
+
+  heads = max(q.shape[2], R * q_idx.shape[3])
+  return _over_queries(part, k.shape[1], query_offset, None, q, lse, q_idx, index_weights, block_indices, pos, seg,
+                       heads=heads)
+
+
 def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, keys=None, segment_ids=None,
                 query_offset=0):
   """Block selection from given scores; see `api.block_top_k`."""
@@ -167,6 +201,20 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
     return mass.transpose(0, 2, 1, 3), entropy.transpose(0, 2, 1)
 
   return _over_queries(part, k.shape[1], None, None, q, lse, pos, seg)  # all blocks in each row: one part
+
+
+def block_peak(q, k, lse, *, block_size, scale=None, segment_ids=None, query_offset=0):
+  """The largest probability in each block; see `api.block_peak`."""
+  q, k, lse = map(lax.stop_gradient, (q, k, lse))
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
+
+  def part(keys, q, lse, pos, seg):
+    mask = masked.visible_tokens(pos, seg, keys, segment_ids)[:, None]
+    p = masked.probabilities(q, k, lse, mask, scale).max(axis=2)
+    return masked.by_block(p, block_size, 0.0).max(axis=-1).transpose(0, 2, 1, 3)
+
+  return _over_queries(part, k.shape[1], None, None, q, lse, pos, seg)
 
 
 # --- what they share ----------------------------------------------------------
@@ -243,13 +291,14 @@ def _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size):
   return masked.selected_tokens(block_indices, block_size, keys.stop) & visible  # such slices begin at 0
 
 
-def _over_queries(part, S, offset, window, *xs):
+def _over_queries(part, S, offset, window, *xs, heads=None):
   """part(keys, *xs) over all queries, where axis 1 of each x is the query and `keys` the slice of S it needs.
 
   With a static `offset` (the position of the first query; keys are causal) the queries are cut so that each
-  part leaves out the keys none of its queries sees; else one part takes all keys.
+  part leaves out the keys none of its queries sees; else one part takes all keys. `heads`: scores per pair of tokens,
+  those of the first x if not told.
   """
-  B, T, heads = xs[0].shape[:3]
+  (B, T), heads = xs[0].shape[:2], heads or xs[0].shape[2]
   static = isinstance(offset, (int, np.integer))
   parts = min(MAX_PARTS, max(1, T // PART_QUERIES)) if static else 1
   edges = [T * i // parts for i in range(parts + 1)]

@@ -58,6 +58,17 @@ def index(operation, q_idx, k_idx):
                      f"{q_idx.shape}")
 
 
+def lightning(operation, q_idx, index_weights, k_idx):
+  array(operation, "q_idx", q_idx, 5, "[B, T, R, HI, dI]")
+  array(operation, "index_weights", index_weights, 4, "[B, T, R, HI]")
+  array(operation, "k_idx", k_idx, 3, "[B, S, dI]")
+  if index_weights.shape != q_idx.shape[:4]:
+    raise ValueError(f"{operation}: index_weights has the shape {index_weights.shape}; it must be [B, T, R, HI] = "
+                     f"{q_idx.shape[:4]}")
+  if (k_idx.shape[0], k_idx.shape[2]) != (q_idx.shape[0], q_idx.shape[4]):
+    raise ValueError(f"{operation}: k_idx has the shape {k_idx.shape}; B and dI must be those of q_idx, {q_idx.shape}")
+
+
 def lse(operation, lse, q):
   array(operation, "lse", lse, 3, "[B, T, N]")
   if lse.shape != q.shape[:3]:

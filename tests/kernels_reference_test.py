@@ -134,6 +134,69 @@ def test_block_mass_matches_the_softmax():
       np.testing.assert_allclose(entropy[1, t, n // 2], want, **CLOSE)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_peak_is_the_largest_probability_of_the_group(packed):
+  S, offset = 29, 7
+  q, k, _ = make(S - offset, S)
+  N = q.shape[2]
+  lse = normal(5, B, S - offset, N)  # of any attention, not of this one
+  ids = np.searchsorted((11, 29), np.arange(S), side="right") * np.ones((B, 1), np.int32) if packed else None
+  ids = None if ids is None else jnp.asarray(ids, jnp.int32)
+  got = jax.jit(lambda *a: pk.block_peak(*a, block_size=8, segment_ids=ids, query_offset=offset))(q, k, lse)
+  assert got.shape == (B, S - offset, K, 4) and got.dtype == jnp.float32
+  for b, t, r in np.ndindex(B, S - offset, K):
+    heads = slice(r * N // K, (r + 1) * N // K)
+    s = H ** -0.5 * np.float64(k[b, :, r]) @ np.float64(q[b, t, heads]).T  # [S, G]
+    p = np.exp(s - np.float64(lse[b, t, heads]))
+    seen = (np.arange(S) <= t + offset) & (not packed or ids[b] == ids[b, t + offset])
+    want = [np.max(np.where(seen[:, None], p, 0)[8 * j:8 * j + 8]) for j in range(4)]
+    np.testing.assert_allclose(got[b, t, r], want, **CLOSE)
+
+
+@pytest.mark.parametrize("lists", ["of the set", "of each KV head", "none"])
+def test_lightning_kl_is_the_formula(lists):
+  """Index heads of one set, against all heads of attention, in float64; and the block's best score."""
+  T, heads, size, offset = 11, 3, 8, 13
+  S = T + offset
+  q, k, v = make(T, S)
+  q_idx, w, k_idx = normal(5, B, T, 1, heads, HI), normal(6, B, T, 1, heads), normal(7, B, S, HI)
+  blocks = {"of the set": random_indices(3, T, 3, 2)[:, :, :1], "of each KV head": random_indices(4, T, 3, 2),
+            "none": None}[lists]
+  each = None if blocks is None else np.broadcast_to(blocks, (B, T, K, 2))
+  _, lse = (pk.attention(q, k, v, query_offset=offset) if blocks is None else
+            pk.selected_attention(q, k, v, each, block_size=size, query_offset=offset))
+  where = dict(block_size=size, query_offset=offset)
+  loss, pull = jax.vjp(lambda *index: pk.lightning_kl(q, k, lse, *index, blocks, **where), q_idx, w, k_idx)
+  dloss = normal(8, B, T, 1)
+  got, best = pull(dloss), pk.lightning_scores(q_idx, w, k_idx, **where)
+  want = [np.zeros(x.shape) for x in (q_idx, w, k_idx)]
+  for b, t in np.ndindex(B, T):
+    seen = np.arange(S) <= t + offset
+    mine = [seen if each is None else seen & np.isin(np.arange(S) // size, each[b, t, r]) for r in range(K)]
+    p, some = np.zeros(S), np.any(mine, axis=0)
+    dots = np.float64(k_idx[b]) @ np.float64(q_idx[b, t, 0]).T  # [S, heads]
+    s = np.maximum(dots, 0) @ np.float64(w[b, t, 0])
+    assert best.shape == (B, T, 1, 3)
+    np.testing.assert_allclose(best[b, t, 0], [np.where(seen, s, -np.inf)[8 * j:8 * j + 8].max() for j in range(3)],
+                               **CLOSE)
+    if not some.any():
+      assert loss[b, t, 0] == 0
+      continue
+    for n in range(q.shape[2]):
+      tokens = mine[n // 2]
+      p[tokens] += oracle.softmax(H ** -0.5 * np.float64(k[b, tokens, n // 2]) @ q[b, t, n]) if tokens.any() else 0
+    p, student = p[some] / p.sum(), oracle.softmax(s[some])
+    nats = np.sum(p * (np.log(p, where=p > 0, out=0 * p) - np.log(student)))
+    np.testing.assert_allclose(loss[b, t, 0], nats, **CLOSE)
+    ds, fires = (student - p) * dloss[b, t, 0], dots[some] > 0
+    want[0][b, t, 0] = (ds[:, None] * fires * w[b, t, 0]).T @ np.float64(k_idx[b, some])
+    want[1][b, t, 0] = ds @ np.maximum(dots[some], 0)
+    want[2][b, some] += (ds[:, None] * fires * w[b, t, 0]) @ np.float64(q_idx[b, t, 0])
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, **CLOSE)
+    assert np.abs(y).max() > 0.01
+
+
 def test_ties_go_to_the_lower_block_and_masking_precedes_pooling():
   q_idx = np.ones((1, 32, 1, 1), np.float32)
   k_idx = np.zeros((1, 32, 1), np.float32)
@@ -351,6 +414,10 @@ BAD = {
         q, k, q[:, :1, :, 0], q[:, :, :2], k[:, :, 0], i, block_size=4),
     "q_idx.*must be": lambda q, k, v, i: pk.index_kl(
         q, k, q[..., 0], q[:, :, :1], k[:, :, 0], i, block_size=4),
+    "index_weights has the shape": lambda q, k, v, i: pk.lightning_scores(
+        q[:, :, None], q[:, :, :1, :3], k[:, :, 0], block_size=4),
+    "with R = 1 or 2": lambda q, k, v, i: pk.lightning_kl(
+        q, k, q[..., 0], q[:, :, :, None], q[..., :1], k[:, :, 0], i, block_size=4),  # R = 4
     "scores has 2 blocks; 24 keys": lambda q, k, v, i: pk.block_top_k(
         q[..., :2], block_size=8, num_blocks=2, keys=24),
     "block_size = -8": lambda q, k, v, i: pk.block_top_k(q, block_size=-8, num_blocks=2),

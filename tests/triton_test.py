@@ -236,12 +236,19 @@ def test_lowers_for_h100(monkeypatch):
     o, lse = pk.selected_attention(q, k, k, by_cmp, block_size=32, segment_ids=ids, implementation="triton")
     loss = pk.index_kl(q, k, lse, q_idx, k_idx, by_idx, block_size=32, segment_ids=ids, implementation="triton")
     mass, _ = pk.block_mass(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
+    mass = mass + pk.block_peak(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
+    heads = jnp.stack([q_idx, q_idx], 3), q_idx[..., :2], k_idx
+    scores = pk.lightning_scores(*heads, block_size=32, segment_ids=ids, implementation="triton")
+    by_score = pk.block_top_k(scores, segment_ids=ids, **choice)
+    for lists in (None, by_score):
+      loss += pk.lightning_kl(q, k, lse, *heads, lists, block_size=32, segment_ids=ids, implementation="triton")
     return o_cmp.astype(jnp.float32).sum() + o.astype(jnp.float32).sum() + loss.sum() + mass.sum()
 
   text = lowered(jax.grad(everything, (0, 1, 2, 3, 4)), q, k, k_cmp, q_idx, k_idx, ids)
   for kernel in ("range_attention_forward", "range_attention_dq", "range_attention_dkv", "compressed_scores",
                  "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv",
-                 "index_kl_forward", "index_kl_backward", "sum_units", "block_mass"):
+                 "index_kl_forward", "index_kl_backward", "sum_units", "block_mass", "block_peak", "lightning_scores",
+                 "lightning_kl_forward", "lightning_kl_ds", "lightning_kl_dq", "lightning_kl_dk"):
     assert kernel in names, kernel
   assert len(set(names)) <= text.count("@triton_kernel_call") <= len(names)  # equal calls may be merged
 

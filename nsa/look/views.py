@@ -15,6 +15,7 @@ import numpy as np
 from nsa import evaluate, model as model_lib
 from nsa.methods import blocks
 import pallas_kernels as pk
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _runner(static):
     seen = {"q": q.astype(jnp.float32), "k": k.astype(jnp.float32), "mass": mass}
     if block_indices is not None:
       visible = blocks.visible_blocks(call, q.shape[0], q.shape[1], k.shape[1], size)
-      seen["chosen"] = blocks.membership(block_indices, mass.shape[-1]) & visible[:, :, None]
+      seen["chosen"] = masked.membership(block_indices, mass.shape[-1]) & visible[:, :, None]
     return seen
 
   @jax.jit

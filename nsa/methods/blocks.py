@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nsa.methods import interface, registry
 from nsa.methods.interface import Cost
 import pallas_kernels as pk
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -175,11 +176,6 @@ def visible_tokens(call: interface.Call, batch: int, queries: int, keys: int, bl
   return jnp.sum((grid == mine[..., None]) & token, axis=-1)
 
 
-def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array, "B T K blocks"]:
-  """The index lists as bool sets; -1 belongs to none."""
-  return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)
-
-
 def mean_keys(k: Float[Array, "B S K H"], block_size: int, segment_ids=None) -> Float[Array, "B blocks K H"]:
   """float32 mean key of each block.
 
@@ -239,12 +235,12 @@ def diagnostics(q, k, block_indices, call: interface.Call, options: BlockMethod,
     return jnp.sum(x * weight, axis=(0, 1))
 
   top = jax.lax.top_k(mass, min(J, blocks))[1]
-  best = membership(top, blocks) & visible[:, :, None]
+  best = masked.membership(top, blocks) & visible[:, :, None]
   out = {"oracle_mass": mean(jnp.sum(mass * best, -1)), "entropy": mean(entropy),
          "queries_limited": jnp.broadcast_to(limited.sum() / jnp.maximum(rows.sum() * T, 1.0), (K,))}
   if block_indices is None:
     return out
-  chosen = membership(block_indices, blocks) & visible[:, :, None]
+  chosen = masked.membership(block_indices, blocks) & visible[:, :, None]
   both = best & chosen
   out["captured_mass"] = mean(jnp.sum(mass * chosen, -1))
   out["score_recall"] = mean(jnp.sum(mass * both, -1))

@@ -1,8 +1,7 @@
 """What selectors that learn from attention share: an index key per token, the cost of a teacher, chunks of queries.
 
-Scores, probabilities and losses are those of pallas_kernels/masked.py. Where no operation computes them, scores of
-queries against keys exist for one chunk of queries at a time, forward and backward: memory grows with T and S, not
-with T * S.
+Scores of tokens, probabilities and losses are operations of pallas_kernels. What methods themselves make of a query and
+each block, or each token, exists for one chunk of queries at a time, forward and backward.
 """
 from typing import ClassVar
 

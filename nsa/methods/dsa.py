@@ -24,8 +24,7 @@ sides are Hadamard-rotated and quantised to FP8. Here q_idx comes from x, RoPE t
 interleaved), and scores are float32 sums. Where the model convolves its q and k (`model.short_conv`) q_idx and
 k_idx are convolved too, or the indexer could not see what the attention that it imitates matches.
 
-Scores, top-k and losses are plain jnp in chunks of queries (nsa/methods/distillation.py): no operation of
-pallas_kernels covers ReLU-weighted index heads. They take every key, causally hidden or not.
+`pk.lightning_scores` and `pk.lightning_kl` compute I and the losses; at level "token" sparse steps have no kernel.
 """
 import dataclasses
 import functools
@@ -39,7 +38,6 @@ from jaxtyping import Array, Float
 from nsa import layers
 from nsa.methods import distillation
 import pallas_kernels as pk
-from pallas_kernels import masked
 
 LEVELS = ("token", "block")
 
@@ -114,14 +112,6 @@ class Indexer(nnx.Module):
     return q.reshape(B, T, self.sets, self.heads, -1), w.reshape(B, T, self.sets, self.heads)
 
 
-def index_scores(q_idx: Float[Array, "B t R HI dI"], w: Float[Array, "B t R HI"],
-                 k_idx: Float[Array, "B S dI"]) -> Float[Array, "B t R S"]:
-  """I[t, s] (eq. 1), float32."""
-  dots = jnp.einsum("btrjd,bsd->btrjs", q_idx, k_idx, preferred_element_type=jnp.float32,
-                    precision=jax.lax.Precision.HIGHEST)
-  return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(dots), axis=3)
-
-
 class DSALayer(distillation.IndexedLayer):
 
   def __init__(self, init, model, options: DSA):
@@ -138,40 +128,22 @@ class DSALayer(distillation.IndexedLayer):
   def select(self, index, x, streams, call):
     o = self.options
     q_idx, w, k_idx = map(jax.lax.stop_gradient, index)
-    S = k_idx.shape[1]
-    geometry = o.geometry
+    (B, S), (R, heads) = k_idx.shape[:2], w.shape[2:]
+    geometry, held = o.geometry, B * R * -(-S // o.block_size)
     if o.level == "token":
       geometry = dict(block_size=1, num_blocks=min(o.num_blocks * o.block_size, S), num_initial=0, num_local=0)
+      held = B * R * heads * S
 
     def choose(position, segments, q_idx, w):
-      scores = index_scores(q_idx, w, k_idx)
-      if o.level == "block":
-        seen = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, :, None]
-        scores = masked.by_block(jnp.where(seen, scores, -jnp.inf), o.block_size, -jnp.inf).max(-1)
-      return pk.block_top_k(scores, **geometry, keys=S, segment_ids=call.segment_ids, query_offset=position[:, 0],
-                            implementation=call.implementation)
+      del segments
+      where = dict(call.ops, query_offset=position[:, 0])
+      scores = pk.lightning_scores(q_idx, w, k_idx, block_size=geometry["block_size"], **where)
+      return pk.block_top_k(scores, **geometry, keys=S, **where)
 
-    return distillation.over_queries(choose, call, self._scores_per_query(k_idx), q_idx, w)
+    return distillation.over_queries(choose, call, held, q_idx, w)
 
   def losses(self, index, x, streams, lse, lists, call):
     """KL(p || softmax(I)), a mean over queries and sets; `lists` None takes all visible tokens."""
-    q_idx, w, k_idx = index
-    q, k = x.q, streams["k"]
-    S, size = k.shape[1], self.unit if call.selector == "own" else self.options.block_size
-
-    def one(position, segments, q, lse, q_idx, w, lists):
-      mask = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, None]
-      if lists is not None:
-        mask = mask & masked.selected_tokens(lists, size, S)
-      p = distillation.teacher(q, k, lse, mask)
-      if self.options.per_group:
-        target = p.sum(2)
-      else:  # over all heads; a control in the selector's place may have given each KV head a set of its own
-        target, mask = p.sum((1, 2))[:, None], mask.any(1, keepdims=True)
-      return masked.kl(target, index_scores(q_idx, w, k_idx).swapaxes(1, 2), mask).swapaxes(1, 2)
-
-    kl = distillation.over_queries(one, call, self._scores_per_query(k_idx, q.shape[2]), q, lse, q_idx, w, lists)
+    size = self.unit if call.selector == "own" else self.options.block_size
+    kl = pk.lightning_kl(x.q, streams["k"], lse, *index, lists, block_size=size, **call.ops)
     return {"index_kl": call.mean(kl)}
-
-  def _scores_per_query(self, k_idx, heads: int = 0) -> int:
-    return k_idx.shape[0] * k_idx.shape[1] * max(heads, self.selector.sets * self.selector.heads)

@@ -37,9 +37,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nsa import layers
-from nsa.methods import blocks, distillation, training_free
+from nsa.methods import distillation, training_free
 from nsa.methods.interface import Cost
 import pallas_kernels as pk
+from pallas_kernels import masked
 
 
 @dataclasses.dataclass
@@ -115,4 +116,4 @@ def far_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[
   """
   mass, _ = pk.block_mass(q, k, lse, block_size=options.block_size, **call.ops)
   near = training_free.SinkWindow(**options.geometry).choose(q, k, call)
-  return jnp.sum(jnp.where(blocks.membership(near, mass.shape[-1]), 0.0, mass), -1)
+  return jnp.sum(jnp.where(masked.membership(near, mass.shape[-1]), 0.0, mass), -1)

@@ -21,7 +21,8 @@ with a complete block.) Whether gates are normed is an option there too.
 The block x block gate of arXiv 2410.13276 for prefill is not here: it pools the queries of a block, so a query's
 set depends on later tokens, and no causal model can be trained or decoded with it.
 
-Pooling, scores and the loss are plain jnp, the loss in chunks of queries (nsa/methods/distillation.py).
+The teacher is `pk.block_peak`. Pooling, scores and the KL, with a number per (query, block), are plain jnp, the KL in
+chunks of queries (nsa/methods/distillation.py).
 """
 import dataclasses
 from typing import ClassVar
@@ -174,22 +175,18 @@ class SeerLayer(blocks.BlockLayer):
 
   def losses(self, scores, x, streams, lse, lists, call):
     """The KL of the module's docstring, a mean over the KV heads and the queries that it ranges over."""
-    q, k = x.q, streams["k"]
-    size, S = self.options.block_size, k.shape[1]
-    count = scores.shape[-1]
+    k, size = streams["k"], self.options.block_size
+    B, _, K, count = scores.shape
+    peak = pk.block_peak(x.q, k, lse, block_size=size, **call.ops)
 
-    def one(position, segments, q, lse, scores, lists):
-      mask = complete_blocks(position, segments, call.segment_ids, S, size)[:, None]  # [B, 1 or K, t, blocks]
+    def one(position, segments, peak, scores, lists):
+      mask = complete_blocks(position, segments, call.segment_ids, k.shape[1], size)[:, :, None]
       if lists is not None:
-        mask = mask & masked.selected_tokens(lists, 1, count)
-      tokens = masked.visible_tokens(position, segments, slice(0, S), call.segment_ids)[:, None]
-      tokens &= jnp.repeat(mask, size, axis=-1)[..., :S]
-      p = masked.by_block(distillation.teacher(q, k, lse, tokens).max(2), size, 0.0).max(-1)
-      kl = masked.kl(p, scores.swapaxes(1, 2), mask)
-      return kl.swapaxes(1, 2), jnp.any(p > 0, -1).swapaxes(1, 2)
+        mask = mask & masked.membership(lists, count)
+      p = jnp.where(mask, peak, 0.0)
+      return masked.kl(p, scores, mask), jnp.any(p > 0, -1)
 
-    B, _, N, _ = q.shape
-    loss, counts = distillation.over_queries(one, call, B * S * N, q, lse, scores, lists)
+    loss, counts = distillation.over_queries(one, call, B * K * count, peak, scores, lists)
     if call.counted is not None:
       counts &= call.counted[:, :, None]
     return {"gate_kl": jnp.sum(jnp.where(counts, loss, 0)) / jnp.maximum(jnp.sum(counts), 1)}

@@ -118,7 +118,7 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
         BLOCK=tuned.block, **constants)
     top, norm, total, entropy, cross = moments
     index_lse = jnp.where(norm > 0, top + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
-    return *_loss(total, entropy, cross, index_lse), dq, None
+    return *loss_of(total, entropy, cross, index_lse), dq, None
   plan, slices = _plan(q, k, q_idx, block_indices, how[0])
   keep = keep and slices * _places(plan) * how[0] * q.dtype.itemsize <= KEPT_BYTES
 
@@ -131,13 +131,13 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
     norm = jnp.where(used, norm * jnp.exp(top - peak[..., None]), 0.0).sum(axis=-1)
     total, entropy, cross = (jnp.where(used, x, 0.0).sum(axis=-1) for x in (total, entropy, cross))
     index_lse = jnp.where(norm > 0, peak + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
-    return _loss(total, entropy, cross, index_lse), targets if keep else None, None
+    return loss_of(total, entropy, cross, index_lse), targets if keep else None, None
 
   results, targets, _ = entry_lists.in_slices(one, slices, (block_indices,))
   return *results, None, targets
 
 
-def _loss(total, entropy, cross, index_lse):
+def loss_of(total, entropy, cross, index_lse):
   """loss, index lse, 1 / sum of P."""
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)

@@ -19,7 +19,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _target(q, lse, row, ok, keys, G: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr,
+def target(q, lse, row, ok, keys, G: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr,
             BLOCK: tl.constexpr, PRECISION: tl.constexpr):
   """P, unmasked, float32[TOKENS, BLOCK]; `row` counts (batch, token, KV head)."""
   p = tl.zeros((TOKENS, BLOCK), tl.float32)
@@ -33,12 +33,12 @@ def _target(q, lse, row, ok, keys, G: tl.constexpr, H: tl.constexpr, SCALE: tl.c
 
 
 @triton.jit
-def _index_rows(q_idx, row, ok, HI: tl.constexpr):
+def index_rows(q_idx, row, ok, HI: tl.constexpr):
   return tl.load(q_idx + row[:, None] * HI + tl.arange(0, HI)[None, :], mask=ok[:, None], other=0.0)
 
 
 @triton.jit
-def _moments(p, s, top):
+def moments_of(p, s, top):
   """Of a block: sum of exp(s - top), of P, of P log P and of P s; s is -inf outside the mask, P 0."""
   shift = tl.where(top == float("-inf"), 0.0, top)
   e = tl.exp2((s - shift[:, None]) * LOG2E)
@@ -52,7 +52,7 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
                             K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
                             TOKENS: tl.constexpr, MOMENTS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
-  """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `_moments`.
+  """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `moments_of`.
 
   `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask.
   """
@@ -69,13 +69,13 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
     row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
-    p = tl.where(seen, _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
+    p = tl.where(seen, target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
     place = tile.to(tl.int64) * TOKENS + i
     if MOMENTS:
-      s = tl.dot(_index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+      s = tl.dot(index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
       s = tl.where(seen, s, float("-inf"))
       top = tl.max(s, axis=1)
-      _, norm, total, entropy, cross = _moments(p, s, top)
+      _, norm, total, entropy, cross = moments_of(p, s, top)
       tl.store(moments + place, top, mask=ok)
       tl.store(moments + PLACES + place, norm, mask=ok)
       tl.store(moments + 2 * PLACES + place, total, mask=ok)
@@ -86,7 +86,7 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
 
 
 @triton.jit
-def _score_gradient(p, s, seen, index_lse, factor, weight):
+def score_gradient(p, s, seen, index_lse, factor, weight):
   """d loss / d (unscaled index score): (P_idx - P / total) * weight."""
   shift = tl.where(index_lse == float("-inf"), 0.0, index_lse)
   chosen = tl.exp2((s - shift[:, None]) * LOG2E)
@@ -116,9 +116,9 @@ def selected_backward_kernel(q_idx, k_idx, index_lse, factor, weight, rows, span
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     place = tile.to(tl.int64) * TOKENS + i
     p = tl.load(targets + place[:, None] * SIZE + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-    queries = _index_rows(q_idx, row, ok, HI)
+    queries = index_rows(q_idx, row, ok, HI)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
-    ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
+    ds = score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
                          tl.load(factor + row, mask=ok, other=0.0), tl.load(weight + row, mask=ok, other=0.0))
     ds = ds.to(queries.dtype)
     dk = tl.dot(tl.trans(ds), queries, dk, input_precision=PRECISION)
@@ -166,7 +166,7 @@ def dense_forward_kernel(q, k, lse, q_idx, k_idx, low, high, moments, dq, B: tl.
   begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
   row = (at + token) * K + r
   start = tl.cast(b, tl.int64) * S
-  queries = _index_rows(q_idx, row, ok, HI)
+  queries = index_rows(q_idx, row, ok, HI)
   top = tl.full((TOKENS,), float("-inf"), tl.float32)
   norm = tl.zeros((TOKENS,), tl.float32)
   total = tl.zeros((TOKENS,), tl.float32)
@@ -179,11 +179,11 @@ def dense_forward_kernel(q, k, lse, q_idx, k_idx, low, high, moments, dq, B: tl.
     index_keys = load_block(k_idx + start * HI, block, S, HI, HI, BLOCK, True)
     c = block * BLOCK + tl.arange(0, BLOCK)
     seen = (c[None, :] >= first[:, None]) & (c[None, :] < stop[:, None])
-    p = tl.where(seen, _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION), 0.0)
+    p = tl.where(seen, target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION), 0.0)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
     s = tl.where(seen, s, float("-inf"))
     new = tl.maximum(top, tl.max(s, axis=1))
-    e, n, a, h, x = _moments(p, s, new)
+    e, n, a, h, x = moments_of(p, s, new)
     decay = tl.exp2((top - tl.where(new == float("-inf"), 0.0, new)) * LOG2E)
     norm = norm * decay + n
     total += a
@@ -225,10 +225,10 @@ def dense_dk_kernel(q, k, lse, q_idx, k_idx, index_lse, factor, weight, low, hig
     stop = tl.load(high + at + token, mask=ok, other=0)
     seen = (c[None, :] >= first[:, None]) & (c[None, :] < stop[:, None])
     row = (at + token) * K + r
-    p = _target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION)
-    queries = _index_rows(q_idx, row, ok, HI)
+    p = target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, BLOCK, PRECISION)
+    queries = index_rows(q_idx, row, ok, HI)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
-    ds = _score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
+    ds = score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
                          tl.load(factor + row, mask=ok, other=0.0), tl.load(weight + row, mask=ok, other=0.0))
     acc = tl.dot(tl.trans(ds.to(queries.dtype)), queries, acc, input_precision=PRECISION)
   out = (tl.cast(b * K + r, tl.int64) * S + c[:, None]) * HI + tl.arange(0, HI)[None, :]

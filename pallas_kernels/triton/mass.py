@@ -1,8 +1,8 @@
-"""`block_mass` of `pallas_kernels.api`: where dense attention puts its mass, made tile by tile and never kept by token.
+"""`block_mass` and `block_peak` of `pallas_kernels.api`: attention by block, made tile by tile, never kept by token.
 
 A tile is a few neighbouring tokens with the heads of one KV head, as in `compressed_top_k` (score_kernels.py): a thread
-has all heads of a token for a few keys and sums them alone. A line of block masses per (token, KV head) is all that is
-written; what no query of a tile sees is written as zeros.
+has all heads of a token for a few keys and sums them alone, or takes the largest. A line of blocks per (token, KV head)
+is all that is written; what no query of a tile sees is written as zeros.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from pallas_kernels import spans
 from pallas_kernels.triton import call, ranged, tuning
-from pallas_kernels.triton.score_kernels import columns, sum_heads
+from pallas_kernels.triton.score_kernels import columns, max_heads, sum_heads
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -28,12 +28,21 @@ def supports_block_mass(*, q, k, block_size, scale, **_):
 
 def block_mass(q, k, lse, *, block_size, scale, segment_ids, query_offset):
   """See `pallas_kernels.api.block_mass`."""
+  return _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak=False)
+
+
+def block_peak(q, k, lse, *, block_size, scale, segment_ids, query_offset):
+  """See `pallas_kernels.api.block_peak`."""
+  return _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak=True)[0]
+
+
+def _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak):
   first, end = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, query_offset)
-  f = functools.partial(_block_mass, block_size=block_size, scale=float(scale))
+  f = functools.partial(_run, block_size=block_size, scale=float(scale), peak=peak)
   return call.batched(f)(q, k, lse.astype(jnp.float32), first, end)
 
 
-def _block_mass(q, k, lse, first, end, *, block_size, scale):
+def _run(q, k, lse, first, end, *, block_size, scale, peak):
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   sizes = ranged.Sizes(T, S, K, N // K, H, scale, "ieee" if q.dtype == jnp.float32 else "tf32")
   tuned = tuning.get("block_mass", head_dim=H, dtype=q.dtype)
@@ -41,18 +50,19 @@ def _block_mass(q, k, lse, first, end, *, block_size, scale):
   items = B * K * -(-T // (rows // sizes.GP))
   blocks = -(-S // block_size)
   return tuple(call.kernel_call(
-      kernel, (q, k, lse, first, end),
+      by_block_kernel, (q, k, lse, first, end),
       [jax.ShapeDtypeStruct((B, T, K, blocks), jnp.float32), jax.ShapeDtypeStruct((B, T, K), jnp.float32)],
-      grid=(items,), name="block_mass", num_warps=tuned.warps, num_stages=tuned.stages, SIZE=block_size, ROWS=rows,
-      BLOCK=tuned.block, BLOCKS=blocks, **sizes.constants(B)))
+      grid=(items,), name="block_peak" if peak else "block_mass", num_warps=tuned.warps, num_stages=tuned.stages,
+      PEAK=peak, SIZE=block_size, ROWS=rows, BLOCK=tuned.block, BLOCKS=blocks, **sizes.constants(B)))
 
 
 @triton.jit
-def kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-           K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr,
-           SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-           PRECISION: tl.constexpr):
-  """mass float32[B, T, K, BLOCKS] and entropy float32[B, T, K]; of BLOCK and SIZE one divides the other."""
+def by_block_kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+                    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr,
+                    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+                    PEAK: tl.constexpr, PRECISION: tl.constexpr):
+  """mass float32[B, T, K, BLOCKS] and entropy float32[B, T, K], or if PEAK the largest probabilities in place of mass
+  and nothing; of BLOCK and SIZE one divides the other."""
   STEP: tl.constexpr = max(BLOCK, SIZE)  # keys between two writes
   PER: tl.constexpr = STEP // SIZE
   TOKENS: tl.constexpr = ROWS // GP
@@ -82,20 +92,26 @@ def kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl.constexp
     tl.store(line + j, tl.zeros((TOKENS,), tl.float32), mask=there)
   spread = tl.zeros((BLOCK, TOKENS), tl.float32)  # of the entropy, by key within a step
   for j in range(begin, stop):
-    total = tl.zeros((PER, TOKENS), tl.float32)
+    total = tl.full((PER, TOKENS), float("-inf") if PEAK else 0.0, tl.float32)
     for part in range(STEP // BLOCK):
       c = j * STEP + part * BLOCK + tl.arange(0, BLOCK)
       rows = tl.load(keys + tl.cast(c, tl.int64)[:, None] * (K * H) + tl.arange(0, H)[None, :],
                      mask=(c < C)[:, None], other=0.0)
       x = tl.dot(rows, tl.trans(queries), input_precision=PRECISION) * SCALE - norm[None, :]
-      x = tl.maximum(x, -1e30)  # 0 * -inf is NaN
-      p = tl.exp2(x)
-      products = sum_heads(p * x, GP, BLOCK, ROWS)
       seen = (c[:, None] >= low[None, :]) & (c[:, None] < high[None, :])
-      p = tl.where(seen, sum_heads(p, GP, BLOCK, ROWS), 0.0)
-      total += tl.sum(tl.reshape(p, (PER, BLOCK // PER, TOKENS)), axis=1)
-      spread -= tl.where(seen, products, 0.0)
+      if PEAK:
+        x = tl.where(seen, max_heads(x, GP, BLOCK, ROWS), float("-inf"))
+        total = tl.maximum(total, tl.max(tl.reshape(x, (PER, BLOCK // PER, TOKENS)), axis=1))
+      else:
+        x = tl.maximum(x, -1e30)  # 0 * -inf is NaN
+        p = tl.exp2(x)
+        products = sum_heads(p * x, GP, BLOCK, ROWS)
+        p = tl.where(seen, sum_heads(p, GP, BLOCK, ROWS), 0.0)
+        total += tl.sum(tl.reshape(p, (PER, BLOCK // PER, TOKENS)), axis=1)
+        spread -= tl.where(seen, products, 0.0)
     block = j * PER + tl.arange(0, PER)
-    tl.store(line[None, :] + block[:, None], total * (1.0 / G), mask=there[None, :] & (block < BLOCKS)[:, None])
-  nats = tl.sum(spread, axis=0) * (0.6931471805599453 / G)
-  tl.store(entropy + (at + nth) * K + r, nats, mask=there)
+    total = tl.exp2(total) if PEAK else total * (1.0 / G)
+    tl.store(line[None, :] + block[:, None], total, mask=there[None, :] & (block < BLOCKS)[:, None])
+  if not PEAK:
+    nats = tl.sum(spread, axis=0) * (0.6931471805599453 / G)
+    tl.store(entropy + (at + nth) * K + r, nats, mask=there)

@@ -53,6 +53,17 @@ def sum_heads(p, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def max_heads(x, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
+  """As `sum_heads`, the largest of the heads."""
+  TOKENS: tl.constexpr = ROWS // GP
+  if 2 <= GP and GP <= ROWS // 4:
+    x = tl.max(tl.reshape(x, (KEYS, TOKENS // 4, GP // 2, 4, 2)), axis=4)
+    return tl.reshape(tl.max(x, axis=2), (KEYS, TOKENS))
+  else:
+    return tl.max(tl.reshape(x, (KEYS, TOKENS, GP)), axis=2)
+
+
+@triton.jit
 def _sum_keys(x, RATIO: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr):
   """[KEYS, TOKENS] with rows in the order of `_compressed_step` to [KEYS / RATIO, TOKENS]."""
   if RATIO == 1:

@@ -40,6 +40,7 @@ DEFAULTS = {
     "selected_dkv": Tuned(64, 64, 4, 2),
     "index_kl": Tuned(64, 64, 4, 2),
     "block_mass": Tuned(128, 64, 4, 2),
+    "lightning": Tuned(64, 64, 4, 3),
 }
 
 _overrides: dict[str, Tuned] = {}

@@ -45,7 +45,7 @@ class MInferenceBlocks(base.PromptMethod):
     # A block of queries is a query of this operation, a block of keys one token.
     indices = pk.block_top_k(scores, block_size=1, num_blocks=self.num_blocks, num_initial=self.num_initial,
                              num_local=self.num_local, implementation=call.implementation)
-    chosen = blocks.membership(indices, rows).transpose(0, 2, 1, 3)
+    chosen = masked.membership(indices, rows).transpose(0, 2, 1, 3)
     return base.of_blocks(chosen, self.block_size, T), {}
 
   def selection_costs(self, model, context):
