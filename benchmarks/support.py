@@ -71,7 +71,8 @@ def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, 
                                    **where),
       "block_top_k": lambda: dict(scores=of(1, queries, K, -(-T // block_size), dtype="float32"), keys=T, **choice,
                                   segment_ids=where["segment_ids"], query_offset=offset),
-      **dict.fromkeys(("block_mass", "block_peak"), lambda: dict(q=q, k=k, lse=lse, block_size=block_size, **where)),
+      "block_mass": lambda: dict(q=q, k=k, lse=lse, block_size=block_size, **where),
+      "block_peak": lambda: dict(q=q, k=k, lse=lse, block_indices=blocks, block_size=block_size, **where),
   }[operation]()
 
 

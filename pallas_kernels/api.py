@@ -391,31 +391,34 @@ def block_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
               segment_ids=segment_ids, query_offset=query_offset)
 
 
-def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"], *, block_size: int,
-               scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
+def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
+               block_indices: Int[Array, "B T K J"] | None = None, *, block_size: int, scale: Scale | None = None,
+               segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
                implementation: str | None = None) -> Float[Array, "B T K blocks"]:
   """The largest attention probability in each block: what a gate of blocks is distilled from (arXiv 2506.08889).
 
   Args:
     q: [B, T, N, H].
     k: [B, S, K, H].
-    lse: float32[B, T, N] of an attention. One that sees fewer tokens is allowed, of some blocks: what is said of the
-      others is no probability then, and may be inf.
+    lse: float32[B, T, N] of attention over the same tokens.
+    block_indices: int32[B, T, K, J], the blocks that attention saw; None for all.
     block_size: tokens.
     scale: of the scores; None is H ** -0.5.
 
   Returns:
     float32[B, T, K, blocks], the largest of exp(scale * q.k - lse) over the block's visible tokens and the group's
-    heads; 0 where there is none. No gradient.
+    heads; 0 where there is none, and in blocks that are not selected. No gradient.
   """
   name = "block_peak"
   validate.attention(name, q, k, None)
   validate.lse(name, lse, q)
+  if block_indices is not None:
+    validate.indices(name, block_indices, q, k.shape[2])
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
   return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
-              lse=lax.stop_gradient(lse), block_size=block_size, scale=_scale(scale, q),
-              segment_ids=segment_ids, query_offset=query_offset)
+              lse=lax.stop_gradient(lse), block_indices=block_indices, block_size=block_size,
+              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
 # --- dispatch -----------------------------------------------------------------

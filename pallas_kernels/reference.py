@@ -203,18 +203,18 @@ def block_mass(q, k, lse, *, block_size, scale=None, segment_ids=None, query_off
   return _over_queries(part, k.shape[1], None, None, q, lse, pos, seg)  # all blocks in each row: one part
 
 
-def block_peak(q, k, lse, *, block_size, scale=None, segment_ids=None, query_offset=0):
+def block_peak(q, k, lse, block_indices=None, *, block_size, scale=None, segment_ids=None, query_offset=0):
   """The largest probability in each block; see `api.block_peak`."""
   q, k, lse = map(lax.stop_gradient, (q, k, lse))
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
 
-  def part(keys, q, lse, pos, seg):
-    mask = masked.visible_tokens(pos, seg, keys, segment_ids)[:, None]
+  def part(keys, q, lse, block_indices, pos, seg):
+    mask = _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size)
     p = masked.probabilities(q, k, lse, mask, scale).max(axis=2)
     return masked.by_block(p, block_size, 0.0).max(axis=-1).transpose(0, 2, 1, 3)
 
-  return _over_queries(part, k.shape[1], None, None, q, lse, pos, seg)
+  return _over_queries(part, k.shape[1], None, None, q, lse, block_indices, pos, seg)
 
 
 # --- what they share ----------------------------------------------------------

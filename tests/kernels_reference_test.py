@@ -134,21 +134,23 @@ def test_block_mass_matches_the_softmax():
       np.testing.assert_allclose(entropy[1, t, n // 2], want, **CLOSE)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_peak_is_the_largest_probability_of_the_group(packed):
+@pytest.mark.parametrize("packed, selected", [(False, False), (True, False), (True, True)])
+def test_block_peak_is_the_largest_probability_of_the_group(packed, selected):
   S, offset = 29, 7
   q, k, _ = make(S - offset, S)
   N = q.shape[2]
   lse = normal(5, B, S - offset, N)  # of any attention, not of this one
   ids = np.searchsorted((11, 29), np.arange(S), side="right") * np.ones((B, 1), np.int32) if packed else None
   ids = None if ids is None else jnp.asarray(ids, jnp.int32)
-  got = jax.jit(lambda *a: pk.block_peak(*a, block_size=8, segment_ids=ids, query_offset=offset))(q, k, lse)
+  blocks = random_indices(3, S - offset, 4, 2) if selected else None
+  got = jax.jit(lambda *a: pk.block_peak(*a, blocks, block_size=8, segment_ids=ids, query_offset=offset))(q, k, lse)
   assert got.shape == (B, S - offset, K, 4) and got.dtype == jnp.float32
   for b, t, r in np.ndindex(B, S - offset, K):
     heads = slice(r * N // K, (r + 1) * N // K)
     s = H ** -0.5 * np.float64(k[b, :, r]) @ np.float64(q[b, t, heads]).T  # [S, G]
     p = np.exp(s - np.float64(lse[b, t, heads]))
     seen = (np.arange(S) <= t + offset) & (not packed or ids[b] == ids[b, t + offset])
+    seen &= not selected or np.isin(np.arange(S) // 8, blocks[b, t, r])
     want = [np.max(np.where(seen[:, None], p, 0)[8 * j:8 * j + 8]) for j in range(4)]
     np.testing.assert_allclose(got[b, t, r], want, **CLOSE)
 

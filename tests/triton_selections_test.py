@@ -320,12 +320,16 @@ def check_block_mass(name, H, tolerance):
     host = on_host((q, k, options))
     _, lse = reference.attention(host[0], host[1], host[1], **host[2])
     lse = lse.at[:, 3].set(-jnp.inf)  # says that nothing is seen
-    want = [*(f(host[0], host[1], lse, block_size=size, **host[2])
-              for f in (reference.block_mass, reference.block_peak))]
-  run = lambda f: jax.jit(functools.partial(f, block_size=size, **options))(q, k, jnp.asarray(np.asarray(lse)))
+    chosen = jnp.asarray(rng.integers(-1, -(-S // size) + 1, size=(B, T, K, 2)), jnp.int32).at[:, 20:40].set(-1)
+    run = lambda f, *lists: f(*host[:2], lse, *lists, block_size=size, **host[2])
+    want = [*run(reference.block_mass), run(reference.block_peak, None), run(reference.block_peak, chosen)]
+  run = lambda f, *lists: jax.jit(functools.partial(f, block_size=size, **options))(
+      q, k, jnp.asarray(np.asarray(lse)), *lists)
   got = run(mass.block_mass)
-  for x, y in zip((*got, run(mass.block_peak)), (*want[0], want[1])):
+  both = run(mass.block_peak, None), run(mass.block_peak, jnp.asarray(np.asarray(chosen)))
+  for x, y in zip((*got, *both), want, strict=True):
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+    assert np.asarray(y).max() > 0.01
   np.testing.assert_allclose(np.delete(got[0].sum(axis=-1), 3, axis=1), 1.0, rtol=1e-5)
 
 

@@ -236,7 +236,8 @@ def test_lowers_for_h100(monkeypatch):
     o, lse = pk.selected_attention(q, k, k, by_cmp, block_size=32, segment_ids=ids, implementation="triton")
     loss = pk.index_kl(q, k, lse, q_idx, k_idx, by_idx, block_size=32, segment_ids=ids, implementation="triton")
     mass, _ = pk.block_mass(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
-    mass = mass + pk.block_peak(q, k, lse, block_size=32, segment_ids=ids, implementation="triton")
+    for lists in (None, by_idx):
+      mass += pk.block_peak(q, k, lse, lists, block_size=32, segment_ids=ids, implementation="triton")
     heads = jnp.stack([q_idx, q_idx], 3), q_idx[..., :2], k_idx
     scores = pk.lightning_scores(*heads, block_size=32, segment_ids=ids, implementation="triton")
     by_score = pk.block_top_k(scores, segment_ids=ids, **choice)

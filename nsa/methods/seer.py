@@ -177,7 +177,8 @@ class SeerLayer(blocks.BlockLayer):
     """The KL of the module's docstring, a mean over the KV heads and the queries that it ranges over."""
     k, size = streams["k"], self.options.block_size
     B, _, K, count = scores.shape
-    peak = pk.block_peak(x.q, k, lse, block_size=size, **call.ops)
+    lists = None if lists is None else blocks.per_head(lists, k)
+    peak = pk.block_peak(x.q, k, lse, lists, block_size=size, **call.ops)
 
     def one(position, segments, peak, scores, lists):
       mask = complete_blocks(position, segments, call.segment_ids, k.shape[1], size)[:, :, None]

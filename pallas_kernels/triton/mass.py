@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import spans
+from pallas_kernels import masked, spans
 from pallas_kernels.triton import call, ranged, tuning
 from pallas_kernels.triton.score_kernels import columns, max_heads, sum_heads
 
@@ -28,21 +28,24 @@ def supports_block_mass(*, q, k, block_size, scale, **_):
 
 def block_mass(q, k, lse, *, block_size, scale, segment_ids, query_offset):
   """See `pallas_kernels.api.block_mass`."""
-  return _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak=False)
+  return _by_block(q, k, lse, None, block_size, scale, segment_ids, query_offset, peak=False)
 
 
-def block_peak(q, k, lse, *, block_size, scale, segment_ids, query_offset):
+def block_peak(q, k, lse, block_indices, *, block_size, scale, segment_ids, query_offset):
   """See `pallas_kernels.api.block_peak`."""
-  return _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak=True)[0]
+  chosen = None
+  if block_indices is not None:
+    chosen = masked.membership(block_indices, -(-k.shape[1] // block_size)).astype(jnp.int8)
+  return _by_block(q, k, lse, chosen, block_size, scale, segment_ids, query_offset, peak=True)[0]
 
 
-def _by_block(q, k, lse, block_size, scale, segment_ids, query_offset, peak):
+def _by_block(q, k, lse, chosen, block_size, scale, segment_ids, query_offset, peak):
   first, end = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, query_offset)
   f = functools.partial(_run, block_size=block_size, scale=float(scale), peak=peak)
-  return call.batched(f)(q, k, lse.astype(jnp.float32), first, end)
+  return call.batched(f)(q, k, lse.astype(jnp.float32), first, end, chosen)
 
 
-def _run(q, k, lse, first, end, *, block_size, scale, peak):
+def _run(q, k, lse, first, end, chosen, *, block_size, scale, peak):
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   sizes = ranged.Sizes(T, S, K, N // K, H, scale, "ieee" if q.dtype == jnp.float32 else "tf32")
   tuned = tuning.get("block_mass", head_dim=H, dtype=q.dtype)
@@ -50,19 +53,20 @@ def _run(q, k, lse, first, end, *, block_size, scale, peak):
   items = B * K * -(-T // (rows // sizes.GP))
   blocks = -(-S // block_size)
   return tuple(call.kernel_call(
-      by_block_kernel, (q, k, lse, first, end),
+      by_block_kernel, (q, k, lse, first, end, first if chosen is None else chosen),
       [jax.ShapeDtypeStruct((B, T, K, blocks), jnp.float32), jax.ShapeDtypeStruct((B, T, K), jnp.float32)],
       grid=(items,), name="block_peak" if peak else "block_mass", num_warps=tuned.warps, num_stages=tuned.stages,
-      PEAK=peak, SIZE=block_size, ROWS=rows, BLOCK=tuned.block, BLOCKS=blocks, **sizes.constants(B)))
+      PEAK=peak, SELECTED=chosen is not None, SIZE=block_size, ROWS=rows, BLOCK=tuned.block, BLOCKS=blocks,
+      **sizes.constants(B)))
 
 
 @triton.jit
-def by_block_kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+def by_block_kernel(q, k, lse, first, end, chosen, mass, entropy, B: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
                     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, SIZE: tl.constexpr,
                     SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                    PEAK: tl.constexpr, PRECISION: tl.constexpr):
+                    PEAK: tl.constexpr, SELECTED: tl.constexpr, PRECISION: tl.constexpr):
   """mass float32[B, T, K, BLOCKS] and entropy float32[B, T, K], or if PEAK the largest probabilities in place of mass
-  and nothing; of BLOCK and SIZE one divides the other."""
+  and nothing; of BLOCK and SIZE one divides the other. If SELECTED, 0 where `chosen`, int8[B, T, K, BLOCKS], is 0."""
   STEP: tl.constexpr = max(BLOCK, SIZE)  # keys between two writes
   PER: tl.constexpr = STEP // SIZE
   TOKENS: tl.constexpr = ROWS // GP
@@ -93,7 +97,13 @@ def by_block_kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl
   spread = tl.zeros((BLOCK, TOKENS), tl.float32)  # of the entropy, by key within a step
   for j in range(begin, stop):
     total = tl.full((PER, TOKENS), float("-inf") if PEAK else 0.0, tl.float32)
-    for part in range(STEP // BLOCK):
+    block = j * PER + tl.arange(0, PER)
+    inside = there[None, :] & (block < BLOCKS)[:, None]
+    parts = STEP // BLOCK
+    if SELECTED:
+      own = tl.load(chosen + ((at + nth) * K + r)[None, :] * BLOCKS + block[:, None], mask=inside, other=0)
+      parts = tl.where(tl.max(tl.max(own.to(tl.int32), axis=1), axis=0) > 0, STEP // BLOCK, 0)
+    for part in range(parts):
       c = j * STEP + part * BLOCK + tl.arange(0, BLOCK)
       rows = tl.load(keys + tl.cast(c, tl.int64)[:, None] * (K * H) + tl.arange(0, H)[None, :],
                      mask=(c < C)[:, None], other=0.0)
@@ -109,9 +119,10 @@ def by_block_kernel(q, k, lse, first, end, mass, entropy, B: tl.constexpr, T: tl
         p = tl.where(seen, sum_heads(p, GP, BLOCK, ROWS), 0.0)
         total += tl.sum(tl.reshape(p, (PER, BLOCK // PER, TOKENS)), axis=1)
         spread -= tl.where(seen, products, 0.0)
-    block = j * PER + tl.arange(0, PER)
+    if SELECTED:
+      total = tl.where(own > 0, total, float("-inf"))
     total = tl.exp2(total) if PEAK else total * (1.0 / G)
-    tl.store(line[None, :] + block[:, None], total, mask=there[None, :] & (block < BLOCKS)[:, None])
+    tl.store(line[None, :] + block[:, None], total, mask=inside)
   if not PEAK:
     nats = tl.sum(spread, axis=0) * (0.6931471805599453 / G)
     tl.store(entropy + (at + nth) * K + r, nats, mask=there)
