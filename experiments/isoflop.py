@@ -18,14 +18,14 @@ steps and at most `most` tokens.
 
 A cut study is one of smaller budgets: --only='*_5e14-*,*_1.5e15-*,*' runs them in this order.
 
-Stated before the runs. Effect that matters: 0.005 bits per byte between the optima. Fits, intervals and the rule:
-nsa/report/isoflop.py; what a window of equal cost has too is no merit of selection. Text of each corpus is judged;
-recall (exact match and NLL of far answers) is shown in a panel of its own. Half of the rows are recall, with 15 % of
-the loss, in all arms. x is training FLOPs, analytic, selector and its loss counted. A second figure has device time,
-for which each run needs a device of its own; a third the models of the largest budget run with other numbers of blocks.
-Controls: the window; one peak rate per size for all arms (from experiments/rates.py at 4,096 bytes: not tuned here, a
-limit). Seed 0 is a pilot, by which the next sizes may be chosen; seeds 1 to 3 at all points are the replicates, and the
-first that count as training scatter.
+Stated before the runs (the weights of the fits while the slice ran, before its records were read). Effect that matters:
+0.005 bits per byte between the optima. Fits, intervals and the rule: nsa/report/isoflop.py; what a window of equal cost
+has too is no merit of selection. Text of each corpus is judged; recall (exact match and NLL of far answers) is shown in
+a panel of its own. Half of the rows are recall, with 15 % of the loss, in all arms. x is training FLOPs, analytic,
+selector and its loss counted. A second figure has device time, for which each run needs a device of its own; a third
+the models of the largest budget run with other numbers of blocks. Controls: the window; one peak rate per size for all
+arms (from experiments/rates.py at 4,096 bytes: not tuned here, a limit). Seed 0 is a pilot, by which the next sizes may
+be chosen; seeds 1 to 3 at all points are the replicates, and the first that count as training scatter.
 
 `slice`: a tenth of the budgets, sizes to L, MSA at 1/32 alone. Its power, of 100 simulated studies each (losses that
 are parabolas of curvature .03, residuals with an SD of .003, .006, .012 bits per byte): a gain of .02 is confirmed in

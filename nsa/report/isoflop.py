@@ -306,8 +306,8 @@ def section(study: Study, table: list[Row], gallery) -> list:
   metrics = [e.metric for e in study.endpoints if any(math.isfinite(p.row[e.metric]) for p in found)]
   fits = {metric: {name: fit([p for p in found if p.method == name], metric, k) for k, name in enumerate(names)}
           for metric in metrics}
-  blocks += [Text("How it is fitted and judged was stated before the runs: nsa/report/isoflop.py. Training FLOPs are "
-                  "analytic, selectors and their losses counted; parameters are those of the backbone.")]
+  blocks += [Text("How it is fitted and judged is in nsa/report/isoflop.py. Training FLOPs are analytic, "
+                  "selectors and their losses counted; parameters are those of the backbone.")]
   blocks += _verdict(study, fits) + _missing(study)
   for metric in metrics:
     blocks += _table(fits[metric], metric) if endpoints.metric(metric).lower_is_better else []
@@ -315,8 +315,9 @@ def section(study: Study, table: list[Row], gallery) -> list:
   shown = [("isoflop", plots.curves(found, fits), "Held-out loss over parameters at equal training FLOPs, a colour for "
             "each method, a marker for each budget; lines: fitted parabolas, stars: their optima with 95 % intervals. "
             "Recall is a panel of its own, not judged", "Loss over model size at equal training FLOPs"),
-           ("isoflop_cost", plots.frontiers(fits), "Loss at each method's best size, by training FLOPs and by device "
-            "time of training. Bars: 95 % intervals. Hollow: the optimum is not bracketed", "Loss by training cost"),
+           ("isoflop_cost", plots.frontiers(fits), "Loss at each method's best size, by training FLOPs and, where runs "
+            "had a device of their own, by its time. Bars: 95 % intervals. Hollow: the optimum is not bracketed",
+            "Loss by training cost"),
            ("isoflop_inference", plots.inference(found, metrics), "Models of the largest budget, run with other "
             "numbers of blocks than they were trained with: loss by forward FLOPs per token, selection counted. Line: "
             "the lower edge of each method", "Loss by inference FLOPs")]

@@ -64,16 +64,19 @@ def curves(found: list[isoflop.Point], fits):
 
 
 def frontiers(fits):
-  """Loss at the optimum by FLOPs and by seconds, a row for each endpoint of text."""
+  """Loss at the optimum by FLOPs and, where they are known, by seconds; a row for each endpoint of text."""
   metrics = [metric for metric in fits if endpoints.metric(metric).kind == "text"
              and any(not isinstance(f, str) for f in fits[metric].values())]
   if not metrics:
     return None
-  fig = style.Figure(figsize=(9.6, 0.4 + 3.3 * len(metrics)), layout="constrained")
-  axes = fig.subplots(len(metrics), 2, squeeze=False, sharey="row")
+  timed = any(o.seconds > 0 for metric in metrics for one in fits[metric].values() if not isinstance(one, str)
+              for o in one.optima.values())
+  costs = [("budget", "training FLOPs"), *[("seconds", "device seconds of training")] * timed]
+  fig = style.Figure(figsize=(1.4 + 4.1 * len(costs), 0.4 + 3.3 * len(metrics)), layout="constrained")
+  axes = fig.subplots(len(metrics), len(costs), squeeze=False, sharey="row")
   for row, metric in zip(axes, metrics):
     m = endpoints.metric(metric)
-    for ax, by, words in zip(row, ("budget", "seconds"), ("training FLOPs", "device seconds of training")):
+    for ax, (by, words) in zip(row, costs):
       for k, (name, one) in enumerate(fits[metric].items()):
         if isinstance(one, str):
           continue
