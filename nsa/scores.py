@@ -35,7 +35,7 @@ class Turns:
   """
 
   def __init__(self):
-    self._turn, self._idle_since = threading.Lock(), 0.0
+    self._turn, self._told, self._idle_since = threading.Lock(), threading.Lock(), 0.0
     self.seconds: collections.Counter[str] = collections.Counter()
 
   def ask(self, name, run, params, arrays, size, watched=()) -> list[tuple]:
@@ -48,10 +48,11 @@ class Turns:
         nll, correct, layers = run(params, batch, number in watched)
         said.append((rows, nll, correct, layers if number in watched else ()))
     jax.block_until_ready([one[1] for one in said])
-    ended = time.monotonic()
-    # What was asked before was answered before.
-    self.seconds[name] += max(0.0, ended - max(began, self._idle_since))
-    self._idle_since = ended
+    with self._told:  # two parts of a run mode have one name
+      ended = time.monotonic()
+      # What was asked before was answered before.
+      self.seconds[name] += max(0.0, ended - max(began, self._idle_since))
+      self._idle_since = ended
     return said
 
 
