@@ -124,7 +124,9 @@ def test_layers_are_unrolled_where_that_was_faster():
   config = make_config("dense", schedule.dense(1))
   assert step_lib.layers_per_turn(config) == 1
   with backends.target_platform("gpu"):
-    assert step_lib.layers_per_turn(config) == 2
+    for layers, turn in ((30, 30), (step_lib.UNROLLED_LAYERS + 1, 1), (2, 2)):
+      config.model.num_layers = layers
+      assert step_lib.layers_per_turn(config) == turn
     config.model.remat = "layer"
     assert step_lib.layers_per_turn(config) == 1
     config.unroll = 2
