@@ -48,6 +48,16 @@ def moments_of(p, s, top):
 
 
 @triton.jit
+def store_moments(moments, place, PLACES: tl.constexpr, ok, top, norm, total, entropy, cross):
+  """moments float32[5, PLACES]."""
+  tl.store(moments + place, top, mask=ok)
+  tl.store(moments + PLACES + place, norm, mask=ok)
+  tl.store(moments + 2 * PLACES + place, total, mask=ok)
+  tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
+  tl.store(moments + 4 * PLACES + place, cross, mask=ok)
+
+
+@triton.jit
 def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, targets, S: tl.constexpr,
                             K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
@@ -76,11 +86,7 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
       s = tl.where(seen, s, float("-inf"))
       top = tl.max(s, axis=1)
       _, norm, total, entropy, cross = moments_of(p, s, top)
-      tl.store(moments + place, top, mask=ok)
-      tl.store(moments + PLACES + place, norm, mask=ok)
-      tl.store(moments + 2 * PLACES + place, total, mask=ok)
-      tl.store(moments + 3 * PLACES + place, entropy, mask=ok)
-      tl.store(moments + 4 * PLACES + place, cross, mask=ok)
+      store_moments(moments, place, PLACES, ok, top, norm, total, entropy, cross)
     if KEEP:
       tl.store(targets + place[:, None] * SIZE + c[None, :], p.to(targets.dtype.element_ty), mask=ok[:, None])
 
@@ -192,12 +198,7 @@ def dense_forward_kernel(q, k, lse, q_idx, k_idx, low, high, moments, dq, B: tl.
     chosen = tl.dot(e.to(index_keys.dtype), index_keys, chosen * decay[:, None], input_precision=PRECISION)
     wanted = tl.dot(p.to(index_keys.dtype), index_keys, wanted, input_precision=PRECISION)
     top = new
-  size: tl.constexpr = B * T * K
-  tl.store(moments + row, top, mask=ok)
-  tl.store(moments + size + row, norm, mask=ok)
-  tl.store(moments + 2 * size + row, total, mask=ok)
-  tl.store(moments + 3 * size + row, entropy, mask=ok)
-  tl.store(moments + 4 * size + row, cross, mask=ok)
+  store_moments(moments, row, B * T * K, ok, top, norm, total, entropy, cross)
   both = chosen / tl.where(norm > 0, norm, 1.0)[:, None] - wanted / tl.where(total > 0, total, 1.0)[:, None]
   tl.store(dq + row[:, None] * HI + tl.arange(0, HI)[None, :], both * INDEX_SCALE, mask=ok[:, None])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.kl_kernels import index_rows, moments_of, score_gradient, target
+from pallas_kernels.triton.kl_kernels import index_rows, moments_of, score_gradient, store_moments, target
 from pallas_kernels.triton.range_kernels import blocks_of, load_block
 
 
@@ -133,12 +133,7 @@ def lightning_forward_kernel(q, k, lse, q_idx, weights, k_idx, low, high, chosen
       entropy += h
       cross += x
       top = new
-  size: tl.constexpr = B * T * R
-  tl.store(moments + row, top, mask=ok)
-  tl.store(moments + size + row, norm, mask=ok)
-  tl.store(moments + 2 * size + row, total, mask=ok)
-  tl.store(moments + 3 * size + row, entropy, mask=ok)
-  tl.store(moments + 4 * size + row, cross, mask=ok)
+  store_moments(moments, row, B * T * R, ok, top, norm, total, entropy, cross)
 
 
 @triton.jit
