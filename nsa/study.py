@@ -11,6 +11,8 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
+import os
+import shutil
 import time
 import traceback
 
@@ -315,8 +317,8 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
   """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where
   they were.
 
-  It runs in again/, without evaluations. Raises Unlike if what it logs is not what the finished run has logged, to the
-  last bit.
+  It runs in again/, without evaluations, as far as this fork needs it; for a later fork it goes on from there.
+  Raises Unlike if what it logs is not what the finished run has logged, to the last bit.
   """
   workdir = directory / trunk.run
   def there():
@@ -337,15 +339,20 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
       return
     config = copy.deepcopy(trunk.config)
     config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
-    train.train(config, again / "run")
+    train.train(config, again / "run", until=max(step, 0))
     with processes.together("putting checkpoints back"):
       if processes.first():
         _same_run(workdir, again / "run")
         (workdir / "checkpoints").mkdir(exist_ok=True)
         for one in (again / "run/checkpoints").iterdir():
           if not (workdir / "checkpoints" / one.name).exists():
-            one.rename(workdir / "checkpoints" / one.name)
-        (again / "run").rmtree()
+            coming = again / one.name
+            if coming.exists():
+              coming.rmtree()
+            shutil.copytree(one, coming, copy_function=os.link)
+            coming.rename(workdir / "checkpoints" / one.name)
+        if (again / "run/DONE").exists():
+          (again / "run").rmtree()
 
 
 def _same_run(finished, again) -> None:

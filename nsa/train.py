@@ -63,9 +63,10 @@ class Diverged(Exception):
 
 
 def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bool = True,
-          hang_seconds: float = 1800) -> int:
+          hang_seconds: float = 1800, until: int = 0) -> int:
   """Trains, or goes on training, the run in `workdir`; returns its last step.
 
+  `until`: a step at which a checkpoint is due and this call ends; the next one goes on. 0: the last.
   `hang_seconds`: with several processes, how long a step, save or evaluation may take before the
   process ends with a message (processes.Watchdog); 0 for ever.
 
@@ -87,10 +88,10 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     with processes.together("opening the workdir"):
       rundir.make_workdir(workdir)
       held = stack.enter_context(lock.Lock(workdir)) if processes.first() else None
-    return _train(config, workdir, held, progress, hang_seconds)
+    return _train(config, workdir, held, progress, hang_seconds, until)
 
 
-def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float) -> int:
+def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float, until: int) -> int:
   rundir.open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
@@ -101,12 +102,15 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
   if done_before:
     logging.info("%s is done", workdir)
     return total
+  if until and (checkpoints.latest() or 0) >= until:
+    return until
 
   with programs.ahead(compilations(config, mesh, forks.first_step(config, workdir))):
-    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds)
+    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds, until or total)
 
 
-def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: bool, hang_seconds: float) -> int:
+def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: bool, hang_seconds: float,
+         until: int) -> int:
   """The run itself, while a thread compiles what it will need."""
   total = config.schedule.steps
   with processes.together("reading the data"):
@@ -207,6 +211,9 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
         watchdog.expect(f"the hidden states at step {done}")
         with bar.pause("hidden states"):
           snapshots.write(config, state.params, workdir, done, batches.sources, mesh)
+      if done == until < total:
+        bar.close()
+        return done                    # the checkpoints' context waits for the last one
     bar.close()
     watchdog.expect("the last checkpoint")
     checkpoints.close()

@@ -3,6 +3,7 @@ import contextlib
 import json
 import shutil
 
+from etils import epath
 import pytest
 
 from experiments import quickstart
@@ -142,9 +143,9 @@ def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, t
   brought_home(first, tmp_path, retrofit)
   trained, real = [], train.train
 
-  def counted(config, workdir):
+  def counted(config, workdir, **until):
     trained.append(f"{workdir.parent.name}/{workdir.name}")
-    return real(config, workdir)
+    return real(config, workdir, **until)
 
   monkeypatch.setattr(train, "train", counted)
   done = (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns
@@ -154,7 +155,12 @@ def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, t
   of = lambda root: json.loads((root / "runs" / retrofit / "eval/20.json").read_text())["records"]
   assert of(tmp_path) == of(first)
   assert (tmp_path / "runs/dense-0.1M-s0/DONE").stat().st_mtime_ns == done
-  assert not list((tmp_path / "again").glob("*/*"))
+  again = tmp_path / "again/dense-0.1M-s0/run"
+  assert logged(again)[-1]["step"] == 15 and not (again / "DONE").exists()  # as far as the fork needs it
+  trunk = next(job for job in jobs if job.run == "runs/dense-0.1M-s0")
+  study_lib._bring_back(trunk, 20, {}, epath.Path(tmp_path))  # on from there, for a fork from its end
+  assert trained.pop() == "dense-0.1M-s0/run" and not again.exists()
+  assert (tmp_path / trunk.run / "checkpoints/20").exists()
   shutil.rmtree(tmp_path / "runs" / retrofit)  # another fork of it: its checkpoints are back
   study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
   assert trained[2:] == [f"runs/{retrofit}"]
