@@ -5,11 +5,8 @@ numbers between the steps stay float32; the gradient is as near to float32's (do
 where `Config.one_pass` is True, as it is unless a run says otherwise. On several devices XLA's passes serve: its
 partitioner cannot cut a kernel.
 
-On one H200, 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all layers unrolled, in one run in turn: the
-dense step 14.4 ms instead of 15.9 (on the device 13.8 instead of 15.6, another day), MSA 16.8 instead of 19.4, NSA 21.2
-instead of 24.6; of 28M parameters dense 27.9 instead of 31.2, MSA 31.2 instead of 36.8. By the shapes in the compiled
-dense step 20.7 GB pass through memory in 359 kernels, instead of 26.4 in 536. docs/kernels.md has the parts one by one,
-and what is newer than these numbers.
+By the shapes in the compiled dense step of 10M parameters in 6 layers, 8 x 4,096 tokens of bfloat16, all unrolled, 20.7
+GB pass through memory in 359 kernels, instead of 26.4 in 536. docs/kernels.md has what that is worth on one H200.
 """
 from __future__ import annotations
 

@@ -7,14 +7,24 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments/README.md"])
+ROWS = ROOT / "experiments/results/kernels"
+
+
+def anchors(page):
+  """What a link may name behind its #: each heading, as GitHub spells it."""
+  headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+  return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_commands_lead_somewhere(page):
   text = page.read_text()
   for target in re.findall(r"\]\(([^)\s]+)\)", text):
-    if not target.startswith(("http", "#")):
-      assert (page.parent / target.split("#")[0]).exists(), target
+    path, _, anchor = target.partition("#")
+    if not target.startswith("http"):
+      found = page.parent / path if path else page
+      assert found.exists(), target
+      assert not anchor or found.suffix != ".md" or anchor in anchors(found), target
   for module in re.findall(r"python -m ((?:launch|benchmarks|experiments)\.\w+)", text):
     assert importlib.util.find_spec(module), module
   for path in re.findall(r"--config=(experiments/\w+\.py)", text):
@@ -26,6 +36,14 @@ def test_the_readme_is_short_and_the_index_whole():
   index = (ROOT / "experiments/README.md").read_text()
   files = {path.name for path in ROOT.glob("experiments/*.py")} - {"__init__.py", "arguments.py"}
   assert {name for name in files if f"]({name})" not in index} == set()
+
+
+def test_the_page_of_kernels_names_its_rows():
+  """Each file of rows once at least, and no file that is not there."""
+  text = (ROOT / "docs/kernels.md").read_text()
+  files = {path.stem for path in ROWS.iterdir()}
+  assert files - set(re.findall(r"\w+", text)) == set()
+  assert set(re.findall(r"`(\w+_h[12]00\w*)`", text)) <= files
 
 
 def test_every_registered_method_is_in_the_readme():
