@@ -34,7 +34,10 @@ T, K, J, PAGES = 4096, 2, 16, 64  # queries and keys, KV heads, slots, of the ca
 def as_on_an_h100():
   """Kernels answer as if they could be compiled and run for one."""
   from pallas_kernels import cudnn
-  from pallas_kernels.triton import call
+  try:
+    from pallas_kernels.triton import call
+  except ImportError as error:
+    raise ModuleNotFoundError(f"{error}: its kernels are asked too, which takes no GPU: pip install triton") from None
   with mock.patch.object(call, "unavailable", lambda: None), mock.patch.object(call, "INTERPRET", False), \
        mock.patch.object(call, "capability", lambda: 90), mock.patch.object(cudnn, "unavailable", lambda: None):
     yield

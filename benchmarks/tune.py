@@ -20,8 +20,12 @@ import jax.numpy as jnp
 from benchmarks import timing
 from launch import cli
 from pallas_kernels import arg_specs, spans
-from pallas_kernels.triton import kl, lightning, ranged, selected, top_k, tuning
-from pallas_kernels.triton.tuning import Tuned
+
+try:
+  from pallas_kernels.triton import kl, lightning, ranged, selected, top_k, tuning
+  from pallas_kernels.triton.tuning import Tuned
+except ImportError as error:
+  cli.end(cli.BAD_INPUT, f"{error}: block shapes are those of Triton's kernels: pip install -e '.[gpu]'")
 
 _KERNELS = flags.DEFINE_list("kernels", None, "Names, or None for all.")
 _OUT = flags.DEFINE_string("out", None, "JSON file; None is the one that is read.")
@@ -170,6 +174,8 @@ def main():
   unknown = [name for name in _KERNELS.value or () if name not in KERNELS]
   if unknown:
     raise ValueError(f"--kernels: {unknown[0]!r} is unknown; take some of {', '.join(KERNELS)}")
+  if jax.default_backend() != "gpu":
+    raise ValueError(f"JAX runs on {jax.default_backend()} here: block shapes are measured on the GPU they are for")
   path = pathlib.Path(_OUT.value) if _OUT.value else tuning.device_file(jax.devices()[0].device_kind)
   path.parent.mkdir(parents=True, exist_ok=True)
   entries = json.loads(path.read_text()) if path.exists() else {}

@@ -69,15 +69,15 @@ def _parse(argv):
     if "config" in flags.FLAGS:
       path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
       if not os.path.isfile(path):
-        _exit(BAD_INPUT, f"--config={path}: {'a folder, and no' if os.path.isdir(path) else 'no such'} experiment file")
+        end(BAD_INPUT, f"--config={path}: {'a folder, and no' if os.path.isdir(path) else 'no such'} experiment file")
       overrides.apply_entries(flags.FLAGS["config"].value, taken)
     return rest
   except (KeyError, AttributeError) as error:  # a dotted override of a field that is not there
-    _exit(BAD_INPUT, f"override: {_field_error(error)}")
+    end(BAD_INPUT, f"override: {_field_error(error)}")
   except IndexError as error:
-    _exit(BAD_INPUT, _index_error(argv) or f"override: {error}")
+    end(BAD_INPUT, _index_error(argv) or f"override: {error}")
   except (flags.Error, ValueError, TypeError, OSError) as error:
-    _exit(BAD_INPUT, str(error))
+    end(BAD_INPUT, str(error))
 
 
 def _read_archives(argv) -> None:
@@ -119,7 +119,7 @@ def _field_error(error) -> str:
 
 def _main(main, rest, arguments) -> int:
   if rest and not arguments:
-    _exit(BAD_INPUT, f"unexpected arguments {rest}: flags begin with --")
+    end(BAD_INPUT, f"unexpected arguments {rest}: flags begin with --")
   _quiet_logs()
   try:
     if "coordinator" in flags.FLAGS:
@@ -136,22 +136,22 @@ def _told(error: Exception):
     # Our own ValueErrors name the field, the value and the fix; one from elsewhere is a bug, with its traceback.
     if isinstance(error, ValueError) and not _ours(error):
       raise error
-    _exit(BAD_INPUT, str(error))
+    end(BAD_INPUT, str(error))
   if isinstance(error, train.Diverged):
-    _exit(DIVERGED, str(error))
+    end(DIVERGED, str(error))
   if isinstance(error, checkpoint.CheckpointError):
-    _exit(CHECKPOINT, str(error))
+    end(CHECKPOINT, str(error))
   if isinstance(error, processes.ProcessError):
-    _exit(PROCESSES, str(error))
+    end(PROCESSES, str(error))
   if isinstance(error, train.Preempted):
-    _exit(PREEMPTED, str(error))
+    end(PREEMPTED, str(error))
   if isinstance(error, OSError):
     if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
         and error.filename):
-      _exit(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
+      end(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise error
-    _exit(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest "
+    end(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest "
                       "checkpoint")
   raise error
 
@@ -176,7 +176,8 @@ def _quiet_logs() -> None:
   kernels.propagate = False
 
 
-def _exit(code: int, message: str):
+def end(code: int, message: str):
+  """Ends the process, with a word on stderr."""
   print(f"error: {message}" if code != PREEMPTED else message, file=sys.stderr, flush=True)
   sys.exit(code)
 

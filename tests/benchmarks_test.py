@@ -5,6 +5,7 @@ import os
 import sys
 import types
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,3 +274,10 @@ def test_the_memory_alone_is_timed_and_counted():
   assert got["both_ms"] > 0 and got["both_kernels"][0] >= got["forward_kernels"][0] > 0
   # One matrix of 8 x 8 and its surprise for each sequence, read and written once a chunk.
   assert got["forward_state_gbs"] * got["forward_ms"] == pytest.approx(2 * 4 * 2 * 2 * 64 * 4 / 1e6)
+
+
+@pytest.mark.parametrize("module", ["tune", "support"])
+def test_without_triton_a_line_says_what_to_install(tmp_path, module):
+  (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no Triton here')")
+  out, err = commands.run(f"benchmarks.{module}", code=2, directory=tmp_path)
+  assert err.startswith("error: no Triton here: ") and "pip install" in err and not out
