@@ -34,7 +34,8 @@ cli.define_common()
 def main():
   import jax
 
-  from nsa import config as config_lib, study as study_lib
+  from nsa import config as config_lib, start, study as study_lib
+  start.of_process()
   study = _CONFIG.value
   if not isinstance(study, study_lib.Study):
     raise config_lib.ConfigError(

@@ -33,7 +33,8 @@ def main():
     print(plan.describe(config))
     return
   cli.begin_early(config.data.texts.values())
-  from nsa import processes, train
+  from nsa import processes, start, train
+  start.of_process()
   step = train.train(config, _WORKDIR.value, hang_seconds=flags.FLAGS.hang_timeout)
   if processes.first():
     print(f"{_WORKDIR.value}: {step} steps done")

@@ -35,6 +35,7 @@ _programs: dict[Hashable, concurrent.futures.Future] = {}
 _ahead: _Ahead | None = None  # the threads of `ahead`
 _begun = threading.Event()  # see `begun`
 _kept: kept.Kept | None = None
+_took: dict[Hashable, dict[str, float]] = {}
 _threads: list[threading.Thread] = []  # those that an exception did not wait for
 
 
@@ -64,8 +65,12 @@ def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
   threads = _ahead if _ahead is not None and threading.current_thread() is _ahead.tracer else None
   if mine:
     try:
-      found = _kept and _kept.load(key)
+      began = time.monotonic()
+      if found := _kept and _kept.load(key):
+        _took[key] = {"kept": time.monotonic() - began}
       compile_ = None if found else lower().compile
+      if not found:
+        _took[key] = {"traced": time.monotonic() - began}
     except BaseException as error:
       future.set_exception(error)
       raise
@@ -78,11 +83,19 @@ def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
   return None if threads else future.result()
 
 
+def took(key: Hashable) -> dict[str, float]:
+  """Seconds that `compiled` took for a program, by stage: traced (and lowered), then compiled or read from JAX's cache
+  ("cached"), or "kept" alone; {} for one that is not there."""
+  return dict(_took.get(key, {}))
+
+
 def _finish(key, future, compile_) -> None:
   here = []
 
   def build():
+    began = time.monotonic()
     made, fresh = kept.compile_here(compile_)
+    _took[key]["compiled" if fresh else "cached"] = time.monotonic() - began
     here.append(fresh)
     return made
 

@@ -93,6 +93,12 @@ class Progress:
       if not self._depth:  # inside another pause the time is counted there
         self.paused[label] += self._clock() - began
 
+  def say(self, what: str) -> None:
+    """A line of its own, which stays."""
+    self.close()
+    self._stream.write(f"{self.name} {what}\n")
+    self._stream.flush()
+
   def close(self) -> None:
     """Ends the line on a terminal."""
     if self._tty and self._dirty:

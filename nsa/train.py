@@ -44,6 +44,7 @@ from nsa import (
   rundir,
   schedule,
   sharding,
+  start as start_lib,
   step as step_lib,
 )
 from nsa.look import snapshots
@@ -79,19 +80,22 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
     lock.Busy, a ProcessError: another run goes on in `workdir`.
     RuntimeError: an error in the middle of training that is of none of these kinds; its cause says which.
   """
-  workdir = epath.Path(workdir)
+  workdir, clock = epath.Path(workdir), start_lib.take()
   config_lib.validate(config)
   data.read_ahead(config.data.texts.values())
+  clock.lap("checks")
   config_lib.validate(config, jax.device_count())
+  clock.lap("devices")
   processes.agree(config=json.dumps(config_lib.to_dict(config)))
   with contextlib.ExitStack() as stack:
     with processes.together("opening the workdir"):
       rundir.make_workdir(workdir)
       held = stack.enter_context(lock.Lock(workdir)) if processes.first() else None
-    return _train(config, workdir, held, progress, hang_seconds, until)
+    return _train(config, workdir, held, progress, hang_seconds, until, clock)
 
 
-def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float, until: int) -> int:
+def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float, until: int,
+           clock: start_lib.Start) -> int:
   rundir.open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
@@ -106,17 +110,18 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     return until
 
   with programs.ahead(compilations(config, mesh, forks.first_step(config, workdir))):
-    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds, until or total)
+    return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds, until or total, clock)
 
 
 def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: bool, hang_seconds: float,
-         until: int) -> int:
+         until: int, clock: start_lib.Start) -> int:
   """The run itself, while a thread compiles what it will need."""
   total = config.schedule.steps
   with processes.together("reading the data"):
     batches = step_lib.Batches(config, mesh)
     read = provenance.corpora(config, workdir, batches, resumed=checkpoints.latest() is not None)
   processes.agree(corpus=json.dumps(read))
+  clock.lap("data")
   first = processes.first()
   if first:
     own = origins.digests(config_lib.to_dict(config)["modules"])
@@ -126,9 +131,11 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       metrics.write_json(workdir / "planted.json",
                          {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
                           for seed, source in zip(config.seeds, batches.sources)})
+  clock.lap("versions")
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   with capacity.told(config, "parameters and optimizer state"):
     state, start = forks.initial_state(config, mesh, checkpoints)
+  clock.lap("state")
   writer = metrics.JsonlWriter(workdir / "metrics.jsonl", tensorboard=config.tensorboard) if first else None
   if first:
     writer.truncate_after(start)
@@ -136,11 +143,11 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       logging.warning("%s", remark)
   name = f"{config.arm} s{','.join(map(str, config.seeds))}"
   bar = Progress(name, total, start_step=start, stream=None if progress and first else open(os.devnull, "w"))
-  log = _Log(config, writer, bar, start)
 
   programs.begun()
   compiled, needed, evaluated = {}, schedule.programs(config, start), collections.Counter()
   keys = [*(step_lib.step_key(config, step, mesh) for step in needed), held_out.made(config)]
+  log = _Log(config, writer, bar, start, clock, keys[0])
 
   def make_ready(step):
     with bar.pause("compile"), capacity.told(config, "a training step"):
@@ -150,6 +157,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   # Several processes compile everything now, in one order, while none waits for another's step.
   for step in needed if jax.process_count() > 1 else needed[:1]:
     make_ready(step)
+  clock.lap("program")
 
   seeds = step_lib.seeds_of(config)
   with (_under_way(workdir), processes.preemption() as preempted, processes.Watchdog(hang_seconds) as watchdog,
@@ -160,11 +168,14 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     if cut:
       with bar.pause("evaluate"):      # the run was cut between this checkpoint and its evaluation
         evaluate.write(config, state.params, workdir, start, mesh, start < total, own=True, seconds=evaluated)
+      clock.lap("evaluation")
     ours = not start or start in checkpoints.steps()  # not the trunk's state, which a fork begins with
     if ours and snapshots.due(config, workdir, start):
       with bar.pause("hidden states"):
         snapshots.write(config, state.params, workdir, start, batches.sources, mesh)
+      clock.lap("hidden states")
     batch = batches.at(start) if start < total else None
+    clock.lap("batch")
     pending = None                     # (step, device metrics) of the step before
     for index in range(start, total):
       watchdog.expect(f"step {index}")
@@ -219,7 +230,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
     checkpoints.close()
   if first:
     metrics.write_json(workdir / "DONE", {"step": total, "seconds_paused": dict(bar.paused),
-                                          "seconds_evaluated": dict(evaluated)})
+                                          "seconds_evaluated": dict(evaluated), "seconds_to_first_step": clock.seconds,
+                                          "seconds_of_its_program": programs.took(keys[0])})
   processes.barrier("nsa.train.done")
   return total
 
@@ -265,8 +277,9 @@ def compilations(config, mesh, start: int = 0):
 class _Log:
   """Turns the metrics of finished steps into records, and a loss that is not finite into an error."""
 
-  def __init__(self, config, writer, bar, start):
+  def __init__(self, config, writer, bar, start, clock: start_lib.Start, program):
     self.config, self.writer, self.bar, self.start = config, writer, bar, start
+    self.clock, self.program = clock, program  # of the first step
     self.tokens_per_step = config.data.global_batch * config.data.context
     self.peak = config.peak_tflops or metrics.peak_tflops(jax.devices()[0].device_kind)
     self.began = time.monotonic()
@@ -274,6 +287,9 @@ class _Log:
   def step(self, index, device_metrics, batches, checkpoints):
     values = {name: np.atleast_1d(np.asarray(x)) for name, x in jax.device_get(device_metrics).items()}
     config, done = self.config, index + 1
+    if index == self.start:
+      self.clock.lap("first step")
+      self.bar.say(self.clock.line(programs.took(self.program)))
     values["bits_per_byte"] = values["bits_per_byte"] * batches.tokens_per_byte(index)
     for replica, seed in enumerate(config.seeds):
       if not all(np.isfinite(x[replica]) for x in values.values()):
