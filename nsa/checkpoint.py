@@ -48,6 +48,12 @@ def _is_complete(path) -> bool:
   return orbax()[1].step.is_path_finalized(path)
 
 
+def compilations(abstract_state: Any):
+  """What saving a state of these shapes and shardings compiles and imports: for `programs.ahead`."""
+  yield functools.partial(fingerprint.compile_all, _named_leaves(abstract_state))
+  yield orbax
+
+
 class CheckpointError(Exception):
   """A checkpoint cannot be saved or restored; the message names the directory, what is wrong and the fix."""
 
@@ -131,8 +137,7 @@ class Checkpoints:
         raise CheckpointError(
             f"cannot save step {step}: leaf {name} has dtype {leaf.dtype}; store its bits as an unsigned "
             "integer (a random key: jax.random.key_data)")
-    # One after the other: on a CPU many programs that wait for all devices at once can starve each other of threads.
-    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) for name, leaf in leaves.items()}
+    sums = fingerprint.of_all(leaves)
     manifest = {
         name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": sums[name].tolist()}
         for name, leaf in leaves.items()}
@@ -330,9 +335,8 @@ class Checkpoints:
     if _anywhere(failure is not None):
       raise failure or CorruptCheckpointError(f"checkpoint {path} is damaged: a process cannot read it.")
     loaded = {name: loaded[name] if name in abstract else _empty(leaf) for name, leaf in wanted.items()}
-    sums = {name: jax.device_get(fingerprint.of_jax(leaf)) if isinstance(leaf, jax.Array)
-            else fingerprint.of_numpy(leaf)
-            for name, leaf in loaded.items()}
+    sums = {name: fingerprint.of_numpy(leaf) for name, leaf in loaded.items() if not isinstance(leaf, jax.Array)}
+    sums.update(fingerprint.of_all({name: leaf for name, leaf in loaded.items() if name not in sums}))
     changed = [name for name in loaded if sums[name].tolist() != manifest[name]["fingerprint"]]
     if changed:
       raise CorruptCheckpointError(

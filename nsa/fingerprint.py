@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
+
+from nsa import programs
 
 
 def supports(dtype) -> bool:
@@ -44,6 +47,29 @@ def of_jax(x):
     index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
     stride *= words.shape[axis]
   return jnp.stack([jnp.sum(term, dtype=jnp.uint32) for term in _terms(words, index)])
+
+
+def of_all(leaves: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+  """`of_jax` of each. One program where all lie on one mesh: a program for each shape would be compiled, and each leaf
+  waited for, while nothing trains."""
+  meshes = {getattr(x.sharding, "mesh", None) for x in leaves.values()}
+  if len(meshes) == 1 and None not in meshes:
+    return dict(zip(leaves, jax.device_get(compile_all(leaves)(list(leaves.values())))))
+  # One after the other: on a CPU many programs that wait for all devices at once can starve each other of threads.
+  return {name: jax.device_get(of_jax(x)) for name, x in leaves.items()}
+
+
+def compile_all(leaves):
+  """The compiled program of `of_all`. leaves: arrays, or jax.ShapeDtypeStructs with shardings, of one mesh."""
+  abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves.values()]
+  mesh = abstract[0].sharding.mesh
+
+  def lower():
+    whole = NamedSharding(mesh, P())
+    return jax.jit(lambda arrays: [of_jax(x) for x in arrays], out_shardings=[whole] * len(abstract)).lower(abstract)
+
+  kinds = repr([(x.shape, x.dtype.name, x.sharding.spec) for x in abstract])
+  return programs.compiled(("fingerprints", kinds, mesh), lower)
 
 
 def of_numpy(x: np.ndarray) -> np.ndarray:

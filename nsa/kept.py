@@ -87,7 +87,7 @@ class Kept:
       os.utime(path)
       return found
     except Exception as error:  # another version's, cut, of a device that is gone: it is compiled
-      logging.info("%s cannot be loaded: %s: %s", path, type(error).__name__, error)
+      logging.warning("%s cannot be loaded: %s: %s", path, type(error).__name__, error)
       return None
 
   def save(self, key, compiled) -> None:
@@ -107,7 +107,7 @@ class Kept:
         if other.stat().st_mtime < old:
           other.unlink(missing_ok=True)
     except Exception as error:
-      logging.info("%s is not kept: %s: %s", path, type(error).__name__, error)
+      logging.warning("%s is not kept: %s: %s", path, type(error).__name__, error)
 
   def _path(self, key) -> Path | None:
     if origins.any_registered() or jax.process_count() > 1 or jax.default_backend() in self.without:

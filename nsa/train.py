@@ -267,7 +267,7 @@ def compilations(config, mesh, start: int = 0):
       yield from held_out.made_ahead(config)
   yield from snapshots.compilations(config, start, mesh)
   yield from evaluate.compilations(config, mesh)
-  yield checkpoint.orbax
+  yield from checkpoint.compilations(step_lib.abstract_state(config, mesh))
   yield from held_out.counted_ahead(config)
 
 

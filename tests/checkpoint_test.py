@@ -350,6 +350,11 @@ def test_fingerprint_of_numpy_equals_of_jax(dtype):
     x = np.asarray(jnp.asarray(rng.integers(-100, 100, size=shape)).astype(dtype))
     ours = fingerprint.of_numpy(x)
     np.testing.assert_array_equal(ours, fingerprint.of_jax(x))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    for alone in ({"x": placed}, {"x": placed, "y": jnp.asarray(x)}):  # as one program, and one by one
+      assert {name: sums.tolist() for name, sums in fingerprint.of_all(alone).items()} == dict.fromkeys(
+          alone, ours.tolist())
     if x.size > 1 and dtype != "bool":
       swapped = x.copy().reshape(-1)
       i = int(np.argmax(swapped != swapped[0]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from launch import cli
-from nsa import kept, model as model_lib, origins, programs
+from nsa import kept, model as model_lib, origins, programs, start
 from nsa.config import Config
 
 
@@ -190,6 +190,42 @@ def test_a_kept_program_is_found_by_its_key_before_it_is_traced(tmp_path, monkey
     path.unlink()
   assert program("step", config, 8, factor=11) == [0, 11, 22]  # from JAX's cache: kept here no second time
   assert not list(tmp_path.iterdir())
+
+
+def test_what_the_first_step_waited_for_adds_up(tmp_path, monkeypatch):
+  """Parts of the clock are all of the time; a program's stages say whether it was compiled, or found before that."""
+  now = [100.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(start, "_age", lambda: 2.5)
+  monkeypatch.setattr(start, "_process", None)
+  monkeypatch.setattr(programs, "_took", {})
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path, without=()))
+  start.of_process()
+  clock = start.take()
+  assert clock.seconds == {"imports": 2.5} and not start.take().seconds  # the second run of a process
+
+  class Slow:
+    def compile(self):
+      now[0] += 4
+      return jax.jit(lambda x: x + 1).lower(jnp.zeros(())).compile()
+
+  def lower():
+    now[0] += 3
+    return Slow()
+
+  programs.compiled(("step",), lower)
+  clock.lap("program")
+  now[0] += 0.25
+  clock.lap("first step")
+  took = programs.took(("step",))
+  assert took in ({"traced": 3, "compiled": 4}, {"traced": 3, "cached": 4})  # by earlier tests' cache
+  assert clock.line(took) == ("first step after 9.8 s: imports 2.5, program 7.0, first step 0.2; its program: traced "
+                              f"3.0, {'compiled' if 'compiled' in took else 'cached'} 4.0")
+  assert clock.line(programs.took("unknown")).endswith("first step 0.2")
+  if "compiled" in took:
+    monkeypatch.setattr(programs, "_programs", {})
+    programs.compiled(("step",), lower)
+    assert programs.took(("step",)) == {"kept": 0}
 
 
 def test_what_a_kept_program_depends_on_beside_its_key(monkeypatch):
