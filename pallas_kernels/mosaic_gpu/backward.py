@@ -101,31 +101,22 @@ def partial_gradients(q, k, v, do, lse, delta, entries, plan, *, scale, segmente
     mine = pl.ds(block * plan.block_size + part * keys, keys)
     plgpu.copy_gmem_to_smem(k.at[batch, mine, head], k_s, kv_ready)
     plgpu.copy_gmem_to_smem(v.at[batch, mine, head], v_s, kv_ready)
-    if interpret:
-      gather.load_lists_by_copies([rows, spans], [rows_s, spans_s], first, tokens, copied)
-    else:
-      gather.load_lists([rows, spans], [rows_s, spans_s], first, tokens)
-      gather.commit()
-      gather.wait(0)
+    gather.load_lists([rows, spans], [rows_s, spans_s], first, tokens, copied=copied, interpret=interpret)
 
     def fetch(i, slot):
       tokens_of = pl.ds(i * plan.tile_tokens, plan.tile_tokens)
-      args = (rows_s.at[tokens_of], spans_s.at[tokens_of], [q, do], [q_s.at[slot], do_s.at[slot]],
-              [lse, delta], [lse_s.at[slot], delta_s.at[slot]], span_s.at[slot])
-      if interpret:
-        gather.gather_tile_by_copies(*args, group=plan.group, valid=tokens - i * plan.tile_tokens,
-                                     barrier_ref=copied)
-      else:
-        gather.gather_tile(*args, group=plan.group, transforms=transforms)
-        gather.commit()
+      gather.gather_tile(rows_s.at[tokens_of], spans_s.at[tokens_of], [q, do], [q_s.at[slot], do_s.at[slot]],
+                         [lse, delta], [lse_s.at[slot], delta_s.at[slot]], span_s.at[slot], group=plan.group,
+                         transforms=transforms, left=lambda: tokens - i * plan.tile_tokens, copied=copied,
+                         interpret=interpret)
+      gather.commit(interpret)
 
     fetch(jnp.int32(0), jnp.int32(0))
     plgpu.barrier_wait(kv_ready)
 
     def step(i, carry):
       slot = lax.rem(i, jnp.int32(2))
-      if not interpret:
-        gather.wait(0)
+      gather.wait(0, interpret)
       plgpu.commit_smem()
 
       def scores(s_acc, dp_acc):
@@ -218,13 +209,8 @@ def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpr
     plgpu.copy_gmem_to_smem(v.at[batch, mine, head], v_s.at[wg], kv_ready)
     for n in range(2):
       plgpu.copy_gmem_to_smem(k.at[batch, mine, head, pl.ds(n * half, half)], columns_s.at[wg * 2 + n], kv_ready)
-    lists = [rows_s.at[wg], spans_s.at[wg]]
-    if interpret:
-      gather.load_lists_by_copies([rows, spans], lists, first, tokens, copied.at[wg])
-    else:
-      gather.load_lists([rows, spans], lists, first, tokens)
-      gather.commit()
-      gather.wait(0)
+    gather.load_lists([rows, spans], [rows_s.at[wg], spans_s.at[wg]], first, tokens, copied=copied.at[wg],
+                      interpret=interpret)
 
     def fetch(i, slot):
       """Each warpgroup fetches one of Q and dO, and what it needs of each row."""
@@ -232,13 +218,10 @@ def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpr
       for n, (matrix, place) in enumerate(((q, q_s), (do, do_s))):
         args = (rows_s.at[wg, those], spans_s.at[wg, those], [matrix], [place.at[slot]], [lse, delta],
                 [lse_s.at[own], delta_s.at[own]], span_s.at[own])
-        if interpret:
-          pl.when(wg == n)(lambda args=args: gather.gather_tile_by_copies(
-              *args, group=plan.group, valid=tokens - i * plan.tile_tokens, barrier_ref=copied.at[wg]))
-        else:
-          pl.when(wg == n)(lambda args=args: gather.gather_tile(*args, group=plan.group, transforms=transforms))
-      if not interpret:
-        gather.commit()
+        pl.when(wg == n)(lambda args=args: gather.gather_tile(
+            *args, group=plan.group, transforms=transforms, left=lambda: tokens - i * plan.tile_tokens,
+            copied=copied.at[wg], interpret=interpret))
+      gather.commit(interpret)
 
     def meet(barrier):
       plgpu.barrier_arrive(barrier)
@@ -250,8 +233,7 @@ def _by_two(q, k, v, do, lse, delta, entries, plan, *, scale, segmented, interpr
     def step(i, carry):
       slot = lax.rem(i, jnp.int32(2))
       own = wg * 2 + slot
-      if not interpret:
-        gather.wait(0)
+      gather.wait(0, interpret)
       plgpu.commit_smem()
       meet(landed)  # and so both are done with the tile before
 

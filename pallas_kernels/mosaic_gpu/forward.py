@@ -58,26 +58,17 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, slots=2, inte
     keys = pl.ds(block * plan.block_size, plan.block_size)
     plgpu.copy_gmem_to_smem(k.at[batch, keys, head], k_s, kv_ready)
     plgpu.copy_gmem_to_smem(v.at[batch, keys, head], v_s, kv_ready)
-    if interpret:
-      gather.load_lists_by_copies([rows, spans], [rows_s, spans_s], first, tokens, copied)
-    else:
-      gather.load_lists([rows, spans], [rows_s, spans_s], first, tokens)
-      gather.commit()
-      gather.wait(0)
+    gather.load_lists([rows, spans], [rows_s, spans_s], first, tokens, copied=copied, interpret=interpret)
 
     def fetch(i, slot):
       mine = pl.ds(i * plan.tile_tokens, plan.tile_tokens)
-      args = (rows_s.at[mine], spans_s.at[mine], [q], [q_s.at[slot]], [], [], span_s.at[slot])
-      if interpret:
-        gather.gather_tile_by_copies(*args, group=plan.group, valid=tokens - i * plan.tile_tokens,
-                                     barrier_ref=copied)
-      else:
-        gather.gather_tile(*args, group=plan.group, transforms=transforms)
+      gather.gather_tile(rows_s.at[mine], spans_s.at[mine], [q], [q_s.at[slot]], [], [], span_s.at[slot],
+                         group=plan.group, transforms=transforms, left=lambda: tokens - i * plan.tile_tokens,
+                         copied=copied, interpret=interpret)
 
     def fetch_if(i, slot):
       pl.when(i < tiles)(lambda: fetch(i, slot))
-      if not interpret:
-        gather.commit()
+      gather.commit(interpret)
 
     for i in range(slots - 1):
       fetch_if(jnp.int32(i), jnp.int32(i))
@@ -86,8 +77,7 @@ def partial_attention(q, k, v, entries, plan, *, scale, segmented, slots=2, inte
     @pl.loop(0, tiles)
     def _(i):
       slot = lax.rem(i, jnp.int32(slots))
-      if not interpret:
-        gather.wait(slots - 2)
+      gather.wait(slots - 2, interpret)
       plgpu.commit_smem()
 
       def scores(acc):

@@ -3,8 +3,8 @@
 The tensor copy engine of Hopper writes boxes of at least 8 rows into a swizzled tile,
 so a token with G < 8 rows cannot go through it. Ampere's `cp.async` moves 16 bytes per
 thread to any address: each thread computes the swizzled place itself, and any G costs
-the same. Every function is for one warpgroup (128 threads) and Lane semantics. The
-`*_by_copies` do the same with Pallas operations that the interpreter knows.
+the same. Every function is for one warpgroup (128 threads) and Lane semantics. With
+`interpret` they do the same by Pallas operations that the interpreter knows, and wait.
 """
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def barrier_unless(interpret):
   do()
 
 
-def commit():
+def commit(interpret=False):
   """Closes the group of gathers issued since the last commit."""
+  if interpret:
+    return
+
   @plgpu.inline_mgpu()
   def do(ctx):
     del ctx
@@ -38,8 +41,11 @@ def commit():
   do()
 
 
-def wait(newest: int):
+def wait(newest: int, interpret=False):
   """Waits until all but the `newest` committed groups have landed; `commit_smem` must follow before use."""
+  if interpret:
+    return
+
   @plgpu.inline_mgpu()
   def do(ctx):
     del ctx
@@ -47,9 +53,12 @@ def wait(newest: int):
   do()
 
 
-def load_lists(sources, destinations, first, tokens):
-  """Copies int32 sources[i][first : first + tokens] into the shared lists and fills their rest with 0."""
+def load_lists(sources, destinations, first, tokens, *, copied, interpret):
+  """Copies int32 sources[i][first : first + tokens] into the shared lists, fills their rest with 0 (in the interpreter
+  with whatever follows in the sources), and waits. copied: a barrier for the interpreter."""
   size = destinations[0].shape[0]
+  if interpret:
+    return _copy([source.at[pl.ds(first, size)] for source in sources], destinations, copied)
   number = plgpu.Layout.WG_SPLAT(())
 
   @plgpu.inline_mgpu(arg_types=(
@@ -73,9 +82,12 @@ def load_lists(sources, destinations, first, tokens):
         else:
           ptx.effect(text, "r,l,r", *operands)
   do(list(sources), list(destinations), first, tokens)
+  commit()
+  wait(0)
 
 
-def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, transforms):
+def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, transforms, left, copied,
+                interpret):
   """Starts the copies of one tile: row i of each tile becomes row rows[i // G] * G + i % G of its matrix.
 
   Args:
@@ -88,7 +100,11 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
     span_rows: int32[TILE_ROWS] in shared memory, gets the span of each row.
     group: G.
     transforms: tiling and swizzle of the tiles.
+    left, copied, interpret: with `interpret` tokens from left() on get an empty span, and `copied` is the barrier of the
+      copies, which are awaited.
   """
+  if interpret:
+    return _gather_by_copies(rows, spans, [*matrices, *vectors], [*tiles, *lanes], span_rows, group, left(), copied)
   row_bytes = matrices[0].shape[1] * jnp.dtype(matrices[0].dtype).itemsize
   swizzle = transforms[1].swizzle
   per_row = row_bytes // 16           # 16-byte pieces of a row
@@ -153,23 +169,16 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
 # --- the same in operations that the interpreter knows ----------------------------
 
 
-def load_lists_by_copies(sources, destinations, first, tokens, barrier_ref):
-  """`load_lists`, but what lies past `tokens` is whatever follows in the sources."""
-  del tokens
-  size = destinations[0].shape[0]
-  for source, destination in zip(sources, destinations):
-    plgpu.copy_gmem_to_smem(source.at[pl.ds(first, size)], destination, barrier_ref)
-    plgpu.barrier_wait(barrier_ref)
+def _copy(sources, places, copied):
+  for source, place in zip(sources, places):
+    plgpu.copy_gmem_to_smem(source, place, copied)
+    plgpu.barrier_wait(copied)
 
 
-def gather_tile_by_copies(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, group, valid,
-                          barrier_ref):
-  """`gather_tile`, a token at a time, awaited. Only the first `valid` tokens get their span, the rest 0."""
+def _gather_by_copies(rows, spans, matrices, tiles, span_rows, group, left, copied):
   for i in range(-(-TILE_ROWS // group)):
     size = min(group, TILE_ROWS - i * group)
     token = min(i, TILE_ROWS // group - 1)
     source, place = pl.ds(rows[token] * group, size), pl.ds(i * group, size)
-    for matrix, tile in zip(list(matrices) + list(vectors), list(tiles) + list(lanes)):
-      plgpu.copy_gmem_to_smem(matrix.at[source], tile.at[place], barrier_ref)
-      plgpu.barrier_wait(barrier_ref)
-    span_rows[place] = jnp.full((size,), jnp.where((i < valid) & (size == group), spans[token], 0), jnp.int32)
+    _copy([matrix.at[source] for matrix in matrices], [tile.at[place] for tile in tiles], copied)
+    span_rows[place] = jnp.full((size,), jnp.where((i < left) & (size == group), spans[token], 0), jnp.int32)

@@ -214,13 +214,10 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False, programs
       plgpu.barrier_wait(listed.at[which])
       for half in range(2):
         of = which * 2 + half
-        gathered = (rows_s.at[of], rows_s.at[of], [q], [q_s.at[of]], [], [], nothing_s)
-        if interpret:
-          gather.gather_tile_by_copies(*gathered, group=1, valid=TILE_ROWS, barrier_ref=for_interpreter[1])
-        else:
-          gather.gather_tile(*gathered, group=1, transforms=query_transforms)
-      if not interpret:
-        gather.commit()
+        gather.gather_tile(rows_s.at[of], rows_s.at[of], [q], [q_s.at[of]], [], [], nothing_s, group=1,
+                           transforms=query_transforms, left=lambda: TILE_ROWS,
+                           copied=for_interpreter[1] if interpret else None, interpret=interpret)
+      gather.commit(interpret)
       batch_head = lax.div(at, jnp.int32(tiles))
       batch, head = lax.div(batch_head, jnp.int32(plan.kv_heads)), lax.rem(batch_head, jnp.int32(plan.kv_heads))
       steps = list_s[which, SLOTS]
@@ -234,8 +231,7 @@ def attend(q, k, v, common, plan, *, scale, segmented, interpret=False, programs
 
       # As many as wait for the tile before alone; the next ones need that this one is worked on.
       pl.loop(0, lax.min(steps, stages))(bring)
-      if not interpret:
-        gather.wait(0)
+      gather.wait(0, interpret)
       plgpu.commit_smem()
       plgpu.barrier_arrive(full_q.at[which])
       pl.loop(lax.min(steps, stages), steps)(bring)
