@@ -156,7 +156,7 @@ class Arms:
     self.warmup = max(1, round(0.02 * self.steps)) / self.steps
     self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
 
-  def arm(self, name, attention, stages, fork=None, share=1.0, modes=None, short=0):
+  def arm(self, name, attention, stages, fork=None, share=1.0, modes=None):
     dense = isinstance(attention, methods.Dense)
     wide = [f"{mode}:num_blocks={n}" for mode in ("oracle", "random", "sink_window", "block_topk", "quest")
             for n in (8, 16)]

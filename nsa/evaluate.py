@@ -118,7 +118,7 @@ def _write(config, params, workdir, step, mesh, ending: str | None, during: bool
   asked = held_out.load(config, during)
   settings = asked.settings(config, during)
   directory = epath.Path(workdir) / "eval"
-  path = directory / f"{step}{_by_hand(config, workdir, step, settings) if ending is None else ending}.json"
+  path = directory / f"{step}{_by_hand(workdir, step, settings) if ending is None else ending}.json"
   parts = None
   if (ending is not None and len(settings["run_modes"]) > 1 and not during and jax.process_count() == 1
       and "://" not in str(directory)):
@@ -152,7 +152,7 @@ def is_there(config, workdir, step: int, during: bool = False) -> bool:
           and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during))
 
 
-def _by_hand(config, workdir, step, settings) -> str:
+def _by_hand(workdir, step, settings) -> str:
   """The end of the file's name for an evaluation by hand: what differs from the run's own at this step, "" for
   nothing."""
   workdir = epath.Path(workdir)

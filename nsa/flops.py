@@ -142,11 +142,6 @@ def equal_window(config, context: int) -> int:
   return low
 
 
-def read_reduction(attention_options: methods.Method, model, context: int) -> float:
-  """Positions that dense attention reads at decode over those that the method reads (NSA, table 4)."""
-  return context / sum(attention_options.reads(model, context).values())
-
-
 def parameters(config) -> dict[str, int]:
   """Number of parameters by group, and "non_embedding"."""
   params = model_lib.abstract_params(config)

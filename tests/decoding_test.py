@@ -4,19 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from methods_models import (
-  ALL,
-  KEY,
-  METHODS,
-  WHOLE,
-  B,
-  T,
-  logits_of,
-  make_config,
-  params_of,
-  random_params,
-  tokens_of,
-)
+from methods_models import ALL, KEY, METHODS, WHOLE, B, T, logits_of, make_config, params_of, random_params, tokens_of
 import numpy as np
 import pytest
 

@@ -30,10 +30,8 @@ def test_msa_reductions_are_the_published_ones():
 
 def test_nsa_reads_are_the_published_ones():
   model = ModelConfig(num_heads=64, num_kv_heads=4, head_dim=192)
-  for context, tokens, ratio in ((8192, 2048, 4.0), (16384, 2560, 6.4), (32768, 3584, 9.1),
-                                 (65536, 5632, 11.6)):
+  for context, tokens in ((8192, 2048), (16384, 2560), (32768, 3584), (65536, 5632)):
     assert sum(methods.NSA().reads(model, context).values()) == pytest.approx(tokens)
-    assert flops.read_reduction(methods.NSA(), model, context) == pytest.approx(ratio, abs=0.05)
 
 
 def mean_over_queries(count):

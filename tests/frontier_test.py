@@ -103,7 +103,7 @@ def planted(rng, n, losses, level=0.9):
       for cell, d, x in zip(cells, dense, of_step):
         back = 0.1 * x * level / (1 - level)
         lost[cell.name] = np.where(d > 0, rng.random(n) < 1.1 * x, -1.0 * (rng.random(n) < back))
-      ways[way].append(frontier.Step(way, "dense", way, 0.5 + 0.2 * k, lost))
+      ways[way].append(frontier.Step("dense", way, 0.5 + 0.2 * k, lost))
   return frontier.Grid(cells, ways)
 
 
@@ -159,7 +159,7 @@ def test_limits_of_few_losses_are_exact(right, lost, monkeypatch):
   """Those of Clopper and Pearson: whole counts of examples would call 1 of 128 safe within 5 % at alpha / 7."""
   monkeypatch.setattr(frontier, "DRAWS", 20_000)
   cell = frontier.Cell("task", True, tuple(range(right + 9)), np.repeat([1.0, 0.0], [right, 9]))
-  step = frontier.Step("a", "dense", "a", 0.5, {"task": (np.arange(right + 9) < lost).astype(float)})
+  step = frontier.Step("dense", "a", 0.5, {"task": (np.arange(right + 9) < lost).astype(float)})
   (low, high), = frontier.limits(cell, [step], 0.05 / 3, 0.05 / 7)
   assert high == pytest.approx(special.betaincinv(lost + 1, right - lost, 1 - 0.05 / 7), rel=0.05)
   assert low == pytest.approx(special.betaincinv(lost, right - lost + 1, 0.05 / 3) if lost else 0, rel=0.2)
@@ -169,7 +169,7 @@ def test_limits_of_few_losses_are_exact(right, lost, monkeypatch):
 def test_few_examples_show_little(lost, word):
   """Of three none lost says nothing of 5 %; all three would be lost once in 8,000 times at 5 %."""
   cell = frontier.Cell("task", True, (0, 1, 2), np.ones(3))
-  found = frontier.Grid([cell], {"a": [frontier.Step("a", "dense", "a", 0.5, {"task": np.array(lost, float)})]})
+  found = frontier.Grid([cell], {"a": [frontier.Step("dense", "a", 0.5, {"task": np.array(lost, float)})]})
   assert frontier.judge(found, 0.05).word == word
 
 

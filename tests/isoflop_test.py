@@ -62,7 +62,7 @@ def test_words_are_seldom_false_and_found_where_true(msa, window, false, true):
   rng = np.random.default_rng(1)
   words = []
   for _ in range(120):
-    (one,) = isoflop.judge(None, fits(rng, {"dense": 0.0, "msa_32": msa, "window_32": window}))
+    (one,) = isoflop.judge(fits(rng, {"dense": 0.0, "msa_32": msa, "window_32": window}))
     assert one.budget == 4.5e15 and set(one.against) == {"dense", "window_32"}
     words.append(one.word)
   assert sum(word in false for word in words) <= 11  # 5 % of 120, and two standard errors
@@ -71,7 +71,7 @@ def test_words_are_seldom_false_and_found_where_true(msa, window, false, true):
 
 def test_locality_says_what_it_does_not_exclude():
   found = fits(np.random.default_rng(1), {"dense": 0.0, "msa_32": 0.03, "window_32": 0.03})
-  (one,) = isoflop.judge(None, found)
+  (one,) = isoflop.judge(found)
   (text,) = isoflop._verdict(runs.Study("s", []), found)
   low = one.against["window_32"][1]
   assert one.word == "confirmed by locality" and low < -isoflop.SMALLEST
@@ -81,7 +81,7 @@ def test_locality_says_what_it_does_not_exclude():
 def test_what_is_not_bracketed_or_bends_down_supports_no_word():
   rng = np.random.default_rng(2)
   small = fits(rng, {"dense": 0.0, "msa_32": 0.2}, sizes=(0.2e6, 0.3e6, 0.44e6, 0.6e6))
-  (one,) = isoflop.judge(None, small)
+  (one,) = isoflop.judge(small)
   assert one.word == "undecided" and math.isnan(one.budget)
   falling = [p for p in planted(rng, "dense", noise=0.0)]
   for p in falling:
@@ -91,7 +91,7 @@ def test_what_is_not_bracketed_or_bends_down_supports_no_word():
 
 
 def test_a_gain_without_a_window_to_compare_with_has_no_cause():
-  (one,) = isoflop.judge(None, fits(np.random.default_rng(5), {"dense": 0.0, "msa_8": 0.03, "window_32": 0.03}))
+  (one,) = isoflop.judge(fits(np.random.default_rng(5), {"dense": 0.0, "msa_8": 0.03, "window_32": 0.03}))
   assert one.word == "confirmed, cause open" and set(one.against) == {"dense"} and one.window is None
 
 

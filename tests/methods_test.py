@@ -29,15 +29,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from nsa import (
-  layers,
-  methods,
-  model as model_lib,
-  optim,
-  schedule,
-  sharding,
-  step as step_lib,
-)
+from nsa import layers, methods, model as model_lib, optim, schedule, sharding, step as step_lib
 
 # --- one layer against the reference ----------------------------------------------
 

@@ -135,7 +135,7 @@ def test_a_study_with_all_there_can_be(tmp_path):
   assert set(words.values()) >= {"matches", "worse", "cannot be judged"}
   assert any("after_5: 3 of 5 seeds" in line for line in lines) and any("1 failed" in line for line in lines)
   study = archive.load([root])
-  levels = [verdict.levels_off(study, [c for c in verdict.verdict(study, endpoints.rows(study)).of("R", recall, "S")
+  levels = [verdict.levels_off([c for c in verdict.verdict(study, endpoints.rows(study)).of("R", recall, "S")
                                        if study.control(c.arm) == "dense"])[1]]
   p = [line.rpartition("p = ")[2] for line in lines if line.startswith(f"{recall} S: R between")]
   assert all(f"p = {one}" in text for one, text in zip(p, levels)) and len(p) == 1

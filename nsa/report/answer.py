@@ -12,7 +12,7 @@ from nsa.report.runs import Study
 from nsa.report.verdict import QUANTITIES, Verdict, own, p_text, percent
 
 
-def verdict(study: Study, table: list[Row], found: Verdict) -> list:
+def verdict(found: Verdict) -> list:
   """The judgement, in a sentence and in lines."""
   blocks = [Heading("Verdict"), Text(f"**{found.headline}**", "verdict")]
   return blocks + ([Bullets(found.lines)] if found.lines else [])
@@ -142,7 +142,7 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
   return blocks
 
 
-def costs_of_anchor(study, table, found) -> list:
+def costs_of_anchor(study, table) -> list:
   """A at equal tokens, FLOPs and device time."""
   lines, reasons = [], []
   for size in study.sizes if study.reference not in ("", study.dense) else ():

@@ -69,7 +69,6 @@ class Cell:
 @dataclasses.dataclass
 class Step:
   """One run mode of one arm. `lost[cell]`: float64[n], of each of its examples; a text's is bits added."""
-  way: str
   arm: str
   mode: str
   sparsity: float
@@ -99,7 +98,6 @@ class Grid:
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """What the examples say of one limit. `safe`: way -> the largest sparsity up to which it is safe for all tasks."""
-  limit: float
   word: str                        # confirmed | refuted | undecided
   safe: dict[str, float]
   unsafe: int                      # steps that lose more on some task
@@ -137,7 +135,7 @@ def grid(study: Study, size: str) -> Grid:
     if name == "dense" or arm not in same and name != "sparse":
       continue
     way = name if arm in same else arm
-    step = Step(way, arm, mode, _sparsity(kinds))
+    step = Step(arm, mode, _sparsity(kinds))
     scores = _scores(kinds)
     for cell in cells:
       values = scores.get((cell.task, cell.name), {})
@@ -258,7 +256,7 @@ def judge(found: Grid, limit: float) -> Verdict | None:
         break
       safe[way] = step.sparsity
   word = "refuted" if safe else "confirmed" if unsafe == count and not found.missing else "undecided"
-  return Verdict(limit, word, safe, unsafe, count)
+  return Verdict(word, safe, unsafe, count)
 
 
 # --- the section --------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Judgement:
   window: tuple[float, float, float] | None = None  # the window of equal cost minus dense
 
 
-def judge(study: Study, fits: dict[str, dict[str, Fit | str]], dense: str = "dense") -> list[Judgement]:
+def judge(fits: dict[str, dict[str, Fit | str]], dense: str = "dense") -> list[Judgement]:
   """The verdicts; `fits`: metric -> method -> fit. Sparse methods are those that are neither dense nor windows."""
   tests = [(metric, method) for metric, of in fits.items() if endpoints.metric(metric).kind == "text"
            for method in of if method != dense and not method.startswith("window")]
@@ -327,7 +327,7 @@ def section(study: Study, table: list[Row], gallery) -> list:
 
 
 def _verdict(study, fits) -> list:
-  judged = judge(study, fits)
+  judged = judge(fits)
   if not judged:
     return [Text("No verdict: no sparse method has runs.", "note")]
   lines = []

@@ -81,7 +81,7 @@ def text(study, plan: dict) -> str:
   kinds = list(dict.fromkeys(m.kind for m, e in metrics.values() if e["primary"]))
   blocks = [Text(plan["question"], "note"), Text(f"Plan hash: `{plan['hash']}`"), Heading("Arms"), Table(
       ["arm", "size", "attention", "stages", "steps", "forks from", "tokens", "seeds"],
-      [_arm(study, arm, plan) for arm in study.arms],
+      [_arm(arm, plan) for arm in study.arms],
       "Configs in full: plan.json. Tokens: of the whole run, its trunk's included", left=4)]
   blocks += [Heading("Endpoints"), Table(["endpoint", "role", "margin"], [
       [m.title, f"primary, family \"{m.kind}\"" if e["primary"] else "secondary", f"{m.text(e['margin'])} {m.unit}"]
@@ -129,7 +129,7 @@ def _sizes(study) -> list[str]:
   return list(dict.fromkeys(arm.size for arm in study.arms))
 
 
-def _arm(study, arm, plan):
+def _arm(arm, plan):
   from nsa import config as config_lib
   stages = ", ".join(f"{s.mode} {last - first}"
                      for s, (first, last) in zip(arm.schedule.stages, config_lib.steps_of(arm.schedule)))

@@ -96,7 +96,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
                  opened: Verdict | None = None) -> list:
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
-  blocks += answer.verdict(study, table, verdict) + answer.opened(study, verdict, opened)
+  blocks += answer.verdict(verdict) + answer.opened(study, verdict, opened)
   for name in study.sections:
     blocks += FURTHER[name](study, table, gallery) if name in FURTHER else [
         Text(f"The section {name!r} that the study asks for is not known to this version.", "note")]
@@ -108,7 +108,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
     for size in study.sizes:
       blocks += gallery.picture("learnt", size) + learnt(study, size)
   blocks += arms(study, table)
-  blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table, verdict)
+  blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table)
   blocks += answer.sizes_and_tokens(study, table, gallery)
   blocks += answer.exploratory(study, table, verdict) + by_length * (not judges)
   for title, part in (("Selector or backbone?", answer.errors), ("Trained, or free of training?", selectors.section),

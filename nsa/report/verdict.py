@@ -189,7 +189,7 @@ def comparisons(study: Study, table: list[Row], admitted: dict) -> list[Comparis
   return out
 
 
-def levels_off(study: Study, found: Iterable[Comparison]) -> tuple[bool, str]:
+def levels_off(found: Iterable[Comparison]) -> tuple[bool, str]:
   """Whether R(b) of one endpoint and size is shown to level off: its two largest budgets are equivalent within the
   margin.
 
@@ -294,7 +294,7 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
   for e in study.endpoints:
     for size in begun or study.sizes:
       result.lines += _of_endpoint(study, table, result, e, size)
-  result.headline = _headline(study, [c for c in primary if c.size in begun] or primary, admitted)
+  result.headline = _headline(study, [c for c in primary if c.size in begun] or primary)
   if begun and (rest := [size for size in study.sizes if size not in begun]):
     counts = [f"Of size {' and '.join(rest)} no run has finished."] + counts
   result.lines += counts
@@ -337,7 +337,7 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
                  + (f", and with every R(b) a match they are A again, {len(deltas)} times." if words == {"matches"}
                     else "."))
   if e.primary and study.budgets:
-    lines.append(levels_off(study, [c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
+    lines.append(levels_off([c for c in mine if study.control(c.arm) == study.dense])[1] + ".")
   groups = counted(study, table, e.metric, size)
   if groups and not m.gated_by:
     lines.append("Seeds fall into two groups, which a mean does not describe: " + "; ".join(groups) + ".")
@@ -357,7 +357,7 @@ def _tally(group) -> str:
   return "; ".join(words + [f"{len(group) - len(ran)} more without a pair of runs"] * (len(ran) < len(group)))
 
 
-def _headline(study, primary, admitted):
+def _headline(study, primary):
   quantity = next((q for q in ("Delta", "R", "A") if q in study.quantities), "")
   group = [c for c in primary if c.quantity == quantity] or primary
   against = study.reference if quantity != "R" else "its dense control"

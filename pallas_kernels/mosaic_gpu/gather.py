@@ -100,8 +100,8 @@ def gather_tile(rows, spans, matrices, tiles, vectors, lanes, span_rows, *, grou
     span_rows: int32[TILE_ROWS] in shared memory, gets the span of each row.
     group: G.
     transforms: tiling and swizzle of the tiles.
-    left, copied, interpret: with `interpret` tokens from left() on get an empty span, and `copied` is the barrier of the
-      copies, which are awaited.
+    left, copied, interpret: with `interpret` tokens from left() on get an empty span, and `copied` is the barrier of
+      the copies, which are awaited.
   """
   if interpret:
     return _gather_by_copies(rows, spans, [*matrices, *vectors], [*tiles, *lanes], span_rows, group, left(), copied)

@@ -199,8 +199,8 @@ def divergence(plan, queries, lse, pairs, lists, numbers, *, scale, index_scale,
   shape = jax.ShapeDtypeStruct((heads, tiles, 3, plan.rows), jnp.float32)
   return pl.pallas_call(
       body, grid=(heads, 1, tiles),
-      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries, lse), _whole(same), walk.LEFT_IN_HBM],
-      out_specs=walk.tile_specs(plan, shape)[0], out_shape=shape, scratch_shapes=walk.stream_scratch(plan, pairs.dtype),
+      in_specs=[*walk.list_specs(plan), *walk.tile_specs(numbers, queries, lse), _whole(same), walk.LEFT_IN_HBM],
+      out_specs=walk.tile_specs(shape)[0], out_shape=shape, scratch_shapes=walk.stream_scratch(plan, pairs.dtype),
       compiler_params=walk.compiler_params(), interpret=interpret,
       name="index_kl_forward")(lists, lists, numbers, queries, lse, same, pairs)
 

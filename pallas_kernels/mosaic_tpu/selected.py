@@ -174,8 +174,8 @@ def attend(plan, queries, pairs, lists, numbers, *, scale, interpret=False):
             jax.ShapeDtypeStruct((heads, tiles, 1, plan.rows), jnp.float32)]
   return pl.pallas_call(
       body, grid=(heads, 1, tiles),
-      in_specs=[*walk.list_specs(plan), *walk.tile_specs(plan, numbers, queries), walk.LEFT_IN_HBM],
-      out_specs=walk.tile_specs(plan, *shapes), out_shape=shapes,
+      in_specs=[*walk.list_specs(plan), *walk.tile_specs(numbers, queries), walk.LEFT_IN_HBM],
+      out_specs=walk.tile_specs(*shapes), out_shape=shapes,
       scratch_shapes=[pltpu.VMEM((height, plan.rows), jnp.float32), *walk.stream_scratch(plan, dtype)],
       compiler_params=walk.compiler_params(), interpret=interpret,
       name="selected_attention_forward")(lists, lists, numbers, queries, pairs)

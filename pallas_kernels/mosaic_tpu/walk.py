@@ -26,7 +26,7 @@ def list_specs(plan):
                        memory_space=pltpu.SMEM)]
 
 
-def tile_specs(plan, *arrays):
+def tile_specs(*arrays):
   """Block specs of arrays [B * K, tiles, ...]: what belongs to a tile."""
   return [pl.BlockSpec((1, 1, *x.shape[2:]), lambda head, span, tile: (head, tile, 0, 0)) for x in arrays]
 
@@ -240,8 +240,8 @@ def gradients(plan, name, tiles, more, pairs, lists, step, *, queries_height, dt
     k_shape = jax.ShapeDtypeStruct((heads, ranges * range_keys, keys_width), jnp.float32)
     return pl.pallas_call(
         body, grid=(heads, ranges, count),
-        in_specs=[*list_specs(plan), *tile_specs(plan, *tiles), *map(whole, more), LEFT_IN_HBM],
-        out_specs=of(of_queries, *tile_specs(plan, q_shape)) + of(of_keys, LEFT_IN_HBM),
+        in_specs=[*list_specs(plan), *tile_specs(*tiles), *map(whole, more), LEFT_IN_HBM],
+        out_specs=of(of_queries, *tile_specs(q_shape)) + of(of_keys, LEFT_IN_HBM),
         out_shape=of(of_queries, q_shape) + of(of_keys, k_shape),
         scratch_shapes=of(of_queries, pltpu.VMEM((queries_height, plan.rows), jnp.float32))
         + of(of_keys, pltpu.VMEM((range_keys, keys_width), jnp.float32)) + stream_scratch(plan, pairs.dtype),

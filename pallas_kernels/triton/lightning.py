@@ -20,7 +20,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 DS_BYTES = 2 ** 30  # of the gradient of the index scores alive at a time
 
 
-def _index_reasons(q_idx, k_idx, index_weights):
+def _index_reasons(q_idx, k_idx):
   B, T, R, heads, HI = q_idx.shape
   one = jax.ShapeDtypeStruct((B, T, R, HI), q_idx.dtype)
   reason = ranged.reasons(one, one)
@@ -35,14 +35,14 @@ def _index_reasons(q_idx, k_idx, index_weights):
   return None
 
 
-def supports_lightning_scores(*, q_idx, index_weights, k_idx, block_size, **_):
+def supports_lightning_scores(*, q_idx, k_idx, block_size, **_):
   if block_size not in BLOCK_SIZES:
     return f"block_size = {block_size}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
-  return _index_reasons(q_idx, k_idx, index_weights)
+  return _index_reasons(q_idx, k_idx)
 
 
-def supports_lightning_kl(*, q, k, q_idx, index_weights, k_idx, block_indices, block_size, scale, **_):
-  reason = ranged.reasons(q, k, None, scale) or _index_reasons(q_idx, k_idx, index_weights)
+def supports_lightning_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, **_):
+  reason = ranged.reasons(q, k, None, scale) or _index_reasons(q_idx, k_idx)
   if reason:
     return reason
   if q.dtype == jnp.float16:

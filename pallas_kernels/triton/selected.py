@@ -65,7 +65,7 @@ def _plan(q, k, J, block_size):
   return entry_lists.Plan(B, T, S, K, GP, J, block_size, min(range_size, T), tiles_per_unit=32)
 
 
-def _constants(q, k, J, how, kernel):
+def _constants(q, k, how, kernel):
   (N, H), (S, K) = q.shape[2:], k.shape[1:3]
   block_size, scale, precision = how
   tuned = tuning.get(kernel, head_dim=H, dtype=q.dtype)
@@ -99,7 +99,7 @@ def _forward(q, k, v, rest, *, how):
       [jax.ShapeDtypeStruct((splits, B, T, N, H), q.dtype if splits == 1 else jnp.float32),
        jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)],
       grid=(items * splits,), name="selected_attention_forward", ITEMS=items, T=T, J=J, SPLITS=splits, JP=JP,
-      **_per_token(_constants(q, k, J, how, "selected_forward")))
+      **_per_token(_constants(q, k, how, "selected_forward")))
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 
 
@@ -110,7 +110,7 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
   delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
   seen = lse > -jnp.inf
   delta, lse = jnp.where(seen, delta, 0.0), jnp.where(seen, lse * call.LOG2E, 0.0)
-  constants = _constants(q, k, J, how, "selected_forward")
+  constants = _constants(q, k, how, "selected_forward")
   dq = call.kernel_call(
       selected_kernels.dq_kernel, (q, k, v, do, lse, delta, *_slots(q, k, rest, how)),
       jax.ShapeDtypeStruct(q.shape, q.dtype), grid=(B * T * K,), name="selected_attention_dq", ITEMS=B * T * K, T=T,
@@ -119,7 +119,7 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
   block_indices, segment_ids, offset = rest
   entries = entry_lists.invert(block_indices, plan, segment_ids, offset)
   parts = jax.ShapeDtypeStruct((plan.max_units, how[0], H), jnp.float32)
-  constants = _constants(q, k, J, how, "selected_dkv")
+  constants = _constants(q, k, how, "selected_dkv")
   if how[0] * H > 64 * 64:  # two float32 accumulators of this size
     constants["num_warps"] = max(constants["num_warps"], 8)
   if H > 128:
