@@ -24,3 +24,16 @@ def parse(text: str | None, **defaults) -> types.SimpleNamespace:
       raise ValueError(
           f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
   return types.SimpleNamespace(**values)
+
+
+def choice(arguments: types.SimpleNamespace, name: str, known: dict):
+  """What the argument `name` stands for in `known`. Raises ValueError that lists what there is."""
+  value = getattr(arguments, name)
+  if value not in known:
+    raise ValueError(f"experiment argument {name} = {value!r}: one of {', '.join(known)}")
+  return known[value]
+
+
+def corpora(arguments: types.SimpleNamespace) -> dict[str, str]:
+  """Corpus -> source, of the arguments novels and code: archives or folders, "" for none."""
+  return {name: f"files:{path}" for name, path in (("novels", arguments.novels), ("code", arguments.code)) if path}

@@ -88,7 +88,7 @@ class Arms:
 
   def __init__(self, a):
     self.a = a
-    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.corpora = arguments.corpora(a)
     self.tasks = tuple(a.tasks.split("+")) if a.tasks else smollm2.TASKS
     self.model, self.tokenizer = smollm2.source(a.model)
     self.parameters = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"

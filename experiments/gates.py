@@ -69,7 +69,7 @@ class Arms:
     self.plan = dict(peak=a.rate, warmup=0.02, decay=0.2)
     self.block = min(32, a.context // 64)
     self.count = a.blocks or a.context // 8 // self.block
-    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.corpora = arguments.corpora(a)
 
   def arm(self, name, attention, stages, run_modes, during, rate=1.0, short_conv=3, fork=None, share=1.0):
     a = self.a

@@ -132,7 +132,7 @@ class Arms:
 
   def __init__(self, a):
     self.a = a
-    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.corpora = arguments.corpora(a)
 
   def arm(self, name, budget, size, view):
     """Its steps are those that cost the budget, nearest whole number; at least one."""

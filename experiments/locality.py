@@ -32,9 +32,7 @@ def get_config(arg=None):
               ("dense", "sparse", "oracle")),
       "window": (methods.Window(window=64), schedule.native(a.steps, selector_warmup=0, **plan), ("dense", "sparse")),
   }
-  if a.arm not in arms:
-    raise ValueError(f"experiment argument arm = {a.arm!r}: one of {', '.join(arms)}")
-  attention, stages, run_modes = arms[a.arm]
+  attention, stages, run_modes = arguments.choice(a, "arm", arms)
   return Config(
       arm=a.arm, size="0.5M", seeds=(a.seed,), attention=attention, schedule=stages,
       model=ModelConfig(num_layers=3, d_model=128, num_heads=4, num_kv_heads=1, head_dim=32, mlp_dim=256, short_conv=3,

@@ -154,7 +154,7 @@ class Arms:
     self.geometry = dict(block_size=BLOCK, num_blocks=a.blocks)
     self.msa = methods.MSA(index_dim=64, **self.geometry)
     self.warmup = max(1, round(0.02 * self.steps)) / self.steps
-    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.corpora = arguments.corpora(a)
 
   def arm(self, name, attention, stages, fork=None, share=1.0, modes=None):
     dense = isinstance(attention, methods.Dense)

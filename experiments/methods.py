@@ -77,9 +77,7 @@ def get_config(arg=None):
       # Not native: the gate is distilled on a dense model, which is frozen for the last fifth of the steps.
       "seer": (methods.Seer(gate_dim=16, **BLOCKS), schedule.selector_only(a.steps, 0.2, **rate)),
   }
-  if a.arm not in arms:
-    raise ValueError(f"experiment argument arm = {a.arm!r}: one of {', '.join(arms)}")
-  attention, plan = arms[a.arm]
+  attention, plan = arguments.choice(a, "arm", arms)
   return Config(
       arm=a.arm, size="methods", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),

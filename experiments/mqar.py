@@ -29,9 +29,7 @@ def get_config(arg=None):
       "nsa": (methods.NSA(block_size=8, num_blocks=8, compress_len=8, compress_stride=4, window=16),
               schedule.native(a.steps, selector_warmup=0, **rate)),
   }
-  if a.arm not in arms:
-    raise ValueError(f"experiment argument arm = {a.arm!r}: one of {', '.join(arms)}")
-  attention, plan = arms[a.arm]
+  attention, plan = arguments.choice(a, "arm", arms)
   return Config(
       arm=a.arm, size="mqar", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=1, head_dim=16, mlp_dim=176, short_conv=3),

@@ -32,9 +32,7 @@ def get_config(arg=None):
       "infllm_v2": (methods.InfLLMV2(pool_len=16, pool_stride=8, num_local=5, **BLOCKS), cold),
       "ssa": (methods.SSA(**BLOCKS), schedule.mixed(a.steps, **RATE)),
   }
-  if a.method not in arms:
-    raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(arms)}")
-  attention, plan = arms[a.method]
+  attention, plan = arguments.choice(a, "method", arms)
   return Config(
       arm=f"native_{a.method}" if a.method != "dense" else "dense", size="10M", attention=attention, schedule=plan,
       model=ModelConfig(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024, short_conv=3,

@@ -24,8 +24,7 @@ BUDGET = 0.25
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", size="M", scale=1.0, blocks=24)
-  if a.size not in main_study.SIZES:
-    raise ValueError(f"experiment argument size = {a.size!r}: one of {', '.join(main_study.SIZES)}")
+  arguments.choice(a, "size", main_study.SIZES)
   main = types.SimpleNamespace(**vars(a), rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, selector_steps=60)
   make = main_study.Arms(main, a.size)
   arms = [make.dense(), make.continued(BUDGET), make.within(BUDGET), make.after(BUDGET)]

@@ -32,10 +32,8 @@ def get_config(arg=None):
   a = arguments.parse(arg, trunk="", method="msa", steps=1000, context=8192, batch=8, block_size=64, num_blocks=16,
                       dense_layers=0, peak=2e-5)
   geometry = dict(block_size=a.block_size, num_blocks=a.num_blocks)
-  known = {"msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry),
-           "quest": methods.Quest(**geometry)}
-  if a.method not in known:
-    raise ValueError(f"experiment argument method = {a.method!r}: one of {', '.join(known)}")
+  attention = arguments.choice(a, "method", {
+      "msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry), "quest": methods.Quest(**geometry)})
   model, tokenizer, size = SHAPE, "bytes", "0.6B"
   if a.trunk:
     trunk = rundir.read_config(a.trunk, field="experiment argument trunk")
@@ -46,7 +44,7 @@ def get_config(arg=None):
   plan = schedule.native(a.steps, selector_warmup=0.1 if a.method == "msa" else 0.0, peak=a.peak, warmup=0.02,
                          decay=0.2)
   return Config(
-      arm=f"retrofit_{a.method}", size=size, model=dataclasses.replace(model, remat="layer"), attention=known[a.method],
+      arm=f"retrofit_{a.method}", size=size, model=dataclasses.replace(model, remat="layer"), attention=attention,
       layers=layers if a.dense_layers else (), schedule=plan,
       data=DataConfig(tokenizer=tokenizer, context=a.context, global_batch=a.batch, align=a.block_size),
       eval=EvalConfig(run_modes=("dense", "sparse"), batch=1),

@@ -40,18 +40,16 @@ def mesh_of(context: int, devices: int, tensor: int) -> MeshConfig:
 
 def get_config(arg=None):
   a = arguments.parse(arg, size="8b", context=131072, method="msa", devices=512, tokens=0.0, budget=0.13, tensor=0)
-  for name, known in (("size", MODELS), ("method", METHODS)):
-    if getattr(a, name) not in known:
-      raise ValueError(f"experiment argument {name} = {getattr(a, name)!r}: one of {', '.join(known)}")
+  shape, method = arguments.choice(a, "size", MODELS), arguments.choice(a, "method", METHODS)
   steps = max(100, round((a.tokens or TOKENS[a.size]) / TOKENS_PER_STEP))
   if a.method == "dense":
     plan = schedule.dense(steps)
   else:
     plan = schedule.retrofit(steps, a.budget, selector_warmup=0.1 if a.method == "msa" else 0.0)
   return Config(
-      arm=a.method, size=a.size, attention=METHODS[a.method](), schedule=plan,
+      arm=a.method, size=a.size, attention=method(), schedule=plan,
       model=ModelConfig(vocab_size=200_064, head_dim=128, rope_theta=5e6, dtype="bfloat16", remat="layer",
-                        tie_embeddings=False, **MODELS[a.size]),
+                        tie_embeddings=False, **shape),
       data=DataConfig(context=a.context, global_batch=TOKENS_PER_STEP // a.context, align=128),
       mesh=mesh_of(a.context, a.devices, a.tensor or (1 if a.size == "1b" else 4)),
       eval=EvalConfig(sequences=0, run_modes=(), batch=TOKENS_PER_STEP // a.context))

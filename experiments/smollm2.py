@@ -142,7 +142,7 @@ class Arms:
     self.millions = tuple(float(x) for x in a.budgets.split("+"))
     self.main = self.millions[1:3]
     self.geometry = dict(block_size=a.block, num_blocks=a.blocks)
-    self.corpora = {name: f"files:{path}" for name, path in (("novels", a.novels), ("code", a.code)) if path}
+    self.corpora = arguments.corpora(a)
     self.tasks = self.at_lengths(a.tasks.split("+") if a.tasks else TASKS)
     self.model, self.tokenizer = source(a.model)
     self.size = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
