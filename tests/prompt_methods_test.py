@@ -28,7 +28,6 @@ METHODS = {
     "snapkv": methods.SnapKV(capacity=9, window=5, kernel=3, local=3, prefix=2),
 }
 ALL = sorted(METHODS)
-PREFILL = [name for name in ALL if name != "snapkv"]
 
 
 @functools.lru_cache(maxsize=None)
