@@ -200,8 +200,8 @@ def read_plan(path: Path) -> dict:
   return plan
 
 
-def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
-  """What study.json asks, checked, with its runs. ValueError names the field, its value and the fix."""
+def study_of(path: Path, plan: dict) -> Study:
+  """What study.json asks, checked, without its runs. ValueError names the field, its value and the fix."""
   from nsa.report import endpoints as endpoint_lib  # which reads runs
   def need(ok, name, value, fix):
     if not ok:
@@ -237,7 +237,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
          job.get("seeds"), "a list of integers")
   given = {name: plan[name] for name in ("question", "alpha", "plan", "audit", "controls", "branches", "solved")
            if plan.get(name)}
-  return Study(name=plan.get("name") or path.name, runs=runs, declared=plan.get("declared", True),
+  return Study(name=plan.get("name") or path.name, runs=[], declared=plan.get("declared", True),
                sections=tuple(plan.get("sections") or ()),
                arms=list(plan.get("arms") or []), reference=plan.get("reference_arm") or "",
                dense=plan.get("dense_arm") or "dense",
@@ -247,7 +247,7 @@ def study_of(path: Path, plan: dict, runs: list[Run]) -> Study:
 
 
 def load_study(path: Path, plan: dict) -> Study:
-  study = study_of(path, plan, [])
+  study = study_of(path, plan)
   jobs = plan.get("jobs") or []
   for job in jobs:
     where = path / job.get("run", "?")
