@@ -1,8 +1,11 @@
 """Tests of the pages: their links lead somewhere, their commands name what is there, nothing is left out."""
+import collections
+import csv
 import importlib.util
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,6 +47,19 @@ def test_the_page_of_kernels_names_its_rows():
   files = {path.stem for path in ROWS.iterdir()}
   assert files - set(re.findall(r"\w+", text)) == set()
   assert set(re.findall(r"`(\w+_h[12]00\w*)`", text)) <= files
+
+
+def test_smollm2s_budgets_are_those_of_its_records():
+  """Each triple of novels, code and far recall of docs/results.md is the mean over the runs of an arm in a run mode."""
+  runs = collections.defaultdict(list)
+  with (ROOT / "experiments/results/smollm2/results.csv").open() as file:
+    for row in csv.DictReader(file):
+      bits = [row[f"second_half_bits_per_byte:{corpus}"] for corpus in ("novels", "code")]
+      runs[row["arm"], row["run_mode"]].append([*map(float, bits), 100 * float(row["far_exact_match"])])
+  means = {"{:.4f}, {:.4f}, {:.1f}".format(*np.mean(of, axis=0)) for of in runs.values()}
+  text = (ROOT / "docs/results.md").read_text().replace("*", "")
+  told = re.findall(r"\d\.\d{4}, \d\.\d{4}, \d+\.\d", text)
+  assert len(told) > 30 and set(told) <= means
 
 
 def test_every_registered_method_is_in_the_readme():
