@@ -8,6 +8,7 @@ commit them before the first run that counts; the report lists what deviates. Wi
 runs alone; the report is written by the call that finds all runs done. With --devices=0,1,2,3 runs go side by side,
 a process for each (launch/side_by_side.py).
 """
+import functools
 from pathlib import Path
 import time
 
@@ -24,6 +25,8 @@ _DEVICES = flags.DEFINE_list("devices", [], "GPUs of this host, each as often as
                              "two on each of two. Empty: one run after the other, in this process.")
 _WORKER = flags.DEFINE_bool("worker", False, "What --devices starts: takes names of runs from standard input, a line "
                             "each.")
+_OTHER_BITS = flags.DEFINE_bool("other_bits", False, "A trunk whose checkpoints are gone may log other bits when it is "
+                                "trained again; its forks' records and the report say so.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
 _PLAN = flags.DEFINE_bool("plan", False, "Write the plan of the study (PLAN.md, plan.json); train nothing.")
 flags.mark_flag_as_required("config")
@@ -54,6 +57,7 @@ def main():
   began = time.monotonic()
   say = lambda line: print(line, flush=True)
   only = tuple(_ONLY.value)
+  run = functools.partial(study_lib.run, study, workdir, other_bits=_OTHER_BITS.value, on_job=say)
   if _DEVICES.value:
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the others need the devices' memory
     study_lib.check_tasks(study)
@@ -64,10 +68,10 @@ def main():
     if stopped:
       return cli.PREEMPTED
   elif _WORKER.value:
-    side_by_side.serve(lambda name: study_lib.run(study, workdir, only=(name,), on_job=say), Path(workdir) / "logs")
+    side_by_side.serve(lambda name: run(only=(name,)), Path(workdir) / "logs")
     return
   else:
-    jobs = study_lib.run(study, workdir, only=only, on_job=say)
+    jobs = run(only=only)
   left = study_lib.unfinished(study, workdir)
   if left:
     print(f"{len(left)} runs are left to other processes: {', '.join(left)}")
