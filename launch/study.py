@@ -25,6 +25,8 @@ _DEVICES = flags.DEFINE_list("devices", [], "GPUs of this host, each as often as
                              "two on each of two. Empty: one run after the other, in this process.")
 _WORKER = flags.DEFINE_bool("worker", False, "What --devices starts: takes names of runs from standard input, a line "
                             "each.")
+_OTHER_BITS = flags.DEFINE_bool("other_bits", False, "A trunk whose checkpoints are gone may log other bits when it is "
+                                "trained again; its forks' records and the report say so.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost; train nothing.")
 _PLAN = flags.DEFINE_bool("plan", False, "Write the plan of the study (PLAN.md, plan.json); train nothing.")
 flags.mark_flag_as_required("config")
@@ -67,7 +69,7 @@ def main():
       return cli.PREEMPTED
   else:
     cli.begin_early(dict.fromkeys(source for arm in study.arms for source in arm.data.texts.values()))
-    run = lambda patterns: study_lib.run(study, workdir, only=patterns, on_job=say)
+    run = lambda patterns: study_lib.run(study, workdir, only=patterns, other_bits=_OTHER_BITS.value, on_job=say)
     if _WORKER.value:
       return side_by_side.serve(lambda name: run((name,)), Path(workdir) / "logs")
     jobs = run(only)

@@ -223,12 +223,14 @@ def settle(study: Study, directory, todo: list[Job], others: list[Job]) -> None:
   _save(study, todo + others, epath.Path(directory))
 
 
-def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) -> list[Job]:
+def run(study: Study, directory, *, only: tuple[str, ...] = (), other_bits: bool = False, on_job=print) -> list[Job]:
   """Runs what is not done yet and writes study.json after every run. Returns the jobs.
 
   only: patterns of run names ("*-s0", "dense-*"), in the order in which they run; other runs are left to other
     processes that share the directory.
     A fork whose trunk is neither done nor among them is left for later.
+  other_bits: a trunk that was trained again may log other bits; its forks' versions.json say so ("trunk_again"), and
+    reports do.
 
   Raises ConfigError before anything is trained, and train.Preempted on SIGTERM (the same call
   goes on). Everything else that happens to a run is its own failure.
@@ -255,7 +257,7 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), on_job=print) ->
       eta = f", about {_minutes(left * clock / trained)} of training left" if trained else ""
       on_job(f"[{position}/{len(todo)}] {job.run}{eta}")
       before = time.monotonic()
-      _run_one(job, known, directory)
+      _run_one(job, known, directory, other_bits)
       if job.status == "done":
         clock, trained = clock + time.monotonic() - before, trained + work[job.run]
       elif job.status == "pending":
@@ -288,7 +290,7 @@ def unfinished(study: Study, directory) -> list[str]:
           if not any((directory / job.run / name).exists() for name in ("DONE", "FAILED"))]
 
 
-def _run_one(job: Job, known: dict[str, Job], directory) -> None:
+def _run_one(job: Job, known: dict[str, Job], directory, other_bits: bool) -> None:
   workdir, trunk = directory / job.run, known.get(job.trunk)
   try:
     if trunk is not None and trunk.status == "failed":
@@ -296,8 +298,12 @@ def _run_one(job: Job, known: dict[str, Job], directory) -> None:
     if trunk is not None and not (directory / trunk.run / "DONE").exists():
       raise lock.Busy(f"its trunk {trunk.run} is not done yet")
     if trunk is not None:
-      _bring_back(trunk, job.config.fork.step, known, directory)
+      _bring_back(trunk, job.config.fork.step, known, directory, other_bits)
     train.train(job.config, workdir)
+    if trunk is not None and (directory / trunk.run / _AGAIN).exists() and processes.first():
+      versions = metrics.read_json(workdir / "versions.json")
+      metrics.write_json(workdir / "versions.json",
+                         {**versions, "trunk_again": metrics.read_json(directory / trunk.run / _AGAIN)})
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
@@ -313,12 +319,15 @@ def _run_one(job: Job, known: dict[str, Job], directory) -> None:
     metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
 
 
-def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None:
+_AGAIN = "trained_again.json"  # of a trunk whose checkpoints are of a run with other bits: where they part
+
+
+def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory, other_bits: bool = False) -> None:
   """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where
   they were.
 
   It runs in again/, without evaluations, as far as this fork needs it; for a later fork it goes on from there.
-  Raises Unlike if what it logs is not what the finished run has logged, to the last bit.
+  Raises Unlike if what it logs is not what the finished run has logged, to the last bit, but with `other_bits`.
   """
   workdir = directory / trunk.run
   def there():
@@ -328,7 +337,7 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
   if there():
     return
   if trunk.trunk in known:
-    _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory)
+    _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory, other_bits)
   logging.info("%s has no checkpoint to fork from: it is trained again", workdir)
   again = directory / "again" / epath.Path(trunk.run).name
   rundir.make_workdir(again)
@@ -342,7 +351,8 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
     train.train(config, again / "run", until=max(step, 0))
     with processes.together("putting checkpoints back"):
       if processes.first():
-        _same_run(workdir, again / "run")
+        if parted := _same_run(workdir, again / "run", other_bits):
+          metrics.write_json(workdir / _AGAIN, parted)
         (workdir / "checkpoints").mkdir(exist_ok=True)
         for one in (again / "run/checkpoints").iterdir():
           if not (workdir / "checkpoints" / one.name).exists():
@@ -355,8 +365,9 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory) -> None
           (again / "run").rmtree()
 
 
-def _same_run(finished, again) -> None:
-  """Raises Unlike at the first step whose logged numbers differ, and where there is none to compare."""
+def _same_run(finished, again, other_bits: bool) -> dict | None:
+  """None where two runs have logged the same numbers. With `other_bits` what parts them, for a record; else raises
+  Unlike, as it does where there is nothing to compare."""
   logged = lambda path: {(r["step"], r.get("seed", 0)): r for r in metrics.read_jsonl(path / "metrics.jsonl")}
   old, new = (logged(path) if (path / "metrics.jsonl").exists() else {} for path in (finished, again))
   common = sorted(set(old) & set(new))
@@ -365,10 +376,16 @@ def _same_run(finished, again) -> None:
                  "nothing can fork from it")
   for at in common:
     for name in sorted((set(old[at]) & set(new[at])) - {"tokens_per_second", "mfu", "seconds"}):
-      if old[at][name] != new[at][name]:
-        raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
-                     f"{new[at][name]}, and {old[at][name]} was logged; other devices or software? Take those that "
-                     "trained it, or train it and its forks anew")
+      if old[at][name] == new[at][name]:
+        continue
+      if other_bits:
+        far = {step: new[step, seed]["bits_per_byte"] - old[step, seed]["bits_per_byte"] for step, seed in common}
+        return {"from_step": at[0], "last_step": common[-1][0], "largest_difference": max(map(abs, far.values())),
+                "difference_at_end": far[common[-1][0]]}  # of training bits per byte, again - finished
+      raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
+                   f"{new[at][name]}, and {old[at][name]} was logged; other devices or software? Take those that "
+                   "trained it, or train it and its forks anew, or take it as it is now: --other_bits")
+  return None
 
 
 def _one_by_one(job: Job) -> list[Job]:

@@ -184,9 +184,16 @@ def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
   log = tmp_path / "runs/dense-0.1M-s0/metrics.jsonl"
   lines = [json.loads(line) for line in log.read_text().splitlines()]
   lines[6]["loss"] += 1e-7
+  lines[9]["bits_per_byte"] -= 0.25
   log.write_text("".join(json.dumps(line) + "\n" for line in lines))
   said = []
   jobs = study_lib.run(study, tmp_path, only=("*-s0",), on_job=said.append)
   assert [job.run for job in jobs if job.status != "done"] == [f"runs/{retrofit}"]
   assert any("left for later: the trunk" in line and "is another one from step 7 on: loss =" in line for line in said)
   assert not (tmp_path / "runs" / retrofit).exists() and not (tmp_path / "runs/dense-0.1M-s0/checkpoints").exists()
+  study_lib.run(study, tmp_path, only=("*-s0",), other_bits=True, **QUIET)
+  of_fork = json.loads((tmp_path / "runs" / retrofit / "versions.json").read_text())["trunk_again"]
+  assert of_fork == {"from_step": 7, "last_step": 15, "largest_difference": 0.25, "difference_at_end": 0.0}
+  line, = (line for line in plan_file.deviations(archive.load([tmp_path])) if "trained again" in line)
+  assert line == ("retrofit_msa_25-0.1M: forked from a trunk that was trained again and logged other bits: seed 0 "
+                  "(from step 7 on; training bits per byte differ by 0.25 at most, by 0 at the fork).")

@@ -242,6 +242,14 @@ def deviations(study: Study) -> list[str] | None:
       out.append(f"{key}: planned seeds {', '.join(map(str, less))} are not finished "
                  f"({', '.join(sorted({got[s] for s in less}))}).")
     later[arm, size] = {s for s in asked if got.get(s, "pending") == "pending"}
+  forks = {}
+  for run in study.runs:
+    if how := run.versions.get("trunk_again"):
+      forks.setdefault(f"{run.arm}-{run.size}", []).append(
+          f"seed {', '.join(map(str, run.seeds))} (from step {how['from_step']} on; training bits per byte differ by "
+          f"{how['largest_difference']:.2g} at most, by {how['difference_at_end']:.2g} at the fork)")
+  out += [f"{key}: forked from a trunk that was trained again and logged other bits: {'; '.join(each)}."
+          for key, each in forks.items()]
   return out + [f"Not run, or not yet, of size {size}: {arms}." for size, arms in by_size(planned, later).items()]
 
 
