@@ -36,6 +36,12 @@ def of_process() -> None:
   _process.lap("imports")
 
 
+def lap(name: str) -> None:
+  """`Start.lap` of a command's clock that no run has taken yet."""
+  if _process is not None:
+    _process.lap(name)
+
+
 def take() -> Start:
   """The clock of a run that begins now."""
   global _process

@@ -32,6 +32,7 @@ from nsa import (
   programs,
   rundir,
   sharding,
+  start,
   train,
 )
 from nsa.config import Config, ConfigError, EvalConfig
@@ -243,6 +244,10 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), other_bits: bool
   known = {job.run: job for job in todo + others}
   clock, trained, began = 0.0, 0.0, time.monotonic()
   position = 0
+  audit.of_study(study)  # for study.json; beside a thread that traces it would take ten times as long
+  start.lap("checks")
+  jax.devices()  # whatever comes now waits for them
+  start.lap("devices")
   with programs.ahead(_compilations(todo, directory)):
     work = {job.run: _work(job) for job in todo}
     while position < len(todo):
