@@ -233,8 +233,10 @@ def _connect() -> None:
                      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), one process needs none")
 
 
-def compilation_cache(directory: str | None, programs: bool = False) -> None:
+def compilation_cache(directory: str | None, programs: bool = False, workdir: str | None = None) -> None:
   """Keeps compiled programs between processes. Before the first computation.
+
+  workdir: of a run or a study, which keeps what XLA's autotuner chose for them (nsa/autotune.py).
 
   A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to
   another machine, under another name. programs: those of `nsa.programs` are found before they are traced, too
@@ -242,14 +244,19 @@ def compilation_cache(directory: str | None, programs: bool = False) -> None:
   """
   import jax
   if directory:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    directory = os.path.expanduser(directory)
     if jax.__version_info__ < (0, 11):  # it would make the directory's name a part of what a program is found by
       jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    elif workdir:
+      from nsa import autotune
+      directory = autotune.keep(workdir, directory)
+      jax.config.update("jax_persistent_cache_enable_xla_caches", autotune.CHOICES)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if programs and jax.config.jax_enable_compilation_cache:
       from nsa import programs as nsa_programs  # --help needs none of it
-      nsa_programs.keep(os.path.join(os.path.expanduser(directory), "programs"))
+      nsa_programs.keep(os.path.join(directory, "programs"))
 
 
 def define_common() -> None:

@@ -21,6 +21,7 @@ from etils import epath
 import jax
 
 from nsa import (
+  autotune,
   checkpoint,
   config as config_lib,
   data,
@@ -388,8 +389,10 @@ def _same_run(finished, again, other_bits: bool) -> dict | None:
         return {"from_step": at[0], "last_step": common[-1][0], "largest_difference": max(map(abs, far.values())),
                 "difference_at_end": far[common[-1][0]]}  # of training bits per byte, again - finished
       raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
-                   f"{new[at][name]}, and {old[at][name]} was logged; other devices or software? Take those that "
-                   "trained it, or train it and its forks anew, or take it as it is now: --other_bits")
+                   f"{new[at][name]}, and {old[at][name]} was logged. On a GPU most likely XLA's autotuner "
+                   f"chose otherwise (what it chose then has to lie in {finished.parent.parent / autotune.FOLDER}, see "
+                   "docs/running.md), else the devices or the software are others. Take those that trained it, or "
+                   "train it and its forks anew, or take it as it is now: --other_bits")
   return None
 
 

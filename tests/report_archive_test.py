@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import planted
 from benchmarks.planted import ARMS, write_study
-from nsa import report
+from nsa import autotune, report
 from nsa.report import archive, endpoints, runs, verdict
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
@@ -122,6 +122,27 @@ def test_a_study_in_slices_gets_an_archive_for_what_each_slice_adds(whole, live,
     assert [p.name for p in (folder / "runs").iterdir()] == ["dense-tiny-2"]
   (found,) = [r for r in archive.load([out]).runs if r.name == "dense-tiny-2"]
   assert found.curves[2]["loss"][-1] == 7.5
+
+
+def test_the_autotuners_choices_go_along_and_come_back(whole, live, tmp_path):
+  """Of all slices, in the order in which they unpack; XLA's files may be binary and lie in folders."""
+  choices = {"a=.textproto": b"gemm {\n  algorithm: 5\n}\n", "H200/b.pb": b"\x0a\xff"}
+  root = shutil.copytree(whole, tmp_path / "whole")
+  for study, names in ((live, ["a=.textproto"]), (root, [*choices])):
+    for name in names:
+      path = study / "autotune" / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(choices[name])
+  out = published([live], tmp_path / "out")
+  published([root, out], out)
+  again = tmp_path / "again"
+  for path in archive.archives(out):
+    with archive.unpacked(path) as folder:
+      assert len(autotune.read(folder)) == 1, "what one archive has, the next has not again"
+      shutil.copytree(folder, again, dirs_exist_ok=True)
+  assert autotune.read(again) == archive.load([out]).autotune == choices
+  plain = published([whole], tmp_path / "plain")
+  assert [(out / name).read_text() for name in FILES[:3]] == [(plain / name).read_text() for name in FILES[:3]]
 
 
 def test_what_is_sealed_is_not_reported_before_it_is_opened_and_stays_open(whole, tmp_path):

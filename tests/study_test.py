@@ -189,7 +189,8 @@ def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
   said = []
   jobs = study_lib.run(study, tmp_path, only=("*-s0",), on_job=said.append)
   assert [job.run for job in jobs if job.status != "done"] == [f"runs/{retrofit}"]
-  assert any("left for later: the trunk" in line and "is another one from step 7 on: loss =" in line for line in said)
+  assert any("left for later: the trunk" in line and "is another one from step 7 on: loss =" in line
+             and f"has to lie in {tmp_path}/autotune" in line for line in said)
   assert not (tmp_path / "runs" / retrofit).exists() and not (tmp_path / "runs/dense-0.1M-s0/checkpoints").exists()
   study_lib.run(study, tmp_path, only=("*-s0",), other_bits=True, **QUIET)
   of_fork = json.loads((tmp_path / "runs" / retrofit / "versions.json").read_text())["trunk_again"]

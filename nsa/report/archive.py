@@ -2,8 +2,9 @@
 
     tar -xJf study.tar.xz -C runs/again
 
-It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE. A study
-that is published in slices gets one archive for the runs that each slice adds, study-2.tar.xz and so on: what is in a
+It has study.json, PLAN.md, and of each run config.json, versions.json, metrics.jsonl, eval/, hidden/ and DONE; and
+autotune/, without which a trunk that is trained again on a GPU gets other bits (nsa/autotune.py). A study that is
+published in slices gets one archive for the runs that each slice adds, study-2.tar.xz and so on: what is in a
 repository is not written again. The newest one's study.json speaks for all.
 
 No checkpoints and no paths of the machine it ran on; windows and items condensed to documents and tasks
@@ -24,11 +25,12 @@ import tempfile
 
 import numpy as np
 
-from nsa import records as record_lib
+from nsa import autotune, records as record_lib
 from nsa.report import comparable as comparable_lib, runs as run_lib
 from nsa.report.runs import Run, Study
 
 NAME = "study.tar.xz"
+_SMALL = 1 << 22  # bytes of autotune/ in all: a cache of years, of many programs, is not for a repository
 # How a run is carried out, not what it computes; and what may differ between runs of one arm.
 _NOT_COMPARED = ("seeds", "mesh", "checkpoint", "log_every", "tensorboard", "profile", "peak_tflops")
 
@@ -57,7 +59,7 @@ def publish(study: Study, out: Path) -> None:
   same = json.dumps(description(study)) == json.dumps(description(held))
   if same and all(run.name in leave_out for run in study.runs):
     return
-  (out / f"study-{len(before) + 1}.tar.xz").write_bytes(pack(study, leave_out))
+  (out / f"study-{len(before) + 1}.tar.xz").write_bytes(pack(study, leave_out, frozenset(held.autotune)))
 
 
 def _same_run(a: Run, b: Run) -> bool:
@@ -69,10 +71,10 @@ def _same_run(a: Run, b: Run) -> bool:
              for x, y in ((a.curves[seed], b.curves[seed]) for seed in a.curves))
 
 
-def pack(study: Study, leave_out=frozenset()) -> bytes:
+def pack(study: Study, leave_out=frozenset(), known=frozenset()) -> bytes:
   """The archive of a study or of single runs; the same study gives the same bytes.
 
-  leave_out: names of runs that study.json lists and another archive holds.
+  leave_out: names of runs that study.json lists and another archive holds. known: choices of the autotuner likewise.
 
   Raises ValueError for two runs of one name: what is published of a run is found by the name of its directory.
   """
@@ -84,16 +86,18 @@ def pack(study: Study, leave_out=frozenset()) -> bytes:
   from nsa.report import endpoints
   text = lambda tree: json.dumps(tree, separators=(",", ":")) + "\n"
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
-  files = {"study.json": json.dumps(description(study), indent=1) + "\n"}
+  small = sum(map(len, study.autotune.values())) <= _SMALL
+  files = {f"{autotune.FOLDER}/{name}": body for name, body in study.autotune.items() if small and name not in known}
+  files["study.json"] = (json.dumps(description(study), indent=1) + "\n").encode()
   for run in (run for run in study.runs if run.name not in leave_out):
     for name, content in _files(study, run, text, drawn).items():
-      files[f"runs/{run.name}/{name}"] = content
+      files[f"runs/{run.name}/{name}"] = content.encode()
   whole = io.BytesIO()
   with tarfile.open(fileobj=whole, mode="w") as tar:
     for name, content in sorted(files.items()):
       member = tarfile.TarInfo(name)  # no time and no owner
-      member.size = len(content.encode())
-      tar.addfile(member, io.BytesIO(content.encode()))
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
   digits = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24, "lc": 4, "pb": 0}
   return lzma.compress(whole.getvalue(), filters=[digits])
 
@@ -258,6 +262,7 @@ def merge(study: Study, other: Study, path: Path) -> None:
     elif run.status == "done" and study.runs[at].status != "done":
       study.runs[at] = run
   study.arms += [arm for arm in other.arms if arm not in study.arms]
+  study.autotune = {**other.autotune, **study.autotune}
   study.opened += tuple(tier for tier in other.opened if tier not in study.opened)
   study.speeds = other.speeds if study.speeds is None else study.speeds
   study.budgets = {**other.budgets, **study.budgets}

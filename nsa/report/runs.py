@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from nsa import autotune
+
 LINES = 500  # of metrics.jsonl per seed that are read at least; fewer than twice as many, and a few
 _CURVES = ("step", "stage", "tokens", "flops", "loss", "bits_per_byte", "tokens_per_second", "mfu", "seconds")
 
@@ -121,6 +123,7 @@ class Study:
   audit: list[dict] = dataclasses.field(default_factory=list)
   # tiers of the plan whose sealed evaluations are reported; "" = of all runs, where the plan has no tiers
   opened: tuple[str, ...] = ()
+  autotune: dict[str, bytes] = dataclasses.field(default_factory=dict)  # nsa.autotune.read
   notes: str = ""                  # NOTES.md beside study.json: what people have to say of it
   problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -248,6 +251,7 @@ def study_of(path: Path, plan: dict) -> Study:
 
 def load_study(path: Path, plan: dict) -> Study:
   study = study_of(path, plan)
+  study.autotune = autotune.read(path)
   jobs = plan.get("jobs") or []
   for job in jobs:
     where = path / job.get("run", "?")

@@ -1,0 +1,80 @@
+"""What XLA's autotuner chose stays with a workdir, and a cache of programs with other choices does not serve it.
+
+On a CPU nothing is chosen: files as XLA leaves them stand for choices.
+"""
+import jax
+from jax._src import compilation_cache as cache, compiler
+import jax.numpy as jnp
+import pytest
+
+from launch import cli
+from nsa import autotune
+
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+            "jax_persistent_cache_enable_xla_caches")
+
+
+@pytest.fixture
+def settings(monkeypatch):
+  old = {name: getattr(jax.config, name) for name in SETTINGS}
+  monkeypatch.setattr(autotune, "_pair", None)
+  yield
+  if autotune._pair:
+    jax.monitoring.unregister_event_duration_listener(autotune._listen)
+  for name, value in old.items():
+    jax.config.update(name, value)
+  cache.reset_cache()
+
+
+def choose(folder, **choices):
+  """As XLA does: a file of its own for each, what is half written beside them."""
+  (folder / "tmp").mkdir(parents=True, exist_ok=True)
+  (folder / "tmp/half.textproto").write_text("gemm {")
+  for name, text in choices.items():
+    (folder / f"{name}.textproto").write_text(text)
+
+
+def chosen(folder):
+  return {path.stem: path.read_text() for path in folder.glob("*.textproto")}
+
+
+def compile_something():
+  jax.clear_caches()
+  jax.jit(lambda x: x * 3.5).lower(jnp.zeros(3)).compile()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX keeps no choices beside programs that may be moved")
+def test_a_workdir_has_the_choices_of_its_programs_and_takes_them_along(settings, tmp_path):
+  here, there, first = tmp_path / "cache", tmp_path / "elsewhere", tmp_path / "first"
+  choose(here / autotune.CHOICES, product="gemm { algorithm: 1 }")
+  cli.compilation_cache(str(here), workdir=str(first))
+  assert not first.exists(), "a wrong configuration leaves nothing"
+  options = compiler.get_compile_options(1, 1)  # which owns its parts
+  place = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+  assert place == str(here / autotune.CHOICES), "where XLA reads and writes"
+  compile_something()
+  assert chosen(first / "autotune") == {"product": "gemm { algorithm: 1 }"}
+  choose(here / autotune.CHOICES, product="another process was later", sum="triton { }")
+  compile_something()
+  mine = {"product": "gemm { algorithm: 1 }", "sum": "triton { }"}
+  assert chosen(first / "autotune") == mine, "what is new, and the first choice stays"
+  assert autotune.read(first) == {f"{name}.textproto": text.encode() for name, text in mine.items()}
+  # on another machine, or out of an archive: its cache gets them, with what it has chosen for other programs
+  choose(there / autotune.CHOICES, other="gemm { algorithm: 7 }")
+  assert autotune.keep(first, there) == str(there)
+  assert chosen(there / autotune.CHOICES) == {**mine, "other": "gemm { algorithm: 7 }"}
+  # where programs were compiled by other choices, they are others' programs
+  assert autotune.keep(first, here) == str(here / "autotune-1")
+  assert chosen(here / "autotune-1" / autotune.CHOICES) == mine
+  assert chosen(here / autotune.CHOICES)["product"] == "another process was later"
+  choose(first / "autotune", product="trained by somebody else")
+  assert [autotune.keep(first, here) for _ in range(2)] == [str(here / "autotune-2")] * 2
+
+
+def test_object_stores_and_runs_without_choices_are_left_alone(settings, tmp_path):
+  assert autotune.keep("gs://bucket/run", "cache") == "cache" and autotune._pair is None
+  assert autotune.keep(tmp_path / "run", "gs://bucket/cache") == "gs://bucket/cache"
+  cli.compilation_cache(str(tmp_path / "cache"), workdir=str(tmp_path / "run"))
+  compile_something()
+  assert not (tmp_path / "run").exists()
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
