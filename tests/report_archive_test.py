@@ -13,7 +13,7 @@ import pytest
 from benchmarks import planted
 from benchmarks.planted import ARMS, write_study
 from nsa import autotune, report
-from nsa.report import archive, endpoints, runs, verdict
+from nsa.report import archive, endpoints, reading, runs, verdict
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 FILES = ("report.md", "results.csv", "layers.csv", archive.NAME)
@@ -213,9 +213,9 @@ def test_long_metrics_are_thinned_once_where_they_are_read(tmp_path):
             "tokens_per_second": 2e4,
             "flops": 1e9 * i} for i in range(1, 3702)]
   (tmp_path / "a/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  curve = runs.load_run(tmp_path / "a").curves[0]
-  assert runs.LINES <= len(curve["step"]) < 2 * runs.LINES and {800, 801, 3701} <= set(curve["step"])
-  study = runs.Study("x", [runs.load_run(tmp_path / "a")])
+  curve = reading.load_run(tmp_path / "a").curves[0]
+  assert reading.LINES <= len(curve["step"]) < 2 * reading.LINES and {800, 801, 3701} <= set(curve["step"])
+  study = runs.Study("x", [reading.load_run(tmp_path / "a")])
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / archive.NAME).write_bytes(archive.pack(study))
   again = archive.load([tmp_path / "out"]).runs[0].curves[0]

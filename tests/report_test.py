@@ -15,7 +15,7 @@ from report_cases import judged, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import ARMS, MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, runs, statistics
+from nsa.report import analyses, archive, endpoints, reading, statistics
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_repeated_steps_and_a_cut_line(tmp_path, quick):
   lines = (run / "metrics.jsonl").read_text().splitlines()
   resumed = [json.dumps(dict(json.loads(l), loss=9.5)) for l in lines[40:44]]  # two steps once more
   (run / "metrics.jsonl").write_text("\n".join(lines + resumed) + '\n{"step": 1001, "seed": 0, "lo')
-  loaded = runs.load_run(run)
+  loaded = reading.load_run(run)
   steps = loaded.curves[0]["step"]
   assert len(steps) == 61 and (np.diff(steps) > 0).all()
   assert list(loaded.curves[0]["loss"][20:22]) == [9.5, 9.5] and loaded.curves[0]["loss"][22] < 9

@@ -26,7 +26,7 @@ import tempfile
 import numpy as np
 
 from nsa import autotune, records as record_lib
-from nsa.report import comparable as comparable_lib, runs as run_lib
+from nsa.report import comparable as comparable_lib, endpoints, reading
 from nsa.report.runs import Run, Study
 
 NAME = "study.tar.xz"
@@ -83,7 +83,6 @@ def pack(study: Study, leave_out=frozenset(), known=frozenset()) -> bytes:
   if wrong is not None:
     raise ValueError(f"run = {wrong!r}: what is published of a run is found by the name of its directory, and no other "
                      "run may have it; rename one, or give its path from a directory above")
-  from nsa.report import endpoints
   text = lambda tree: json.dumps(tree, separators=(",", ":")) + "\n"
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
   small = sum(map(len, study.autotune.values())) <= _SMALL
@@ -210,19 +209,19 @@ def load(paths: list[Path]) -> Study:
   if len(live) > 1:
     raise ValueError(f"paths = {[str(p) for p in live]}: one report holds one study; give one each time, with what was "
                      "published of it")
-  studies = [(p, run_lib.load_study(p, run_lib.read_plan(p))) for p in live]
+  studies = [(p, reading.load_study(p, reading.read_plan(p))) for p in live]
   singles = []
   for path in paths:
     if archives(path):
       for archive in archives(path)[::-1]:
         with unpacked(archive) as folder:
-          studies.append((path, run_lib.load_study(folder, run_lib.read_plan(folder))))
+          studies.append((path, reading.load_study(folder, reading.read_plan(folder))))
     elif path not in live:
       if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
         hint = "it does not exist" if not path.exists() else "it has neither"
         raise ValueError(f"{path}: {hint}; expected a run directory (config.json, metrics.jsonl), a study directory "
                          f"(study.json) or a published report ({NAME})")
-      singles.append(run_lib.load_run(path))
+      singles.append(reading.load_run(path))
   study = studies[0][1] if studies else Study(singles[0].name if len(singles) == 1 else f"{len(singles)} runs", runs=[])
   for path, other in studies[1:]:
     merge(study, other, path)
@@ -349,7 +348,6 @@ def unsealed(study: Study) -> Study:
 def comparable(config: dict, directories: dict[str, str], corpus_known: bool) -> dict:
   """A config without what may differ between runs of one arm; fields that it lacks, of a later version, have their
   defaults."""
-  from nsa.report import endpoints
   parsed = endpoints.parsed(without_machine(config, directories))
   if parsed is not None:
     from nsa import config as config_lib
