@@ -1,4 +1,4 @@
-"""Tests of nsa/data/sources.py: every document that a folder or an archive holds is read, or its loss is an error with
+"""Tests of nsa/data/files.py: every document that a folder or an archive holds is read, or its loss is an error with
 a count."""
 import io
 import re
@@ -85,14 +85,14 @@ def test_what_may_not_be_read_is_an_error(tmp_path, monkeypatch):
   def closed(path):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(data.sources.pathlib.Path, "read_bytes", closed)  # root may read everything
+  monkeypatch.setattr(data.files.pathlib.Path, "read_bytes", closed)  # root may read everything
   refused(tmp_path, "3 documents of the split 'train' cannot be read, first .: Permission denied")
 
 
 def test_an_archive_is_unpacked_once_for_all_its_splits(tmp_path, monkeypatch):
   unpacked = []
-  whole = data.sources._read_archive
-  monkeypatch.setattr(data.sources, "_read_archive", lambda path: unpacked.append(path.name) or whole(path))
+  whole = data.files._read_archive
+  monkeypatch.setattr(data.files, "_read_archive", lambda path: unpacked.append(path.name) or whole(path))
   path = archive(tmp_path / "a.tar.xz", ("train/t", b"ttt"), ("val/v", b"vv"), ("val/w", "v", tarfile.SYMTYPE),
                  ("test/gone", "x", tarfile.SYMTYPE))
   (tmp_path / "b.tar").write_bytes(b"no archive" * 100)
