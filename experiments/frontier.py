@@ -29,7 +29,10 @@ examples. Text stands beside and is not judged; oracle and random are controls.
 
 The model is run by one optimizer step at a rate of 0, so text of the split train is read; of corpora with a short one
 nothing is tokenized in vain. Methods that choose once per prompt run masked at dense cost in float32: at `prompts`
-lengths alone. Forecast for SmolLM2-135M on one H200: 3 minutes at 2,048 tokens, 4 at 8,192.
+lengths alone.
+
+Result (experiments/results/frontier; SmolLM2-135M, 7 minutes of one H200): confirmed at 8,192 tokens, where three ways
+were run; undecided at 2,048, where vertical_slash, flexprefill and snapkv lose little.
 
 Arguments: model= (run directory; none: a shape to be looked at), novels=, code= (archives or folders; none: the
 standard library's source), lengths=2048+8192, prompts=2048, shares=2+4+8+16+32, tasks= (joined by +; empty:

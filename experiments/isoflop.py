@@ -33,6 +33,9 @@ are parabolas of curvature .03, residuals with an SD of .003, .006, .012 bits pe
 + .36 (D / 50M bytes)^-.67, continued to the slice's few steps, which no parabola follows: a gain of .15 in 40 of 40, of
 .10 in 15, of .05 in none. It sees large differences alone, and the smallest effect that matters never.
 
+Result of the slice (experiments/results/isoflop_slice; 5 minutes of one H200, 30 of its 38 runs, one seed): undecided,
+as the smallest model is the best one of every method at every budget. The whole grid has not been run.
+
 Arguments: novels=, code= (archives or folders; none: the standard library's source), slice=false, budgets= (joined by
 +; empty: 5e15+1.5e16+4.5e16, of a slice 5e14+1.5e15+4.5e15), shares= (MSA's; empty: 8+32, of a slice 32), windows=32
 (shares whose cost a window gets), sizes= (joined by +; empty: all), least=0, most=0 (0: 300 steps and 4e8 tokens, of a

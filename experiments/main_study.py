@@ -12,8 +12,9 @@ R(b) has two families. Within budget (25, 50, 75 %): the retrofit leaves the tru
 and the decay of all. After the fact (1, 5, 13, 25 % on top): from the finished model, re-warmed to half the peak with a
 decay of its own; its control is the dense model that goes on alike. The selector warms up for a stated number of steps
 at a rate that does not decay. 4,096 bytes of context in blocks of 32; 24 of them are visible, 3/16: with 20 the
-oracle's blocks passed the gate for text in one run and missed it by 0.0004 bits per byte in another, with 16 they
-missed by 0.0005, with 8 by 0.012 (docs/results.md). Every batch of 8 rows has exactly one of tasks.
+oracle's blocks passed the gate for text on code in one run of the gates and missed it by 0.0004 bits per byte in
+another, with 16 they missed by 0.0005, with 8 by 0.013; with 24 they miss it here (docs/results.md). Every batch of 8
+rows has exactly one of tasks.
 
 The declared family is R(b) and A; Delta(b), their sum, is judged among the secondary comparisons: with it 15 tests an
 endpoint and size would leave no power (PLAN.md has the numbers). The primary recall endpoint is exact match of far
@@ -25,8 +26,11 @@ Tiers, in this order, so that a cut study is still a study: 1: dense, native, na
 selector only at M and S; 2: curricula, other selectors, mixed, memory at M; 3: L, and M8K.
 
 The study comes in slices: the archives of results/main, unpacked into --workdir, are the runs that are done; a trunk
-that a further fork needs is trained again, to the same bits. `launch.report RUNS experiments/results/main --publish
---out=experiments/results/main` adds an archive of what is new.
+that a further fork needs is trained again, to the same bits; with --other_bits to others, too, which its forks'
+records say. `launch.report RUNS experiments/results/main --publish --out=experiments/results/main` adds an archive of
+what is new.
+
+Cost: 28 hours of one H200 are expected for all 453 runs (PLAN.md). Result so far: undecided (docs/results.md).
 
 Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is
 in no arm here.

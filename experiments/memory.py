@@ -27,7 +27,8 @@ rate decays), native_mag_window 3.366 at 2.133e10, window 3.386 at 2.132e10, mac
 lmm 3.376 at 1.69e10. One seed of 60 steps: it runs, and no difference means anything yet. The hybrids have not been run
 to the end.
 
-Arguments: steps=60, seeds=1, context=512, budget=0.25, hybrid=false.
+Arguments: steps=60, seeds=1, context=512, budget=0.25, hybrid=false. Cost: 8 minutes on two busy cores, most of it
+compiling.
 """
 from experiments import arguments
 from nsa import flops, methods, schedule

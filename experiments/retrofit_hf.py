@@ -13,7 +13,8 @@ The first `dense_layers` layers stay dense (the released M3 model has three). Th
 tokenizer; figures are bits per byte of text, so that models with different tokenizers can be compared.
 
 Without `trunk=` the model has the shape of Qwen3-0.6B and bytes for tokens: `--dry_run` shows its cost before anything
-is fetched. Tried end to end at toy size (tests/huggingface_test.py); no result of a real model is claimed here.
+is fetched. Tried end to end at toy size (tests/huggingface_test.py); of a real model experiments/smollm2.py has
+results.
 
 Arguments: trunk=, method=msa (msa, block_topk or quest), steps=1000, context=8192, batch=8, block_size=64,
 num_blocks=16, dense_layers=0, peak=2e-5.

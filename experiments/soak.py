@@ -12,7 +12,7 @@ Nothing is learned here; the models are as small as they get.
 Result (experiments/results/soak; two busy CPU cores): yes. All 30 runs end with the bits of the undisturbed ones, after
 60 kills (28 SIGKILL, 32 SIGTERM) and 13 damaged checkpoints; 20 runs were cut at least once.
 
-Arguments: steps=60, seeds=5. Cost: half an hour on two busy cores, nearly all of it starting Python.
+Arguments: steps=60, seeds=5. Cost: 42 minutes on two busy cores, nearly all of it starting Python.
 """
 from experiments import arguments
 from nsa import methods, schedule

@@ -46,6 +46,8 @@ Power for an effect of 10 points, with the scatter of the main study's recall wh
 last; of 5 seeds 1.0, .99, .81 and 1.0. Three seeds see large effects alone. Where seeds fall into two groups, one that
 learns and one that does not, neither holds, which is then said.
 
+Cost: 0.2 hours of one H200 are expected (PLAN.md). Not run yet.
+
 Arguments: novels=, code= (archives or folders; none: the standard library's source), seeds=3, scale=0.75 (of the main
 study's steps), context=4096, batch=8, window=256, chunk=128, expansion=2 (of the memory's MLP), blocks=24 (MSA),
 budget=0.25 (of the steps, on top), rate=3e-3, examples=64 (per task and length), windows=64 (of each corpus; -1 = all),

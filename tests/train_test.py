@@ -385,12 +385,7 @@ def test_native_training_lowers_the_loss_and_the_selector_learns(tmp_path):
   assert np.mean(kl[-5:]) < 0.8 * np.mean(kl[:5])
 
 
-if __name__ == "__main__":
-  if sys.argv[1:] != ["--update"]:
-    sys.exit(__doc__)
-  jax.config.update("jax_platforms", "cpu")
-  GOLDEN.write_text(json.dumps({method: first_step(method) for method in ATTENTION}, indent=2) + "\n")
-  print(f"wrote {GOLDEN}")
+# --- provenance ---------------------------------------------------------------------------
 
 
 def test_a_run_knows_the_commit_of_its_code(tmp_path, monkeypatch):
@@ -409,3 +404,11 @@ def test_a_run_knows_the_commit_of_its_code(tmp_path, monkeypatch):
   assert len(clean["commit"]) == 40 and clean["dirty"] is False
   (tmp_path / "nsa/train.py").write_text("second")
   assert provenance.versions() == {**clean, "dirty": True}
+
+
+if __name__ == "__main__":
+  if sys.argv[1:] != ["--update"]:
+    sys.exit(__doc__)
+  jax.config.update("jax_platforms", "cpu")
+  GOLDEN.write_text(json.dumps({method: first_step(method) for method in ATTENTION}, indent=2) + "\n")
+  print(f"wrote {GOLDEN}")
