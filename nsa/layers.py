@@ -242,8 +242,11 @@ def project(part: HeadProjection, h: Float[Array, "B T D"], call, *, rotated: bo
 
 
 def _product(h, weight):
-  """XLA would make one product of all of these that have the same h, and copy each part's heads out of its result."""
-  return jnp.einsum("btd,dnh->btnh", jax.lax.optimization_barrier(h), weight.astype(h.dtype))
+  """XLA would make one product of all of these that have the same h, and copy each part's heads out of its result.
+
+  Behind a barrier of h alone it still does: barriers of equal operands become one. The weight tells them apart.
+  """
+  return jnp.einsum("btd,dnh->btnh", *jax.lax.optimization_barrier((h, weight.astype(h.dtype))))
 
 
 def project_together(q: HeadProjection, k: HeadProjection, v: HeadProjection, h: Float[Array, "B T D"], call, *,
