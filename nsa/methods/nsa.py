@@ -120,13 +120,19 @@ class Compression(nnx.Module):
     count = max(0, (S - length) // stride + 1)
     if not count:  # a cache shorter than one compressed block
       return jnp.zeros((B, 0, K, H), x_BSKH.dtype)
-    # Every block is length / stride strips; taking strips avoids a gather.
+    # Every block is length / stride strips. What a strip gives to each of the blocks that it lies in is one product: no
+    # strip is there twice. Rows that begin no whole block are cut off last: products like their number.
+    parts = length // stride
     strips = x_BSKH[:, :(count - 1) * stride + length].reshape(B, -1, stride, K, H)
-    blocks_ = jnp.concatenate([strips[:, i:i + count] for i in range(length // stride)], axis=2)
-    blocks_ = blocks_ + self.position[...].astype(x_BSKH.dtype)[None, None, :, None]
-    flat = blocks_.transpose(0, 1, 3, 2, 4).reshape(B, count, K, length * H)
-    inner = jax.nn.silu(layers.product("bcki,kih->bckh", flat, self.inner[...]))
-    return layers.product("bckh,kho->bcko", inner, self.outer[...])
+    # Without the barrier XLA copies the strips twice, for this product and for the weights' gradient.
+    strips = jax.lax.optimization_barrier(strips.transpose(3, 0, 1, 2, 4).reshape(K, B, -1, stride * H))
+    matrix = self.inner[...].reshape(K, parts, stride * H, -1).swapaxes(1, 2).reshape(K, stride * H, -1)
+    shares = layers.product("kbni,kij->kbnj", strips, matrix).astype(jnp.float32)
+    inner = jnp.einsum("i,kih->kh", self.position[...].reshape(-1), self.inner[...])[:, None, None]
+    for i, share in enumerate(jnp.split(shares, parts, axis=-1)):
+      inner = inner + jnp.pad(share[:, :, i:], ((0, 0), (0, 0), (0, i), (0, 0)))
+    outer = layers.product("kbnh,kho->kbno", jax.nn.silu(inner.astype(x_BSKH.dtype)), self.outer[...])
+    return outer[:, :, :count].transpose(1, 2, 0, 3)
 
 
 class Branches(nnx.Module):
