@@ -90,7 +90,8 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
 def _look_up_backward(saved, cotangent):
   table, tokens = saved
   if table.shape[0] <= _ONE_HOT_ROWS:
-    rows = jax.nn.one_hot(tokens, table.shape[0], dtype=cotangent.dtype)
+    # Else XLA writes the 4-byte numbers out that it compares the tokens with, and reads them in the product.
+    rows = jax.lax.optimization_barrier(jax.nn.one_hot(tokens, table.shape[0], dtype=cotangent.dtype))
     total = jnp.einsum("btv,btd->vd", rows, cotangent, preferred_element_type=jnp.float32)
   else:
     total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(cotangent.astype(jnp.float32))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 # Of P, from the forward to the backward pass of one call: 4.5 GiB at 262,144 tokens, where making it again costs 23 of
 # 369 ms, forward + backward, of the layer on one H200.
 KEPT_BYTES = 5 * 2 ** 30
+MERGED_ROWS = 32  # (token, KV head)s whose entries one program adds up
 SLICE_BYTES = 4 * 2 ** 30   # of P and dq_idx by entry that are alive at a time
 
 
@@ -125,16 +127,19 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   def one(block_indices, first):
     entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset)
     moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, keep=keep)
-    used = entries.position >= 0
-    top, norm, total, entropy, cross = (moments[n][entries.position] for n in range(5))
-    peak = jnp.where(used, top, -jnp.inf).max(axis=-1)
-    norm = jnp.where(used, norm * jnp.exp(top - peak[..., None]), 0.0).sum(axis=-1)
-    total, entropy, cross = (jnp.where(used, x, 0.0).sum(axis=-1) for x in (total, entropy, cross))
-    index_lse = jnp.where(norm > 0, peak + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
-    return loss_of(total, entropy, cross, index_lse), targets if keep else None, None
+    return _merged(moments, entries.position), targets if keep else None, None
 
   results, targets, _ = entry_lists.in_slices(one, slices, (block_indices,))
   return *results, None, targets
+
+
+def _merged(moments, position):
+  """loss, index lse, 1 / sum of P: float32[B, T, K], of the `moments` of a query's entries: `loss_of` their sums."""
+  *rows, J = position.shape
+  return tuple(call.kernel_call(
+      kl_kernels.merge_kernel, (moments, position), [jax.ShapeDtypeStruct(tuple(rows), jnp.float32)] * 3,
+      grid=(-(-math.prod(rows) // MERGED_ROWS),), name="index_kl_merge", num_warps=4, num_stages=1, M=math.prod(rows),
+      J=J, JP=call.next_power_of_2(J), PLACES=moments.shape[1], ROWS=MERGED_ROWS))
 
 
 def loss_of(total, entropy, cross, index_lse):
@@ -185,6 +190,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
         name="index_kl_dense_dk", B=B, T=T, TOKENS=tuned.rows, BLOCK=tuned.block, **constants)
     return (dq * dloss[..., None]).astype(q_idx.dtype), dk.sum(axis=1).astype(k_idx.dtype)
   plan, slices = _plan(q, k, q_idx, block_indices, how[0])
+  dtype = k_idx.dtype if slices == 1 else jnp.float32  # several are summed
   of_index = {name: constants[name] for name in ("S", "HI", "INDEX_SCALE", "PRECISION", "num_warps", "num_stages")}
 
   def one(block_indices, targets, first):
@@ -198,18 +204,18 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
          jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
         grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **of_index)
     dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
-    return dq.astype(q_idx.dtype), None, sum_units(dk, entries.unit_start, plan, heads=K)
+    return dq.astype(q_idx.dtype), None, sum_units(dk, entries.unit_start, plan, K, dtype)
 
   dq, _, dk = entry_lists.in_slices(one, slices, (block_indices, targets))
   return dq, dk.reshape(B, -1, HI)[:, :k.shape[1]].astype(k_idx.dtype)
 
 
-def sum_units(parts, unit_start, plan, heads):
-  """float32[B, K / heads, blocks, ...] from float32[units, ...]; `heads` KV heads are summed into one."""
+def sum_units(parts, unit_start, plan, heads, dtype):
+  """[B, K / heads, blocks, ...] of dtype from float32[units, ...]; `heads` KV heads are summed into one."""
   size = int(np.prod(parts.shape[1:]))
   chunk = min(1024, call.next_power_of_2(size))
   shape = (plan.batch, plan.kv_heads // heads, plan.blocks, *parts.shape[1:])
   return call.kernel_call(
-      kl_kernels.sum_units_kernel, (parts, unit_start), jax.ShapeDtypeStruct(shape, jnp.float32),
+      kl_kernels.sum_units_kernel, (parts, unit_start), jax.ShapeDtypeStruct(shape, dtype),
       grid=(shape[0] * shape[1] * plan.blocks * -(-size // chunk),), name="sum_units", num_warps=4, K=plan.kv_heads,
       RANGES=plan.ranges, BLOCKS=plan.blocks, HEADS=heads, SIZE=size, CHUNK=chunk)

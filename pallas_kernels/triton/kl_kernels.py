@@ -152,7 +152,32 @@ def sum_units_kernel(parts, unit_start, out, K: tl.constexpr, RANGES: tl.constex
     at = unit_start + (group * (HEADS * RANGES) + n) * BLOCKS + block
     for unit in range(tl.load(at), tl.load(at + 1)):
       acc += tl.load(parts + tl.cast(unit, tl.int64) * SIZE + i, mask=i < SIZE, other=0.0)
-  tl.store(out + tl.cast(item, tl.int64) * SIZE + i, acc, mask=i < SIZE)
+  tl.store(out + tl.cast(item, tl.int64) * SIZE + i, acc.to(out.dtype.element_ty), mask=i < SIZE)
+
+
+@triton.jit
+def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J: tl.constexpr, JP: tl.constexpr,
+                 PLACES: tl.constexpr, ROWS: tl.constexpr):
+  """Of each of M rows the KL, the log normaliser of its index scores and 1 / sum of P, of the moments [5, PLACES] of its
+  entries, which lie at position [M, J]; -1 is none."""
+  row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+  j = tl.arange(0, JP)
+  at = tl.load(position + tl.cast(row, tl.int64)[:, None] * J + j[None, :],
+               mask=(row < M)[:, None] & (j < J)[None, :], other=-1)
+  used = at >= 0
+  top = tl.load(moments + at, mask=used, other=float("-inf"))
+  peak = tl.max(top, axis=1)
+  decay = tl.exp2((top - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * LOG2E)
+  norm = tl.sum(tl.load(moments + PLACES + at, mask=used, other=0.0) * decay, axis=1)
+  total = tl.sum(tl.load(moments + 2 * PLACES + at, mask=used, other=0.0), axis=1)
+  entropy = tl.sum(tl.load(moments + 3 * PLACES + at, mask=used, other=0.0), axis=1)
+  cross = tl.sum(tl.load(moments + 4 * PLACES + at, mask=used, other=0.0), axis=1)
+  log = tl.where(norm > 0, peak + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
+  safe = tl.where(total > 0, total, 1.0)
+  ok = row < M
+  tl.store(loss + row, tl.where(total > 0, (entropy - cross) / safe - tl.log(safe) + log, 0.0), mask=ok)
+  tl.store(index_lse + row, log, mask=ok)
+  tl.store(factor + row, tl.where(total > 0, 1.0 / safe, 0.0), mask=ok)
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
       TOKENS=plan.tile_tokens, **constants)
 
   def tokens_first(x):
-    x = kl.sum_units(x, entries.unit_start, plan, heads=1)  # B, K, blocks, keys, H
-    return x.reshape(B, K, -1, H)[:, :, :S].transpose(0, 2, 1, 3).astype(k.dtype)
+    x = kl.sum_units(x, entries.unit_start, plan, 1, k.dtype)  # B, K, blocks, keys, H
+    return x.reshape(B, K, -1, H)[:, :, :S].transpose(0, 2, 1, 3)
 
   return dq, tokens_first(dk), tokens_first(dv)
