@@ -250,21 +250,20 @@ def _product(h, weight):
   return jnp.einsum("btd,dnh->btnh", *jax.lax.optimization_barrier((h, weight.astype(h.dtype))))
 
 
-def project_together(q: HeadProjection, k: HeadProjection, v: HeadProjection, h: Float[Array, "B T D"], call, *,
-                     rotated: bool = True):
-  """(q, k, v), rotated but for v, of one product and one pass; None where no kernel serves them. k and v have as many
-  heads."""
-  width = q.weight.shape[2]
-  nothing = not (rotated or hasattr(q, "taps") or hasattr(q, "norm"))  # then three products leave nothing to copy
-  if call.fused is None or nothing or hasattr(q, "bias") or not fused.takes_width(width):
+def project_together(turned, plain, h: Float[Array, "B T D"], call) -> tuple | None:
+  """The heads of several projections of one product and one pass, `turned` normed and rotated, `plain` neither; None
+  where no kernel serves them. All but the first have equally many heads."""
+  parts, first = (*turned, *plain), turned[0]
+  width = first.weight.shape[2]
+  if call.fused is None or hasattr(first, "bias") or not fused.takes_width(width):
     return None
-  joined = lambda name: jnp.concatenate([getattr(part, name)[...] for part in (q, k, v)], axis=1)
+  joined = lambda name: jnp.concatenate([getattr(part, name)[...] for part in parts], axis=1)
   y = _product(h, joined("weight"))
-  taps = joined("taps") if hasattr(q, "taps") else None
-  gains = jnp.stack([q.norm[...], k.norm[...]]) if hasattr(q, "norm") else None
-  first, _ = spans.of_segments(call.query_segments(h.shape[1]), spans.positions(h.shape[1], 0, h.shape[0]))
-  table = tuple(map(jnp.asarray, call.fused(width))) if rotated else None
-  return fused.qkv(y, taps, gains, table, first, q.eps, k.weight.shape[1])
+  taps = joined("taps") if hasattr(first, "taps") else None
+  gains = jnp.stack([part.norm[...] for part in turned]) if hasattr(first, "norm") else None
+  start, _ = spans.of_segments(call.query_segments(h.shape[1]), spans.positions(h.shape[1], 0, h.shape[0]))
+  table = tuple(map(jnp.asarray, call.fused(width)))
+  return fused.groups(y, taps, gains, table, start, first.eps, parts[1].weight.shape[1], len(turned) - 1, len(plain))
 
 
 class SwiGLU(nnx.Module):

@@ -44,8 +44,13 @@ class Attention(nnx.Module):
   def project(self, h: Float[Array, "B T D"], call: methods.Call) -> tuple[methods.Inputs, dict[str, Array]]:
     """These tokens as the method sees them, and their streams."""
     q_raw, k_raw, v = (layers.project(part, h, call, rotated=False) for part in (self.q, self.k, self.v))
-    if (together := layers.project_together(self.q, self.k, self.v, h, call)) is not None:
-      q, k, v = together  # what is not rotated is gone unless the method asks for it
+    turned, plain = self.method.beside(call)
+    together = layers.project_together((self.q, self.k, *turned.values()), (self.v, *plain.values()), h, call)
+    beside = None
+    if together is not None:  # what is not rotated is gone unless the method asks for it
+      q, k, *rest = together
+      v = rest.pop(len(turned))
+      beside = dict(zip((*turned, *plain), rest)) or None
     elif call.fused is None:
       q, k = call.rope(q_raw, offset=call.offset), call.rope(k_raw, offset=call.offset)
     else:
@@ -54,7 +59,7 @@ class Attention(nnx.Module):
     if hasattr(self, "gate"):
       gate = jax.nn.sigmoid(layers.product("btd,dn->btn", h, self.gate[...]).astype(jnp.float32))
     x = methods.Inputs(h, q, q_raw, k_raw, gate)
-    return x, {"k": k, "v": v, **self.method.streams(x, call)}
+    return x, {"k": k, "v": v, **(self.method.streams(x, call) if beside is None else beside)}
 
   def __call__(self, h: Float[Array, "B T D"], call: methods.Call, cache: dict | None, observe: Callable | None):
     x, streams = self.project(h, call)

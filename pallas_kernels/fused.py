@@ -26,7 +26,7 @@ def serves(x) -> bool:
 
 
 def takes_width(head_dim: int) -> bool:
-  """Whether `heads` and `qkv` take heads of so many numbers."""
+  """Whether `heads` and `groups` take heads of so many numbers."""
   return 16 <= head_dim <= 128 and head_dim & (head_dim - 1) == 0
 
 
@@ -42,10 +42,10 @@ def heads(y, taps, gain, table, first, eps):
   return kernels.heads(y, taps, gain, cos, sin, first, float(eps))
 
 
-def qkv(y, taps, gains, table, first, eps, kv_heads):
-  """(q, k, v) of one projection for all heads; those of v are convolved alone: `triton.heads.qkv`. `table` as above."""
+def groups(y, taps, gains, table, first, eps, kv_heads, turned, plain):
+  """(q, k, ..., v, ...) of one projection for all heads: `triton.heads.groups`. `table` as above."""
   from pallas_kernels.triton import heads as kernels
-  return kernels.qkv(y, taps, gains, *(table or (None, None)), first, float(eps), kv_heads)
+  return kernels.groups(y, taps, gains, *(table or (None, None)), first, float(eps), kv_heads, turned, plain)
 
 
 def norm(x, more, gain, eps):

@@ -41,14 +41,14 @@ def heads_by_xla(y, taps, gain, table, first, eps):
   return y if table is None else layers.rope(y, table)
 
 
-def qkv_by_xla(y, taps, gains, table, first, eps, kv_heads):
-  """What fused.qkv computes."""
-  edge = y.shape[2] - 2 * kv_heads
-  parts = slice(0, edge), slice(edge, edge + kv_heads), slice(edge + kv_heads, None)
-  gains = (None, None, None) if gains is None else (gains[0], gains[1], None)
-  taps = [None if taps is None else taps[:, part] for part in parts]
-  return tuple(heads_by_xla(y[:, :, parts[i]], taps[i], gains[i], table if i < 2 else None, first, eps)
-               for i in range(3))
+def groups_by_xla(y, taps, gains, table, first, eps, kv_heads, turned, plain):
+  """What fused.groups computes."""
+  q = y.shape[2] - (turned + plain) * kv_heads
+  edges = [0, *range(q, y.shape[2] + 1, kv_heads)]
+  return tuple(heads_by_xla(y[:, :, a:b], None if taps is None else taps[:, a:b],
+                            None if gains is None or i > turned else gains[i], table if i <= turned else None, first,
+                            eps)
+               for i, (a, b) in enumerate(zip(edges, edges[1:])))
 
 
 def gate_by_xla(y):
@@ -92,24 +92,27 @@ def test_heads_are_convolved_normed_and_rotated_in_one_pass(taps, norm, rope, se
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("taps, norm", [(3, True), (0, True), (2, False), (0, False)])
+@pytest.mark.parametrize("taps, norm, turned, plain", [(3, True, 1, 1), (0, True, 1, 1), (2, False, 1, 1),
+                                                       (0, False, 1, 1), (3, True, 1, 0), (3, True, 2, 4)])
 @pytest.mark.parametrize("seeds", [0, 2])
-def test_q_k_and_v_of_one_projection_in_one_pass(taps, norm, seeds, monkeypatch):
+def test_several_projections_in_one_pass(taps, norm, turned, plain, seeds, monkeypatch):
+  """q, k and v; an index's queries and keys; NSA's seven."""
   kernels_run()
   several_programs(monkeypatch)
   B, T, N, K, H = 2, 70, 3, 2, 16
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(seeds,) * bool(seeds) + shape), jnp.float32)
-  arguments = draw(B, T, N + 2 * K, H), draw(taps, N + 2 * K, H) if taps else None, draw(2, H) if norm else None
+  heads = N + (turned + plain) * K
+  arguments = draw(B, T, heads, H), draw(taps, heads, H) if taps else None, draw(1 + turned, H) if norm else None
   table = tuple(map(jnp.asarray, layers.rope_table(T, H, 1e4)))
   segments = jnp.asarray(np.sort(rng.integers(0, 5, (B, T)), axis=1), jnp.int32)
   first, _ = spans.of_segments(segments, spans.positions(T, 0, B))
 
   def both(function):
-    run = lambda *a: results_and_gradients(lambda *a: function(*a, table, first, 1e-5, K), a)
+    run = lambda *a: results_and_gradients(lambda *a: function(*a, table, first, 1e-5, K, turned, plain), a)
     return jax.vmap(run)(*arguments) if seeds else run(*arguments)
 
-  assert_close(both(fused.qkv), both(qkv_by_xla))
+  assert_close(both(fused.groups), both(groups_by_xla))
 
 
 @pytest.mark.gpu
@@ -166,7 +169,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
       return function(*arguments, **options)
     monkeypatch.setattr(fused, name, run)
 
-  for name, twin in dict(heads=heads_by_xla, qkv=qkv_by_xla, norm=layers.add_and_norm, gate=gate_by_xla).items():
+  for name, twin in dict(heads=heads_by_xla, groups=groups_by_xla, norm=layers.add_and_norm, gate=gate_by_xla).items():
     serve(name, twin)
   config = config_lib.Config(attention=method, one_pass=True, model=config_lib.ModelConfig(
       vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
@@ -186,7 +189,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
   assert not called
   monkeypatch.setattr(fused, "serves", lambda x: True)
   got = jax.jit(exact(lambda params: jax.value_and_grad(loss)(params)))(params)
-  assert {"qkv", "norm", "gate"} <= set(called)
+  assert {"groups", "norm", "gate"} <= set(called)
   assert_close(got, want, rtol=1e-4)
   called.clear()
   jax.eval_shape(

@@ -132,6 +132,12 @@ class Layer(nnx.Module):
     or, of one head, [B, T, width], kept in the KV cache. A "k" or "v" among them takes the place of the model's own."""
     return {}
 
+  def beside(self, call: Call) -> tuple[dict, dict]:
+    """The projections that make `streams` of the hidden state, if nothing else does: of as many heads as the model's k,
+    those that are normed and rotated as it is, and those that are neither, as its v. One product and one pass may then
+    make them and q, k and v."""
+    return {}, {}
+
   def initial_state(self, batch: int, dtype) -> dict:
     """What a recurrent method carries from token to token before the first token: a tree of arrays [batch, ...]
     of constant size. It is kept in the cache beside the streams; `Call.state` brings it, `Result.state` returns it."""

@@ -33,6 +33,7 @@ import functools
 from typing import ClassVar
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -87,12 +88,25 @@ class IndexBranch(nnx.Module):
   def queries(self, h, call) -> Float[Array, "B T K Hi"]:
     return layers.project(self.q, h, call, rotated=True)
 
+  def both(self, h, call) -> tuple | None:
+    """(queries, keys) of one pass; None where no kernel serves them."""
+    together = layers.project_together((self.q, self.k), (), h, call)
+    return together and (together[0], together[1][:, :, 0])
+
 
 class MSALayer(distillation.IndexedLayer):
 
   def __init__(self, init, model, options: MSA):
     self.options = options
     self.selector = IndexBranch(init.child("selector", group="selector"), model, options)
+
+  def streams(self, x, call):
+    if (both := self.selector.both(jax.lax.stop_gradient(x.h), call)) is None:
+      return super().streams(x, call)
+    return {"q_idx": both[0], "k_idx": both[1]}
+
+  def index(self, x, streams, call):
+    return streams["q_idx"] if "q_idx" in streams else super().index(x, streams, call)
 
   def select(self, q_idx, x, streams, call):
     return pk.index_top_k(q_idx, streams["k_idx"], **self.options.geometry, **call.ops)

@@ -164,11 +164,14 @@ class NSALayer(blocks.BlockLayer):
     self.branch = Branches(init.child("branch", group="branch"), model, options)
     self.strides = dict(block_len=options.compress_len, block_stride=options.compress_stride)
 
+  def beside(self, call):
+    b = self.branch
+    return ({}, {}) if call.mode == "dense" else ({"k_win": b.k_win}, {"k_cmp": b.k_cmp, "v_cmp": b.v_cmp,
+                                                                       "v_win": b.v_win})
+
   def streams(self, x, call):
-    b, plain = self.branch, ("k_cmp", "v_cmp", "v_win")
-    together = layers.project_together(*(getattr(b, name) for name in plain), x.h, call, rotated=False)
-    out = dict(zip(plain, together or (layers.project(getattr(b, name), x.h, call, rotated=False) for name in plain)))
-    return {**out, "k_win": layers.project(b.k_win, x.h, call, rotated=True)}
+    return {name: layers.project(getattr(self.branch, name), x.h, call, rotated=name == "k_win")
+            for name in ("k_cmp", "v_cmp", "k_win", "v_win")}
 
   def pools(self):
     return {"compressed": Pool(self.options.compress_len, self.options.compress_stride)}

@@ -7,6 +7,8 @@ gradient of the convolution's result is rounded to y.dtype between its two passe
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 
 from pallas_kernels.triton import call, heads_kernels
 
+GROUPS = 6  # that the kernels have places for, beside q
 # Of one head. Gradients of taps and gains are summed over the rows of all tiles of a program at once. On one H200, 8 x
 # 4,096 tokens, 8/2 heads of 64, 3 taps: backward 0.14 ms of 0.26 with a sum for each tile; others take 0.15 to 0.18.
 FORWARD, BACKWARD, UNCONVOLVE = call.Tiles(32, 1, 4), call.Tiles(16, 8, 4), call.Tiles(16, 16, 4)
@@ -30,30 +33,48 @@ def heads(y, taps, gain, cos, sin, first, eps):
     first: int32[B, T], the first token of each token's segment.
     eps: of the norm.
   """
-  return _heads(y, taps, None if gain is None else gain[None], cos, sin, first, float(eps), 0)[0]
+  whole = Groups(y.shape[2], 0, 0, 0)
+  return _heads(y, taps, None if gain is None else gain[None], cos, sin, first, float(eps), whole)[0]
 
 
-def qkv(y, taps, gains, cos, sin, first, eps, kv_heads):
-  """(q, k, v) of the heads of one projection [B, T, N + 2 kv_heads, H]: as `heads`, those of v convolved alone.
+def groups(y, taps, gains, cos, sin, first, eps, kv_heads, turned, plain):
+  """A tuple of 1 + turned + plain arrays [B, T, heads, H], the parts of the heads of one projection: those of q, then
+  groups of kv_heads each. q and the first `turned` groups as in `heads`, the `plain` ones are convolved alone.
 
-  gains: float32[2, H], of q's and of k's norm, or None.
+  gains: float32[1 + turned, H], of q's norm and of each such group's, or None.
   """
-  return _heads(y, taps, gains, cos, sin, first, float(eps), kv_heads)
+  if turned + plain > GROUPS:
+    raise ValueError(f"{turned} + {plain} groups: the kernels have places for {GROUPS}")
+  parts = Groups(y.shape[2] - (turned + plain) * kv_heads, kv_heads, turned, plain)
+  return _heads(y, taps, gains, cos, sin, first, float(eps), parts)
+
+
+class Groups(NamedTuple):
+  """The heads of a projection: those of q, then turned + plain groups of `each`."""
+  q: int
+  each: int
+  turned: int
+  plain: int
+
+  @property
+  def heads(self):
+    """Of each part."""
+    return (self.q, *(self.each,) * (self.turned + self.plain))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _heads(y, taps, gains, cos, sin, first, eps, kv_heads):
-  return _forward(y, _rows(taps), _rows(gains), cos, sin, first, eps, kv_heads)
+def _heads(y, taps, gains, cos, sin, first, eps, parts):
+  return _forward(y, _rows(taps), _rows(gains), cos, sin, first, eps, parts)
 
 
-def _forward_rule(y, taps, gains, cos, sin, first, eps, kv_heads):
-  return _heads(y, taps, gains, cos, sin, first, eps, kv_heads), (y, taps, gains, cos, sin, first)
+def _forward_rule(y, taps, gains, cos, sin, first, eps, parts):
+  return _heads(y, taps, gains, cos, sin, first, eps, parts), (y, taps, gains, cos, sin, first)
 
 
-def _backward_rule(eps, kv_heads, saved, do):
+def _backward_rule(eps, parts, saved, do):
   y, taps, gains, cos, sin, first = saved
   do = tuple(x.astype(y.dtype) for x in do)
-  dy, dtaps, dgains = _backward(y, _rows(taps), _rows(gains), cos, sin, first, do, eps, kv_heads)
+  dy, dtaps, dgains = _backward(y, _rows(taps), _rows(gains), cos, sin, first, do, eps, parts)
   zeros = lambda x: None if x is None else jnp.zeros_like(x)
   return (dy, None if taps is None else dtaps[0], None if gains is None else dgains[0], zeros(cos), zeros(sin),
           np.zeros(first.shape, jax.dtypes.float0))
@@ -85,11 +106,11 @@ def _folded(function):
   return one
 
 
-def _sizes(y, taps, gains, cos, kv_heads):
+def _sizes(y, taps, gains, cos, parts):
   B, T, N, H = y.shape
   replicas = next((x.shape[0] for x in (taps, gains) if x is not None), 1)
-  return dict(B=B, R=replicas, T=T, NQ=N - 2 * kv_heads, NK=kv_heads, H2=H // 2, W=0 if taps is None else taps.shape[1],
-              NORM=gains is not None, ROPE=cos is not None)
+  return dict(B=B, R=replicas, T=T, N=N, NQ=parts.q, NK=parts.each, NT=parts.turned, H2=H // 2,
+              W=0 if taps is None else taps.shape[1], NORM=gains is not None, ROPE=cos is not None)
 
 
 def _inputs(y, taps, gains, cos, sin, first):
@@ -107,35 +128,30 @@ def _how(y, tiles):
   return dict(grid=(B * N * _parts_of(y, tiles),), num_warps=tiles.warps, num_stages=1, ROWS=tiles.rows)
 
 
-def _parts(y, kv_heads):
-  B, T, N, H = y.shape
-  return [jax.ShapeDtypeStruct((B, T, n, H), y.dtype) for n in (N - 2 * kv_heads, kv_heads or 1, kv_heads or 1)]
-
-
-def _forward(y, taps, gains, cos, sin, first, eps, kv_heads):
+def _forward(y, taps, gains, cos, sin, first, eps, parts):
   def run(y, taps, gains, cos, sin, first, _):
-    parts = _parts(y, kv_heads)
-    if not kv_heads:
-      parts[1:] = [jax.ShapeDtypeStruct((y.shape[0], 1), y.dtype)] * 2
-    out = call.kernel_call(heads_kernels.heads_forward_kernel, _inputs(y, taps, gains, cos, sin, first), parts,
-                           name="heads_forward", EPS=eps, **_how(y, FORWARD),
-                           **_sizes(y, taps, gains, cos, kv_heads))
-    return tuple(out) if kv_heads else (out[0],)
+    B, T, _, H = y.shape
+    outputs = [jax.ShapeDtypeStruct((B, T, heads, H), y.dtype) for heads in parts.heads]
+    nothing = [jax.ShapeDtypeStruct((B, 1), y.dtype)] * (1 + GROUPS - len(outputs))
+    out = call.kernel_call(heads_kernels.heads_forward_kernel, _inputs(y, taps, gains, cos, sin, first),
+                           outputs + nothing, name="heads_forward", EPS=eps, **_how(y, FORWARD),
+                           **_sizes(y, taps, gains, cos, parts))
+    return tuple(out[:len(outputs)])
 
   return _folded(run)(y, taps, gains, cos, sin, first, ())
 
 
-def _backward(y, taps, gains, cos, sin, first, do, eps, kv_heads):
+def _backward(y, taps, gains, cos, sin, first, do, eps, parts):
   def run(y, taps, gains, cos, sin, first, do):
     B, T, N, H = y.shape
-    W, NQ = 0 if taps is None else taps.shape[1], N - 2 * kv_heads
-    do = do if kv_heads else (do[0],) * 3
+    W = 0 if taps is None else taps.shape[1]
+    do = (*do, *(do[0],) * (1 + GROUPS - len(do)))
     like_y = jax.ShapeDtypeStruct(y.shape, y.dtype)
     share = lambda tiles, *shape: jax.ShapeDtypeStruct((B * _parts_of(y, tiles), *shape), jnp.float32)
     dy, dgains = call.kernel_call(
         heads_kernels.heads_backward_kernel, (*_inputs(y, taps, gains, cos, sin, first), *do),
         [like_y, share(BACKWARD, N, H)], name="heads_backward", EPS=eps, TILES=BACKWARD.count, **_how(y, BACKWARD),
-        **_sizes(y, taps, gains, cos, kv_heads))
+        **_sizes(y, taps, gains, cos, parts))
     dtaps = None
     if W:
       dy, dtaps = call.kernel_call(
@@ -144,8 +160,9 @@ def _backward(y, taps, gains, cos, sin, first, do, eps, kv_heads):
           **_how(y, UNCONVOLVE))
       dtaps = dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1)
     if gains is not None:
-      of = lambda first, end: dgains.reshape(gains.shape[0], -1, N, H)[:, :, first:end].sum((1, 2))
-      dgains = jnp.stack([of(0, NQ), of(NQ, NQ + kv_heads)] if kv_heads else [of(0, N)], axis=1)
+      edges = [0, *itertools.accumulate(parts.heads[:1 + parts.turned])]
+      shares = dgains.reshape(gains.shape[0], -1, N, H)
+      dgains = jnp.stack([shares[:, :, first:end].sum((1, 2)) for first, end in zip(edges, edges[1:])], axis=1)
     return dy, dtaps, dgains if gains is not None else None
 
   return _folded(run)(y, taps, gains, cos, sin, first, do)

@@ -2,8 +2,9 @@
 
 A tile is ROWS tokens of one head. Its H numbers per token come as two halves of H2 = H / 2, which the rotation turns
 against each other. What a token reaches back to is read again, from the chip's caches, so each array passes through
-memory once. `first` is the first token of each token's segment. The heads of y are NQ of q, NK of k and NK of v; those
-of v are convolved alone. NK = 0: all are q's. Parameters, and shares of their gradients, have a row for each of R
+memory once. `first` is the first token of each token's segment. Of the heads of y NQ are q's, for the first array, then
+come groups of NK heads each, for the others. The first NT groups are normed, with a gain of each, and rotated as q is;
+the rest are convolved alone. NK = 0: all are q's. Parameters, and shares of their gradients, have a row for each of R
 replicas of B / R sequences.
 """
 from __future__ import annotations
@@ -21,15 +22,35 @@ def tile_of(T, N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def place(q, k, v, n, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr):
-  """(pointer to head n of token 0, numbers from a token to the next), of whichever of q, k, v has the head."""
-  at = q + n * H
+def place(a, b, c, d, e, f, g, n, NQ: tl.constexpr, NK: tl.constexpr, H: tl.constexpr):
+  """(pointer to head n of token 0, numbers from a token to the next), of whichever array has the head."""
+  at = a + n * H
   if NK > 0:
-    if n >= NQ + NK:
-      at = v + (n - NQ - NK) * H
-    elif n >= NQ:
-      at = k + (n - NQ) * H
+    if n >= NQ:
+      group = (n - NQ) // NK
+      to = b
+      if group == 1:
+        to = c
+      elif group == 2:
+        to = d
+      elif group == 3:
+        to = e
+      elif group == 4:
+        to = f
+      elif group == 5:
+        to = g
+      at = to + (n - NQ) % NK * H
   return at, tl.where(n < NQ, NQ * H, NK * H)
+
+
+@triton.jit
+def gain_of(gain, b, n, B: tl.constexpr, R: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, NT: tl.constexpr,
+            H: tl.constexpr):
+  """Pointer to the gain of head n, of q's or of its group's."""
+  gain += b // (B // R) * ((1 + NT) * H)
+  if NK > 0:
+    gain += tl.where(n < NQ, 0, 1 + (n - NQ) // NK) * H
+  return gain
 
 
 @triton.jit
@@ -56,19 +77,19 @@ def convolved(y, taps, b, t, n, low, ok, T, N: tl.constexpr, H2: tl.constexpr, W
 
 
 @triton.jit
-def heads_forward_kernel(y, taps, gain, cos, sin, first, q, k, v, B: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-                         NQ: tl.constexpr, NK: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr,
-                         ROPE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr):
-  N: tl.constexpr = NQ + 2 * NK
+def heads_forward_kernel(y, taps, gain, cos, sin, first, oa, ob, oc, od, oe, of, og, B: tl.constexpr, R: tl.constexpr,
+                         T: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, NT: tl.constexpr,
+                         H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr,
+                         ROWS: tl.constexpr):
   b, tile, n = tile_of(T, N, ROWS)
   taps += b // (B // R) * (W * N * 2 * H2)
-  gain += b // (B // R) * ((2 if NK > 0 else 1) * 2 * H2) + tl.where(n >= NQ, 2 * H2, 0)
+  gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
   t = tile * ROWS + tl.arange(0, ROWS)
   ok = t < T
   h = tl.arange(0, H2)
   low = tl.load(first + b * T + t, mask=ok, other=0)
   one, two = convolved(y, taps, b, t, n, low, ok, T, N, H2, W, ROWS)
-  if n < NQ + NK:
+  if n < NQ + NT * NK:
     if NORM:
       scale = tl.rsqrt((tl.sum(one * one, axis=1) + tl.sum(two * two, axis=1)) / (2 * H2) + EPS)[:, None]
       one = one * scale * tl.load(gain + h)[None, :]
@@ -79,25 +100,24 @@ def heads_forward_kernel(y, taps, gain, cos, sin, first, q, k, v, B: tl.constexp
       turned = one * c - two * s
       two = two * c + one * s
       one = turned
-  to, step = place(q, k, v, n, NQ, NK, 2 * H2)
+  to, step = place(oa, ob, oc, od, oe, of, og, n, NQ, NK, 2 * H2)
   at = to + (b * T + t)[:, None] * step + h[None, :]
-  tl.store(at, one.to(q.dtype.element_ty), mask=ok[:, None])
-  tl.store(at + H2, two.to(q.dtype.element_ty), mask=ok[:, None])
+  tl.store(at, one.to(oa.dtype.element_ty), mask=ok[:, None])
+  tl.store(at + H2, two.to(oa.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit
-def heads_backward_kernel(y, taps, gain, cos, sin, first, dq, dk, dv, dz, dgain, B: tl.constexpr, R: tl.constexpr,
-                          T: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, H2: tl.constexpr, W: tl.constexpr,
-                          NORM: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
-                          TILES: tl.constexpr):
+def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df, dg, dz, dgain, B: tl.constexpr,
+                          R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr,
+                          NT: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                          EPS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
   """dz of TILES neighbouring tiles, the gradient of what the convolution gives, and their share of dgain
   [B * programs per sequence, N, H], float32, summed over their rows at the end."""
-  N: tl.constexpr = NQ + 2 * NK
   b, part, n = tile_of(T, N, ROWS * TILES)
   taps += b // (B // R) * (W * N * 2 * H2)
-  gain += b // (B // R) * ((2 if NK > 0 else 1) * 2 * H2) + tl.where(n >= NQ, 2 * H2, 0)
+  gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
   h = tl.arange(0, H2)
-  of, step = place(dq, dk, dv, n, NQ, NK, 2 * H2)
+  of, step = place(da, db, dc, dd, de, df, dg, n, NQ, NK, 2 * H2)
   total_one = tl.zeros([ROWS, H2], tl.float32)
   total_two = tl.zeros([ROWS, H2], tl.float32)
   for tile in range(TILES):
@@ -106,7 +126,7 @@ def heads_backward_kernel(y, taps, gain, cos, sin, first, dq, dk, dv, dz, dgain,
     at = of + (b * T + t)[:, None] * step + h[None, :]
     one = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
     two = tl.load(at + H2, mask=ok[:, None], other=0.0).to(tl.float32)
-    if n < NQ + NK:
+    if n < NQ + NT * NK:
       if ROPE:
         c = tl.load(cos + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
         s = tl.load(sin + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
@@ -127,7 +147,7 @@ def heads_backward_kernel(y, taps, gain, cos, sin, first, dq, dk, dv, dz, dgain,
     at = dz + ((b * T + t) * N + n)[:, None] * (2 * H2) + h[None, :]
     tl.store(at, one.to(dz.dtype.element_ty), mask=ok[:, None])
     tl.store(at + H2, two.to(dz.dtype.element_ty), mask=ok[:, None])
-  if NORM and n < NQ + NK:
+  if NORM and n < NQ + NT * NK:
     to = dgain + ((b * ((T + ROWS * TILES - 1) // (ROWS * TILES)) + part) * N + n) * (2 * H2) + h
     tl.store(to, tl.sum(total_one, axis=0))
     tl.store(to + H2, tl.sum(total_two, axis=0))

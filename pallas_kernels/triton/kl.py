@@ -142,6 +142,15 @@ def _merged(moments, position):
       J=J, JP=call.next_power_of_2(J), PLACES=moments.shape[1], ROWS=MERGED_ROWS))
 
 
+def _gathered(parts, position):
+  """[B, T, K, HI] of the rows that a query's entries have in `parts` [places, HI], their sum."""
+  *rows, J = position.shape
+  return call.kernel_call(
+      kl_kernels.gather_sum_kernel, (parts, position), jax.ShapeDtypeStruct((*rows, parts.shape[1]), parts.dtype),
+      grid=(-(-math.prod(rows) // MERGED_ROWS),), name="index_kl_gather_sum", num_warps=4, num_stages=1,
+      M=math.prod(rows), J=J, SIZE=parts.shape[1], ROWS=MERGED_ROWS)
+
+
 def loss_of(total, entropy, cross, index_lse):
   """loss, index lse, 1 / sum of P."""
   seen = total > 0
@@ -203,8 +212,7 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
         [jax.ShapeDtypeStruct((_places(plan), HI), q_idx.dtype),
          jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
         grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **of_index)
-    dq = jnp.where(entries.position[..., None] >= 0, dq[entries.position], 0).astype(jnp.float32).sum(axis=-2)
-    return dq.astype(q_idx.dtype), None, sum_units(dk, entries.unit_start, plan, K, dtype)
+    return _gathered(dq, entries.position), None, sum_units(dk, entries.unit_start, plan, K, dtype)
 
   dq, _, dk = entry_lists.in_slices(one, slices, (block_indices, targets))
   return dq, dk.reshape(B, -1, HI)[:, :k.shape[1]].astype(k_idx.dtype)

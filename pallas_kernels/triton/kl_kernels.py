@@ -158,8 +158,8 @@ def sum_units_kernel(parts, unit_start, out, K: tl.constexpr, RANGES: tl.constex
 @triton.jit
 def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J: tl.constexpr, JP: tl.constexpr,
                  PLACES: tl.constexpr, ROWS: tl.constexpr):
-  """Of each of M rows the KL, the log normaliser of its index scores and 1 / sum of P, of the moments [5, PLACES] of its
-  entries, which lie at position [M, J]; -1 is none."""
+  """Of each of M rows the KL, the log normaliser of its index scores and 1 / sum of P, of the moments [5, PLACES] of
+  its entries, which lie at position [M, J]; -1 is none."""
   row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
   j = tl.arange(0, JP)
   at = tl.load(position + tl.cast(row, tl.int64)[:, None] * J + j[None, :],
@@ -178,6 +178,20 @@ def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J:
   tl.store(loss + row, tl.where(total > 0, (entropy - cross) / safe - tl.log(safe) + log, 0.0), mask=ok)
   tl.store(index_lse + row, log, mask=ok)
   tl.store(factor + row, tl.where(total > 0, 1.0 / safe, 0.0), mask=ok)
+
+
+@triton.jit
+def gather_sum_kernel(parts, position, out, M: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+  """out[m] = sum of parts [places, SIZE] at position [M, J], in float32 and in the order of J; -1 is none."""
+  row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+  i = tl.arange(0, SIZE)
+  acc = tl.zeros((ROWS, SIZE), tl.float32)
+  for j in range(J):
+    at = tl.load(position + tl.cast(row, tl.int64) * J + j, mask=row < M, other=-1)
+    acc += tl.load(parts + tl.cast(at, tl.int64)[:, None] * SIZE + i[None, :], mask=(at >= 0)[:, None],
+                   other=0.0).to(tl.float32)
+  tl.store(out + tl.cast(row, tl.int64)[:, None] * SIZE + i[None, :], acc.to(out.dtype.element_ty),
+           mask=(row < M)[:, None])
 
 
 @triton.jit
