@@ -158,10 +158,10 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   plan, slices = _plan_of(q, k, block_indices, block_size, BACKWARD_TILES)
   H = q.shape[-1]
   do = do.astype(q.dtype)
-  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
-  # A query that sees nothing has no entries; 0 keeps its row finite.
-  lse = jnp.where(lse == -jnp.inf, 0.0, lse * LOG2E)
-  delta = jnp.where(jnp.isfinite(delta), delta, 0.0)
+  # A query that sees nothing has no entries, an o of zeros and no gradient of its lse; 0 keeps its row finite.
+  seen = lse > -jnp.inf
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - jnp.where(seen, dlse, 0.0)
+  lse = jnp.where(seen, lse * LOG2E, 0.0)
   keys, values = _whole_blocks(k, plan), _whole_blocks(v, plan)
 
   def one(block_indices, first):

@@ -7,12 +7,14 @@ A *tile* is ROWS query rows: TOKENS = ROWS / GP neighbouring tokens times the GP
 there are and padding up to a power of two. So tensor cores have whole tiles at any G, and the keys that a tile
 loads serve all of its rows. Blocks of keys inside the runs of all rows go through without a mask.
 
-Scores are in base 2: SCALE has a factor log2(e), and so has the `lse` that the backward kernels read.
+Scores are in base 2: SCALE has a factor log2(e), and so has the `lse` that `dkv_kernel` reads, which `dq_kernel` makes.
 """
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -157,11 +159,11 @@ def _dq_step(dq, q, do, lse, delta, k, v, block, low, high, C, K: tl.constexpr, 
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, lse, delta, low, high, dq,
+def dq_kernel(q, k, v, do, lse, delta, low, high, dq, base_2,
               B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
               GP: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
               ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-  """dQ of a tile, times FACTOR."""
+  """dQ of a tile, times FACTOR, and its lse in base 2, which is 0 where it is -inf."""
   TILES: tl.constexpr = (T + ROWS // GP - 1) // (ROWS // GP)
   tile = TILES - 1 - tl.program_id(0) // (B * K)
   b, r = tl.program_id(0) % (B * K) // K, tl.program_id(0) % K
@@ -174,7 +176,9 @@ def dq_kernel(q, k, v, do, lse, delta, low, high, dq,
   square = row[:, None] * H + tl.arange(0, H)[None, :]
   queries = tl.load(q + square, mask=ok[:, None], other=0.0)
   cotangents = tl.load(do + square, mask=ok[:, None], other=0.0)
-  norm = tl.load(lse + row, mask=ok, other=0.0)
+  norm = tl.load(lse + row, mask=ok, other=0.0) * LOG2E
+  norm = tl.where(norm == float("-inf"), 0.0, norm)  # a row that sees nothing meets masked scores alone
+  tl.store(base_2 + row, norm, mask=ok)
   shift = tl.load(delta + row, mask=ok, other=0.0)
   keys = (tl.cast(b, tl.int64) * C * K + r) * H
   acc = tl.zeros((ROWS, H), tl.float32)

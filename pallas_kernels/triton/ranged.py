@@ -168,14 +168,13 @@ def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   do = do.astype(q.dtype)
-  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
-  seen = lse > -jnp.inf  # a row that sees nothing meets masked scores alone; 0 keeps it finite
-  delta, lse = jnp.where(seen, delta, 0.0), jnp.where(seen, lse * call.LOG2E, 0.0)
-  rest = (do, lse, delta, low, high)
+  # A row that sees nothing has an o of zeros and no gradient of its lse.
+  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0.0)
   tuned = tuning.get("range_dq", head_dim=H, dtype=q.dtype, length=C)
   rows = sizes.rows(tuned.rows)
-  dq = call.kernel_call(
-      range_kernels.dq_kernel, (q, k, v, *rest), jax.ShapeDtypeStruct(q.shape, q.dtype),
+  dq, base_2 = call.kernel_call(
+      range_kernels.dq_kernel, (q, k, v, do, lse, delta, low, high),
+      [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)],
       grid=(B * K * -(-T // (rows // sizes.GP)),), name="range_attention_dq", num_warps=tuned.warps,
       num_stages=tuned.stages, FACTOR=sizes.scale, ROWS=rows, BLOCK=tuned.block, **sizes.constants(B))
   tuned = tuning.get("range_dkv", head_dim=H, dtype=q.dtype, length=C)
@@ -184,7 +183,8 @@ def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   splits = max(1, min(-(-8 * call.processors() // (B * K * blocks)), tiles // 4, 32))
   parts = jax.ShapeDtypeStruct((B, splits, C, K, H), jnp.float32)
   dk, dv = call.kernel_call(
-      range_kernels.dkv_kernel, (q, k, v, *rest, who_sees(low, high, C, tuned.block)), [parts, parts],
+      range_kernels.dkv_kernel,
+      (q, k, v, do, base_2, delta, low, high, who_sees(low, high, C, tuned.block)), [parts, parts],
       grid=(B * K * blocks * splits,), name="range_attention_dkv", num_warps=tuned.warps, num_stages=tuned.stages,
       FACTOR=sizes.scale, SPLITS=splits, ROWS=rows, BLOCK=tuned.block, **sizes.constants(B))
   return dq, dk.sum(axis=1).astype(k.dtype), dv.sum(axis=1).astype(v.dtype)
