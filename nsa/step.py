@@ -57,18 +57,20 @@ def mean_nll(config, params, out: model_lib.Output, targets, weights, mesh):
   for metrics: it has no gradient where logits come in chunks.
 
   Logits of long sequences over large vocabularies would outgrow all else: past MAX_LOGITS on a device they are made,
-  and their gradient with them, chunk by chunk. On a mesh each device does so with its own tokens and the whole output
-  matrix, under `jax.shard_map`: XLA's partitioner would gather the matrix and sum its gradient over the devices in
-  every chunk. Over "tensor" the positions are cut too, as there are no heads to cut here.
+  and their gradient with them, chunk by chunk; so are smaller ones, whole, where a kernel makes both in one pass. On a
+  mesh each device does so with its own tokens and the whole output matrix, under `jax.shard_map`: XLA's partitioner
+  would gather the matrix and sum its gradient over the devices in every chunk. Over "tensor" the positions are cut too,
+  as there are no heads to cut here.
   """
   B, T = targets.shape
   total = jnp.maximum(jnp.sum(weights), 1e-9)
   local = B * T * config.model.vocab_size / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"])
-  if local <= MAX_LOGITS:
+  one_pass = config.one_pass and fused.serves(out.hidden)
+  if local <= MAX_LOGITS and not one_pass:
     nll = target_nll(out.logits, targets)
     return jnp.sum(nll * weights) / total, nll
   name = "embed" if config.model.tie_embeddings else "head"
-  how = config.model.tie_embeddings, config.one_pass and fused.serves(out.hidden)
+  how = config.model.tie_embeddings, one_pass
   shares = weights / total
   if mesh.size == 1:
     return _nll_in_chunks(how, params[name], out.hidden, targets, shares)

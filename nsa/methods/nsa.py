@@ -22,6 +22,7 @@ dense model's function.
 Selection has no loss of its own: scores learn through the compressed branch's output.
 """
 import dataclasses
+import math
 from typing import ClassVar
 
 from flax import nnx
@@ -128,7 +129,12 @@ class Compression(nnx.Module):
     strips = jax.lax.optimization_barrier(strips.transpose(3, 0, 1, 2, 4).reshape(K, B, -1, stride * H))
     matrix = self.inner[...].reshape(K, parts, stride * H, -1).swapaxes(1, 2).reshape(K, stride * H, -1)
     shares = layers.product("kbni,kij->kbnj", strips, matrix).astype(jnp.float32)
-    inner = jnp.einsum("i,kih->kh", self.position[...].reshape(-1), self.inner[...])[:, None, None]
+    inner = jnp.einsum("i,kih->kh", self.position[...].reshape(-1), self.inner[...])
+    # In two steps, so that the gradient is summed in two: XLA has too few programs for all of it at once.
+    chunk = math.gcd(strips.shape[2], 32)
+    inner = jax.lax.optimization_barrier(jnp.broadcast_to(inner[:, None, None], shares.shape[:2] + (
+        shares.shape[2] // chunk, inner.shape[1])))
+    inner = jnp.repeat(inner, chunk, axis=2)
     for i, share in enumerate(jnp.split(shares, parts, axis=-1)):
       inner = inner + jnp.pad(share[:, :, i:], ((0, 0), (0, 0), (0, i), (0, 0)))
     outer = layers.product("kbnh,kho->kbno", jax.nn.silu(inner.astype(x_BSKH.dtype)), self.outer[...])

@@ -119,7 +119,8 @@ def nll(logits, targets, shares, dtype):
   def run(logits, targets, shares):
     B, T, V = logits.shape
     outputs = [jax.ShapeDtypeStruct((B, T), jnp.float32), jax.ShapeDtypeStruct((B, T, V), dtype)]
+    size = min(LOSS.rows, call.next_power_of_2(V))
     return call.kernel_call(kernels.nll_kernel, (logits, targets, shares), outputs, grid=(B * T,), name="nll",
-                            num_warps=LOSS.warps, num_stages=1, V=V, SIZE=min(LOSS.rows, call.next_power_of_2(V)))
+                            num_warps=max(1, min(LOSS.warps, size // 512)), num_stages=1, V=V, SIZE=size)
 
   return call.batched(run)(logits, targets, shares)
