@@ -358,6 +358,26 @@ def test_interpreted_lists_under_vmap():
 
 
 @interprets
+@pytest.mark.parametrize("H, parts, transposed", [(64, 2, True), (48, 1, False)])
+def test_interpreted_sums_of_keys(H, parts, transposed):
+  """Of a last block that is cut short, of two ranges of queries; a block may have no unit, and what no unit wrote is
+  not read."""
+  plan = lists.Plan(2, 40, 60, 2, 1, 2, 32, range_size=20, tiles_per_unit=2)
+  rng = np.random.default_rng(0)
+  counts = rng.integers(0, 4, (plan.batch, plan.kv_heads, plan.ranges, plan.blocks))
+  starts = np.concatenate([[0], np.cumsum(counts)])
+  dk, dv = rng.normal(size=(2, starts[-1] + 3, parts, 32 // parts, H)).astype(np.float32)
+  dk[starts[-1]:] = np.nan
+  want = np.zeros((2, plan.batch, plan.blocks * 32, plan.kv_heads, H))
+  for unit, (b, r, _, block) in enumerate(np.repeat(np.argwhere(counts >= 0), counts.ravel(), axis=0)):
+    for x, total in ((dk * 0.5, want[0]), (dv, want[1])):
+      total[b, block * 32:(block + 1) * 32, r] += x[unit].reshape(32, H)
+  arrays = [jnp.asarray(x.swapaxes(2, 3) if transposed else x) for x in (dk, dv)]
+  got = kl.sum_keys(*arrays, jnp.asarray(starts, jnp.int32), plan, jnp.float32, scale=0.5, transposed=transposed)
+  np.testing.assert_allclose(got, want[:, :, :60], rtol=1e-5, atol=1e-5)
+
+
+@interprets
 @pytest.mark.parametrize("name", MASS)
 def test_interpreted_block_mass(name):
   with tuning.override("block_mass", TINY._replace(block=32)):  # less than a block, as much, and more

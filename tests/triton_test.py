@@ -247,7 +247,7 @@ def test_lowers_for_h100(monkeypatch):
 
   text = lowered(jax.grad(everything, (0, 1, 2, 3, 4)), q, k, k_cmp, q_idx, k_idx, ids)
   for kernel in ("range_attention_forward", "range_attention_dq", "range_attention_dkv", "compressed_scores",
-                 "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv",
+                 "index_scores", "choose_blocks", "selected_attention_forward", "selected_attention_dkv", "sum_keys",
                  "index_kl_forward", "index_kl_merge", "index_kl_backward", "index_kl_gather_sum", "sum_units",
                  "block_mass", "block_peak", "lightning_scores",
                  "lightning_kl_forward", "lightning_kl_ds", "lightning_kl_dq", "lightning_kl_dk"):

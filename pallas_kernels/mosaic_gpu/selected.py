@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, of_another_gpu
 
 try:
-  from pallas_kernels.triton import invert as counting
+  from pallas_kernels.triton import call, invert as counting, kl
 except Exception:  # triton is not installed, or broken
   counting = None
 
@@ -173,21 +173,29 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
       dq = forward.weighted_rows(dq, scale, entries.position, plan)
     else:
       dq = merge.combine(dq, None, entries.position, plan, scale=scale)
-    sums = backward.sum_units(dk, dv, entries.unit_start, plan)
+    dtype = k.dtype if slices == 1 else jnp.float32  # those of several slices are added up
+    sums = _sums(dk, dv, entries.unit_start, plan, scale, backward.transposed(H), dtype, interpret)
     return dq.reshape(plan.batch, plan.queries, *q.shape[2:]), None, sums
 
   dq, _, (dk, dv) = entry_lists.in_slices(one, slices, (block_indices,))
+  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+  return (dq, dk.astype(k.dtype), dv.astype(v.dtype), nothing(block_indices), nothing(segment_ids), nothing(offset))
+
+
+def _sums(dk, dv, unit_start, plan, scale, transposed, dtype, interpret):
+  """dK and dV, [B, keys, K, H] of dtype, of what units have of them: by a kernel of triton/ where that is installed."""
+  how = dict(scale=scale, transposed=transposed)
+  if counting is not None and not interpret and call.unavailable() is None:
+    return tuple(call.one_by_one(lambda *x: kl.sum_keys(*x, plan, dtype, **how))(dk, dv, unit_start))
 
   def tokens_first(x, factor):
-    if backward.transposed(H):
-      x = x.swapaxes(4, 5)
+    x = x.swapaxes(4, 5) if transposed else x
     x = x.transpose(0, 2, 3, 4, 1, 5)  # B, blocks, parts, keys, K, H
-    x = x.reshape(plan.batch, -1, plan.kv_heads, H)
-    return (x[:, :plan.keys] * factor).astype(k.dtype)
+    x = x.reshape(plan.batch, -1, plan.kv_heads, x.shape[-1])
+    return (x[:, :plan.keys] * factor).astype(dtype)
 
-  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-  return (dq, tokens_first(dk, scale), tokens_first(dv, 1.0), nothing(block_indices), nothing(segment_ids),
-          nothing(offset))
+  dk, dv = backward.sum_units(dk, dv, unit_start, plan)
+  return tokens_first(dk, scale), tokens_first(dv, 1.0)
 
 
 _selected_attention.defvjp(_forward, _backward)

@@ -25,6 +25,7 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 # 369 ms, forward + backward, of the layer on one H200.
 KEPT_BYTES = 5 * 2 ** 30
 MERGED_ROWS = 32  # (token, KV head)s whose entries one program adds up
+SUMMED_COLUMNS = 32  # of dK and dV that one program adds up
 SLICE_BYTES = 4 * 2 ** 30   # of P and dq_idx by entry that are alive at a time
 
 
@@ -227,3 +228,17 @@ def sum_units(parts, unit_start, plan, heads, dtype):
       kl_kernels.sum_units_kernel, (parts, unit_start), jax.ShapeDtypeStruct(shape, dtype),
       grid=(shape[0] * shape[1] * plan.blocks * -(-size // chunk),), name="sum_units", num_warps=4, K=plan.kv_heads,
       RANGES=plan.ranges, BLOCKS=plan.blocks, HEADS=heads, SIZE=size, CHUNK=chunk)
+
+
+def sum_keys(dk, dv, unit_start, plan, dtype, *, scale=1.0, transposed=False):
+  """dK and dV [B, keys, K, H] of dtype, dK times scale, from those of units, float32[units, parts, keys, H] each;
+  transposed: [units, parts, H, keys]."""
+  _, parts, *tile = dk.shape
+  keys, H = reversed(tile) if transposed else tile
+  out = jax.ShapeDtypeStruct((plan.batch, plan.keys, plan.kv_heads, H), dtype)
+  width = min(SUMMED_COLUMNS, call.next_power_of_2(H))
+  return call.kernel_call(
+      kl_kernels.sum_keys_kernel, (dk, dv, unit_start), [out, out],
+      grid=(plan.batch * plan.kv_heads * plan.blocks * parts * -(-H // width),), name="sum_keys", num_warps=4,
+      num_stages=1, S=plan.keys, K=plan.kv_heads, RANGES=plan.ranges, BLOCKS=plan.blocks, PARTS=parts, KEYS=keys, H=H,
+      WIDTH=width, TRANSPOSED=transposed, FACTOR=float(scale))

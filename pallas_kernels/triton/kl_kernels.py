@@ -156,6 +156,44 @@ def sum_units_kernel(parts, unit_start, out, K: tl.constexpr, RANGES: tl.constex
 
 
 @triton.jit
+def sum_keys_kernel(dk_parts, dv_parts, unit_start, dk, dv, S: tl.constexpr, K: tl.constexpr, RANGES: tl.constexpr,
+                    BLOCKS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, H: tl.constexpr,
+                    WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, FACTOR: tl.constexpr):
+  """dk and dv [B, S, K, H], dk times FACTOR, from what units have of them: float32[units, PARTS, KEYS, H], or with H
+  and KEYS the other way round. A block has PARTS * KEYS keys; its units are added in their order.
+
+  A program has WIDTH of the H numbers.
+  """
+  COLUMNS: tl.constexpr = (H + WIDTH - 1) // WIDTH
+  column, item = tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
+  part, block, head = item % PARTS, item // PARTS % BLOCKS, item // (PARTS * BLOCKS)
+  h = column * WIDTH + tl.arange(0, WIDTH)
+  key = tl.arange(0, KEYS)
+  if TRANSPOSED:
+    at = h[:, None] * KEYS + key[None, :]
+    there = h[:, None] + key[None, :] * 0 < H
+    dk_sum = tl.zeros((WIDTH, KEYS), tl.float32)
+  else:
+    at = key[:, None] * H + h[None, :]
+    there = key[:, None] * 0 + h[None, :] < H
+    dk_sum = tl.zeros((KEYS, WIDTH), tl.float32)
+  dv_sum = dk_sum
+  for n in range(RANGES):
+    which = unit_start + (head * RANGES + n) * BLOCKS + block
+    for unit in range(tl.load(which), tl.load(which + 1)):
+      tile = (tl.cast(unit, tl.int64) * PARTS + part) * (KEYS * H) + at
+      dk_sum += tl.load(dk_parts + tile, mask=there, other=0.0)
+      dv_sum += tl.load(dv_parts + tile, mask=there, other=0.0)
+  if TRANSPOSED:
+    dk_sum, dv_sum = tl.trans(dk_sum), tl.trans(dv_sum)
+  key += (block * PARTS + part) * KEYS
+  at = ((tl.cast(head // K, tl.int64) * S + key) * K + head % K)[:, None] * H + h[None, :]
+  there = (key < S)[:, None] & (h < H)[None, :]
+  tl.store(dk + at, (dk_sum * FACTOR).to(dk.dtype.element_ty), mask=there)
+  tl.store(dv + at, dv_sum.to(dv.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J: tl.constexpr, JP: tl.constexpr,
                  PLACES: tl.constexpr, ROWS: tl.constexpr):
   """Of each of M rows the KL, the log normaliser of its index scores and 1 / sum of P, of the moments [5, PLACES] of

@@ -105,7 +105,7 @@ def _forward(q, k, v, rest, *, how):
 
 def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
   B, T, N, H = q.shape
-  (S, K), J = k.shape[1:3], rest[0].shape[3]
+  K, J = k.shape[2], rest[0].shape[3]
   do = do.astype(q.dtype)
   delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
   seen = lse > -jnp.inf
@@ -129,8 +129,5 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
       [parts, parts], grid=(plan.max_units,), name="selected_attention_dkv", FACTOR=how[1],
       TOKENS=plan.tile_tokens, **constants)
 
-  def tokens_first(x):
-    x = kl.sum_units(x, entries.unit_start, plan, 1, k.dtype)  # B, K, blocks, keys, H
-    return x.reshape(B, K, -1, H)[:, :, :S].transpose(0, 2, 1, 3)
-
-  return dq, tokens_first(dk), tokens_first(dv)
+  dk, dv = kl.sum_keys(dk[:, None], dv[:, None], entries.unit_start, plan, k.dtype)
+  return dq, dk, dv
