@@ -7,7 +7,6 @@ gradient of the convolution's result is rounded to y.dtype between its two passe
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -160,9 +159,10 @@ def _backward(y, taps, gains, cos, sin, first, do, eps, parts):
           **_how(y, UNCONVOLVE))
       dtaps = dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1)
     if gains is not None:
-      edges = [0, *itertools.accumulate(parts.heads[:1 + parts.turned])]
-      shares = dgains.reshape(gains.shape[0], -1, N, H)
-      dgains = jnp.stack([shares[:, :, first:end].sum((1, 2)) for first, end in zip(edges, edges[1:])], axis=1)
+      group = np.repeat(np.arange(len(parts.heads)), parts.heads)  # of each head
+      mine = (group[:, None] == np.arange(1 + parts.turned))[..., None]
+      dgains = dgains.reshape(gains.shape[0], -1, N, H).sum(1)  # of each head: of each gain would read all as often
+      dgains = jnp.where(mine, dgains[:, :, None], 0.0).sum(1)
     return dy, dtaps, dgains if gains is not None else None
 
   return _folded(run)(y, taps, gains, cos, sin, first, do)
