@@ -239,8 +239,8 @@ def compilation_cache(directory: str | None, programs: bool = False, workdir: st
   workdir: of a run or a study, which keeps what XLA's autotuner chose for them (nsa/autotune.py).
 
   A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to
-  another machine, under another name. programs: those of `nsa.programs` are found before they are traced, too
-  (nsa/kept.py): no accelerator has run such a program yet, so nobody gets it without asking.
+  another machine, under another name. programs: a GPU finds those of `nsa.programs` before they are traced, too
+  (nsa/kept.py). Steps were compared there, and evaluations' programs loaded but not run: nobody gets it without asking.
   """
   import jax
   if directory:
@@ -264,8 +264,8 @@ def define_common() -> None:
   flags.DEFINE_string("compilation_cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/nsa/compiled"),
                       "Directory of compiled programs, kept between processes; empty for none. It may be "
                       "copied to other machines of the same devices and versions.")
-  flags.DEFINE_boolean("keep_programs", False, "With a compilation cache, on an accelerator: launch.train, study and "
-                       "evaluate find their programs before they trace them, and start sooner (experimental).")
+  flags.DEFINE_boolean("keep_programs", False, "With a compilation cache, on one GPU: launch.train, study and evaluate "
+                       "find their programs before they trace them, and start sooner (experimental).")
   flags.DEFINE_string("coordinator", "", "host:port of process 0 of a run of several processes; empty: from "
                       "JAX_COORDINATOR_ADDRESS, Slurm or the TPU environment, or a single process; auto: jax asks the "
                       "cluster (Cloud TPU VMs, Open MPI).")

@@ -6,9 +6,9 @@ of this project, versions, devices, JAX's settings and the environment that it a
 compiled then, bit for bit. Where methods of a user's own are registered nothing is kept or found: their source may be
 anywhere.
 
-For accelerators alone: on a CPU XLA cannot write every program (not one that sorts). Only what was compiled here is
-kept, not what came from JAX's cache: a CPU's programs that are written a second time do not run, and no other device
-has been asked. So commands take it with --keep_programs alone.
+For programs of one GPU, where it was measured (docs/running.md). On a CPU XLA cannot write every program (not one that
+sorts), and what came from JAX's cache does not run when it is written a second time; on a GPU it does. TPUs and meshes
+have not been asked, so commands take it with --keep_programs alone.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "numpy", 
              "nvidia-cublas")
 _PREFIXES = ("JAX_", "XLA_", "TRITON_", "LIBTPU_", "CUDA_", "NVIDIA_", "NSA_")
 # Where things lie and who shares the device: of no account for a program.
-_NO_MATTER = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_COORDINATOR", "JAX_PROCESS_ID",
+_NO_MATTER = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "JAX_LOG", "JAX_COORDINATOR", "JAX_PROCESS_ID",
               "JAX_NUM_PROCESSES", "XLA_PYTHON_CLIENT_", "TRITON_CACHE_DIR", "TRITON_HOME", "CUDA_VISIBLE_DEVICES",
               "NVIDIA_VISIBLE_DEVICES", "NSA_TOKENS")
 # Libraries that programs are linked with when they are loaded: importing Mosaic GPU, which takes a second, names them.
@@ -69,8 +69,8 @@ def compile_here(compile_: Callable[[], Any]) -> tuple[Any, bool]:
 class Kept:
   """The programs of a directory, made when the first one is kept."""
 
-  def __init__(self, directory: str | os.PathLike, without: tuple[str, ...] = ("cpu",)):
-    self.directory, self.without = Path(directory), without
+  def __init__(self, directory: str | os.PathLike, platform: str = "gpu"):
+    self.directory, self.platform = Path(directory), platform
 
   def load(self, key) -> Any:
     """The compiled program of a key, or None: none is there, or it cannot be loaded here."""
@@ -110,7 +110,8 @@ class Kept:
       logging.warning("%s is not kept: %s: %s", path, type(error).__name__, error)
 
   def _path(self, key) -> Path | None:
-    if origins.any_registered() or jax.process_count() > 1 or jax.default_backend() in self.without:
+    if (origins.any_registered() or jax.process_count() > 1 or jax.default_backend() != self.platform
+        or len(_devices(key)) > 1):
       return None
     text = _text(key)
     return self.directory / hashlib.sha256(f"{_surroundings()}\n{text}".encode()).hexdigest() if text else None

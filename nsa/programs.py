@@ -100,7 +100,7 @@ def _finish(key, future, compile_) -> None:
     return made
 
   _settle(future, build)
-  if _kept and here[0]:
+  if _kept and (here[0] or jax.default_backend() == "gpu"):
     _kept.save(key, future.result())
 
 

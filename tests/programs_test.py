@@ -151,7 +151,7 @@ def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
 
 def test_a_kept_program_is_found_by_its_key_before_it_is_traced(tmp_path, monkeypatch):
   """As a later process finds it; `lower` is called where nothing is found that may be taken."""
-  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path / "programs", without=()))
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path / "programs", platform="cpu"))
   tmp_path = tmp_path / "programs"
   monkeypatch.setattr(origins, "_ORIGINS", {})
   traced, salt = [], time.time_ns() % 1_000_000  # programs that JAX's cache does not have yet
@@ -199,7 +199,7 @@ def test_what_the_first_step_waited_for_adds_up(tmp_path, monkeypatch):
   monkeypatch.setattr(start, "_age", lambda: 2.5)
   monkeypatch.setattr(start, "_process", None)
   monkeypatch.setattr(programs, "_took", {})
-  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path, without=()))
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path, platform="cpu"))
   start.of_process()
   clock = start.take()
   assert clock.seconds == {"imports": 2.5} and not start.take().seconds  # the second run of a process
