@@ -190,10 +190,10 @@ def test_same_bits_over_200_runs(name):
     assert [np.asarray(x).tobytes() for x in run(*arguments)] == first
 
 
-@pytest.mark.skipif(call is None or call.unavailable() is not None or call.INTERPRET, reason="lowers with jax-triton")
+@pytest.mark.skipif(call is None or call.unavailable() is not None or call.INTERPRET, reason="needs the CUDA plugin")
 @pytest.mark.parametrize("J", [None, 12])
 def test_lowers_for_h100(J):
   import triton_test
   arguments, options, _ = make(T=1, lengths=(2500, 30), table=41, J=J, N=8, H=128, size=64, dtype=jnp.bfloat16)
   text = triton_test.lowered(functools.partial(pk.paged_attention, implementation="triton", **options), *arguments)
-  assert text.count("@triton_kernel_call") == 1
+  assert text.count("@triton_kernel_call") == 2  # of parts of the pages, and of what they come to

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backends
+from pallas_kernels.triton import compiled
 
 ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that has none
 processors = backends.processors
 LOG2E = 1.4426950408889634
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+RECORDED = os.environ.get("NSA_TRITON_CALL") == "recorded"  # by compiled.py, in CUDA graphs; jax-triton's are outside
 
 
 class Tiles(NamedTuple):
@@ -39,12 +41,13 @@ def unavailable():
   """None, or why no kernel of this backend can run here: for `supports`."""
   if INTERPRET:
     return None
-  try:
-    import jax_triton
-  except Exception as error:  # it raises what it likes where jaxlib has no CUDA plugin
-    return f"jax-triton does not import ({type(error).__name__}: {error})"
-  if not hasattr(jax_triton, "triton_call"):
-    return "jax-triton has no triton_call"
+  if not RECORDED:
+    try:
+      import jax_triton
+    except Exception as error:  # it raises what it likes where jaxlib has no CUDA plugin
+      return f"jax-triton does not import ({type(error).__name__}: {error})"
+    if not hasattr(jax_triton, "triton_call"):
+      return "jax-triton has no triton_call"
   from jaxlib import gpu_triton
   if not hasattr(gpu_triton, "TritonKernel"):  # jax-triton 0.4 imports without it
     return "jaxlib has no CUDA plugin, which compiles Triton kernels: pip install 'jax[cuda13]'"
@@ -85,6 +88,11 @@ def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=
   """
   if INTERPRET:
     return _interpret(kernel, inputs, outputs, grid, constants)
+  if RECORDED:
+    single = hasattr(outputs, "shape")
+    results = compiled.call(kernel, inputs, [outputs] if single else outputs, grid=grid, name=name, num_warps=num_warps,
+                            num_stages=num_stages, capability=capability(), constants=constants)
+    return results[0] if single else type(outputs)(results)
   import jax_triton
   results = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
   return jax_triton.triton_call(
