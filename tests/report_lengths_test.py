@@ -125,7 +125,7 @@ def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked
   row = next(line for line in page.splitlines() if line.startswith("| with_memory | 3 | 85.0"))
   assert f"| {cost[0]} | {cost[1]} | 500 |" in row and "| window | 3 | 35.0 ± 0.0 | 73.0 ± 0.0 |" in page
   assert "| dense | 2.0000 ± 0.0000 | 3.0000 ± 0.0000 |" in page and "smallest effect that matters: 10.0 points" in page
-  assert "recall there says nothing" not in page and "planned pairs are missing" not in page
+  assert "recall says nothing" not in page and "planned pairs are missing" not in page
   assert "of window to dense closed, 1x (%)" in page and "| 500 | 83 |" in page  # of 35 to 95, 85
   for r in study.runs[0].records:
     r["far_exact_match"] = 0.5

@@ -125,8 +125,8 @@ def limited(study: Study, table: list[Row], size: str) -> str:
   for arm in (study.reference, *study.retrofits()):
     shares = endpoints.finite((r for r in table if (r.arm, r.size) == (arm, size) and r.headline), "queries_limited")
     if shares and study.headline_mode(arm) != "dense":
-      share, at = float(np.mean(shares)), f" (size {size})" if len(study.sizes) > 1 else ""
-      return (f"{100 * share:.0f} % of the queries of {arm}{at} had more blocks than they could take"
+      share = float(np.mean(shares))
+      return (f"{100 * share:.0f} % of the queries of {arm}{study.at(size)} had more blocks than they could take"
               + ("." if share >= 0.5 else ": **for most queries sparse attention was dense attention.**"))
   return ""
 

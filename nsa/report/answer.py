@@ -93,7 +93,7 @@ def gates(study: Study, table: list[Row], found: Verdict) -> list:
                         [[task, f"{100 * share:.1f}", "yes" if share >= study.solved else "no"]
                          for task, share in sorted(can.items())],
                         f"Recall endpoints are means over the tasks of which {study.dense} answers "
-                        f"{100 * study.solved:g} % or more" + _at(study, size), left=1))
+                        f"{100 * study.solved:g} % or more" + study.at(size), left=1))
   blocks.append(Text(
       "Each control and what it has to be; means over seeds. Of text: what the control loses to dense attention "
       "(dense: to the best arm). An endpoint with a failed gate, or with a control that was not run, does not test "
@@ -151,7 +151,7 @@ def costs_of_anchor(study, table) -> list:
       for one in rows if any(one.differences for one in rows) else ():
         words = analyses.BASES[one.basis]
         if one.reason:
-          reasons.append(f"Not given at equal {words}{_at(study, size)}: {one.reason}.")
+          reasons.append(f"Not given at equal {words}{study.at(size)}: {one.reason}.")
         if one.differences:
           i = analyses.interval(one.differences)
           line = ", ".join(f"{arm}: {m.text(low)} to {m.text(high)}" for arm, (low, high) in one.between.items())
@@ -197,14 +197,14 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
     lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()]
              for arm, by_part in parts.items()]
     blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
-                        f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}: {m.unit}"))
+                        f"{m.title[0].upper()}{m.title[1:]}{study.at(size)}: {m.unit}"))
     if len(parts) > 1:
       blocks.append(
           gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(e.metric, parts),
                         "Selector and backbone error. Marks: seeds; bars: means; lines: t intervals",
                         "Selector error and backbone error", "Not drawn", size))
   return blocks if len(blocks) > 1 else [Text(
-      f"Not split{_at(study, size)}: it needs the run mode \"oracle\" of sparse arms and {study.dense} on common "
+      f"Not split{study.at(size)}: it needs the run mode \"oracle\" of sparse arms and {study.dense} on common "
       "seeds.", "note")]
 
 
@@ -231,7 +231,7 @@ def exploratory(study: Study, table: list[Row], found: Verdict) -> list:
     if lines:
       blocks.append(Table(["arm", "seeds", *(f"{m.title} ({m.unit}), minus {other}" for m in metrics
                                              for other in against)], lines,
-                          f"Other arms{' and run modes' * modes}{_at(study, size)}, paired by seed, with 95 % t "
+                          f"Other arms{' and run modes' * modes}{study.at(size)}, paired by seed, with 95 % t "
                           "intervals. Exploratory: outside the family of tests", left=1))
   return blocks
 
@@ -255,7 +255,7 @@ def _comparison_table(study, found, mine, size):
                + ["95 % bootstrap (seed, document)"] * some
                + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips",
                   "p, without one seed", "smallest detectable"], lines,
-               f"{m.title[0].upper()}{m.title[1:]}{_at(study, size)}"
+               f"{m.title[0].upper()}{m.title[1:]}{study.at(size)}"
                + (f". Family {tests}; the first two p after Holm, the others as they are" if words
                   else ". **Not admitted by its controls: numbers without a verdict**"), left=3)
 
@@ -273,17 +273,13 @@ def _parts(study, table, metric, size) -> list:
                   sides(arm, study.control(arm)), sides(study.dense, study.reference)])
   return [Table(["retrofit", "budget", "seeds", "Delta", "= R", "SD of R", "+ A", "SD of A",
                  "tokens of R's sides", "tokens of A's sides"], lines,
-                f"Delta in its two parts: {m.title}{_at(study, size)}, over the seeds that have every run")
+                f"Delta in its two parts: {m.title}{study.at(size)}, over the seeds that have every run")
           ] if lines else []
 
 
 def _admitted(found, metric, size):
   one = found.admissions.get((metric, size))
   return one is None or one.admitted
-
-
-def _at(study, size):
-  return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
 def _percent(share):

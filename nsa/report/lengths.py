@@ -149,58 +149,70 @@ def section(study: Study, gallery) -> list:
 def _of_size(study, size, gallery):
   trained, asked = lengths(study, size)
   times = [f"{n / trained:g}x" for n in asked]
-  exact = endpoints.METRIC[RECALL]
-  runs = {arm: next(r for r in study.finished if (r.arm, r.size) == (arm, size)) for arm in study.arms
-          if any((r.arm, r.size) == (arm, size) for r in study.finished)}
+  runs = {run.arm: run for run in study.finished[::-1] if run.size == size}
+  runs = {arm: runs[arm] for arm in study.arms if arm in runs}
   values = {arm: recall(study, arm, size) for arm in runs}
-  of_text = {arm: text(study, arm, size, asked) for arm in runs}
-  pick = lambda cells, *key: [v for (*k, _), v in cells.items() if tuple(k) == key]
-  blocks = []
-  found = anchor(study, size)
-  least = study.solved or ANCHOR
+  speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
+  speed = speed if any(math.isfinite(speed(arm)) for arm in runs) else None
+  blocks, found, least = [], anchor(study, size), study.solved or ANCHOR
   if not found or np.mean(found) < least:
     said = f"answers {100 * np.mean(found):.1f} %" if found else "has no far answer"
     blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * least:.0f} %: recall says nothing of "
                        "what the others lack.**", "note"))
-  speed = lambda arm: (study.speeds or {}).get(f"{arm}-{size}", math.nan)
-  measured = any(math.isfinite(speed(arm)) for arm in runs)
-  level = {arm: np.mean(pick(values[arm], asked[0]) or [math.nan]) for arm in runs}
+  blocks.append(_recall_and_cost(study, runs, values, trained, asked, times, speed))
+  blocks += _text_by_position(study, size, runs, asked, times) + _judged(study, size, trained)
+  caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
+             "means")
+  return blocks + [gallery.block("lengths", _figure(gallery, runs, values, asked, times, speed), caption,
+                                 "Recall against cost per token by length", "No recall by length", size)]
+
+
+def _recall_and_cost(study, runs, values, trained, asked, times, speed) -> Table:
+  exact = endpoints.METRIC[RECALL]
+  of = lambda arm, n: [v for (tokens, _), v in values[arm].items() if tokens == n]
+  level = {arm: np.mean(of(arm, asked[0]) or [math.nan]) for arm in runs}
   gap = level.get(study.dense, math.nan) - level.get(FLOOR, math.nan)
   gap = gap if gap > _margin(study) else math.nan
   rows = []
   for arm, run in runs.items():
     cost = [flops_per_token(run, n) / 1e6 for n in asked]
     rows.append([arm, str(len({seed for _, seed in values[arm]}))]
-                + [endpoints.interval_text(exact, pick(values[arm], n), False) for n in asked]
+                + [endpoints.interval_text(exact, of(arm, n), False) for n in asked]
                 + [f"{c:.2f}" if math.isfinite(c) else "-" for c in cost]
-                + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if measured else [])
+                + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if speed else [])
                 + ([f"{100 * (level[arm] - level[FLOOR]) / gap:.0f}"] if math.isfinite(gap) else []))
-  blocks.append(Table(
+  return Table(
       ["arm", "seeds"] + [f"recall, {t} (%)" for t in times] + [f"MFLOPs per token, {t}" for t in times]
-      + ["training step, ns per token"] * measured
+      + ["training step, ns per token"] * bool(speed)
       + [f"of {FLOOR} to {study.dense} closed, {times[0]} (%)"] * math.isfinite(gap), rows,
       "Exact match where the evidence is far, mean over tasks"
       + f" of which {study.dense} answers {100 * study.solved:g} %" * bool(study.solved)
       + f", on examples of so many times the trained {trained:,} "
       "tokens; ± is the half-width of the 95 % t interval over seeds. FLOPs: counted, forward."
-      + (" Training step: one seed alone on its device, at the trained length." if measured else "")))
-  corpora = list(dict.fromkeys(corpus for cells in of_text.values() for corpus, *_ in cells))
-  bits = endpoints.METRIC["bits_per_byte"]
-  if corpora:
-    blocks.append(Table(
-        ["arm"] + [f"{corpus}, {t}" for corpus in corpora for t in times],
-        [[arm] + [endpoints.interval_text(bits, pick(of_text[arm], corpus, n), False) for corpus in corpora
-                  for n in asked] for arm in runs],
-        "Bits per byte of held-out text in the second half of so many times the trained length: all windows are of the "
-        "longest one"))
-  family, whole = compare(study, size), planned(study, size)
+      + (" Training step: one seed alone on its device, at the trained length." if speed else ""))
+
+
+def _text_by_position(study, size, runs, asked, times) -> list[Table]:
+  found, bits = {arm: text(study, arm, size, asked) for arm in runs}, endpoints.METRIC["bits_per_byte"]
+  corpora = list(dict.fromkeys(corpus for cells in found.values() for corpus, *_ in cells))
+  at = [(corpus, n) for corpus in corpora for n in asked]
+  return [Table(
+      ["arm"] + [f"{corpus}, {t}" for corpus in corpora for t in times],
+      [[arm] + [endpoints.interval_text(bits, [v for (*k, _), v in cells.items() if tuple(k) == cell], False)
+                for cell in at] for arm, cells in found.items()],
+      "Bits per byte of held-out text in the second half of so many times the trained length: all windows are of the "
+      "longest one")] if corpora else []
+
+
+def _judged(study, size, trained) -> list:
+  exact, family, whole, blocks = endpoints.METRIC[RECALL], compare(study, size), planned(study, size), []
   there = {(c.arm, c.against, round(c.multiple * trained)) for c in family}
   missing = [f"{one[0]} minus {one[1]} at {one[2] / trained:g}x" for one in whole if one not in there]
   if family:
     said = lambda c: f"{c.arm} minus {c.against} at {c.multiple:g}x ({exact.text(c.interval.mean, True)} points)"
     words = "; ".join(f"**{word}**: " + ", ".join(said(c) for c in family if c.word == word)
                       for word in dict.fromkeys(c.word for c in family))
-    blocks.append(Text(f"Far exact match, an arm against its control{_at(study, size)}: {words}."
+    blocks.append(Text(f"Far exact match, an arm against its control{study.at(size)}: {words}."
                        + f" {len(missing)} of {len(whole)} planned pairs are missing." * bool(missing), "verdict"))
     blocks.append(Table(
         ["arm", "minus", "at", "points", "95 % interval", "p (Holm)", "word"],
@@ -211,11 +223,7 @@ def _of_size(study, size, gallery):
   if missing:
     blocks.append(Text("Not compared, for want of runs or of far answers, and counted as tests that failed: "
                        + ", ".join(missing) + ".", "note"))
-  figure = _figure(gallery, runs, values, asked, times, speed if measured else None)
-  caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
-             "means")
-  return blocks + [gallery.block("lengths", figure, caption, "Recall against cost per token by length",
-                                 "No recall by length", size)]
+  return blocks
 
 
 def _figure(gallery, runs, values, asked, times, speed):
@@ -241,10 +249,6 @@ def _figure(gallery, runs, values, asked, times, speed):
   axes[0].set_ylim(-3, 103)
   gallery.style.key(fig, max(axes, key=lambda ax: len(ax.lines)))
   return fig if drawn else None
-
-
-def _at(study, size) -> str:
-  return f" (size {size})" if len(study.sizes) > 1 else ""
 
 
 def _margin(study) -> float:

@@ -116,8 +116,7 @@ def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
   """(prices, FLOP/s of one device by arm, the device's kind): of the arms that have finished at the smallest size.
 
   Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that
-  trained
-  longest: ten steps between evaluations say little of speed.
+  trained longest: ten steps between evaluations say little of speed.
   """
   from nsa import chips, flops, model as model_lib
   runs = {arm: of_arm for arm in study.arms

@@ -139,6 +139,10 @@ class Study:
     """The name in tables: the arm, or "arm -> run mode" where that is not its own."""
     return arm if run_mode == self.headline_mode(arm) else f"{arm} -> {run_mode}"
 
+  def at(self, size: str) -> str:
+    """" (size S)" where there are several, for the end of a sentence."""
+    return f" (size {size})" if len(self.sizes) > 1 else ""
+
   def retrofits(self) -> list[str]:
     """The arms that are compared with their dense control: those with a budget, smallest budget first."""
     budgeted = sorted((a for a in self.arms if a in self.budgets), key=self.budgets.get)

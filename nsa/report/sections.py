@@ -82,10 +82,10 @@ class Gallery:
 
   def block(self, name, figure, caption, alt, missing, size=""):
     """A Picture, or the one line that says what is missing. `figure` is None where nothing can be drawn."""
-    at = f" (size {size})" if size and len(self.study.sizes) > 1 else ""
+    at = self.study.at(size) if size else ""
     if figure is None:
       return Text(missing + at + ".", "note")
-    if size and len(self.study.sizes) > 1:
+    if at:
       name = f"{name}_{_safe(size)}"
     self.style.save(figure, self.folder, name, self.endings)
     self.names.append(name)
@@ -246,7 +246,7 @@ def locality(study, table, size, gallery) -> list:
 
 def spread(study, table, size, gallery) -> list:
   """The SD over seeds of each endpoint, and the smallest effect that a main study could see."""
-  blocks, at = [], f" (size {size})" if len(study.sizes) > 1 else ""
+  blocks, at = [], study.at(size)
   for metric, margin in ((endpoints.metric(e.metric), e.margin) for e in study.endpoints):
     lines = []
     for s in planning.spreads(study, table, size, metric.name, margin):

@@ -80,7 +80,7 @@ def section(study: Study, table: list[Row], size: str, gallery) -> list:
                   f"{100 * way.cost:.0f}",
                   *(f"{m.text(i.mean, True)} ({m.between(i)})" if v and (i := statistics.t_interval(v)).bounded
                     else m.text(v[0], True) if v else "-" for m, v in zip(metrics, values))])
-  at = f" (size {size})" if len(study.sizes) > 1 else ""
+  at = study.at(size)
   blocks = [Table(["way", "", "seeds", "pairs seen (%)", "attention FLOPs (%)",
                    *(f"{m.title} ({m.unit})" for m in metrics)], lines,
                   f"Minus the dense arm with as many tokens{at}, with 95 % t intervals over seeds; pairs seen and "
