@@ -12,7 +12,6 @@ from one_layer import H, K
 import pytest
 
 from nsa import config as config_lib, flops, methods
-from pallas_kernels import masked
 
 B, T, N = 2, 60, 6  # the last block has 4 tokens of 8
 BLOCKS = dict(block_size=8, num_blocks=4)
@@ -52,10 +51,6 @@ def slow_gradient():
   return jax.jit(jax.grad(lambda p, h, mask, weights: jnp.sum(reference(jnp, p, h, mask) * weights), argnums=(0, 1)))
 
 
-def token_mask(indices, segments):
-  return oracle.token_mask(indices, 8) & (segments[:, :, None] == segments[:, None])[:, :, None]
-
-
 def pooled(k, segments, t, length, stride):
   """{first token: mean key [K, H]} of the pooled keys that query t sees, of one sequence."""
   inside = lambda c: c + length - 1 <= t and (segments[c:c + length] == segments[t]).all()
@@ -83,11 +78,10 @@ def block_scores(options, q, k, segments, t):
 @pytest.mark.parametrize("name,packed", CASES)
 def test_layer_equals_the_masked_reference(name, packed):
   h, weights, (grads, (out, indices)) = run_layer(name, packed)
-  params, mask = attention_of(name)[1], token_mask(indices, segments_of(packed))
+  params, mask = attention_of(name)[1], oracle.token_mask(indices, 8, segments_of(packed))
   want = reference(np, oracle.as_float64(params), h.astype(np.float64), mask)
   np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, np.abs(b).max())),
-               grads, slow_gradient()(params, h, mask, weights))
+  oracle.assert_gradients(grads, slow_gradient()(params, h, mask, weights))
 
 
 @pytest.mark.parametrize("name,packed", CASES)
@@ -113,11 +107,9 @@ def test_selected_sets_are_those_of_the_slow_scores(name, packed):
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
   h, weights, (_, (_, indices)) = run_layer("paper", True)
-  monkeypatch.setattr(masked, "MAX_SCORES", 7 * B * N * 29)  # 7 queries, the last chunk padded
-  run = jax.jit(lambda *xs: objective("paper", *xs)[1][1])
-  arguments = attention_of("paper")[1], h, weights, segments_of(True)
-  assert "scan" in str(run.trace(*arguments).jaxpr)
-  np.testing.assert_array_equal(run(*arguments), indices)
+  got = one_layer.in_chunks(monkeypatch, 7 * B * N * 29, lambda *xs: objective("paper", *xs)[1][1],  # 7 queries
+                            attention_of("paper")[1], h, weights, segments_of(True))
+  np.testing.assert_array_equal(got, indices)
 
 
 def test_the_defaults_are_the_papers_pooling():

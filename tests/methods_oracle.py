@@ -4,6 +4,7 @@ They share no code with `nsa` or `pallas_kernels`: selections are chosen one que
 attention is dense and masked. `layer` takes the array module, so that the same formulas give values in NumPy
 and gradients in JAX. Masks are bool[B, T, K, S].
 """
+import jax
 import numpy as np
 
 
@@ -64,8 +65,16 @@ def compress(xp, p, x, length, stride):
 # --- masks and selections ---------------------------------------------------------
 
 
-def causal_mask(B, T, K):
-  return np.broadcast_to(np.tril(np.ones((T, T), bool))[None, :, None], (B, T, K, T))
+def assert_gradients(got, want):
+  """Those of a layer are the reference's, to float32 and to the largest of each parameter."""
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1.0, np.abs(b).max()))
+  jax.tree.map(close, got, want)
+
+
+def causal_mask(B, T, K, segments=None):
+  """Every earlier token, of the query's own document alone where `segments` int[B, T] tells them apart."""
+  same = True if segments is None else (segments[:, :, None] == segments[:, None])[:, :, None]
+  return np.broadcast_to(np.tril(np.ones((T, T), bool))[None, :, None] & same, (B, T, K, T))
 
 
 def window_mask(B, T, K, window):
@@ -78,15 +87,15 @@ def compressed_mask(B, T, K, C, length, stride):
   return np.broadcast_to((last[None] <= np.arange(T)[:, None])[None, :, None], (B, T, K, C))
 
 
-def token_mask(block_indices, block_size):
-  """The causal tokens of the listed blocks."""
+def token_mask(block_indices, block_size, segments=None):
+  """Of causal_mask the tokens of the listed blocks."""
   B, T, K, _ = block_indices.shape
   out = np.zeros((B, T, K, T), bool)
   for b, t, r in np.ndindex(B, T, K):
     for j in block_indices[b, t, r]:
       if j >= 0:
         out[b, t, r, j * block_size:(j + 1) * block_size] = True
-  return out & causal_mask(B, T, K)
+  return out & causal_mask(B, T, K, segments)
 
 
 def choose(scores, t, options, initial):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from nsa import config as config_lib, layers, methods, model as model_lib
+from pallas_kernels import masked
 
 D, K, H = 12, 2, 4  # width of the model, KV heads, head dim
 
@@ -35,6 +36,15 @@ def call(tokens, segments, mode="sparse"):
   table = lambda x, stride: layers.rope_table(tokens, x.shape[-1], 10_000.0, stride)
   rotate = lambda x, offset=0, stride=1: layers.rope(x, table(x, stride), offset)
   return methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+
+
+def in_chunks(monkeypatch, scores, function, *arguments):
+  """function(*arguments), compiled where `scores` of all are there at a time: queries in a loop, the last turn
+  padded."""
+  monkeypatch.setattr(masked, "MAX_SCORES", scores)
+  run = jax.jit(function)
+  assert "scan" in str(run.trace(*arguments).jaxpr)
+  return run(*arguments)
 
 
 def kit(objective, variants, packed, heads, size=0.3, **model):
