@@ -173,7 +173,7 @@ def test_few_examples_show_little(lost, word):
   assert frontier.judge(found, 0.05).word == word
 
 
-def test_the_experiment_runs_from_a_model_to_its_section(tmp_path):
+def test_the_experiment_runs_from_a_model_to_its_section(tmp_path, quick):
   config = config_lib.Config(
       size="t", model=config_lib.ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8,
                                              mlp_dim=64),

@@ -72,9 +72,7 @@ def test_a_field_that_a_later_version_adds_to_configs_is_no_deviation(planned, t
   assert json.loads((tmp_path / "plan.json").read_text()) == older, "what was committed stays"
 
 
-def test_deviations_stand_in_the_report_and_survive_publishing(planned, tmp_path, monkeypatch):
-  from nsa.report import style
-  monkeypatch.setattr(style, "save", lambda fig, folder, name, endings: None)
+def test_deviations_stand_in_the_report_and_survive_publishing(planned, tmp_path, quick):
   root, _, _ = planned
   text = report.write([root], tmp_path / "out", publish=True).markdown.read_text()
   assert "### Deviations from the plan\n\nNone: what ran is what was planned before the data." in text

@@ -15,16 +15,10 @@ from benchmarks.planted import ARMS, write_study
 from nsa import autotune, report
 from nsa.report import archive, endpoints, reading, runs, verdict
 
+pytestmark = pytest.mark.usefixtures("quick")
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 FILES = ("report.md", "results.csv", "layers.csv", archive.NAME)
 FEW = {arm: ARMS[arm] for arm in ("dense", "native_msa", "retrofit_msa_5")}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-  """Figures are made and not rendered: these tests read the text."""
-  from nsa.report import style
-  monkeypatch.setattr(style, "save", lambda fig, folder, name, endings: None)
 
 
 @pytest.fixture(scope="module")

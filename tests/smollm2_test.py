@@ -73,7 +73,7 @@ def test_every_tier_is_what_its_docstring_says(arguments):
     smollm2.get_config("tier=10")
 
 
-def test_the_first_tier_runs_from_an_imported_model_to_a_report(arguments, tmp_path, monkeypatch):
+def test_the_first_tier_runs_from_an_imported_model_to_a_report(arguments, tmp_path, monkeypatch, quick):
   monkeypatch.setattr(smollm2, "BLOCKS", ("oracle", "random", "sink_window"))  # the gates' own; each is a program
   monkeypatch.setattr(smollm2, "ONCE", ("snapkv",))
   study = smollm2.get_config(f"{arguments},seeds=2,tier=1")
