@@ -246,11 +246,11 @@ def resumable():
 def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path):
   calm, cut = tmp_path / "calm", tmp_path / "cut"
   kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
-  # Before the first checkpoint; in the warm-up; after a save that may be under way; SIGTERM; to the end.
-  jobs = [(-1, kill, calm), (2, kill, cut), (5, kill, cut), (7, kill, cut), (9, term, cut), (-1, kill, cut)]
+  # Before the first checkpoint; in the warm-up, after a save that may be under way; SIGTERM; to the end.
+  jobs = [(-1, kill, calm), (2, kill, cut), (4, kill, cut), (9, term, cut), (-1, kill, cut)]
   done = subprocess.run([sys.executable, "-c", KILLER], input="".join("%d %d %s\n" % job for job in jobs),
                         text=True, capture_output=True, env=ENVIRONMENT, timeout=600)
-  assert [int(x) for x in done.stdout.split()] == [0, -kill, -kill, -kill, 3, 0], done.stderr[-3000:]
+  assert [int(x) for x in done.stdout.split()] == [0, -kill, -kill, 3, 0], done.stderr[-3000:]
   assert_same_bits(checkpoint.load_params(cut), checkpoint.load_params(calm))
   assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
                    checkpoint.load_params(calm, subtree="optimizer"))
