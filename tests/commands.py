@@ -11,6 +11,8 @@ import signal
 import sys
 import tempfile
 
+from nsa import metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["nsa.train", "nsa.evaluate", "nsa.processes", "nsa.report", "nsa.study", "launch.cli"])
@@ -26,6 +28,12 @@ def _become(module, arguments, directory, environment, files):
   sys.argv = [module, *arguments]
   sys.path[:0] = [directory, str(ROOT)]
   runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def logged(workdir) -> list[dict]:
+  """What a run has logged, without what its clock says."""
+  return [{name: value for name, value in record.items() if name not in ("tokens_per_second", "mfu", "seconds")}
+          for record in metrics.read_jsonl(f"{workdir}/metrics.jsonl")]
 
 
 class Command:

@@ -114,20 +114,27 @@ def with_an_empty_row(rng, shape, count):
   return blocks
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch):
+@pytest.fixture
+def interpreter():
+  """Mosaic GPU's own, which finds no race in what the test runs."""
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
   import jax.experimental.pallas.mosaic_gpu as plgpu
+  if not INTERPRETS:
+    pytest.skip("the interpreter of jax 0.10 lacks transposed operands of wgmma")
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    yield
+  assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_agree_and_do_not_race(name, monkeypatch, interpreter):
   s, situation = CASES[name]
   if "slices" in name:
     monkeypatch.setattr(selected, "PARTIAL_BYTES", 16 * s.J * s.N * s.H * 2)  # 8 queries at a time, of two sequences
   inputs = cases.draw("selected_attention", s, cases.Situation(**situation, blocks=with_an_empty_row), always=False)
   program = cases.with_gradients(mosaic_gpu.selected_attention, block_size=s.block_size, interpret=True)
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    _, _, dq, _, _ = cases.check("selected_attention", program, inputs, options=dict(block_size=s.block_size),
-                                 exact=1e-6)
-  assert not interpret_pallas_call.get_races().races_found
+  _, _, dq, _, _ = cases.check("selected_attention", program, inputs, options=dict(block_size=s.block_size),
+                               exact=1e-6)
   assert not dq[:, 3].any()
 
 
@@ -163,11 +170,8 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
     assert 3 in blocks_of.values() or (tile + 1) * tokens > T
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
 @pytest.mark.parametrize("segments", [False, True])
-def test_interpreted_tiles_agree_and_do_not_race(segments):
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-  import jax.experimental.pallas.mosaic_gpu as plgpu
+def test_interpreted_tiles_agree_and_do_not_race(segments, interpreter):
   B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
   situation = cases.Situation(documents=(lambda S: 4) if segments else None, offset=(1,))
   shape = SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S)
@@ -175,10 +179,8 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   (q, k, v), blocks, ids = inputs.arrays, inputs.rest["block_indices"], inputs.rest["segment_ids"]
   plan, _ = selected._plan_of(q, k, blocks, size)
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
-                                                        segmented=segments, interpret=True, programs=2))
-  assert not interpret_pallas_call.get_races().races_found
+  o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
+                                                      segmented=segments, interpret=True, programs=2))
   word = tiles.words.reshape(B, T, K, N)[..., :1]
   listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)
   used = jnp.arange(shared_blocks.SLOTS) < jnp.repeat(tiles.count.reshape(B, -1, K, 1), shared_blocks.tokens_of(plan),
@@ -193,20 +195,15 @@ def test_interpreted_tiles_agree_and_do_not_race(segments):
   np.testing.assert_allclose(np.asarray(merged, np.float32).reshape(want.shape), want, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="the interpreter of jax 0.10 lacks transposed operands of wgmma")
-def test_interpreted_index_scores_agree_and_do_not_race():
+def test_interpreted_index_scores_agree_and_do_not_race(interpreter):
   index_top_k = pytest.importorskip("pallas_kernels.mosaic_gpu.index_top_k", reason="triton is not installed")
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-  import jax.experimental.pallas.mosaic_gpu as plgpu
   rng = np.random.default_rng(0)
   B, T, K, H, size = 1, 256, 2, 64, 64
   q, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((B, T, K, H), (B, T, H)))
   ids = jnp.asarray(np.sort(rng.integers(0, 3, size=(B, T)), axis=1), jnp.int32)
   first, end = spans.visible_keys(B, T, T, ids, 0)
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    got = jax.block_until_ready(index_top_k.scores(q, k, first, end, block_size=size, scale=0.5, splits=2,
-                                                   width=T // size, interpret=True))
-  assert not interpret_pallas_call.get_races().races_found
+  got = jax.block_until_ready(index_top_k.scores(q, k, first, end, block_size=size, scale=0.5, splits=2,
+                                                 width=T // size, interpret=True))
   s = jnp.einsum("btkh,bsh->btks", q.astype(jnp.float32), k.astype(jnp.float32)) * 0.5
   seen = (jnp.arange(T) >= first[..., None]) & (jnp.arange(T) < end[..., None])
   want = np.asarray(jnp.where(seen[:, :, None], s, -jnp.inf).reshape(T, K, T // size, size).max(axis=-1))

@@ -10,13 +10,13 @@ import re
 import subprocess
 import sys
 
+from commands import logged
 import numpy as np
 import pytest
 
 from nsa import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMING = {"tokens_per_second", "mfu", "seconds"}
 STEPS = 8
 
 # A line of input is one launch: [[environment, arguments, log file], ...]; the answer is the list of exit codes.
@@ -119,10 +119,6 @@ def calm(cluster, tmp_path_factory):
   return workdir
 
 
-def records(workdir):
-  return [{k: v for k, v in r.items() if k not in TIMING} for r in metrics.read_jsonl(workdir / "metrics.jsonl")]
-
-
 def evaluation(workdir):
   rows = metrics.read_json(workdir / f"eval/{STEPS}.json")["records"]
   return [(row["run_mode"], row["index"], row["answer_nll"]) for row in rows if row["kind"] == "task"]
@@ -131,7 +127,7 @@ def evaluation(workdir):
 def assert_same_run(workdir, calm, rtol):
   """The same steps on the same rows: metrics, evaluation, parameters, moments; the same bits if rtol = 0."""
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
-  got, want = records(workdir), records(calm)
+  got, want = logged(workdir), logged(calm)
   assert [r["step"] for r in got] == list(range(1, STEPS + 1))
   for a, b in zip(got, want):
     assert a.keys() == b.keys() and a["mode"] == b["mode"]
@@ -156,7 +152,7 @@ def test_a_run_of_two_processes_leaves_one_set_of_files(calm):
   assert {p.name for p in calm.iterdir()} == {"config.json", "versions.json", "metrics.jsonl", "checkpoints", "eval",
                                               "DONE"}
   assert metrics.read_json(calm / "versions.json")["processes"] == 2
-  assert len(records(calm)) == STEPS and len(evaluation(calm)) == 8  # two run modes, four examples, each once
+  assert len(logged(calm)) == STEPS and len(evaluation(calm)) == 8  # two run modes, four examples, each once
 
 
 def test_sigterm_on_one_process_saves_all_and_the_resumed_run_has_the_same_bits(cluster, calm, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nsa import config as config_lib, flops, methods, schedule
-from nsa.report import endpoints, lengths, runs, verdict
+from nsa.report import document, endpoints, lengths, runs, sections, verdict
 
 TRAINED, SEEDS = 64, (1, 2, 3)
 # arm -> (attention, far exact match at 1x and 4x, bits per byte at 1x and 4x)
@@ -85,7 +85,6 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
 
 
 def test_a_pair_whose_runs_are_missing_counts_as_a_test_that_failed(study, tmp_path):
-  from nsa.report import document, sections
   short, long = lengths.compare(study, "s")
   study.runs.append(runs.Run(tmp_path / "gone", "gone", "s", SEEDS, {}, {}, {}, [], None, "pending"))
   study.controls["gone"] = "window"
@@ -116,7 +115,6 @@ def test_words_are_of_the_whole_family(true, false, study, monkeypatch):
 
 
 def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked(study, tmp_path):
-  from nsa.report import document, sections
   gallery = sections.Gallery(study, tmp_path, ("png",))
   page = document.markdown("x", lengths.section(study, gallery))
   assert gallery.names == ["lengths"] and (tmp_path / "lengths.png").stat().st_size > 1000

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import planted
 from benchmarks.planted import write_study
 from nsa import report
-from nsa.report import archive, endpoints
+from nsa.report import archive, endpoints, layer_plots, planning, style
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,6 @@ def study(tmp_path_factory):
 
 
 def test_the_spread_of_paired_differences_and_what_it_lets_a_main_study_see(study):
-  from nsa.report import planning
   loaded = archive.load([study])
   table = endpoints.rows(loaded)
   found = {s.arm: s for s in planning.spreads(loaded, table, "tiny", loaded.primary, 0.001)}
@@ -49,7 +48,6 @@ def test_held_out_loss_over_training_ends_where_the_endpoints_are(study):
 
 
 def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study):
-  from nsa.report import planning
   loaded = archive.load([study])
   own, other, *planned = planning.prices(loaded)[0]
   expected = 0.0  # all three seeds of an arm ran together: one seed costs a third of the run
@@ -66,7 +64,6 @@ def test_the_price_at_the_studys_own_size_is_the_time_that_its_steps_took(study)
 
 
 def test_where_unions_of_a_tile_stop_to_pay_by_hand():
-  from nsa.report import planning
   config = {"attention": {"block_size": 64}, "model": {"head_dim": 128, "dtype": "bfloat16"}}
   # H200: 4 * 128 * 64 FLOPs at 989.5e12/s; a partial result of 128 bf16 numbers and a float32, written and read at
   # 4.8e12 B/s.
@@ -77,7 +74,6 @@ def test_where_unions_of_a_tile_stop_to_pay_by_hand():
 def test_a_published_picture_is_one_small_file(study, tmp_path):
   from PIL import Image
 
-  from nsa.report import layer_plots, style
   loaded = archive.load([study])
   look = style.Look(loaded)
   style.save(layer_plots.masses_over_training(loaded, look, "tiny"), tmp_path, "learning", ("png",))

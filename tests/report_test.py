@@ -15,7 +15,7 @@ from report_cases import judged, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import ARMS, MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, reading, statistics
+from nsa.report import analyses, archive, endpoints, reading, sections, statistics
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,6 @@ def test_launcher_writes_the_same_report(study, written, tmp_path):
 
 
 def test_recall_is_followed_over_training_in_the_arms_own_mode():
-  from nsa.report import sections
   task = lambda mode, task, seed, value: dict(kind="task", run_mode=mode, task=task, seed=seed, exact_match=value)
   records = lambda a, b: [task("sparse", "x", 0, a), task("sparse", "y", 0, b), task("dense", "x", 0, 1.0),
                           task("sparse", "x", 1, 0.0)]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+from launch_test import TINY
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +35,8 @@ def slurm(tmp_path_factory):
 
 
 def train(workdir):
-  return ["launch.train", "--config=experiments/mqar.py:arm=msa,steps=200", f"--workdir={workdir}",
-          "--config.model.num_layers=1", "--config.model.d_model=16", "--config.model.mlp_dim=32",
-          "--config.data.context=64", "--config.data.global_batch=2", "--config.eval.task_examples=2",
-          "--config.eval.batch=2", "--config.eval.every=0", "--config.log_every=1",
-          "--config.data.tasks=('mqar:pairs=4',)", f"--compilation_cache={Path(workdir).parent}/cache"]
+  return ["launch.train", "--config=experiments/mqar.py:arm=msa,steps=200", f"--workdir={workdir}", *TINY,
+          f"--compilation_cache={Path(workdir).parent}/cache"]
 
 
 def state_of(job, env):

@@ -3,11 +3,12 @@ import contextlib
 import json
 import shutil
 
+from commands import logged
 from etils import epath
 import pytest
 
 from experiments import quickstart
-from nsa import lock, methods, metrics, schedule, study as study_lib, train
+from nsa import lock, methods, schedule, study as study_lib, train
 from nsa.config import Config, ConfigError, ForkConfig
 from nsa.report import archive, endpoints, plan_file, verdict
 
@@ -115,11 +116,6 @@ def brought_home(machine, to, *without):
   for run in (machine / "runs").iterdir():
     if run.name not in without:
       shutil.copytree(run, to / "runs" / run.name, ignore=shutil.ignore_patterns("checkpoints", "LOCK"))
-
-
-def logged(run):
-  timing = ("tokens_per_second", "mfu", "seconds")
-  return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read_jsonl(run / "metrics.jsonl")]
 
 
 def test_slices_of_two_machines_are_one_study(slices, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+from commands import logged
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,6 @@ ATTENTION = {
     "msa": methods.MSA(block_size=4, num_blocks=3, index_dim=4),
     "nsa": methods.NSA(block_size=4, num_blocks=4, compress_len=4, compress_stride=2, window=8),
 }
-TIMING = {"tokens_per_second", "mfu", "seconds"}
 
 
 def make_config(method, plan, seeds=(0,), **options):
@@ -57,11 +57,7 @@ def make_config(method, plan, seeds=(0,), **options):
 
 def run(config, workdir):
   assert train_lib.train(config, workdir, progress=False) == config.schedule.steps
-  return records(workdir), checkpoint.load_params(workdir)
-
-
-def records(workdir):
-  return [{k: v for k, v in r.items() if k not in TIMING} for r in metrics.read_jsonl(f"{workdir}/metrics.jsonl")]
+  return logged(workdir), checkpoint.load_params(workdir)
 
 
 def assert_same_bits(a, b):
@@ -254,7 +250,7 @@ def test_killed_runs_reach_the_bits_of_an_undisturbed_one(tmp_path):
   assert_same_bits(checkpoint.load_params(cut), checkpoint.load_params(calm))
   assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
                    checkpoint.load_params(calm, subtree="optimizer"))
-  assert records(cut) == records(calm) and [r["step"] for r in records(cut)] == list(range(1, 13))
+  assert logged(cut) == logged(calm) and [r["step"] for r in logged(cut)] == list(range(1, 13))
   assert (cut / "DONE").exists()
 
 
@@ -318,7 +314,7 @@ def test_a_run_directory_in_a_bucket(tmp_path, bucket, monkeypatch):
   assert sorted(bucket.store) == [f"/bucket/run/{name}" for name in (
       "DONE", "config.json", "eval/3.json", "eval/6.json", "metrics.jsonl", "versions.json")]
   train_lib.train(config(), tmp_path / "local", progress=False)
-  assert records("gs://bucket/run") == records(tmp_path / "local")
+  assert logged("gs://bucket/run") == logged(tmp_path / "local")
   changed = config()
   changed.optimizer.b2 = 0.9
   with pytest.raises(config_lib.ConfigError, match="gs://bucket/run was started with"):
@@ -344,7 +340,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_all_that_helps(tmp_path, m
   assert "last good checkpoint is step 4" in message
   rows = step_lib.Batches(config, sharding.make_mesh(config, jax.devices()[:1])).describe(6, 0)
   assert rows in message and rows.count("row ") == 4
-  assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  assert [r["step"] for r in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
   monkeypatch.undo()
   got, params = run(config, tmp_path)  # the same command goes on from the last good checkpoint
   calm, want = run(make_config("dense", schedule.dense(12)), tmp_path / "calm")
