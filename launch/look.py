@@ -21,8 +21,7 @@ _SIZE = flags.DEFINE_string("size", "", "Of a study with several; empty: the fir
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a single run to measure now; -1 for the newest.")
 _PASSAGES = flags.DEFINE_integer("passages", 12, "Of each corpus and kind of text, where a checkpoint is measured now.",
                                  lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 0, "Of a passage measured now; 0: 2,048, or the context.",
-                               lower_bound=0)
+_TOKENS = flags.DEFINE_integer("tokens", 0, "Of a passage measured now; 0: 2,048, or the context.", lower_bound=0)
 _BATCH = flags.DEFINE_integer("batch", 0, "Passages per device call; 0: the run's eval.batch.")
 flags.mark_flags_as_required(["workdir"])
 cli.define_common()

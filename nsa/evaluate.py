@@ -352,8 +352,7 @@ def _compiled(static, batch: int, context: int):
     tokens = {name: jax.ShapeDtypeStruct((batch, context), jnp.int32) for name in ("inputs", "targets", "segment_ids")}
     rows = {"prompt": jax.ShapeDtypeStruct((batch,), jnp.int32), "rows": jax.ShapeDtypeStruct((batch,), jnp.float32)}
     params = model_lib.abstract_params(static.value[0])
-    return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows},
-                                                    jax.ShapeDtypeStruct((), bool))
+    return jax.jit(_evaluation(static, None)).lower(params, {**tokens, **rows}, jax.ShapeDtypeStruct((), bool))
 
   return programs.compiled(("evaluation", static, batch, context), lower)
 

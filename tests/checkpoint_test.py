@@ -45,8 +45,7 @@ def make_state(seed=0, mesh=None, size=16):
             "0": np.float32([-0.0, np.nan, np.inf])}
   learns = {"layers": True, "embed": True, "0": False}
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), learns))
-  extra = {"key": np.uint32([1, 2**32 - 1]), "flag": np.array([True, False]),
-           "none": np.zeros((0, 4), np.float32)}
+  extra = {"key": np.uint32([1, 2**32 - 1]), "flag": np.array([True, False]), "none": np.zeros((0, 4), np.float32)}
   state = State(np.int32(seed), params, tx.init(params), extra)
   mesh = mesh or make_mesh()
   return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec_for(x, mesh))), state)
@@ -169,8 +168,7 @@ def test_load_params_needs_no_optimizer(two_saves):
   params = load_params(two_saves)
   assert_same(params, wanted)
   assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
-  assert_same(load_params(two_saves, 100, "params/layers"),
-              {"q": np.asarray(make_state(100).params["layers"]["q"])})
+  assert_same(load_params(two_saves, 100, "params/layers"), {"q": np.asarray(make_state(100).params["layers"]["q"])})
   assert set(load_params(two_saves, subtree="")) == {"step", "params", "opt_state", "extra"}
   with pytest.raises(CheckpointError, match='no subtree "parms"; its top level is step, params, opt_state'):
     load_params(two_saves, subtree="parms")

@@ -415,8 +415,7 @@ def test_tfds_missing_package(monkeypatch):
 
 def test_eval_windows_cover_documents_evenly(corpus):
   config = config_of(corpus)
-  documents = {d.name: np.r_[tokenizer.BOS, d.tokens, tokenizer.EOS]
-               for d in sources.load(config.source, "val")}
+  documents = {d.name: np.r_[tokenizer.BOS, d.tokens, tokenizer.EOS] for d in sources.load(config.source, "val")}
   windows = data.eval_windows(config, "val", 10, 100)  # doc2 (90 bytes) is too short
   assert len(windows) == 10 and {w.document for w in windows} == {"doc0.txt", "deep/doc1.txt"}
   taken = {}

@@ -192,8 +192,7 @@ def test_biases_and_layers_without_rotary_embedding_decode_as_in_one_pass():
 
 def test_nsa_takes_a_prompt_shorter_than_a_compressed_block():
   config, params, tokens = make_config(METHODS["nsa"]), params_of("nsa"), tokens_of()[:, :3]
-  out = model_lib.forward(config, params, tokens, cache=model_lib.init_cache(config, params, B, 3),
-                          losses=False)
+  out = model_lib.forward(config, params, tokens, cache=model_lib.init_cache(config, params, B, 3), losses=False)
   want = logits_of("nsa")(params, tokens_of(), WHOLE)[:, :3]
   np.testing.assert_allclose(out.logits, want, rtol=1e-4, atol=1e-4)
   cache = model_lib.init_cache(config, params, B, 3)

@@ -166,8 +166,7 @@ def test_batches_do_not_change_the_records():
 def test_task_records_score_whole_answers():
   config = make_config(methods.Dense(), tasks=("mqar:pairs=2",), sequences=0)
   rows, params = records(config)
-  examples = tasks.batch("mqar:pairs=2", held_out.TASK_SEED, 3, T, "val",
-                                  data.load("stdlib", "val"))
+  examples = tasks.batch("mqar:pairs=2", held_out.TASK_SEED, 3, T, "val", data.load("stdlib", "val"))
   run = jax.jit(lambda p, t: model_lib.forward(config, p, t, mode="dense").logits)
   logits = np.asarray(run(params, examples["inputs"]))
   log_p = np.asarray(jax.nn.log_softmax(logits))
@@ -393,8 +392,7 @@ def test_a_dense_model_runs_under_training_free_selectors():
       assert row["captured_mass"] <= row["oracle_mass"] + 1e-6 and 0 < row["queries_limited"] < 1
   first = {mode: found[0]["captured_mass"] for mode, found in layers.items()}
   assert first["oracle"] == max(first.values()) and first["oracle"] > first["random"]
-  everything, _ = records(make_config(methods.Dense()), run_modes=("dense", "block_topk:num_blocks=8"),
-                          blocks=BLOCKS)
+  everything, _ = records(make_config(methods.Dense()), run_modes=("dense", "block_topk:num_blocks=8"), blocks=BLOCKS)
   dense, full = ([r["bits_per_byte"] for r in of_kind(everything, "language") if r["run_mode"] == mode]
                  for mode in ("dense", "block_topk:num_blocks=8"))
   np.testing.assert_allclose(full, dense, rtol=1e-5)

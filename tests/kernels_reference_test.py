@@ -219,8 +219,7 @@ def test_index_kl_trains_the_index_alone(T, case):
   if case:
     indices = random_indices(3, T, 4, 4)
     sets = oracle.selected_sets(indices, 8, S, **where)
-    main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8,
-                             scale=case["scale"], **where)
+    main = functools.partial(pk.selected_attention, block_indices=indices, block_size=8, scale=case["scale"], **where)
   else:
     indices, sets = None, oracle.dense_sets(B, T, K, S)
     main = pk.attention

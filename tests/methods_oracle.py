@@ -124,8 +124,7 @@ def block_scores(name, p, h, options):
     # Eq. 9: each compressed block gives its score once per stride that it shares with the selection block.
     strides = lambda first, length: set(range(first // options.compress_stride,
                                               (first + length) // options.compress_stride))
-    share = np.array([[len(strides(c * options.compress_stride, options.compress_len) & strides(j * size,
-                                                                                                size))
+    share = np.array([[len(strides(c * options.compress_stride, options.compress_len) & strides(j * size, size))
                        for j in range(blocks)] for c in range(p_cmp.shape[-1])])
   for b, t, r in np.ndindex(B, T, K):
     for j in range(t // size + 1):
@@ -153,8 +152,7 @@ def block_scores(name, p, h, options):
 
 def _nsa_compressed(xp, branch, h, q, options):
   length, stride = options.compress_len, options.compress_stride
-  k, v = (compress(xp, branch[f"compress_{x}"], project(xp, branch[f"{x}_cmp"], h), length,
-                   stride) for x in "kv")
+  k, v = (compress(xp, branch[f"compress_{x}"], project(xp, branch[f"{x}_cmp"], h), length, stride) for x in "kv")
   k = rms_norm(xp, k, branch["k_cmp_norm"])
   k = rope(xp, k, np.arange(k.shape[1]) * stride)
   B, T = h.shape[:2]
@@ -185,8 +183,7 @@ def layer(xp, name, p, h, options, mask, stop=lambda x: x):
     branch = p["method"]["branch"]
     o_cmp, _ = _nsa_compressed(xp, branch, h, q, options)
     k_win = rope(xp, project(xp, branch["k_win"], h), positions)
-    o_win, _ = attend(xp, q, k_win, project(xp, branch["v_win"], h),
-                      window_mask(B, T, k.shape[2], options.window))
+    o_win, _ = attend(xp, q, k_win, project(xp, branch["v_win"], h), window_mask(B, T, k.shape[2], options.window))
     gate = 1 / (1 + xp.exp(-(xp.einsum("btd,dng->btng", h, branch["gate"]) + branch["gate_bias"])))
     o = gate[..., 0:1] * o_cmp + gate[..., 1:2] * o + gate[..., 2:3] * o_win
   return xp.einsum("btnh,nhd->btd", o, p["out"]), kl

@@ -125,8 +125,7 @@ def test_steps_of_a_retrofit():
   assert kinds["dense"].losses and dict(kinds["dense"].loss_weights) == {"alignment": 10.0}
   config.schedule.stages[1].loss_weights = {"alignment": 3.0}
   assert dict(schedule.at(config, 30).loss_weights) == {"alignment": 3.0}
-  assert {step.program for step in schedule.programs(config)} == {
-      schedule.at(config, i).program for i in range(40)}
+  assert {step.program for step in schedule.programs(config)} == {schedule.at(config, i).program for i in range(40)}
 
   params = one_layer.random_params(model_lib.abstract_params(config), 0.8)
   inputs = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)

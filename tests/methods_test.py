@@ -105,8 +105,7 @@ def test_selected_sets_are_those_of_the_slow_selection(name):
   options = METHODS[name]
   scores = oracle.block_scores(name, attention_of(name)[1], h, options)
   initial = options.num_initial
-  assert initial == {"nsa": 1, "sink_window": 1}.get(name,
-                                                     0) and options.num_local == (2 if name == "nsa" else 1)
+  assert initial == {"nsa": 1, "sink_window": 1}.get(name, 0) and options.num_local == (2 if name == "nsa" else 1)
   for b, t, r in np.ndindex(*indices.shape[:3]):
     own = t // options.block_size
     listed = [j for j in indices[b, t, r].tolist() if j >= 0]
@@ -133,8 +132,8 @@ def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
   assert counts[15] == draws
   expected = draws * 2 / 15
   assert ((counts[:15] - expected) ** 2 / expected).sum() < 36  # chi-square, 14 degrees of freedom, p = 0.001
-  assert (indices != pick(1)).any() and (late[:, 0] != late[:, 1]).any() and (late[:, :, 0] != late[:, :,
-                                                                                                    1]).any()
+  assert (indices != pick(1)).any() and (late[:, 0] != late[:, 1]).any()
+  assert (late[:, :, 0] != late[:, :, 1]).any()
   with pytest.raises(ValueError, match="random key"):
     options.choose(q, k, methods.Call())
 
@@ -146,8 +145,7 @@ def test_random_blocks_are_uniform_and_differ_between_heads_queries_and_keys():
 def test_enough_blocks_make_it_dense(name):
   params, tokens = params_of(name), tokens_of()
   dense = logits_of("dense")(without_method(params), tokens, WHOLE)
-  np.testing.assert_allclose(logits_of(name, num_blocks=T // 8)(params, tokens, WHOLE), dense, rtol=1e-5,
-                             atol=1e-5)
+  np.testing.assert_allclose(logits_of(name, num_blocks=T // 8)(params, tokens, WHOLE), dense, rtol=1e-5, atol=1e-5)
   few = logits_of(name)(params, tokens, WHOLE)
   assert np.abs(few - dense).max() > 1e-2  # sparsity is on: no silent dense fallback
   np.testing.assert_allclose(few[:, :SMALL["block_size"] * 3], dense[:, :SMALL["block_size"] * 3], rtol=1e-5,
@@ -188,8 +186,7 @@ def test_packed_documents_equal_documents_on_their_own(name):
   for i, (first, end) in enumerate(zip(edges[:-1], edges[1:])):
     # Nothing of the other documents is seen, not by a bit.
     others = np.where(packed == i, tokens, tokens_of(9))
-    np.testing.assert_array_equal(np.asarray(run(params, others, packed))[:, first:end],
-                                  together[:, first:end])
+    np.testing.assert_array_equal(np.asarray(run(params, others, packed))[:, first:end], together[:, first:end])
     if name == "random":  # draws by absolute position: a document on its own sees other blocks
       continue
     alone = tokens_of(11)
@@ -326,8 +323,7 @@ def leaves_of(params):
 
 
 def test_all_arms_start_from_the_same_weights():
-  initial = {name: leaves_of(model_lib.init_params(make_config(METHODS[name]), 5)) for name in ("dense",
-                                                                                                "msa", "nsa")}
+  initial = {name: leaves_of(model_lib.init_params(make_config(METHODS[name]), 5)) for name in ("dense", "msa", "nsa")}
   for name in ("msa", "nsa"):
     assert set(initial["dense"]) < set(initial[name])
     for path, leaf in initial["dense"].items():
@@ -345,8 +341,7 @@ def test_dense_mode_is_the_dense_method_bit_for_bit(name):
 
 def test_dense_prefix_keeps_the_first_layers_dense():
   whole, prefixed = params_of("msa"), params_of("msa", layers=("dense", "attention"))
-  assert [set(stack["attention"]) & {"method"} for stack in prefixed["stacks"].values()] == [set(),
-                                                                                             {"method"}]
+  assert [set(stack["attention"]) & {"method"} for stack in prefixed["stacks"].values()] == [set(), {"method"}]
   # The same weights, in two stacks: layer 1 selects, layer 0 does not.
   stack = whole["stacks"]["stack0"]
   first, second = (jax.tree.map(lambda x: x[i:i + 1], stack) for i in (0, 1))

@@ -121,8 +121,7 @@ def test_csv_is_exact(tmp_path, quick):
       dict(base, kind="language", run_mode="dense", split="val", document="a", bits_per_byte=1.5, bytes=100,
            second_half_bits_per_byte=None, second_half_bytes=0)]
   (run / "eval" / "2.json").write_text(json.dumps({"step": 2, "records": []}))
-  (run / "eval" / "3.json").write_text(json.dumps(
-      {"step": 3, "arm": "native_msa", "size": "s", "records": records}))
+  (run / "eval" / "3.json").write_text(json.dumps({"step": 3, "arm": "native_msa", "size": "s", "records": records}))
   (run / "DONE").write_text("")
   paths = report.write([run], tmp_path / "report")
   sparse, dense = list(csv.DictReader(open(paths.csv)))

@@ -90,8 +90,7 @@ def test_seeds_are_paired_and_not_pooled(tmp_path):
   """Seed levels vary by 0.01 here and the paired noise by 0.0015: only a paired analysis can see little scatter."""
   study = archive.load([write_study(tmp_path, with_retrofit(0.0))])
   table = endpoints.rows(study)
-  a, b = (endpoints.series(table, arm, "tiny", "sparse", study.primary)
-          for arm in ("native_msa", "retrofit_msa_5"))
+  a, b = (endpoints.series(table, arm, "tiny", "sparse", study.primary) for arm in ("native_msa", "retrofit_msa_5"))
   assert np.std(list(a.values()), ddof=1) > 0.004
   (c,) = verdict.verdict(study, table).of("Delta", planted.TEXT, "tiny")
   assert c.differences == {s: pytest.approx(b[s] - a[s]) for s in (0, 1, 2)}

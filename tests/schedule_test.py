@@ -276,8 +276,7 @@ def test_copy_kv_copies_into_every_branch_and_nothing_else():
         np.testing.assert_array_equal(branch[target][part], old[x][part])
   np.testing.assert_array_equal(branch["k_cmp_norm"], old["k"]["norm"])
   changed = {path for path, leaf in flat(params).items() if not bool((leaf == flat(new)[path]).all())}
-  assert changed == {path for path in flat(params) if any(f".{x}_{t}" in path for x in "kv" for t in ("cmp",
-                                                                                                      "win"))}
+  assert changed == {path for path in flat(params) if any(f".{x}_{t}" in path for x in "kv" for t in ("cmp", "win"))}
   moba = make_config(schedule.dense(1), methods.MoBA(key_conv=3))  # has a group "branch" too, and no such surgery
   params = model_lib.abstract_params(moba)
   assert model_lib.enter(moba, params, "copy_kv") == params

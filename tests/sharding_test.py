@@ -114,8 +114,7 @@ print(json.dumps(out))
 
 
 def steps(pairs, *more):
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8",
-         "PYTHONPATH": str(ROOT)}
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
   jobs = [(method, mesh, MESHES[mesh]) for method, mesh in pairs]
   done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(jobs), *more], capture_output=True, text=True,
                         env=env, timeout=3600)

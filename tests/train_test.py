@@ -146,8 +146,7 @@ def test_trunk_and_fork_equal_one_staged_run(tmp_path, method, trunk_method):
   assert [r["mode"] for r in staged_records] == ["dense"] * 6 + (
       ["warmup"] * 3 + ["sparse"] * 3 if method == "msa" else ["sparse"] * 6)
   first = checkpoint.load_params(tmp_path / "trunk", 6)
-  assert any((a != b).any() for a, b in zip(jax.tree.leaves(first["embed"]),
-                                            jax.tree.leaves(forked["embed"])))
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(first["embed"]), jax.tree.leaves(forked["embed"])))
 
 
 def test_fork_errors_name_the_field(tmp_path):
@@ -291,8 +290,7 @@ def test_a_kill_loses_at_most_one_logging_interval(tmp_path):
           "step.Batches.at = at\n"
           f"train.train(train_test.make_config('dense', schedule.dense(12), log_every=3), {str(tmp_path)!r}, "
           "progress=False)")
-  done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True,
-                        text=True)
+  done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
   assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
   assert [r["step"] for r in metrics.read_jsonl(tmp_path / "metrics.jsonl")] == [3, 6]
 

@@ -86,6 +86,5 @@ class SSALayer(training_free.TrainingFreeLayer):
     if call.losses:
       gate = 1.0 if x.gate is None else x.gate[..., None]
       a, b = (y.astype(jnp.float32) * gate for y in (full, sparse))
-      losses["alignment"] = call.mean(smooth_l1(a, jax.lax.stop_gradient(b))
-                                      + smooth_l1(b, jax.lax.stop_gradient(a)))
+      losses["alignment"] = call.mean(smooth_l1(a, jax.lax.stop_gradient(b)) + smooth_l1(b, jax.lax.stop_gradient(a)))
     return interface.Result(full, losses) if dense else interface.Result(sparse, losses, lists)

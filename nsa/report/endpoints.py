@@ -214,8 +214,7 @@ def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:
   for arm in dict.fromkeys(order):
     heats = select(study, "heat", arm, size)
     heats = [r for r in heats if r.get("run_mode") == study.headline_mode(arm)] or heats
-    where = {(r.get("layer"), r.get("kv_head"), r.get("document")): r
-             for r in reversed(heats) if r.get("heat")}
+    where = {(r.get("layer"), r.get("kv_head"), r.get("document")): r for r in reversed(heats) if r.get("heat")}
     if where:
       same = same or next(reversed(where))
       if same in where:

@@ -101,8 +101,7 @@ def anchor_over_tokens(found) -> Figure:
 
 def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
   """Training loss over tokens, averaged in bins of log tokens (left), of tokens (right); seeds and their means."""
-  curves = [(r, c) for r in study.runs if r.size == size for c in r.curves.values()
-            if np.isfinite(c["loss"]).any()]
+  curves = [(r, c) for r in study.runs if r.size == size for c in r.curves.values() if np.isfinite(c["loss"]).any()]
   if not curves:
     return None
   tokens = all(np.isfinite(c["tokens"]).any() for _, c in curves)

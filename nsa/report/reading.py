@@ -84,8 +84,7 @@ def study_of(path: Path, plan: dict) -> Study:
     need(isinstance(margin, (int, float)) and margin > 0, f"endpoints[{i}].margin", margin, "a number above 0")
     endpoints.append(Endpoint(metric, float(margin), one.get("primary", True)))
   for arm, b in (plan.get("budgets") or {}).items():
-    need(isinstance(b, (int, float)) and 0 < b <= 1, f"budgets.{arm}", b,
-         "a share of the tokens, above 0, at most 1")
+    need(isinstance(b, (int, float)) and 0 < b <= 1, f"budgets.{arm}", b, "a share of the tokens, above 0, at most 1")
   for i, job in enumerate(plan.get("jobs") or ()):
     at = f"jobs[{i}]."
     need(isinstance(job, dict), at[:-1], job, "an object with run, arm, size and seeds")

@@ -202,8 +202,7 @@ def modes(study, table, size, gallery) -> list:
   for metric in map(endpoints.metric, dict.fromkeys(e.metric for e in study.endpoints)):
     lines = []
     for arm in study.arms:
-      cells = [endpoints.finite((r for r in shown if (r.arm, r.run_mode) == (arm, m)), metric.name)
-               for m in columns]
+      cells = [endpoints.finite((r for r in shown if (r.arm, r.run_mode) == (arm, m)), metric.name) for m in columns]
       if any(cells):
         lines.append([arm] + [("**{}**" if m == study.headline_mode(arm) else "{}").format(
             endpoints.interval_text(metric, c)) if c else "-" for m, c in zip(columns, cells)])

@@ -71,8 +71,7 @@ class Needle(frame.Task):
       count = max(count, length // (len(_sentence("-" * 8, "0" * self.digits)) + 1) + 1)
     step = draws.integer(DEPTHS)
     depth = step / (DEPTHS - 1) if self.depth == -1 else self.depth
-    keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), count, split,
-                              f"task needle: keys = {count}")
+    keys = frame.draw_strings(draws, _key, len(ADJECTIVES) * len(NOUNS), count, split, f"task needle: keys = {count}")
     values = frame.draw_numbers(draws, self.digits, count, split, f"task needle: digits = {self.digits}")
     sentences = [_sentence(k, v) for k, v in zip(keys, values)]  # number 0 is the one asked for
     preface, query = self._question(keys[0])

@@ -47,8 +47,7 @@ class Phonebook(frame.Task):
   def example(self, seed, index, length, split="train", haystack=None):
     draws = self.begin(seed, index, length, split)
     space = len(FIRST) * len(LAST[0]) * len(LAST[1])
-    names = frame.draw_strings(draws, _name, space, self.entries, split,
-                               f"task phonebook: entries = {self.entries}")
+    names = frame.draw_strings(draws, _name, space, self.entries, split, f"task phonebook: entries = {self.entries}")
     numbers = frame.draw_numbers(draws, self.digits, self.entries, split, f"task phonebook: digits = {self.digits}")
     lines = [f"{name}: {number}\n".encode() for name, number in zip(names, numbers)]
     asked, *shots = draws.permutation(self.entries)[:1 + SHOTS].tolist()
