@@ -3,11 +3,15 @@
 While XLA compiles, it times what a product or a fusion may be computed by (cuBLASLt's and cuDNN's algorithms, Triton's
 tiles) and takes the fastest. Beside other work on the device another one is, and its sums are rounded otherwise. Of
 each choice it keeps a small file, beside JAX's cache of compiled programs (JAX 0.11 on). Programs and choices belong
-together: who finds a program there chooses nothing. So a workdir gets a copy of the choices, and a cache of programs
-serves it only if none of its choices is another one.
+together: who finds a program there chooses nothing. So a workdir gets a copy of the choices, a cache of programs
+serves it only if none of its choices is another one, and one compiles at a time: two that compile side by side would
+choose each for itself, and leave one choice.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import itertools
 import os
 from pathlib import Path
@@ -20,7 +24,7 @@ FOLDER = "autotune"  # of a workdir
 CHOICES = "xla_gpu_per_fusion_autotune_cache_dir"  # of a cache of programs: JAX's name
 _PARTIAL = "tmp"     # below either: what is being written, by XLA and here
 
-_lock = threading.Lock()
+_lock, _compiling = threading.Lock(), threading.Lock()
 _pair: tuple[Path, Path] | None = None  # (choices of the cache in use, those of the workdir)
 
 
@@ -48,6 +52,24 @@ def keep(workdir: str | os.PathLike, cache: str | os.PathLike) -> str:
     jax.monitoring.register_event_duration_secs_listener(_listen)
   _pair = theirs, mine
   return str(place)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+  """Inside the block no other thread, and no other process with the same cache of programs, compiles for a GPU.
+
+  The processes of one run (jax.process_count() > 1) share out what there is to choose, and have to compile together.
+  """
+  import jax
+  cache = jax.config.jax_compilation_cache_dir
+  if not cache or "://" in cache or jax.process_count() > 1 or jax.default_backend() != "gpu":
+    yield
+    return
+  with _compiling, contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # a file system without locks, or one that is full
+      os.makedirs(cache, exist_ok=True)
+      fcntl.flock(stack.enter_context(open(os.path.join(cache, "COMPILING"), "w")), fcntl.LOCK_EX)
+    yield
 
 
 def read(workdir: str | os.PathLike) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from nsa import kept
+from nsa import autotune, kept
 
 # Of Python's lock, while two threads want it: the default of 5 ms would be a quarter of a small model's step.
 _SWITCH_SECONDS = 5e-4
@@ -93,9 +93,10 @@ def _finish(key, future, compile_) -> None:
   here = []
 
   def build():
-    began = time.monotonic()
-    made, fresh = kept.compile_here(compile_)
-    _took[key]["compiled" if fresh else "cached"] = time.monotonic() - began
+    with autotune.alone():
+      began = time.monotonic()
+      made, fresh = kept.compile_here(compile_)
+      _took[key]["compiled" if fresh else "cached"] = time.monotonic() - began
     here.append(fresh)
     return made
 

@@ -2,13 +2,16 @@
 
 On a CPU nothing is chosen: files as XLA leaves them stand for choices.
 """
+import fcntl
+import threading
+
 import jax
 from jax._src import compilation_cache as cache, compiler
 import jax.numpy as jnp
 import pytest
 
 from launch import cli
-from nsa import autotune
+from nsa import autotune, programs
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
             "jax_persistent_cache_enable_xla_caches")
@@ -78,3 +81,41 @@ def test_object_stores_and_runs_without_choices_are_left_alone(settings, tmp_pat
   compile_something()
   assert not (tmp_path / "run").exists()
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+
+
+def test_one_compiles_at_a_time(settings, monkeypatch, tmp_path):
+  """Of threads and of processes, which the second opening of the file stands for."""
+  monkeypatch.setattr(programs, "_programs", {})
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+  lock, free, inside, most = tmp_path / "cache/COMPILING", [], [], []
+
+  class Lowered:
+    def compile(self):
+      inside.append(1)
+      most.append(len(inside))
+      with open(lock, "w") as file:
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+          free.append(False)
+      inside.pop()
+      return "compiled"
+
+  lock.parent.mkdir()
+  programs.compiled("on a CPU", Lowered)
+  assert not free, "nothing is chosen on a CPU"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  threads = [threading.Thread(target=programs.compiled, args=(key, Lowered)) for key in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert free == [False] * 4 and max(most) == 1
+  with open(lock, "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    waiting = threading.Thread(target=programs.compiled, args=("another process compiles", Lowered))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() and len(free) == 4
+  waiting.join(10)
+  assert free == [False] * 5
