@@ -93,12 +93,15 @@ def command() -> list[str]:
 def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None:
   """The first run that can begin.
 
-  Of the forks of a trunk whose checkpoints are gone one goes first: it trains the trunk again.
+  Of the forks whose checkpoint of their trunk is gone one goes at a time: it trains the trunk again, as far as it needs.
   """
-  gone = lambda trunk: trunk and not any((directory / trunk / "checkpoints").glob("*"))
+  def gone(job):
+    step = job.config.fork.step
+    return not any((directory / job.trunk / "checkpoints").glob("*" if step < 0 else str(step)))
+
   for job in waiting:
-    there = not job.trunk or (directory / job.trunk / "DONE").exists()
-    if there and not (gone(job.trunk) and any(other.trunk == job.trunk for other in at_work)):
+    beside = [other for other in at_work if other.trunk == job.trunk]
+    if not job.trunk or (directory / job.trunk / "DONE").exists() and not (gone(job) and any(map(gone, beside))):
       return job
   return None
 

@@ -30,7 +30,13 @@ side_by_side.serve(run, root / "logs")
 
 
 def jobs(**trunk_of):
-  return [SimpleNamespace(run=f"runs/{name}", trunk=trunk and f"runs/{trunk}") for name, trunk in trunk_of.items()]
+  """`trunk_of`: names, with "@STEP" behind it a fork from that step."""
+  out = []
+  for name, trunk in trunk_of.items():
+    trunk, _, step = trunk.partition("@")
+    config = SimpleNamespace(fork=SimpleNamespace(step=int(step or -1)))
+    out.append(SimpleNamespace(run=f"runs/{name}", trunk=trunk and f"runs/{trunk}", config=config))
+  return out
 
 
 def run(todo, root, devices):
@@ -54,6 +60,17 @@ def test_runs_share_the_devices_and_forks_wait_for_their_trunks(tmp_path):
   assert lines[-1] == "left for later, their trunks are not done: runs/orphan"
   lines, again = run(todo[:5], tmp_path, ["0"])
   assert lines == [] and again == notes, "done before"
+
+
+def test_forks_wait_for_the_one_that_trains_their_trunk_again(tmp_path):
+  (tmp_path / "runs/dense/checkpoints/5").mkdir(parents=True)
+  (tmp_path / "runs/dense/DONE").write_text("")
+  far, farther, near = jobs(far="dense@9", farther="dense@12", near="dense@5")
+  ready = lambda *waiting, at_work: side_by_side.ready(list(waiting), at_work, tmp_path)
+  assert ready(far, farther, near, at_work=[]) is far
+  assert ready(farther, near, at_work=[far]) is near, "its checkpoint is there; the other's trunk is being trained"
+  (tmp_path / "runs/dense/checkpoints/9").mkdir()
+  assert ready(farther, at_work=[far, near]) is farther, "nobody trains the trunk any more"
 
 
 def test_a_run_that_ends_without_a_word_fails_and_takes_its_forks_along(tmp_path):
