@@ -93,7 +93,7 @@ def command() -> list[str]:
 def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None:
   """The first run that can begin.
 
-  Of the forks whose checkpoint of their trunk is gone one goes at a time: it trains the trunk again, as far as it needs.
+  Of the forks whose checkpoint of their trunk is gone one goes at a time: it trains the trunk again as far as it needs.
   """
   def gone(job):
     step = job.config.fork.step
