@@ -42,10 +42,51 @@ def negate(x):
 X = jax.ShapeDtypeStruct((5, 128), jnp.float32)
 
 
-@pytest.fixture(autouse=True)
-def recorded(monkeypatch, tmp_path):
-  monkeypatch.setattr(call, "RECORDED", True)
-  monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # importing jax-triton 0.3 empties it
+@pytest.fixture
+def way(monkeypatch, tmp_path):
+  """Sets which way calls go, as NSA_TRITON_CALL does."""
+  monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+  pytest.importorskip("jax_triton")
+  monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # again: importing jax-triton 0.3 empties it
+  cached = call.recorded, call.unavailable
+
+  def set_way(name):
+    monkeypatch.setattr(call, "WAY", name)
+    for function in cached:
+      function.cache_clear()
+
+  yield set_way
+  for function in cached:
+    function.cache_clear()
+
+
+def targets(text):
+  return [line.split("@")[1].split("(")[0] for line in text.splitlines() if "custom_call" in line]
+
+
+@lowers
+@pytest.mark.parametrize("lacking", [False, True])
+def test_jax_triton_calls_by_name_or_where_jaxlib_lacks_the_target(lacking, way, monkeypatch, caplog):
+  caplog.set_level("INFO", "pallas_kernels")
+  way("recorded" if lacking else "jax_triton")
+  target = compiled.TARGET
+  if lacking:
+    monkeypatch.setattr(compiled, "TARGET", "another")
+  assert call.unavailable() is None and not call.recorded()
+  assert targets(lowered(lambda x: negate(x), X)) == ["triton_kernel_call"]
+  reason = f"jaxlib {jax.lib.__version__} has no another" if lacking else "NSA_TRITON_CALL=jax_triton"
+  assert caplog.messages == [f"Triton kernels: launched by jax-triton, because {reason}"]
+  caplog.clear()
+  monkeypatch.setattr(compiled, "TARGET", target)
+  way("recorded")
+  assert targets(lowered(lambda x: negate(x), X)) == ["triton_kernel_call_ffi"]
+  assert caplog.messages == ["Triton kernels: recorded in XLA's CUDA graphs"]
+
+
+@pytest.mark.skipif(call.INTERPRET, reason="the interpreter calls nothing")
+def test_a_way_that_is_none_is_refused(way):
+  way("graphs")
+  assert call.unavailable() == "NSA_TRITON_CALL=graphs is neither recorded nor jax_triton"
 
 
 @lowers
@@ -73,7 +114,8 @@ def test_results_are_shaped_as_asked():
 
 
 @lowers
-def test_another_process_finds_what_triton_made(monkeypatch):
+def test_another_process_finds_what_triton_made(monkeypatch, tmp_path):
+  monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
   how = negate_kernel, ("*fp32", "*fp32"), (("SIZE", 256),), 4, 2, 90
   compiled.compiled.cache_clear()
   first = compiled.compiled(*how).asm["ptx"]

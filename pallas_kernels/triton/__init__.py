@@ -1,6 +1,6 @@
-"""Kernels for Ampere and Hopper GPUs in Triton, called through jax-triton.
+"""Kernels for Ampere and Hopper GPUs in Triton.
 
-Importing registers them; it needs triton, but neither a GPU nor jax-triton, without which `supports` refuses.
+Importing registers them; it needs triton, but neither a GPU nor jaxlib's CUDA plugin, without which `supports` refuses.
 """
 from __future__ import annotations
 

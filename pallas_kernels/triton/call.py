@@ -1,9 +1,10 @@
-"""How the kernels of this backend are called: jax-triton in either spelling, under vmap.
+"""How the kernels of this backend are called, under vmap too.
 
-jax-triton 0.3 (jax 0.10, Python 3.11) names the results `out_shape`, 0.4 names them `out_type`; `kernel_call`
-is the only place that knows. A differentiable operation is a `jax.custom_vjp` whose forward and backward
-rules call functions wrapped by `batched`; vmap of a custom_vjp maps the rules, and `batched` folds the mapped
-axis into the batch axis of the arrays.
+compiled.py makes calls that XLA records in its CUDA graphs. Where jaxlib lacks their target, and by
+NSA_TRITON_CALL=jax_triton, jax-triton launches the same code outside of them; 0.3 (jax 0.10, Python 3.11) names the
+results `out_shape`, 0.4 names them `out_type`, and `kernel_call` is the only place that knows. A differentiable
+operation is a `jax.custom_vjp` whose forward and backward rules call functions wrapped by `batched`; vmap of a
+custom_vjp maps the rules, and `batched` folds the mapped axis into the batch axis of the arrays.
 
 With TRITON_INTERPRET=1 in the environment before triton is imported, kernels run in its interpreter on the
 host, on torch tensors: how their arithmetic is tested without a GPU.
@@ -26,7 +27,7 @@ ASSUMED_CAPABILITY = 90  # of the GPU when lowering for one on a machine that ha
 processors = backends.processors
 LOG2E = 1.4426950408889634
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-RECORDED = os.environ.get("NSA_TRITON_CALL") == "recorded"  # by compiled.py, in CUDA graphs; jax-triton's are outside
+WAY = os.environ.get("NSA_TRITON_CALL", "recorded")
 
 
 class Tiles(NamedTuple):
@@ -37,20 +38,33 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
+def recorded():
+  """Whether XLA records the calls of Triton kernels, or jax-triton launches them; the log says which."""
+  reason = "" if WAY == "recorded" else f"NSA_TRITON_CALL={WAY}"
+  if not reason and not compiled.target_is_there():
+    reason = f"jaxlib {jax.lib.__version__} has no {compiled.TARGET}"
+  backends.logger.info("Triton kernels: %s", f"launched by jax-triton, because {reason}" if reason
+                       else "recorded in XLA's CUDA graphs")
+  return not reason
+
+
+@functools.cache
 def unavailable():
   """None, or why no kernel of this backend can run here: for `supports`."""
   if INTERPRET:
     return None
-  if not RECORDED:
+  if WAY not in ("recorded", "jax_triton"):
+    return f"NSA_TRITON_CALL={WAY} is neither recorded nor jax_triton"
+  from jaxlib import gpu_triton
+  if not hasattr(gpu_triton, "TritonKernel"):
+    return "jaxlib has no CUDA plugin, which runs Triton kernels: pip install 'jax[cuda13]'"
+  if not recorded():
     try:
       import jax_triton
-    except Exception as error:  # it raises what it likes where jaxlib has no CUDA plugin
+    except Exception as error:
       return f"jax-triton does not import ({type(error).__name__}: {error})"
     if not hasattr(jax_triton, "triton_call"):
       return "jax-triton has no triton_call"
-  from jaxlib import gpu_triton
-  if not hasattr(gpu_triton, "TritonKernel"):  # jax-triton 0.4 imports without it
-    return "jaxlib has no CUDA plugin, which compiles Triton kernels: pip install 'jax[cuda13]'"
   device = jax.devices()[0]
   if device.platform == "gpu" and capability() < 80:
     return f"q is on {device.device_kind}: the kernels need compute capability 8.0 or more"
@@ -88,7 +102,7 @@ def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=
   """
   if INTERPRET:
     return _interpret(kernel, inputs, outputs, grid, constants)
-  if RECORDED:
+  if recorded():
     single = hasattr(outputs, "shape")
     results = compiled.call(kernel, inputs, [outputs] if single else outputs, grid=grid, name=name, num_warps=num_warps,
                             num_stages=num_stages, capability=capability(), constants=constants)

@@ -16,10 +16,17 @@ _POINTERS = {"bool": "*i1", "bfloat16": "*bf16",
              **{f"{dtype}{bits}": f"*{short}{bits}" for dtype, short in (("float", "fp"), ("int", "i"), ("uint", "u"))
                 for bits in (8, 16, 32, 64)}}
 
+TARGET = "triton_kernel_call_ffi"  # jaxlib's, which XLA can record
 _call = jex.core.Primitive("triton_kernel_call")
 _call.multiple_results = True
 _call.def_impl(functools.partial(xla.apply_primitive, _call))
 _call.def_abstract_eval(lambda *_, outputs, **__: [jax.core.ShapedArray(x.shape, x.dtype) for x in outputs])
+
+
+def target_is_there() -> bool:
+  """Whether this jaxlib's CUDA plugin has the target of these calls."""
+  from jaxlib import gpu_triton
+  return TARGET in getattr(gpu_triton._cuda_triton, "registrations", dict)()
 
 
 def call(kernel, inputs, outputs, *, grid, name, num_warps, num_stages, capability, constants):
@@ -56,7 +63,7 @@ def _lower(ctx, *operands, kernel, outputs, grid, name, num_warps, num_stages, c
   code = gpu_triton.TritonKernel(made.name, num_warps, 1, made.metadata.shared, made.asm["ptx"], "", capability)
   array = gpu_triton.create_array_parameter(0, 16)  # not zeroed before; begins at a multiple of 16 bytes
   launch = gpu_triton.TritonKernelCall(code, *grid, [array] * len(pointers)).to_proto(name, b"")
-  return jax.ffi.ffi_lowering("triton_kernel_call_ffi")(ctx, *operands, opaque=zlib.compress(launch))
+  return jax.ffi.ffi_lowering(TARGET)(ctx, *operands, opaque=zlib.compress(launch))
 
 
 mlir.register_lowering(_call, _lower, platform="cuda")
