@@ -2,8 +2,8 @@
 
   python -m benchmarks.study --workdir=runs/pilot --out=study.json
 
-Read from what runs leave behind, nothing is run. Steps: tokens of each record over the speed that it logged
-(compilation and evaluation excluded). The other parts: DONE's `seconds_paused`; of evaluation, what the device took for
+Read from what runs leave behind, nothing is run. Steps: by the speeds that records logged (compilation and evaluation
+excluded). The other parts: DONE's `seconds_paused`; of evaluation, what the device took for
 each run mode and split, greedy decoding left out: `seconds_evaluated`. Wall time of a run: from config.json to DONE by
 their file times; a study's from its first config.json to its last DONE, reports excluded. Runs that were cut and went
 on count their waiting, too: for a clean number take a study that ran in one go.

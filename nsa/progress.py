@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 
+WINDOW = 60.0  # seconds of training that speed looks back on
+
 
 class Progress:
   """One line that says how far a run is, e.g.
@@ -27,7 +29,7 @@ class Progress:
     clock: seconds, monotonic; a test passes its own.
   """
 
-  def __init__(self, name: str, steps: int, *, start_step: int = 0, every: float = 10.0, window: float = 60.0,
+  def __init__(self, name: str, steps: int, *, start_step: int = 0, every: float = 10.0, window: float = WINDOW,
                stream=None, clock=time.monotonic):
     self.name, self.steps = name, steps
     self._stream = sys.stderr if stream is None else stream

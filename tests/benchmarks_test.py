@@ -1,5 +1,6 @@
 """benchmarks.kernels: what it counts and what it concludes; times need a device."""
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, kernels, loops, models, peer, timing, wall
-from nsa import config as config_lib, flops, methods, metrics, schedule
+from nsa import config as config_lib, flops, methods, metrics, progress, schedule
 from nsa.look import selections
 from pallas_kernels import arg_specs
 
@@ -211,6 +212,27 @@ def test_wall_time_of_a_study_by_part(tmp_path):
   os.utime(run / "DONE", (1e9 + 220,) * 2)  # as unpacked from an archive
   with pytest.raises(ValueError, match="runs/b took 0 s, 100 s of them steps: a copy has no times of its own"):
     wall.table(tmp_path)
+
+
+def test_seconds_in_steps_of_a_run_that_began_slowly_was_evaluated_and_cut():
+  """A speed is a mean over the last seconds, here 5: tokens over each record's own speed count slow steps again and
+  again. An evaluation moves `seconds` alone; after a cut they and the speeds begin anew."""
+  records, now, own = [], 0.0, 0.0
+  for first, paces in ((100, [0.04] * 100 + [0.01] * 400), (600, [0.02] * 500)):
+    began = now
+    bar = progress.Progress("run", 1100, start_step=first, window=5.0, stream=io.StringIO(), clock=lambda: now)
+    for done, pace in enumerate(paces, 1):
+      now += pace
+      bar.update(first + done, tokens=done * 8)
+      if done % 5 == 0:
+        records.append({"step": first + done, "tokens_per_second": bar.tokens_per_second, "seconds": now - began})
+        own += 5 * 8 / bar.tokens_per_second
+      if done == 200:
+        with bar.pause("evaluate"):
+          now += 30.0
+  assert own > 21
+  assert wall.in_steps(records, 100, 8, window=5.0) == pytest.approx(4 + 4 + 10, rel=0.01)
+  assert wall.in_steps([{"step": 10}], 0, 8) == 0.0
 
 
 def test_a_decoded_token_reads_the_weights_and_what_it_sees():
