@@ -15,6 +15,7 @@ Result (one seed, two of dense; bits per byte of the second half of 64 held-out 
 | native window | 2.566 | 2.280 | 2.137 | 2.013 | 3.481 |
 
 Arguments: arm=dense (dense, msa or window), corpus= (none: the standard library's source), steps=1000, seed=0.
+Cost: most of an hour an arm on two busy cores, by its first 150 steps.
 """
 from experiments import arguments
 from nsa import methods, schedule

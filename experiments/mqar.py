@@ -12,7 +12,7 @@ Result (one H200, reference operations, float32, seed 0, exact match on 256 unse
 it was trained): dense 100 % (first above 95 % at step 1,125), NSA 97.4 % (1,125); MSA, on a CPU, 99.3 % (1,500). At a
 peak of 3e-3 dense is there at step 375, MSA at 750 (100 %), and NSA ends at 94.4 %.
 
-Arguments: arm=dense (dense, msa or nsa), steps=1500.
+Arguments: arm=dense (dense, msa or nsa), steps=1500. Cost: minutes; some twenty on two busy cores.
 """
 from experiments import arguments
 from nsa import methods, schedule

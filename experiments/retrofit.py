@@ -12,8 +12,8 @@ follows one learning-rate plan, so a fork leaves the trunk at the trunk's own le
 
 The gate of seer is distilled on the frozen trunk; ssa mixes dense and sparse steps.
 
-Arguments: method=msa (msa, nsa, dsa, seer, moba, infllm_v2 or ssa), budget=0.13, trunk=, steps=4000. Not yet
-run to the end: no result is claimed here.
+Arguments: method=msa (msa, nsa, dsa, seer, moba, infllm_v2 or ssa), budget=0.13, trunk=, steps=4000. `--dry_run`
+shows the cost. Not yet run to the end: no result is claimed here.
 """
 from experiments import arguments, native
 from nsa import schedule

@@ -4,8 +4,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-from methods_models import ALL, KEY, METHODS, WHOLE, B, T, logits_of, make_config, params_of, random_params, tokens_of
+from methods_models import ALL, KEY, METHODS, WHOLE, B, logits_of, make_config, params_of, random_params, tokens_of
 import numpy as np
+import one_layer
 import pytest
 
 from nsa import decoding, methods, model as model_lib
@@ -14,16 +15,8 @@ from nsa import decoding, methods, model as model_lib
 @pytest.mark.parametrize("name", ALL)
 def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
   config, params, tokens = make_config(METHODS[name]), params_of(name), tokens_of()
-  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
-      config, params, tokens, mode="sparse", key=KEY, losses=False, cache=cache, offset=offset))
-  cache, logits, at = model_lib.init_cache(config, params, B, T), [], 0
-  while at < T:
-    width = 20 if at < 40 else 1  # two chunks of 20, not a multiple of the block; then token by token
-    out = step(params, tokens[:, at:at + width], cache, jnp.int32(at))
-    cache, at = out.cache, at + width
-    logits.append(out.logits)
-  want = logits_of(name)(params, tokens, WHOLE)
-  np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
+  got = one_layer.decoded(config, params, tokens, 20, mode="sparse", key=KEY)  # 20: no multiple of the block
+  np.testing.assert_allclose(got, logits_of(name)(params, tokens, WHOLE), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["moba", "seer", "infllm_v2"])

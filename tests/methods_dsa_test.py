@@ -163,16 +163,8 @@ def forward(name, **kw):
 def test_decoding_by_blocks_equals_the_parallel_pass():
   name = "block"  # by tokens: tests/methods_test.py
   config, params = make_config(VARIANTS[name], short_conv=3), params_of(name, short_conv=3)
-  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
-      config, params, tokens, losses=False, cache=cache, offset=offset))
-  cache, logits, at = model_lib.init_cache(config, params, B, T), [], 0
-  while at < T:
-    width = 20 if at < 40 else 1
-    out = step(params, tokens()[:, at:at + width], cache, jnp.int32(at))
-    cache, at = out.cache, at + width
-    logits.append(out.logits)
   want = forward(name, losses=False, short_conv=3)(params, tokens()).logits
-  np.testing.assert_allclose(np.concatenate(logits, 1), want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(one_layer.decoded(config, params, tokens(), 20), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["token", "block_group"])

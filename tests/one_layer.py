@@ -3,6 +3,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nsa import config as config_lib, layers, methods, model as model_lib
@@ -45,6 +46,19 @@ def in_chunks(monkeypatch, scores, function, *arguments):
   run = jax.jit(function)
   assert "scan" in str(run.trace(*arguments).jaxpr)
   return run(*arguments)
+
+
+def decoded(config, params, tokens, chunk, **how):
+  """Logits of int[B, T] with a cache: two chunks of so many tokens, then token by token."""
+  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
+      config, params, tokens, losses=False, cache=cache, offset=offset, **how))
+  cache, logits, at = model_lib.init_cache(config, params, *tokens.shape), [], 0
+  while at < tokens.shape[1]:
+    width = chunk if at < 2 * chunk else 1
+    out = step(params, tokens[:, at:at + width], cache, jnp.int32(at))
+    cache, at = out.cache, at + width
+    logits.append(out.logits)
+  return np.concatenate(logits, 1)
 
 
 def kit(objective, variants, packed, heads, size=0.3, **model):
