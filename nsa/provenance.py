@@ -13,6 +13,8 @@ import jax
 
 from nsa import config as config_lib, held_out, metrics, rundir, step as step_lib
 
+AGAIN = "trained_again.json"  # of a trunk whose checkpoints are of a run with other bits: where they part
+
 
 def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: bool) -> dict:
   """Reads what the run and its evaluations will read; SHA-256 of the documents of each split, for versions.json.
@@ -34,6 +36,15 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
       _same_corpora(config, read, _recorded(trunk), trunk,
                     "bring them back, train the trunk again, or give these a data.source of their own")
   return read
+
+
+def trunk_again(config, workdir: epath.Path, resumed: bool) -> dict:
+  """For versions.json: where a trunk that was trained again parts from its records, if the run began with its bits."""
+  if resumed:
+    before = _recorded(workdir)
+    return {name: before[name] for name in ("trunk_again",) if name in before}
+  path = epath.Path(config.fork.workdir) / AGAIN
+  return {"trunk_again": metrics.read_json(path)} if config.fork.workdir and path.exists() else {}
 
 
 def _recorded(workdir) -> dict:

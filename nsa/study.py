@@ -12,7 +12,6 @@ import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
 import os
-import shutil
 import time
 import traceback
 
@@ -31,6 +30,7 @@ from nsa import (
   metrics,
   processes,
   programs,
+  provenance,
   rundir,
   sharding,
   start,
@@ -306,10 +306,6 @@ def _run_one(job: Job, known: dict[str, Job], directory, other_bits: bool) -> No
     if trunk is not None:
       _bring_back(trunk, job.config.fork.step, known, directory, other_bits)
     train.train(job.config, workdir)
-    if trunk is not None and (directory / trunk.run / _AGAIN).exists() and processes.first():
-      versions = metrics.read_json(workdir / "versions.json")
-      metrics.write_json(workdir / "versions.json",
-                         {**versions, "trunk_again": metrics.read_json(directory / trunk.run / _AGAIN)})
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
@@ -323,9 +319,6 @@ def _run_one(job: Job, known: dict[str, Job], directory, other_bits: bool) -> No
       return
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
-
-
-_AGAIN = "trained_again.json"  # of a trunk whose checkpoints are of a run with other bits: where they part
 
 
 def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory, other_bits: bool = False) -> None:
@@ -352,23 +345,40 @@ def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory, other_b
       stack.enter_context(lock.waiting(again))
     if there():
       return
+    have = checkpoint.Checkpoints(again / "run", read_only=True).steps()
+    with processes.together("looking at the trunk trained again"):
+      if processes.first() and 0 <= step < max(have, default=0) and step not in have:
+        (again / "run").rmtree()  # it has passed a step that no fork needed then
     config = copy.deepcopy(trunk.config)
     config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
     train.train(config, again / "run", until=max(step, 0))
     with processes.together("putting checkpoints back"):
       if processes.first():
         if parted := _same_run(workdir, again / "run", other_bits):
-          metrics.write_json(workdir / _AGAIN, parted)
+          metrics.write_json(workdir / provenance.AGAIN, parted)
         (workdir / "checkpoints").mkdir(exist_ok=True)
         for one in (again / "run/checkpoints").iterdir():
           if not (workdir / "checkpoints" / one.name).exists():
             coming = again / one.name
             if coming.exists():
               coming.rmtree()
-            shutil.copytree(one, coming, copy_function=os.link)
+            _copy(one, coming)
             coming.rename(workdir / "checkpoints" / one.name)
         if (again / "run/DONE").exists():
           (again / "run").rmtree()
+
+
+def _copy(source, target) -> None:
+  """A directory; its files are links where the file system has them."""
+  target.mkdir()
+  for one in source.iterdir():
+    if one.is_dir():
+      _copy(one, target / one.name)
+      continue
+    try:
+      os.link(one, target / one.name)
+    except OSError:  # an object store, a file system without links
+      one.copy(target / one.name)
 
 
 def _same_run(finished, again, other_bits: bool) -> dict | None:
@@ -385,14 +395,16 @@ def _same_run(finished, again, other_bits: bool) -> dict | None:
       if old[at][name] == new[at][name]:
         continue
       if other_bits:
-        far = {step: new[step, seed]["bits_per_byte"] - old[step, seed]["bits_per_byte"] for step, seed in common}
-        return {"from_step": at[0], "last_step": common[-1][0], "largest_difference": max(map(abs, far.values())),
-                "difference_at_end": far[common[-1][0]]}  # of training bits per byte, again - finished
+        far = {key: new[key]["bits_per_byte"] - old[key]["bits_per_byte"] for key in common}
+        last = common[-1][0]
+        return {"from_step": at[0], "last_step": last, "largest_difference": max(map(abs, far.values())),
+                "difference_at_end": max((far[key] for key in common if key[0] == last), key=abs)}
+        # of training bits per byte, again - finished; of several seeds the largest
       raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
                    f"{new[at][name]}, and {old[at][name]} was logged. On a GPU most likely XLA's autotuner "
                    f"chose otherwise (what it chose then has to lie in {finished.parent.parent / autotune.FOLDER}, see "
-                   "docs/running.md), else the devices or the software are others. Take those that trained it, or "
-                   "train it and its forks anew, or take it as it is now: --other_bits")
+                   f"docs/running.md), else the devices or the software are others. Take those that trained it and "
+                   f"delete {again}, or train it and its forks anew, or take it as it is now: --other_bits")
   return None
 
 

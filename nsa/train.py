@@ -125,7 +125,8 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   first = processes.first()
   if first:
     own = origins.digests(config_lib.to_dict(config)["modules"])
-    made_of = {**provenance.versions(), **read, **({"modules": own} if own else {})}
+    made_of = {**provenance.versions(), **read, **({"modules": own} if own else {}),
+               **provenance.trunk_again(config, workdir, resumed=checkpoints.latest() is not None)}
     metrics.write_json(workdir / "versions.json", made_of)
     if config.data.planted:
       metrics.write_json(workdir / "planted.json",

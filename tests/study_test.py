@@ -1,6 +1,7 @@
 """A study shared out over processes and machines, and arms with fewer seeds."""
 import contextlib
 import json
+import os
 import shutil
 
 from commands import logged
@@ -154,6 +155,14 @@ def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, t
   again = tmp_path / "again/dense-0.1M-s0/run"
   assert logged(again)[-1]["step"] == 15 and not (again / "DONE").exists()  # as far as the fork needs it
   trunk = next(job for job in jobs if job.run == "runs/dense-0.1M-s0")
+  for place in (again, tmp_path / trunk.run):  # it went past 10 when no fork needed it
+    assert sorted(p.name for p in (place / "checkpoints").iterdir()) == ["15"]
+  trunk.config.checkpoint.keep_at += (10,)
+  monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no links here")))
+  study_lib._bring_back(trunk, 10, {}, epath.Path(tmp_path))
+  assert trained.pop() == "dense-0.1M-s0/run" and logged(again)[-1]["step"] == 10
+  files = lambda of: {p.relative_to(of): p.read_bytes() for p in of.rglob("*") if p.is_file()}
+  assert files(tmp_path / trunk.run / "checkpoints/10") == files(again / "checkpoints/10")
   study_lib._bring_back(trunk, 20, {}, epath.Path(tmp_path))  # on from there, for a fork from its end
   assert trained.pop() == "dense-0.1M-s0/run" and not again.exists()
   assert (tmp_path / trunk.run / "checkpoints/20").exists()
@@ -194,3 +203,11 @@ def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
   line, = (line for line in plan_file.deviations(archive.load([tmp_path])) if "trained again" in line)
   assert line == ("retrofit_msa_25-0.1M: forked from a trunk that was trained again and logged other bits: seed 0 "
                   "(from step 7 on; training bits per byte differ by 0.25 at most, by 0 at the fork).")
+  record = tmp_path / "runs" / retrofit / "versions.json"
+  versions = json.loads(record.read_text())
+  del versions["trunk_again"]
+  for mark in ({"trunk_again": of_fork}, {}):  # cut, a fork goes on; the second has left before its trunk was another one
+    record.write_text(json.dumps({**versions, **mark}))
+    (record.parent / "DONE").unlink()
+    study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)
+    assert (record.parent / "DONE").exists() and json.loads(record.read_text()) == {**versions, **mark}
