@@ -15,8 +15,8 @@ import fcntl
 import itertools
 import os
 from pathlib import Path
-import tempfile
 import threading
+import uuid
 
 from absl import logging
 
@@ -39,18 +39,22 @@ def keep(workdir: str | os.PathLike, cache: str | os.PathLike) -> str:
   if "://" in os.fspath(workdir) or "://" in os.fspath(cache):
     return os.fspath(cache)
   import jax  # here: reports read choices and do without
-  mine, have = Path(workdir).absolute() / FOLDER, read(workdir)
-  for number in itertools.count():
-    place = Path(cache).absolute() / (f"autotune-{number}" if number else "")
-    theirs = place / CHOICES
-    if all((theirs / name).read_bytes() == body for name, body in have.items() if (theirs / name).is_file()):
-      break
-  if number:
-    logging.info("%s has other choices than %s: programs are kept in %s", cache, mine, place)
-  _copy(mine, theirs)
+  mine, place = Path(workdir).absolute() / FOLDER, Path(cache).absolute()
+  try:
+    have = read(workdir)
+    for number in itertools.count():
+      place = Path(cache).absolute() / (f"autotune-{number}" if number else "")
+      theirs = place / CHOICES
+      if all((theirs / name).read_bytes() == body for name, body in have.items() if (theirs / name).is_file()):
+        break
+    if number:
+      logging.info("%s has other choices than %s: programs are kept in %s", cache, mine, place)
+    _copy(mine, theirs)
+  except OSError as error:  # a cache of somebody else's, a full disk: programs are compiled all the same
+    logging.warning("%s cannot have what is in %s, XLA's autotuner may choose otherwise: %s", place, mine, error)
   if _pair is None:
     jax.monitoring.register_event_duration_secs_listener(_listen)
-  _pair = theirs, mine
+  _pair = place / CHOICES, mine
   return str(place)
 
 
@@ -92,13 +96,17 @@ def _copy(source: Path, target: Path) -> None:
   for name in _names(source) - _names(target):
     (target / _PARTIAL).mkdir(parents=True, exist_ok=True)
     (target / name).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target / _PARTIAL, delete=False) as file:
-      file.write((source / name).read_bytes())
-    os.replace(file.name, target / name)
+    part = target / _PARTIAL / uuid.uuid4().hex  # no file of tempfile's: those nobody else may read
+    try:
+      part.write_bytes((source / name).read_bytes())
+      os.replace(part, target / name)
+    finally:
+      part.unlink(missing_ok=True)
 
 
 def _listen(event: str, _: float, **__) -> None:
-  if event == "/jax/core/compile/backend_compile_duration":
+  import jax
+  if event == "/jax/core/compile/backend_compile_duration" and jax.default_backend() == "gpu":
     try:
       with _lock:
         _copy(*_pair)

@@ -21,10 +21,10 @@ import os
 from pathlib import Path
 import pickle
 import platform
-import tempfile
 import threading
 import time
 from typing import Any
+import uuid
 
 from absl import logging
 import jax
@@ -99,9 +99,12 @@ class Kept:
       environment = {name: there for name, there in os.environ.items() if name in _LIBRARIES}
       made = pickle.dumps((serialize_executable.serialize(compiled), environment))
       self.directory.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".part", delete=False) as file:
-        file.write(made)
-      os.replace(file.name, path)  # readers see all of it or nothing
+      part = self.directory / f"{uuid.uuid4().hex}.part"  # no file of tempfile's: those nobody else may read
+      try:
+        part.write_bytes(made)
+        os.replace(part, path)  # readers see all of it or nothing
+      finally:
+        part.unlink(missing_ok=True)
       old = time.time() - DAYS * 86400
       for other in self.directory.iterdir():
         if other.stat().st_mtime < old:

@@ -47,7 +47,7 @@ def compile_something():
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX keeps no choices beside programs that may be moved")
-def test_a_workdir_has_the_choices_of_its_programs_and_takes_them_along(settings, tmp_path):
+def test_a_workdir_has_the_choices_of_its_programs_and_takes_them_along(settings, monkeypatch, tmp_path):
   here, there, first = tmp_path / "cache", tmp_path / "elsewhere", tmp_path / "first"
   choose(here / autotune.CHOICES, product="gemm { algorithm: 1 }")
   cli.compilation_cache(str(here), workdir=str(first))
@@ -56,7 +56,12 @@ def test_a_workdir_has_the_choices_of_its_programs_and_takes_them_along(settings
   place = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
   assert place == str(here / autotune.CHOICES), "where XLA reads and writes"
   compile_something()
+  assert not first.exists(), "a CPU's run has no choices, whatever else the cache served"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  compile_something()
   assert chosen(first / "autotune") == {"product": "gemm { algorithm: 1 }"}
+  kept, = (first / "autotune").glob("*.textproto")
+  assert kept.stat().st_mode & 0o777 == (here / autotune.CHOICES / kept.name).stat().st_mode & 0o777, "for all to read"
   choose(here / autotune.CHOICES, product="another process was later", sum="triton { }")
   compile_something()
   mine = {"product": "gemm { algorithm: 1 }", "sum": "triton { }"}
@@ -72,6 +77,13 @@ def test_a_workdir_has_the_choices_of_its_programs_and_takes_them_along(settings
   assert chosen(here / autotune.CHOICES)["product"] == "another process was later"
   choose(first / "autotune", product="trained by somebody else")
   assert [autotune.keep(first, here) for _ in range(2)] == [str(here / "autotune-2")] * 2
+
+
+def test_a_cache_that_cannot_take_the_choices_ends_no_run(settings, tmp_path):
+  choose(tmp_path / "run/autotune", product="gemm { algorithm: 1 }")
+  (tmp_path / "cache").mkdir()
+  (tmp_path / "cache" / autotune.CHOICES).touch()
+  assert autotune.keep(tmp_path / "run", tmp_path / "cache") == str(tmp_path / "cache")
 
 
 def test_object_stores_and_runs_without_choices_are_left_alone(settings, tmp_path):

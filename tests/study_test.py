@@ -206,7 +206,7 @@ def test_a_trunk_that_becomes_another_one_is_no_trunk(slices, tmp_path):
   record = tmp_path / "runs" / retrofit / "versions.json"
   versions = json.loads(record.read_text())
   del versions["trunk_again"]
-  for mark in ({"trunk_again": of_fork}, {}):  # cut, a fork goes on; the second has left before its trunk was another one
+  for mark in ({"trunk_again": of_fork}, {}):  # cut, it goes on; the second had left before
     record.write_text(json.dumps({**versions, **mark}))
     (record.parent / "DONE").unlink()
     study_lib.run(study, tmp_path, only=("*-s0",), **QUIET)

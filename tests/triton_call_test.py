@@ -116,12 +116,30 @@ def test_results_are_shaped_as_asked():
 @lowers
 def test_another_process_finds_what_triton_made(monkeypatch, tmp_path):
   monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-  how = negate_kernel, ("*fp32", "*fp32"), (("SIZE", 256),), 4, 2, 90
+  how = negate_kernel, ("*fp32", "*fp32"), (("SIZE", "int", 256),), 4, 2, 90
   compiled.compiled.cache_clear()
   first = compiled.compiled(*how).asm["ptx"]
   compiled.compiled.cache_clear()
   monkeypatch.setattr(triton.compiler.ASTSource, "make_ir", lambda *a: pytest.fail("compiled again"))
   assert compiled.compiled(*how).asm["ptx"] == first and ".target sm_90a" in first
+
+
+@lowers
+def test_constants_that_python_takes_for_one_are_several():
+  whole = jax.ShapeDtypeStruct((5, 128), jnp.int32)
+  twice = lambda x, factor: call.kernel_call(sums_kernel, (x, x), [whole, whole], grid=(5,), name="sums", SIZE=128,
+                                             FACTOR=factor)
+  text = lowered(lambda x: [twice(x, factor) for factor in (2, 2.0)], whole)
+  first, second = (line.split("opaque = ")[1] for line in text.splitlines() if "custom_call" in line)
+  assert first != second  # of integers, and of floats
+
+
+@lowers
+def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch, tmp_path):
+  (tmp_path / "file").touch()
+  monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file/cache"))
+  compiled.compiled.cache_clear()
+  assert "custom_call" in lowered(lambda x: negate(x), X) and triton.knobs.cache.dir != str(tmp_path / "file/cache")
 
 
 @lowers

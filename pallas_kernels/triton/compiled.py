@@ -6,11 +6,14 @@ so of JAX's compilation cache. Triton keeps what it made on disk (TRITON_CACHE_D
 from __future__ import annotations
 
 import functools
+import tempfile
 import zlib
 
 import jax
 import jax.extend as jex
 from jax.interpreters import mlir, xla
+
+from pallas_kernels import backends
 
 _POINTERS = {"bool": "*i1", "bfloat16": "*bf16",
              **{f"{dtype}{bits}": f"*{short}{bits}" for dtype, short in (("float", "fp"), ("int", "i"), ("uint", "u"))
@@ -33,22 +36,31 @@ def call(kernel, inputs, outputs, *, grid, name, num_warps, num_stages, capabili
   """Arrays as `outputs`, a list; capability: of the GPU, times ten; all else as in `call.kernel_call`."""
   return _call.bind(*inputs, kernel=kernel, outputs=tuple(outputs), grid=(*grid, 1, 1)[:3], name=name,
                     num_warps=num_warps, num_stages=num_stages, capability=capability,
-                    constants=tuple(sorted(constants.items())))
+                    constants=tuple((at, type(x).__name__, x) for at, x in sorted(constants.items())))
 
 
 @functools.cache
 def compiled(kernel, pointers, constants, num_warps, num_stages, capability):
-  """What Triton makes of a kernel: `pointers` are types of arrays that begin at multiples of 16 bytes.
+  """What Triton makes of a kernel: `pointers` are types of arrays that begin at multiples of 16 bytes, `constants`
+  (name, name of its type, value) each, as Python takes 1, 1.0 and True for one key.
 
   Raises NotImplementedError for one that needs scratch memory: jaxlib passes null pointers for that.
   """
   import triton
   from triton.backends.compiler import GPUTarget
-  signature = dict(zip(kernel.arg_names, pointers)) | {name: "constexpr" for name, _ in constants}
+  signature = dict(zip(kernel.arg_names, pointers)) | {name: "constexpr" for name, *_ in constants}
   aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(pointers))}
-  made = triton.compile(triton.compiler.ASTSource(kernel, signature, dict(constants), aligned),
-                        target=GPUTarget("cuda", capability, 32),
-                        options=dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True))
+  values = {name: value for name, _, value in constants}
+  make = lambda: triton.compile(triton.compiler.ASTSource(kernel, signature, values, aligned),
+                                target=GPUTarget("cuda", capability, 32),
+                                options=dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True))
+  try:
+    made = make()
+  except OSError as error:
+    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-")
+    backends.logger.warning("Triton's cache (TRITON_CACHE_DIR) cannot be used, %s takes its place: %s",
+                            triton.knobs.cache.dir, error)
+    made = make()
   scratch = made.metadata.global_scratch_size + made.metadata.profile_scratch_size
   if scratch:
     raise NotImplementedError(f"{made.name} needs {scratch} bytes of scratch memory, which kernels do not get here: "
