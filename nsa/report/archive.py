@@ -23,6 +23,7 @@ import re
 import tarfile
 import tempfile
 
+from absl import logging
 import numpy as np
 
 from nsa import autotune, records as record_lib
@@ -86,6 +87,9 @@ def pack(study: Study, leave_out=frozenset(), known=frozenset()) -> bytes:
   text = lambda tree: json.dumps(tree, separators=(",", ":")) + "\n"
   drawn = {id(record) for size in study.sizes for _, record in endpoints.illustrated(study, size)}
   small = sum(map(len, study.autotune.values())) <= _SMALL
+  if not small:
+    logging.warning("%s/ has more than %d MiB and is not published: put what the study's own programs need beside it",
+                    autotune.FOLDER, _SMALL >> 20)
   files = {f"{autotune.FOLDER}/{name}": body for name, body in study.autotune.items() if small and name not in known}
   files["study.json"] = (json.dumps(description(study), indent=1) + "\n").encode()
   for run in (run for run in study.runs if run.name not in leave_out):
