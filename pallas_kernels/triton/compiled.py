@@ -40,6 +40,12 @@ def call(kernel, inputs, outputs, *, grid, name, num_warps, num_stages, capabili
 
 
 @functools.cache
+def _own_cache():
+  """Of this process, gone with it."""
+  return tempfile.TemporaryDirectory(prefix="triton-")
+
+
+@functools.cache
 def compiled(kernel, pointers, constants, num_warps, num_stages, capability):
   """What Triton makes of a kernel: `pointers` are types of arrays that begin at multiples of 16 bytes, `constants`
   (name, name of its type, value) each, as Python takes 1, 1.0 and True for one key.
@@ -57,7 +63,7 @@ def compiled(kernel, pointers, constants, num_warps, num_stages, capability):
   try:
     made = make()
   except OSError as error:
-    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="triton-")
+    triton.knobs.cache.dir = _own_cache().name
     backends.logger.warning("Triton's cache (TRITON_CACHE_DIR) cannot be used, %s takes its place: %s",
                             triton.knobs.cache.dir, error)
     made = make()
