@@ -16,13 +16,14 @@ import itertools
 import os
 from pathlib import Path
 import threading
-import uuid
 
 from absl import logging
 
+from nsa import metrics
+
 FOLDER = "autotune"  # of a workdir
 CHOICES = "xla_gpu_per_fusion_autotune_cache_dir"  # of a cache of programs: JAX's name
-_PARTIAL = "tmp"     # below either: what is being written, by XLA and here
+_PARTIAL = "tmp"     # below the choices of a cache: what XLA is writing
 
 _lock, _compiling = threading.Lock(), threading.Lock()
 _pair: tuple[Path, Path] | None = None  # (choices of the cache in use, those of the workdir)
@@ -92,16 +93,10 @@ def _names(folder: Path) -> set[str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-  """Copies what is not there yet; readers see a whole file or none."""
+  """Copies what is not there yet."""
   for name in _names(source) - _names(target):
-    (target / _PARTIAL).mkdir(parents=True, exist_ok=True)
     (target / name).parent.mkdir(parents=True, exist_ok=True)
-    part = target / _PARTIAL / uuid.uuid4().hex  # no file of tempfile's: those nobody else may read
-    try:
-      part.write_bytes((source / name).read_bytes())
-      os.replace(part, target / name)
-    finally:
-      part.unlink(missing_ok=True)
+    metrics.write_bytes(target / name, (source / name).read_bytes())
 
 
 def _listen(event: str, _: float, **__) -> None:

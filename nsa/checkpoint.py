@@ -1,23 +1,14 @@
-"""Checkpoints of one run: asynchronous, atomic, checked, and free of the mesh that wrote them.
+"""The checkpoints of one run: asynchronous, atomic, checked, and free of the mesh that wrote them.
 
-Layout: `workdir/checkpoints/<step>/` is one Orbax checkpoint (OCDBT, Zarr 3). A state is stored as one
-flat mapping from a leaf's path, such as `params/layers/attn/q`, to its array; the names and the nesting of
-optax tuples and dataclasses are therefore no part of the format. Orbax writes into a temporary directory
-and renames it when everything is on disk, so a directory named by a plain number is complete.
-
-Neither Zarr nor OCDBT keeps a checksum of array values: a flipped byte would be restored as another
-weight. Each checkpoint therefore carries two 32-bit sums per leaf (`fingerprint`), taken on the devices
-when it is saved and again when it is restored. The sums do not depend on the sharding, and they travel in
-Orbax's own metadata file, inside the same atomic commit.
-
-All use of Orbax is in this file. Every process of a multi-host run must make the same calls.
+Layout: `workdir/checkpoints/<step>/`, each as nsa/stored.py writes it. Here is which stay, what a save that failed or
+was killed leaves, and what is taken in place of a damaged one. Every process of a multi-host run must make the same
+calls.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 import errno
 import functools
-import math
 import os
 from typing import Any
 
@@ -28,38 +19,17 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from nsa import fingerprint
+from nsa import fingerprint, stored
+from nsa.stored import CheckpointError, CorruptCheckpointError
 
-_TEMPORARY = (".orbax-checkpoint-tmp", ".deleted")  # directories that a killed save or deletion leaves
 _DAMAGED = ".damaged"  # what `restore` sets aside
-_FORMAT = 1  # of the manifest below
 _LAST_SECONDS = 60  # that one process of several waits for a save on its way out of an error
-
-
-@functools.cache
-def orbax():
-  """(orbax.checkpoint.v1, orbax.checkpoint.path), imported by who needs them first: no first step waits the second that
-  it takes."""
-  from orbax.checkpoint import path, v1
-  return v1, path
-
-
-def _is_complete(path) -> bool:
-  return orbax()[1].step.is_path_finalized(path)
 
 
 def compilations(abstract_state: Any):
   """What saving a state of these shapes and shardings compiles and imports: for `programs.ahead`."""
-  yield functools.partial(fingerprint.compile_all, _named_leaves(abstract_state))
-  yield orbax
-
-
-class CheckpointError(Exception):
-  """A checkpoint cannot be saved or restored; the message names the directory, what is wrong and the fix."""
-
-
-class CorruptCheckpointError(CheckpointError):
-  """A checkpoint that counts as complete has lost or changed data."""
+  yield functools.partial(fingerprint.compile_all, stored.named_leaves(abstract_state))
+  yield stored.orbax
 
 
 class Checkpoints:
@@ -96,7 +66,7 @@ class Checkpoints:
     if not self.directory.exists():
       return []
     found = (p for p in self.directory.iterdir() if p.name.isdecimal())
-    return sorted(int(p.name) for p in found if _is_complete(p))
+    return sorted(int(p.name) for p in found if stored.is_complete(p))
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""
@@ -127,25 +97,11 @@ class Checkpoints:
     if step in self.steps():
       logging.info("checkpoint %s exists already and stays as it is", self.directory / str(step))
       return
-    leaves = _named_leaves(state)
-    for name, leaf in leaves.items():
-      if not isinstance(leaf, jax.Array):
-        raise CheckpointError(
-            f"cannot save step {step}: leaf {name} is a {type(leaf).__name__}, not a jax.Array; put it on "
-            "the mesh with jax.device_put(value, NamedSharding(mesh, P()))")
-      if not fingerprint.supports(leaf.dtype):
-        raise CheckpointError(
-            f"cannot save step {step}: leaf {name} has dtype {leaf.dtype}; store its bits as an unsigned "
-            "integer (a random key: jax.random.key_data)")
-    sums = fingerprint.of_all(leaves)
-    manifest = {
-        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "fingerprint": sums[name].tolist()}
-        for name, leaf in leaves.items()}
+    leaves = stored.named_leaves(state)
+    manifest = stored.manifest_of(leaves, step)
     self._discard_leftovers(only=step)
     try:
-      # Orbax refuses arrays without elements; the manifest alone restores them.
-      response = orbax()[0].save_async(self.directory / str(step), {k: v for k, v in leaves.items() if v.size},
-                                custom_metadata={"format": _FORMAT, "leaves": manifest})
+      response = stored.write(self.directory / str(step), leaves, manifest)
     except Exception as error:
       raise self._save_failed(step, error) from error
     self._pending = step, response
@@ -170,7 +126,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       for old in set(steps[:-self._keep]) - self._keep_at - {step}:
         if not self._keep_period or old % self._keep_period:
-          _delete(self.directory / str(old))
+          stored.delete(self.directory / str(old))
     self._discard_leftovers()
 
   def close(self) -> None:
@@ -209,7 +165,7 @@ class Checkpoints:
     else:
       cause, fix = type(error).__name__, "see the error below, and whether the directory can be written"
     return (f"the checkpoint of step {step} in {self.directory} was not saved: {cause}; {intact}. Fix: {fix}.\n"
-            f"{_shortened(error)}")
+            f"{stored.shortened(error)}")
 
   def _discard_leftovers(self, only: int | None = None) -> None:
     """Deletes what killed or failed saves left: of one step, or of all but the pending one."""
@@ -218,7 +174,7 @@ class Checkpoints:
         number = path.name.split(".")[0]
         if not number.isdecimal() or _DAMAGED in path.name or (only is not None and int(number) != only):
           continue
-        if any(mark in path.name for mark in _TEMPORARY) or not _is_complete(path):
+        if any(mark in path.name for mark in stored.TEMPORARY) or not stored.is_complete(path):
           logging.warning("removing %s, which an interrupted save or deletion left", path)
           path.rmtree(missing_ok=True)
     if jax.process_count() > 1:
@@ -246,7 +202,7 @@ class Checkpoints:
       CheckpointError: there is no such checkpoint, or its leaves are not those of `abstract_state`.
     """
     self.wait()
-    wanted = _named_leaves(abstract_state)
+    wanted = stored.named_leaves(abstract_state)
     for name, leaf in wanted.items():
       if getattr(leaf, "sharding", None) is None:
         raise CheckpointError(
@@ -254,7 +210,7 @@ class Checkpoints:
             "NamedSharding, jax.ShapeDtypeStruct(shape, dtype, sharding=...)")
     step = self._existing(step)
     try:
-      leaves = self._load(step, wanted, partial)
+      leaves = stored.read(self.directory / str(step), wanted, partial)
     except CorruptCheckpointError as error:
       older = [s for s in self.steps() if s < step]
       leaves, good = self._newest_good(older, wanted, partial)
@@ -288,7 +244,7 @@ class Checkpoints:
     Reads metadata alone: it works on a machine without the devices that saved, and allocates nothing.
     """
     return {name: (tuple(leaf["shape"]), leaf["dtype"])
-            for name, leaf in self._manifest(self._existing(step)).items()}
+            for name, leaf in stored.manifest_at(self.directory / str(self._existing(step))).items()}
 
   def _existing(self, step):
     steps = self.steps()
@@ -299,56 +255,10 @@ class Checkpoints:
                             f"there are {', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
 
-  def _manifest(self, step) -> dict[str, dict]:
-    path = self.directory / str(step)
-    with _reading(path):
-      custom = orbax()[0].metadata(path).custom_metadata
-      if not isinstance(custom, dict) or "leaves" not in custom:
-        raise ValueError("its metadata do not list the leaves: they are lost, or other code wrote it")
-    if custom["format"] != _FORMAT:
-      raise CheckpointError(f"{path} has format {custom['format']}, this code reads format {_FORMAT}")
-    return custom["leaves"]
-
-  def _load(self, step, wanted, partial) -> dict[str, Any]:
-    """Leaf path -> array. `wanted` holds ShapeDtypeStructs (jax.Arrays come back) or numpy arrays (numpy)."""
-    path = self.directory / str(step)
-    manifest = self._manifest(step)
-    problems = _mismatches(wanted, manifest, partial)
-    if problems:
-      more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []
-      shown = "".join(f"\n  {problem}" for problem in problems[:12] + more)
-      raise CheckpointError(
-          f"{path} does not fit this configuration:{shown}\nFix: restore with the configuration of the run "
-          'that saved it, or take the parameters alone with load_params(workdir, step, "params").')
-    abstract = {name: leaf for name, leaf in wanted.items() if math.prod(leaf.shape)}
-    # One process of several may fail alone; all must raise, or the others hang in the next collective.
-    failure, loaded = None, {}
-    try:
-      with _reading(path):
-        ocp = orbax()[0]
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True  # load_params asks for a subtree
-        with context:
-          loaded = ocp.load(path, abstract) if abstract else {}
-    except CheckpointError as error:
-      failure = error
-    if _anywhere(failure is not None):
-      raise failure or CorruptCheckpointError(f"checkpoint {path} is damaged: a process cannot read it.")
-    loaded = {name: loaded[name] if name in abstract else _empty(leaf) for name, leaf in wanted.items()}
-    sums = {name: fingerprint.of_numpy(leaf) for name, leaf in loaded.items() if not isinstance(leaf, jax.Array)}
-    sums.update(fingerprint.of_all({name: leaf for name, leaf in loaded.items() if name not in sums}))
-    changed = [name for name in loaded if sums[name].tolist() != manifest[name]["fingerprint"]]
-    if changed:
-      raise CorruptCheckpointError(
-          f"checkpoint {path} is damaged: the values of {', '.join(changed[:4])}"
-          f"{f' and {len(changed) - 4} more leaves' * (len(changed) > 4)} are not those that were saved "
-          "(checksums differ).")
-    return loaded
-
   def _newest_good(self, steps, wanted, partial):
     for step in reversed(steps):
       try:
-        return self._load(step, wanted, partial), step
+        return stored.read(self.directory / str(step), wanted, partial), step
       except CheckpointError as error:
         logging.warning("%s", error)
     return None, None
@@ -372,16 +282,16 @@ def load_params(workdir: str | epath.Path, step: int | None = None, subtree: str
     CheckpointError: there is no such checkpoint or subtree, or the data are damaged.
   """
   checkpoints = Checkpoints(workdir, read_only=True)
-  step = checkpoints._existing(step)
-  manifest = checkpoints._manifest(step)
+  path = checkpoints.directory / str(checkpoints._existing(step))
+  manifest = stored.manifest_at(path)
   prefix = subtree.strip("/") + "/" if subtree.strip("/") else ""
   wanted = {name: np.empty(leaf["shape"], jnp.dtype(leaf["dtype"]))
             for name, leaf in manifest.items() if name.startswith(prefix)}
   if not wanted:
-    raise CheckpointError(f'{checkpoints.directory / str(step)} has no subtree "{subtree}"; its top level is '
+    raise CheckpointError(f'{path} has no subtree "{subtree}"; its top level is '
                           + ", ".join(dict.fromkeys(name.split("/")[0] for name in manifest)))
   tree = {}
-  for name, leaf in checkpoints._load(step, wanted, partial=True).items():
+  for name, leaf in stored.read(path, wanted, partial=True).items():
     *parents, last = name[len(prefix):].split("/")
     node = tree
     for parent in parents:
@@ -390,91 +300,8 @@ def load_params(workdir: str | epath.Path, step: int | None = None, subtree: str
   return tree
 
 
-# --- the leaves of a state --------------------------------------------------------
-
-
-def _named_leaves(tree) -> dict[str, Any]:
-  """Leaf path -> leaf, in the order of jax.tree.leaves."""
-  out = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if not name or name in out or name.count("/") != len(path) - 1:
-      raise CheckpointError(f'leaf path "{name}" is empty, not unique, or has a key with "/": rename the key')
-    out[name] = leaf
-  return out
-
-
-def _mismatches(wanted, manifest, partial) -> list[str]:
-  """What keeps a checkpoint from filling `wanted`. Leaves that only the checkpoint has count too, unless a part of it
-  will do."""
-  out = [f"{name}: in the state, missing in the checkpoint" for name in wanted if name not in manifest]
-  if not partial:
-    out += [f"{name}: in the checkpoint, missing in the state" for name in manifest if name not in wanted]
-  for name, leaf in wanted.items():
-    if name in manifest:
-      here = f"{leaf.dtype.name}{list(leaf.shape)}"
-      there = f"{manifest[name]['dtype']}{manifest[name]['shape']}"
-      if here != there:
-        out.append(f"{name}: {here} in the state, {there} in the checkpoint")
-  return out
-
-
-def _empty(leaf):
-  """An array without elements, like `leaf`."""
-  if isinstance(leaf, np.ndarray):
-    return leaf
-  zeros = np.zeros(leaf.shape, leaf.dtype)
-  return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: zeros[index])
-
-
-# --- errors and files ---------------------------------------------------------------
-
-
-class _reading:
-  """Turns what Orbax raises for unreadable data into CorruptCheckpointError that names `path`.
-
-  Errors that say nothing about the data (no memory, no permission) pass as they are, lest a good
-  checkpoint be called damaged.
-  """
-
-  def __init__(self, path):
-    self._path = path
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if error is None or not isinstance(error, Exception) or isinstance(error, CheckpointError):
-      return
-    if isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EXHAUSTED" in str(error):
-      return
-    raise CorruptCheckpointError(
-        f"checkpoint {self._path} is damaged: {type(error).__name__} when reading it ({_shortened(error)}).")
-
-
-def _anywhere(failed: bool) -> bool:
-  """True if `failed` is true in any process; every process must ask."""
-  if jax.process_count() == 1:
-    return failed
-  return bool(multihost_utils.process_allgather(np.array(failed)).any())
-
-
 def _disk_is_full(error) -> bool:
   text = str(error)
   numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
   return getattr(error, "errno", None) in numbers or any(
       mark in text for mark in ("No space left", "ENOSPC", "quota exceeded", "File too large"))
-
-
-def _shortened(error, limit=600) -> str:
-  text = " ".join(str(error).split())
-  return text if len(text) <= limit else text[:limit] + " ..."
-
-
-def _delete(path) -> None:
-  """Deletes a checkpoint such that one cut short never looks complete."""
-  if "://" in str(path):
-    (path / "commit_success.txt").unlink(missing_ok=True)  # what makes it complete on an object store
-  else:
-    path = path.rename(path.parent / f"{path.name}{_TEMPORARY[1]}")
-  path.rmtree(missing_ok=True)

@@ -1,6 +1,6 @@
 """A checksum of an array that does not depend on how, or on which devices, the array is sharded.
 
-It is what tells `nsa/checkpoint.py` that a restored leaf holds the values that were saved: two sums modulo
+It is what tells `nsa/stored.py` that a restored leaf holds the values that were saved: two sums modulo
 2^32 over the bits and the positions of the elements. Integer addition has no rounding and no order, so one
 device, eight devices and numpy agree exactly.
 """

@@ -24,14 +24,13 @@ import platform
 import threading
 import time
 from typing import Any
-import uuid
 
 from absl import logging
 import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from nsa import origins
+from nsa import metrics, origins
 
 DAYS = 14  # a program that nobody has asked for so long is dropped
 _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "numpy", "libtpu",
@@ -99,12 +98,7 @@ class Kept:
       environment = {name: there for name, there in os.environ.items() if name in _LIBRARIES}
       made = pickle.dumps((serialize_executable.serialize(compiled), environment))
       self.directory.mkdir(parents=True, exist_ok=True)
-      part = self.directory / f"{uuid.uuid4().hex}.part"  # no file of tempfile's: those nobody else may read
-      try:
-        part.write_bytes(made)
-        os.replace(part, path)  # readers see all of it or nothing
-      finally:
-        part.unlink(missing_ok=True)
+      metrics.write_bytes(path, made)
       old = time.time() - DAYS * 86400
       for other in self.directory.iterdir():
         if other.stat().st_mtime < old:

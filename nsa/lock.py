@@ -43,7 +43,7 @@ class Lock:
     self._local = "://" not in os.fspath(workdir)
     self._me = {"host": platform.node(), "process": os.getpid(), "began": time.time(), "place": _place(),
                 "token": uuid.uuid4().hex,
-                "started": _start_of(os.getpid())}
+                "started": start_of(os.getpid())}
     self._file, self._taken, self._over = None, "", threading.Event()
 
   def __enter__(self):
@@ -118,7 +118,7 @@ class Lock:
 
   def _dead(self, owner):
     """Whether an owner in this place has ended."""
-    return owner.get("started") != _start_of(owner.get("process"))
+    return owner.get("started") != start_of(owner.get("process"))
 
   def _silent(self, owner):
     """Whether an owner on another host says nothing for SILENCE seconds."""
@@ -200,7 +200,7 @@ def _place() -> str:
     return platform.node()
 
 
-def _start_of(process) -> str:
+def start_of(process) -> str:
   """When a process of this place began, in ticks since the start of the host; "" if it is dead, "?" where nobody says
   when."""
   try:

@@ -158,7 +158,7 @@ class _File:
 
   def replace(self, data: bytes) -> None:
     self._file.close()
-    _replace(self._path, data)
+    write_bytes(self._path, data)
     self._open()
 
   def sync(self) -> None:
@@ -346,7 +346,7 @@ def write_json(path: str | os.PathLike, obj: Any, indent: int | None = 2) -> Non
   else:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, data)
+    write_bytes(path, data)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -360,8 +360,8 @@ def read_json(path: str | os.PathLike) -> Any:
     raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
-def _replace(path, data):
-  """Atomic for readers, and durable: the content is on the disk before the name points to it."""
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+  """Atomic for readers, and durable: the content is on the disk before the name points to it. Of a local file."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(temporary, "wb") as f:

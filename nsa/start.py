@@ -6,6 +6,8 @@ import contextlib
 import os
 import time
 
+from nsa import lock
+
 _process: Start | None = None  # of a command, until its first run takes it
 
 
@@ -51,8 +53,6 @@ def take() -> Start:
 
 def _age() -> float:
   """Seconds since this process began; 0 where the system does not say."""
-  with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-    with open("/proc/self/stat") as file:
-      ticks = int(file.read().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+  with contextlib.suppress(ValueError, AttributeError):
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(lock.start_of(os.getpid())) / os.sysconf("SC_CLK_TCK")
   return 0.0

@@ -1,4 +1,4 @@
-"""Tests of nsa/checkpoint.py: what is restored is what was saved, or an error says what to do."""
+"""Tests of nsa/checkpoint.py and stored.py: what is restored is what was saved, or an error says what to do."""
 import dataclasses
 import os
 import pathlib
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from nsa import checkpoint, fingerprint
+from nsa import checkpoint, stored
 from nsa.checkpoint import CheckpointError, Checkpoints, CorruptCheckpointError, load_params
 
 # A load that fails leaves Orbax's coroutines and its event loop to the garbage collector, which complains.
@@ -203,7 +203,7 @@ def test_old_ones_go_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path, keep=1)
   checkpoints.save(1, {"w": jnp.ones(3)}, wait=True)
   seen = []
-  monkeypatch.setattr(checkpoint, "_delete", lambda path, real=checkpoint._delete: (
+  monkeypatch.setattr(stored, "delete", lambda path, real=stored.delete: (
       seen.append((path.name, checkpoints.steps())), real(path)))
   checkpoints.save(2, {"w": jnp.ones(3)})
   checkpoints.close()
@@ -327,37 +327,18 @@ def test_a_flipped_bit_anywhere_is_never_restored(two_saves, tmp_path):
 
 def test_load_params_checks_values_too(workdir, monkeypatch):
   """A wrong value that Orbax reads without complaint is found by the fingerprint."""
-  real = checkpoint.orbax()[0].load
+  real = stored.orbax()[0].load
   def off_by_one_bit(path, tree):
     out = real(path, tree)
     leaf = np.array(out["params/embed"])
     leaf.view(np.uint16)[3, 5] ^= 1
     return {**out, "params/embed": leaf if isinstance(out["params/embed"], np.ndarray) else jax.device_put(
         leaf, out["params/embed"].sharding)}
-  monkeypatch.setattr(checkpoint.orbax()[0], "load", off_by_one_bit)
+  monkeypatch.setattr(stored.orbax()[0], "load", off_by_one_bit)
   for call in (lambda: load_params(workdir),
                lambda: Checkpoints(workdir).restore(abstract(make_state()))):
     with pytest.raises(CorruptCheckpointError, match="params/embed are not those that were saved"):
       call()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "int32"])
-def test_fingerprint_of_numpy_equals_of_jax(dtype):
-  rng = np.random.default_rng(0)
-  for shape in ((), (1,), (3, 5, 7), (2, 70_000)):
-    x = np.asarray(jnp.asarray(rng.integers(-100, 100, size=shape)).astype(dtype))
-    ours = fingerprint.of_numpy(x)
-    np.testing.assert_array_equal(ours, fingerprint.of_jax(x))
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    for alone in ({"x": placed}, {"x": placed, "y": jnp.asarray(x)}):  # as one program, and one by one
-      assert {name: sums.tolist() for name, sums in fingerprint.of_all(alone).items()} == dict.fromkeys(
-          alone, ours.tolist())
-    if x.size > 1 and dtype != "bool":
-      swapped = x.copy().reshape(-1)
-      i = int(np.argmax(swapped != swapped[0]))
-      swapped[[0, i]] = swapped[[i, 0]]
-      assert fingerprint.of_numpy(swapped.reshape(shape)).tolist() != ours.tolist()
 
 
 # --- failing saves --------------------------------------------------------------
@@ -450,7 +431,7 @@ def test_error_of_an_asynchronous_save_is_raised_once(tmp_path, monkeypatch):
   checkpoints = Checkpoints(tmp_path)
   for call in (checkpoints.wait, checkpoints.close, lambda: checkpoints.save(2, {"w": jnp.ones(2)})):
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.orbax()[0], "save_async", lambda *a, **k: Response())
+      patch.setattr(stored.orbax()[0], "save_async", lambda *a, **k: Response())
       checkpoints.save(1, {"w": jnp.ones(2)})
     with pytest.raises(CheckpointError, match="(?s)step 1 .*RuntimeError.*the network is gone"):
       call()
