@@ -54,6 +54,19 @@ def test_arrows_point_one_way():
                          *PARTS.get((mine, path.stem), ())), f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_no_file_needs_itself():
+  """No circle of imports, those in functions and those for types alone counted."""
+  files = {}
+  for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+  of = lambda name: name if name in files else name.rpartition(".")[0]
+  needs = {name: {of(found) for found, _ in imports(path)} & files.keys() - {name} for name, path in files.items()}
+  while ends := {name for name, needed in needs.items() if not needed}:
+    needs = {name: needed - ends for name, needed in needs.items() if name not in ends}
+  assert not needs, f"a circle is among {sorted(needs)}, or above one"
+
+
 def stand_in_for_triton():
   """As much of Triton as importing kernels needs, for machines without it."""
   triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import isoflop as experiment
 from nsa import config as config_lib, flops, records, report
-from nsa.report import archive, endpoints, isoflop, runs
+from nsa.report import archive, endpoints, isoflop, isoflop_section, runs
 
 METRIC = "second_half_bits_per_byte"
 BUDGETS = (5e14, 1.5e15, 4.5e15)
@@ -72,7 +72,7 @@ def test_words_are_seldom_false_and_found_where_true(msa, window, false, true):
 def test_locality_says_what_it_does_not_exclude():
   found = fits(np.random.default_rng(1), {"dense": 0.0, "msa_32": 0.03, "window_32": 0.03})
   (one,) = isoflop.judge(found)
-  (text,) = isoflop._verdict(runs.Study("s", []), found)
+  (text,) = isoflop_section._verdict(runs.Study("s", []), found)
   low = one.against["window_32"][1]
   assert one.word == "confirmed by locality" and low < -isoflop.SMALLEST
   assert f"that selection adds up to {-low:.4f} is not excluded)" in text.text

@@ -5,6 +5,7 @@ An experiment file's `get_config(arg)` returns a `Config`; the launchers apply
 `ConfigError` that names every wrong field, its value and the fix. Nothing here
 touches a device.
 """
+from nsa.architecture import ModelConfig, RopeScaling
 from nsa.config.checks import remarks, validate
 from nsa.config.fields import (
   CheckpointConfig,
@@ -15,10 +16,8 @@ from nsa.config.fields import (
   ForkConfig,
   LearningRate,
   MeshConfig,
-  ModelConfig,
   OptimizerConfig,
   Restart,
-  RopeScaling,
   ScheduleConfig,
   Stage,
   steps_of,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nsa import layers
+from nsa.architecture import ModelConfig
 from nsa.methods import interface
 
 RESERVED = ("own", "attention", "sparse", "warmup", "mixed")  # what configs and run modes call other things
@@ -57,7 +58,6 @@ def check(cls: type) -> None:
 
 def probe(cls: type[interface.Method]) -> None:
   """What a layer with default options is, on shapes alone, against what the class declares."""
-  from nsa.config import ModelConfig  # here: it imports the methods
   model = ModelConfig(num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, short_conv=2)
   options = cls()
   for mode in interface.MODES:

@@ -3,15 +3,12 @@ metric -> method -> fit, or why there is none."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from matplotlib import ticker
 import numpy as np
 
 from nsa.report import endpoints, style
-
-if TYPE_CHECKING:
-  from nsa.report import isoflop
+from nsa.report.isoflop import Point
 
 _COLOURS = {"dense": "#555555", "msa_32": "#0072b2", "msa_8": "#56b4e9", "window_32": "#c4511f", "window_8": "#f2a65a"}
 _OTHERS = ("#009e73", "#cc79a7", "#7b5ea7", "#b8a500")
@@ -26,7 +23,7 @@ def _unit(m):
   return "%" if m.scale == 100 else m.unit
 
 
-def curves(found: list[isoflop.Point], fits):
+def curves(found: list[Point], fits):
   """Loss over parameters: a panel for each endpoint."""
   metrics = list(fits)
   if not metrics:
@@ -100,7 +97,7 @@ def frontiers(fits):
   return fig
 
 
-def inference(found: list[isoflop.Point], metrics: list[str]):
+def inference(found: list[Point], metrics: list[str]):
   """Loss by forward FLOPs per token of the models of the largest budget, in all their run modes."""
   top = max(p.budget for p in found)
   mine = [p for p in found if p.budget == top]

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, frontier, isoflop, lengths, planning, selectors
+from nsa.report import answer, endpoints, frontier, isoflop_section, lengths, planning, selectors
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -60,7 +60,7 @@ PICTURES = {
 
 
 # name in Study.sections: (study, table, gallery) -> blocks
-FURTHER = {"frontier": frontier.section, "isoflop": isoflop.section}
+FURTHER = {"frontier": frontier.section, "isoflop": isoflop_section.section}
 
 
 class Gallery:
