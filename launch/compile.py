@@ -3,8 +3,9 @@
     python -m launch.compile --config=experiments/scale.py:size=8b,method=msa --topology=v5p:8x8x8
     python -m launch.compile --config=experiments/scale.py:size=8b,method=msa --topology=h100x512 --out=plan.json
 
-For TPUs every stage's step is compiled by libtpu; for GPUs it is lowered, and memory is arithmetic. A step that does
-not fit is an error (exit code 2) that names the next thing to change.
+Every stage's step is compiled: for TPUs by libtpu, for GPUs by JAX's CUDA plugin (0.11 on; neither needs its device).
+For GPUs without the plugin steps are lowered, and memory is arithmetic. A step that does not fit is an error (exit code
+2) that names the next thing to change.
 """
 from absl import flags
 from ml_collections import config_flags

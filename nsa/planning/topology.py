@@ -1,8 +1,9 @@
 """Steps compiled, or lowered, for machines that are not here.
 
 TPU: libtpu on any host is the whole compiler; what it says of memory and collectives is what the slice would do.
-GPU: XLA's GPU backend needs a GPU; the step is partitioned and lowered for abstract devices, kernels included, which
-proves that it traces and fits its mesh, and says nothing of memory.
+GPU: JAX's CUDA plugin (0.11 on) compiles for a GPU that it is told of, and needs none. Nothing is timed then.
+Without it the step is partitioned and lowered for abstract devices, kernels included, which proves that it traces and
+fits its mesh, and says nothing of memory.
 """
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import dataclasses
 import math
 import os
 import re
+from typing import NamedTuple
 
+from absl import logging
 import jax
 from jax.experimental import topologies
 
@@ -60,21 +63,19 @@ class DoesNotFit(Exception):
 
 
 def compile_step(config, step: schedule.Step, topology: Topology) -> Compiled | None:
-  """Compiles one step for a TPU slice (raises DoesNotFit); for GPUs lowers it and returns None."""
+  """Compiles one step for a TPU slice or GPUs; lowers it and returns None for GPUs without a compiler for them.
+
+  Raises DoesNotFit.
+  """
   with backends.target_platform(topology.platform):
-    if topology.platform == "gpu":
-      mesh = sharding.abstract_mesh(config, topology.devices, _abstract_gpu(topology.chip))
-      lower(config, step, mesh, "cuda")
+    if topology.platform == "tpu":
+      devices = _tpus(topology.name)
+    elif (devices := _gpus(topology)) is None:
+      lower(config, step, sharding.abstract_mesh(config, topology.devices, _abstract_gpu(topology.chip)), "cuda")
       return None
-    # libtpu locks "its" TPU and asks a metadata server which one that is: there is none, and processes are many.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    shape = topology.name.split(":")
-    shape[1] += "x1" * (2 - shape[1].count("x"))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=":".join(shape)).devices
-    mesh = sharding.make_mesh(config, devices)
+    lowered = lower(config, step, sharding.make_mesh(config, devices), "cuda" if topology.platform == "gpu" else "tpu")
     try:
-      program = lower(config, step, mesh, "tpu").compile()
+      program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if (needed := _needed(str(error))) is None:
         raise
@@ -85,19 +86,71 @@ def compile_step(config, step: schedule.Step, topology: Topology) -> Compiled | 
   return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, total, collectives(program.as_text()))
 
 
+def _tpus(name: str):
+  # libtpu locks "its" TPU and asks a metadata server which one that is: there is none, and processes are many.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  version, shape = name.split(":")
+  shape += "x1" * (2 - shape.count("x"))
+  return topologies.get_topology_desc(platform="tpu", topology_name=f"{version}:{shape}").devices
+
+
 def _needed(message: str) -> float | None:
   """Bytes of device memory that a compiler's refusal speaks of."""
   found = re.search(r"(?:Used |for HLO temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", message)
   return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") if found else None
 
 
-def _abstract_gpu(chip):
-  kind = {"NVIDIA H100": "NVIDIA H100 80GB HBM3"}.get(chip.kind, chip.kind)
-  cores = 108 if "A100" in kind else 132
+class _Gpu(NamedTuple):
+  """What XLA asks of a GPU and chips.py does not say, from NVIDIA's white papers on A100 and H100."""
+  kind: str           # as the device calls itself
+  major: int          # of the compute capability
+  cores: int          # streaming multiprocessors
+  units: int          # of each: float32 units
+  shared: int         # of each: bytes of shared memory
+  l2: int             # bytes
+  clock: float        # GHz
+
+
+_GPUS = {
+    "NVIDIA A100": _Gpu("NVIDIA A100", 8, 108, 64, 167_936, 40 * 2 ** 20, 1.41),
+    "NVIDIA H100": _Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233_472, 50 * 2 ** 20, 1.98),
+    "NVIDIA H200": _Gpu("NVIDIA H200", 9, 132, 128, 233_472, 50 * 2 ** 20, 1.98),
+}
+
+
+def _gpus(topology: Topology):
+  """Devices to compile for; None where no CUDA plugin that does so is installed."""
+  chip, gpu = topology.chip, _GPUS[topology.chip.kind]
+  target = f"""
+    platform_name: "CUDA"
+    device_description_str: "{gpu.kind}"
+    dnn_version_info {{ major: 9 minor: 10 }}
+    gpu_device_info {{
+      cuda_compute_capability {{ major: {gpu.major} }}
+      core_count: {gpu.cores} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.clock} l2_cache_size: {gpu.l2}
+      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+      registers_per_block_limit: 65536 registers_per_core_limit: 65536
+      shared_memory_per_core: {gpu.shared}
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {gpu.shared - 1024}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {chip.hbm_speed * 1e9:.0f} device_memory_size: {chip.hbm * 1e9:.0f}
+    }}"""
+  hosts = 1 if topology.devices % chip.island else topology.devices // chip.island
+  shape = f"1x{hosts}x{topology.devices // hosts}"
   try:
-    return jax.sharding.AbstractDevice(kind, cores, platform="gpu")
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
+  except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    logging.info("nothing here compiles for GPUs, steps are lowered: %s", error)
+    return None
+
+
+def _abstract_gpu(chip):
+  gpu = _GPUS[chip.kind]
+  try:
+    return jax.sharding.AbstractDevice(gpu.kind, gpu.cores, platform="gpu")
   except TypeError:  # jax before 0.11 knows no platform of an abstract device
-    return jax.sharding.AbstractDevice(kind, cores)
+    return jax.sharding.AbstractDevice(gpu.kind, gpu.cores)
 
 
 def lower(config, step: schedule.Step, mesh, platform: str):
