@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import itertools
 import os
 from pathlib import Path
@@ -61,11 +60,14 @@ def keep(workdir: str | os.PathLike, cache: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-  """Inside the block no other thread, and no other process with the same cache of programs, compiles for a GPU.
+  """Inside the block no other thread, and no other process with the same cache of programs, compiles for a GPU. Who
+  waits for long says for whom.
 
   The processes of one run (jax.process_count() > 1) share out what there is to choose, and have to compile together.
   """
-  import jax
+  import jax  # here: see keep
+
+  from nsa import lock  # it needs jax, too
   cache = jax.config.jax_compilation_cache_dir
   if not cache or "://" in cache or jax.process_count() > 1 or jax.default_backend() != "gpu":
     yield
@@ -73,7 +75,7 @@ def alone() -> Iterator[None]:
   with _compiling, contextlib.ExitStack() as stack:
     with contextlib.suppress(OSError):  # a file system without locks, or one that is full
       os.makedirs(cache, exist_ok=True)
-      fcntl.flock(stack.enter_context(open(os.path.join(cache, "COMPILING"), "w")), fcntl.LOCK_EX)
+      stack.enter_context(lock.held(os.path.join(cache, "COMPILING"), "which compiles for a GPU"))
     yield
 
 

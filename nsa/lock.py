@@ -1,4 +1,4 @@
-"""One process at a time trains in a run directory: `workdir/LOCK`, held while it runs.
+"""One process at a time trains in a run directory: `workdir/LOCK`, held while it runs. `held` is for shorter work.
 
 On a file system with locks (flock) the operating system frees it with the process, however that ends. Where there are
 none (object stores, some cluster file systems), or where they do not reach other hosts, the file speaks: its owner
@@ -183,6 +183,51 @@ def waiting(workdir: str | os.PathLike, every: float = 2.0):
         continue
       yield held
       return
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike, doing: str, patience: float = 10.0):
+  """Holds a local file, made if it is not there, and waits as long as another process has it, which may be stopped:
+  after `patience` seconds, and ever more rarely, the log says which one, since when, and that it is `doing` something.
+
+  Raises OSError where there are no locks.
+  """
+  file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      with _told(file, path, doing, patience):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # a full disk: held all the same
+      text = json.dumps({"host": platform.node(), "process": os.getpid(), "began": time.time()})
+      os.pwrite(file, text.ljust(_BYTES).encode(), 0)
+    yield
+  finally:
+    os.close(file)
+
+
+@contextlib.contextmanager
+def _told(file, path, doing, patience):
+  over = threading.Event()
+
+  def tell():
+    wait = patience
+    while not over.wait(wait):
+      try:
+        owner = json.loads(os.pread(file, _BYTES, 0))
+      except ValueError:
+        owner = {}                           # it has only just begun
+      logging.warning("waiting for %s, %s: it holds %s", _words(owner), doing, path)
+      wait *= 2
+
+  thread = threading.Thread(target=tell, daemon=True, name="waiting")
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
 
 
 def _words(owner) -> str:

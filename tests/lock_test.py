@@ -1,6 +1,7 @@
 """Tests of nsa/lock.py: one process per run directory, and a dead owner is in nobody's way."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,3 +102,35 @@ def test_who_waits_has_the_directory_when_it_is_free(tmp_path, owner):
     with pytest.raises(lock.Busy):
       with lock.Lock(tmp_path):
         pass
+
+
+def test_who_waits_for_a_stopped_process_says_for_which_one(tmp_path, caplog):
+  script = """
+import sys, time
+from nsa import lock
+with lock.held(sys.argv[1], "which compiles"):
+  print("has it", flush=True)
+  time.sleep(600)
+"""
+  path, got = tmp_path / "COMPILING", threading.Event()
+
+  def wait():
+    with lock.held(path, "which compiles", patience=0.2):
+      got.set()
+
+  waiting = threading.Thread(target=wait)
+  with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as process:
+    try:
+      assert process.stdout.readline() == "has it\n"
+      process.send_signal(signal.SIGSTOP)
+      waiting.start()
+      end = time.monotonic() + 20
+      while not caplog.records and time.monotonic() < end:
+        time.sleep(0.05)
+      assert not got.is_set(), "a stopped process keeps its lock"
+    finally:
+      process.kill()
+  waiting.join(20)
+  assert got.is_set() and json.loads(path.read_text())["process"] == os.getpid()
+  assert re.fullmatch(rf"waiting for process {process.pid} on {lock.platform.node()} \(for \d+ s\), which compiles: it "
+                      rf"holds {path}", caplog.messages[0])
