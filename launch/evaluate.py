@@ -19,6 +19,8 @@ _RUN_MODES = flags.DEFINE_string("run_modes", "",
 _MODULES = flags.DEFINE_list("modules", [],
                              "Files or modules that define further controls or tasks, besides the run's own.")
 _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
+_OPENED = flags.DEFINE_string("opened", "", "For the split that the run has sealed (eval.sealed): the published report "
+                              "in which launch.report --open opened the run's tier.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
 _SEQUENCES = flags.DEFINE_integer("sequences", None,
                                   "Windows of text, -1 for all of the split; left out: the run's own.")
@@ -37,8 +39,12 @@ def main():
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   config.modules = (*config.modules, *_MODULES.value)
   e = config.eval
-  e.run_modes = tuple(_RUN_MODES.value.split()) or e.run_modes
+  if _RUN_MODES.value:
+    e.run_modes, e.more_modes = tuple(_RUN_MODES.value.split()), ()
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
+  if e.split == e.sealed:
+    _need_opened(config, _OPENED.value)
+    e.sealed = ""
   e.tasks = tuple(_TASKS.value.split()) or e.tasks
   for name, flag in (("sequences", _SEQUENCES), ("task_examples", _EXAMPLES), ("decoded", _DECODED)):
     setattr(e, name, getattr(e, name) if flag.value is None else flag.value)
@@ -77,6 +83,18 @@ def main():
         print(f"  {name:24s}", ", ".join(f"{100 * sum(x) / len(x):.1f} % {what} ({len(x)} examples)"
                                          for what, x in scored if x))
   print(f"{len(rows)} records in {path}")
+
+
+def _need_opened(config, report: str) -> None:
+  """Raises ConfigError unless the sealed evaluation of the run was opened in that report."""
+  from pathlib import Path
+
+  from nsa import config as config_lib
+  from nsa.report import archive
+  if not report or f"{config.arm}-{config.size}" not in archive.shown(archive.load([Path(report)])):
+    raise config_lib.ConfigError([("--split", config.eval.split, "is sealed (eval.sealed): the run evaluates it once, "
+                                   "at its end. Once launch.report --open has opened the run's tier, name that report "
+                                   "with --opened")])
 
 
 if __name__ == "__main__":

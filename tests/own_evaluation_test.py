@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 
+import commands
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from nsa import (
   methods,
   metrics,
   programs,
+  report,
   schedule,
   train as train_lib,
 )
@@ -120,7 +122,11 @@ def test_the_sealed_split_is_evaluated_once_at_the_end_in_the_arms_own_mode(tmp_
   assert {r["kind"] for r in sealed["records"]} == {"language", "position"}
   read = metrics.read_json(tmp_path / "run/versions.json")["held_out_sha256"]
   assert read == {s["settings"]["split"]: s["settings"]["corpus_sha256"] for s in (plain, sealed)} and len(read) == 2
-  by_hand(tmp_path / "run", split="test", run_modes=("sparse",), more_modes=(), diagnostics=False)
+  asked = ("launch.evaluate", "--workdir", tmp_path / "run", "--split=test", "--run_modes=sparse")
+  _, err = commands.run(*asked, code=2)
+  assert "--split = 'test': is sealed" in err
+  report.write([tmp_path / "run"], tmp_path / "report", publish=True, opened=True)
+  commands.run(*asked, "--opened", tmp_path / "report")
   (hand,) = (tmp_path / "run/eval").glob("4-*split=test*.json")
   text = lambda rows: [r for r in rows if r["kind"] == "language"]
   assert text(metrics.read_json(hand)["records"]) == text(sealed["records"])

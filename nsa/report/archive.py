@@ -337,10 +337,15 @@ def _tiers(study: Study) -> dict[str, set]:
   return {tier: {(key, seed) for key in keys for seed in plan["seeds"][key]} for tier, keys in plan["tiers"].items()}
 
 
+def shown(study: Study) -> set[str]:
+  """arm-size of the runs whose sealed evaluations were opened."""
+  return {key for tier, runs in _tiers(study).items() if tier in study.opened for key, _ in runs}
+
+
 def unsealed(study: Study) -> Study:
   """The study as the opened evaluations of its runs have it: each in its arm's own run mode, nothing on the way."""
-  shown = {key for tier, runs in _tiers(study).items() if tier in study.opened for key, _ in runs}
-  of = lambda run: run.sealed if f"{run.arm}-{run.size}" in shown else {}
+  there = shown(study)
+  of = lambda run: run.sealed if f"{run.arm}-{run.size}" in there else {}
   runs = [dataclasses.replace(run, records=of(run).get("records", []), settings=of(run).get("settings", {}),
                               sealed=of(run), layers={}, text={}, tasks={}) for run in study.runs]
   return dataclasses.replace(study, runs=runs, problems=[])
