@@ -1,16 +1,22 @@
-"""What a config has to satisfy before a device is touched."""
+"""What a config has to satisfy before a device is touched.
+
+Each check is told `need`: (whether it holds, field, value, fix).
+"""
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Callable
 
 from nsa import methods, origins, tasks
-from nsa.config.fields import Config, ConfigError, steps_of
+from nsa.architecture import ModelConfig
+from nsa.config.fields import Config, ConfigError, DataConfig, OptimizerConfig, ScheduleConfig, steps_of
 from nsa.data import planting, tokenizer
 from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
 TRAINABLE = ("all", "selector", "memory")
 GEOMETRY = tuple(f.name for f in dataclasses.fields(methods.blocks.BlockMethod))
+
+Need = Callable[[Any, str, Any, str], None]
 
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
@@ -27,7 +33,29 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     if not ok:
       problems.append((name, value, fix))
 
-  m, d, s, e, o = config.model, config.data, config.schedule, config.eval, config.optimizer
+  _check_model(config.model, need)
+  if unknown := _check_layers(config):
+    raise ConfigError(problems + unknown)  # what follows asks the methods
+  _check_data(config.data, need)
+  _check_tokenizer(config, need)
+  _check_tasks(config, need)
+  _check_stages(config, need)
+  _check_learning_rates(config.schedule, need)
+  _check_methods(config, need)
+  _check_optimizer(config.optimizer, need)
+  _check_evaluation(config, need)
+  _check_run_modes(config, need)
+  _check_run(config, need)
+  _check_mesh(config, need)
+  if num_devices is not None and min(config.mesh.fsdp, config.mesh.context, config.mesh.tensor) >= 1:
+    _check_devices(config, num_devices, need)
+  problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
+  if problems:
+    raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))
+  return config
+
+
+def _check_model(m: ModelConfig, need: Need) -> None:
   for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
     need(getattr(m, name) > 0, f"model.{name}", getattr(m, name), "must be at least 1")
   if m.num_kv_heads > 0:
@@ -58,21 +86,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(m.remat in ("none", "layer"), "model.remat", m.remat, 'take "none" or "layer"')
   need(m.dtype in ("float32", "bfloat16", "float16"), "model.dtype", m.dtype, "take float32, bfloat16 or float16")
   need(m.short_conv >= 0, "model.short_conv", m.short_conv, "taps of the convolution, 0 for none")
-  if unknown := _check_layers(config):
-    raise ConfigError(problems + unknown)  # what follows asks the methods
-  losses = {loss for method in config.methods for loss in method.losses}
-  selector_losses = {loss for method in config.methods for loss in method.selector_losses}
-  enters = {name for method in config.methods for name in method.enters}
-  if d.tokenizer == "bytes":
-    need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size,
-         "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
-  else:
-    try:
-      size = tokenizer.get(d.tokenizer).vocab_size
-      need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-      need(False, "data.tokenizer", d.tokenizer, str(error))
 
+
+def _check_data(d: DataConfig, need: Need) -> None:
   need(d.context > 0, "data.context", d.context, "must be at least 1 token")
   need(d.global_batch > 0, "data.global_batch", d.global_batch, "must be at least 1 sequence")
   need(0 <= d.task_share <= 1, "data.task_share", d.task_share, "a share between 0 and 1")
@@ -104,6 +120,23 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   for name, weight in d.weights.items():
     need(name in d.corpora, f"data.weights[{name}]", weight, f"data.corpora has {', '.join(d.corpora) or 'none'}")
     need(weight > 0, f"data.weights[{name}]", weight, "above 0; leave the corpus out instead")
+
+
+def _check_tokenizer(config: Config, need: Need) -> None:
+  m, d = config.model, config.data
+  if d.tokenizer == "bytes":
+    need(m.vocab_size >= 259, "model.vocab_size", m.vocab_size,
+         "bytes and 3 special tokens need 259 or more (320 is a multiple of 64)")
+  else:
+    try:
+      size = tokenizer.get(d.tokenizer).vocab_size
+      need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+      need(False, "data.tokenizer", d.tokenizer, str(error))
+
+
+def _check_tasks(config: Config, need: Need) -> None:
+  m, d, e = config.model, config.data, config.eval
   for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
     for name in names:
       try:
@@ -122,12 +155,16 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       except ValueError as error:
         need(False, where, name, str(error))
 
-  # Schedule.
+
+def _check_stages(config: Config, need: Need) -> None:
+  d, s = config.data, config.schedule
+  losses = {loss for method in config.methods for loss in method.losses}
+  selector_losses = {loss for method in config.methods for loss in method.selector_losses}
+  enters = {name for method in config.methods for name in method.enters}
   need(s.steps > 0, "schedule.steps", s.steps, "must be at least 1")
   need(bool(s.stages), "schedule.stages", s.stages, "at least one stage")
   total = sum(stage.fraction for stage in s.stages)
   need(abs(total - 1) < 1e-6, "schedule.stages[*].fraction", total, "the fractions must add up to 1")
-  contexts = {d.context}
   for i, stage in enumerate(s.stages):
     at = f"schedule.stages[{i}]"
     need(stage.mode in MODES, f"{at}.mode", stage.mode, f"one of {', '.join(MODES)}")
@@ -157,7 +194,13 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
            f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay "
            "the same")
-      contexts.add(stage.context)
+  if s.steps > 0 and s.stages and abs(total - 1) < 1e-6:
+    for i, (first, end) in enumerate(steps_of(s)):
+      need(end > first or s.stages[i].fraction == 0, f"schedule.stages[{i}].fraction", s.stages[i].fraction,
+           f"rounds to no step of schedule.steps = {s.steps}: take more steps, a larger share, or leave the stage out")
+
+
+def _check_learning_rates(s: ScheduleConfig, need: Need) -> None:
   lr = s.learning_rate
   need(lr.plan in ("wsd", "cosine", "constant"), "schedule.learning_rate.plan", lr.plan, "wsd, cosine or constant")
   need(lr.peak > 0, "schedule.learning_rate.peak", lr.peak, "must be above 0")
@@ -172,37 +215,39 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
        "a share of the steps after the restart, 0 to below 1")
   need(0 <= again.decay <= 1 - again.warmup, "schedule.restart.decay", again.decay,
        "warm-up and decay together take at most 1")
+  need(0 <= lr.final <= 1, "schedule.learning_rate.final", lr.final, "last learning rate / peak, 0 to 1")
 
-  # The method's own constraints, at every context it will run at.
-  contexts.add(e.context or d.context)
+
+def _check_methods(config: Config, need: Need) -> None:
+  """The methods' own constraints, at every context that they will run at."""
+  m, d, e = config.model, config.data, config.eval
+  contexts = {d.context, e.context or d.context, *(stage.context or d.context for stage in config.schedule.stages)}
   if e.hidden_states:
     contexts.add(min(planting.SIZE, d.context))
-  for context in sorted(contexts):
-    for name in dict.fromkeys(("attention", *config.layers)):
-      where = name if name == "attention" else f"others.{name}"
-      problems += [(f"{where}.{n}", v, f) for n, v, f in config.method_of(name).check(m, context)]
+  for name in dict.fromkeys(("attention", *config.layers)):
+    method, where = config.method_of(name), name if name == "attention" else f"others.{name}"
+    for context in sorted(contexts):
+      for option, value, fix in method.check(m, context):
+        need(False, f"{where}.{option}", value, fix)
+    grid = getattr(method, method.grid, 1)
+    need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
+         f"must be a multiple of {where}.{method.grid} = {grid}; set it alike in all arms, or their batches differ")
 
+
+def _check_optimizer(o: OptimizerConfig, need: Need) -> None:
   need(o.name in ("adamw", "muon"), "optimizer.name", o.name, "adamw or muon")
+  need(o.eps > 0, "optimizer.eps", o.eps, "above 0: a second moment of 0 would divide by it")
+  for name in ("b1", "b2"):
+    need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
+  for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
+    need(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "cannot be negative")
+
+
+def _check_evaluation(config: Config, need: Need) -> None:
+  d, e, s = config.data, config.eval, config.schedule
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
   need(e.sealed in {"", "val", "test", "ood"} - {e.split}, "eval.sealed", e.sealed,
        "val, test or ood, but not eval.split; or none")
-  for name in e.blocks:
-    need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
-  for where, mode in [(f"eval.{field}", mode) for field, modes in e.named.items() for mode in modes]:
-    try:
-      name, options = methods.parse_run_mode(mode)
-    except ValueError as error:
-      need(False, where, mode, str(error))
-      continue
-    known = methods.run_mode_fields(name)
-    options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
-    once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
-    if name != "dense" and (options or once or name != "sparse" and methods.get(name).has_geometry):
-      own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
-      if own or name != "sparse":
-        run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
-        for n, v, f in run.check(m, e.context or d.context):
-          need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
@@ -221,26 +266,34 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(not (e.decoded and remembers), "eval.decoded", e.decoded,
        f"{', '.join(remembers)} cannot go back to an answer in the middle of a text: 0 is needed")
   need(e.every >= 0, "eval.every", e.every, "steps, 0 for the end only")
-  need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
-  for name in dict.fromkeys(("attention", *config.layers)):
-    field_ = config.method_of(name).grid
-    grid = getattr(config.method_of(name), field_, 1)
-    where = name if name == "attention" else f"others.{name}"
-    need(d.align >= 1 and (grid < 1 or d.align % grid == 0), "data.align", d.align,
-         f"must be a multiple of {where}.{field_} = {grid}; set it alike in all arms, or their batches differ")
-  need(o.eps > 0, "optimizer.eps", o.eps, "above 0: a second moment of 0 would divide by it")
-  need(config.peak_tflops >= 0, "peak_tflops", config.peak_tflops, "TFLOP/s of one device, or 0 to look it up")
-  problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
-  for name in ("b1", "b2"):
-    need(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "from 0 to below 1")
-  for name in ("clip", "selector_clip", "weight_decay", "selector_learning_rate"):
-    need(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "cannot be negative")
-  need(0 <= lr.final <= 1, "schedule.learning_rate.final", lr.final, "last learning rate / peak, 0 to 1")
+
+
+def _check_run_modes(config: Config, need: Need) -> None:
+  """The modes of evaluations, with their options and those of eval.blocks."""
+  m, d, e = config.model, config.data, config.eval
+  for name in e.blocks:
+    need(name in GEOMETRY, "eval.blocks", name, f"its keys are {', '.join(GEOMETRY)}")
+  for where, mode in [(f"eval.{field}", mode) for field, modes in e.named.items() for mode in modes]:
+    try:
+      name, options = methods.parse_run_mode(mode)
+    except ValueError as error:
+      need(False, where, mode, str(error))
+      continue
+    known = methods.run_mode_fields(name)
+    options = {n: v for n, v in {**e.blocks, **options}.items() if n in known}
+    once = name not in ("dense", "sparse") and issubclass(methods.get(name), methods.PromptMethod)
+    if name != "dense" and (options or once or name != "sparse" and methods.get(name).has_geometry):
+      own = isinstance(config.attention, methods.blocks.BlockMethod) and not once
+      if own or name != "sparse":
+        run = dataclasses.replace(config.attention, **options) if own else methods.get(name)(**options)
+        for n, v, f in run.check(m, e.context or d.context):
+          need(False, where, mode, f"attention.{n} = {v!r} there: {f}")
+
+
+def _check_run(config: Config, need: Need) -> None:
+  """Seeds, checkpoints and what else is of the run as a whole."""
+  s = config.schedule
   need(all(0 <= seed < 2 ** 32 for seed in config.seeds), "seeds", config.seeds, "between 0 and 2**32 - 1")
-  if s.steps > 0 and s.stages and abs(total - 1) < 1e-6:
-    for i, (first, end) in enumerate(steps_of(s)):
-      need(end > first or s.stages[i].fraction == 0, f"schedule.stages[{i}].fraction", s.stages[i].fraction,
-           f"rounds to no step of schedule.steps = {s.steps}: take more steps, a larger share, or leave the stage out")
   need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds,
        "one or more different seeds")
   need(not config.profile or len(config.profile) == 2 and 0 <= config.profile[0] <= config.profile[1], "profile",
@@ -250,8 +303,10 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
        f'"" for the best one here, or one of {", ".join(sorted(names - {""}))}')
   need(config.unroll >= 0, "unroll", config.unroll,
        "layers per turn of the loop over layers, 0 for the measured default")
+  need(config.peak_tflops >= 0, "peak_tflops", config.peak_tflops, "TFLOP/s of one device, or 0 to look it up")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step,
        f"must lie before schedule.steps = {s.steps}")
+  need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
   for step in config.checkpoint.keep_at:
     need(0 <= step <= s.steps, "checkpoint.keep_at", step, f"between 0 and schedule.steps = {s.steps}")
   every, period = config.checkpoint.every, config.checkpoint.keep_period
@@ -260,7 +315,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   need(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "at least 1")
   need(config.log_every >= 1, "log_every", config.log_every, "at least 1 step")
 
-  mesh = config.mesh
+
+def _check_mesh(config: Config, need: Need) -> None:
+  m, mesh = config.model, config.mesh
   for name in ("fsdp", "context", "tensor"):
     need(getattr(mesh, name) >= 1, f"mesh.{name}", getattr(mesh, name), "at least 1")
   need(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "at least 1, or -1 for what is left")
@@ -269,31 +326,32 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
          f"must divide model.num_kv_heads = {m.num_kv_heads}")
     need(m.mlp_dim % mesh.tensor == 0, "mesh.tensor", mesh.tensor, f"must divide model.mlp_dim = {m.mlp_dim}")
   if mesh.context >= 1:
-    named_contexts = [("data.context", d.context), ("eval.context", e.context)]
-    named_contexts += [(f"schedule.stages[{i}].context", stage.context) for i, stage in enumerate(s.stages)]
+    named_contexts = [("data.context", config.data.context), ("eval.context", config.eval.context)]
+    named_contexts += [(f"schedule.stages[{i}].context", stage.context)
+                       for i, stage in enumerate(config.schedule.stages)]
     for name, context in named_contexts:
       need(context % mesh.context == 0, name, context, f"must be a multiple of mesh.context = {mesh.context}")
-  if num_devices is not None and min(mesh.fsdp, mesh.context, mesh.tensor) >= 1:
-    fixed, sizes = mesh.fsdp * mesh.context * mesh.tensor, (mesh.data, mesh.fsdp, mesh.context, mesh.tensor)
-    if mesh.data == -1:
-      need(num_devices % fixed == 0, "mesh", sizes,
-           f"fsdp * context * tensor = {fixed} must divide the {num_devices} devices that are there")
-    else:
-      need(mesh.data * fixed == num_devices, "mesh", sizes,
-           f"data * fsdp * context * tensor = {mesh.data * fixed}, but there are {num_devices} devices")
-    data = num_devices // fixed if mesh.data == -1 else mesh.data
-    shards = max(data, 1) * mesh.fsdp
-    for context in sorted({st.context or d.context for st in s.stages}):
-      batch = d.global_batch * d.context // max(context, 1)
-      need(batch % shards == 0, "data.global_batch", batch,
-           f"{batch} sequences of {context} tokens do not divide over data * fsdp = {shards}; take a multiple")
-    need(e.batch % shards == 0, "eval.batch", e.batch, f"must be a multiple of data * fsdp = {shards}")
-    need(m.d_model % (mesh.fsdp * mesh.context) == 0, "model.d_model", m.d_model,
-         f"must be a multiple of mesh.fsdp * mesh.context = {mesh.fsdp * mesh.context}")
 
-  if problems:
-    raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))
-  return config
+
+def _check_devices(config: Config, num_devices: int, need: Need) -> None:
+  """The mesh and the batches against the devices that are there."""
+  m, d, e, mesh = config.model, config.data, config.eval, config.mesh
+  fixed, sizes = mesh.fsdp * mesh.context * mesh.tensor, (mesh.data, mesh.fsdp, mesh.context, mesh.tensor)
+  if mesh.data == -1:
+    need(num_devices % fixed == 0, "mesh", sizes,
+         f"fsdp * context * tensor = {fixed} must divide the {num_devices} devices that are there")
+  else:
+    need(mesh.data * fixed == num_devices, "mesh", sizes,
+         f"data * fsdp * context * tensor = {mesh.data * fixed}, but there are {num_devices} devices")
+  data = num_devices // fixed if mesh.data == -1 else mesh.data
+  shards = max(data, 1) * mesh.fsdp
+  for context in sorted({st.context or d.context for st in config.schedule.stages}):
+    batch = d.global_batch * d.context // max(context, 1)
+    need(batch % shards == 0, "data.global_batch", batch,
+         f"{batch} sequences of {context} tokens do not divide over data * fsdp = {shards}; take a multiple")
+  need(e.batch % shards == 0, "eval.batch", e.batch, f"must be a multiple of data * fsdp = {shards}")
+  need(m.d_model % (mesh.fsdp * mesh.context) == 0, "model.d_model", m.d_model,
+       f"must be a multiple of mesh.fsdp * mesh.context = {mesh.fsdp * mesh.context}")
 
 
 def remarks(config: Config) -> list[str]:
