@@ -17,7 +17,7 @@ def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *
   return _generate(model_lib.Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)
 
 
-def answers(config, params: dict, tokens: Int[Array, "T"], begins: Int[Array, "Q"], num_tokens: int, *,
+def answers(config, params: dict, tokens: Int[Array, " T"], begins: Int[Array, " Q"], num_tokens: int, *,
             mode: str = "sparse", selector: str = "own", key: Any = None) -> Int[Array, "Q num_tokens"]:
   """Greedy continuations of several beginnings of one text: int32[Q, num_tokens].
 

@@ -59,7 +59,7 @@ class Init:
     return self.param(jnp.full(shape, value, jnp.float32), axes)
 
 
-def rms_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+def rms_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], eps: float = 1e-6) -> Float[Array, "... D"]:
   """x / rms(x) * gain, computed in float32, returned in x.dtype (arXiv 1910.07467, eq. 4)."""
   return _rms_norm(x, gain, eps)
 

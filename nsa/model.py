@@ -271,7 +271,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
             mode: str = "sparse", selector: str = "own", key: Any = None, losses: bool = True,
             counted: Bool[Array, "B T"] | None = None,
             cache: list[dict] | None = None, offset: int | Int[Array, ""] = 0,
-            prompt: Int[Array, "B"] | int | None = None,
+            prompt: Int[Array, " B"] | int | None = None,
             observe: Callable | None = None, states: Callable | None = None,
             constrain: Callable = lambda x, axes: x, unroll: int = 1) -> Output:
   """Logits for the next token at every position.

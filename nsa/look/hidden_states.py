@@ -44,7 +44,7 @@ def measures(x: Float[Array, "... D"]) -> Float[Array, "... M"]:
   return jnp.stack([hoyer, largest[..., :five].sum(-1), largest.sum(-1), participation, jnp.exp(entropy) / D], -1)
 
 
-def spectral_participation(x: Float[Array, "B T D"]) -> Float[Array, "B"]:
+def spectral_participation(x: Float[Array, "B T D"]) -> Float[Array, " B"]:
   """(tr C)^2 / (D tr C^2) of the vectors' covariance C: how many directions they fill, 1 = all alike.
 
   No basis changes it. The effective rank of order 2; that of order 1 would take all eigenvalues.
@@ -84,7 +84,7 @@ def kept(square: np.ndarray) -> np.ndarray:
   return np.sort(np.argsort(-square, axis=-1, kind="stable")[:, trim(square.shape[-1]):], axis=-1).astype(np.int32)
 
 
-def summary(x: Float[Array, "B T D"], weights: Float[Array, "B T"], turn: Float[Array, "D D"], keep: Int[Array, "R"]):
+def summary(x: Float[Array, "B T D"], weights: Float[Array, "B T"], turn: Float[Array, "D D"], keep: Int[Array, " R"]):
   """Of each sequence: weighted means over its vectors, "measures" [B, V, M] and "square" [B, D]; "spectral" [B, 2].
 
   The latter is spectral_participation of all its vectors, and with the largest dimensions left out.

@@ -39,7 +39,7 @@ import pallas_kernels as pk
 from pallas_kernels import masked
 
 # Positions int32[t] -> bool[B, K, t, S]: the tokens that these queries attend to, causality aside.
-Visible = Callable[[Int[Array, "t"]], Bool[Array, "B K t S"]]
+Visible = Callable[[Int[Array, " t"]], Bool[Array, "B K t S"]]
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ class PromptMethod(interface.Method):
   def layer(self, init, model):
     return PromptLayer(self, model.num_kv_heads)
 
-  def choose(self, q, k, prompt: Int[Array, "B"], call: interface.Call) -> tuple[Visible, dict[str, Array]]:
+  def choose(self, q, k, prompt: Int[Array, " B"], call: interface.Call) -> tuple[Visible, dict[str, Array]]:
     """What the queries of the phase see, and what decoding must remember of it.
 
     q [B, T, N, H] and k [B, T, K, H] begin at position 0; those from `prompt` on must have no influence.
@@ -61,7 +61,7 @@ class PromptMethod(interface.Method):
     """What decoding remembers besides the prompt's length, before there is a prompt."""
     return {}
 
-  def recall(self, state: dict[str, Array], prompt: Int[Array, "B"], keys: int) -> Visible | None:
+  def recall(self, state: dict[str, Array], prompt: Int[Array, " B"], keys: int) -> Visible | None:
     """What the answer's queries see when the prompt is past; None: everything."""
     return None
 
@@ -184,7 +184,7 @@ def _measure(q, k, lse, count, mine, call):
 # --- what selections are made of ----------------------------------------------------
 
 
-def last_attention(q, k, prompt: Int[Array, "B"], count: int):
+def last_attention(q, k, prompt: Int[Array, " B"], count: int):
   """Attention of each prompt's last `count` queries over the prompt.
 
   Returns (probabilities float32[B, K, count, T], the mean over the group's heads, and positions int32[B, count]);
@@ -218,7 +218,7 @@ def cover(scores: Float[Array, "... S"], share: float) -> Int[Array, "... 1"]:
   return (before < share * scores.sum(-1, keepdims=True)).sum(-1, keepdims=True)
 
 
-def block_means(x: Float[Array, "B T heads H"], prompt: Int[Array, "B"], size: int) -> Float[Array, "B blocks heads H"]:
+def block_means(x: Float[Array, "B T heads H"], prompt: Int[Array, " B"], size: int) -> Float[Array, "B blocks heads H"]:
   """Mean over the tokens of each block that belong to the prompt; 0 where there are none."""
   B, T = x.shape[:2]
   blocks = -(-T // size)
@@ -237,7 +237,7 @@ def of_blocks(chosen: Bool[Array, "B K rows blocks"], size: int, tokens: int) ->
   return visible
 
 
-def causal_blocks(prompt: Int[Array, "B"], rows: int, size: int) -> Bool[Array, "B 1 rows rows"]:
+def causal_blocks(prompt: Int[Array, " B"], rows: int, size: int) -> Bool[Array, "B 1 rows rows"]:
   """Which blocks of keys each block of queries may choose: those up to its own, within the prompt."""
   block = jnp.arange(rows)
   real = block * size < prompt[:, None]
