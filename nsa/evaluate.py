@@ -36,12 +36,13 @@ import dataclasses
 import functools
 import hashlib
 import re
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from nsa import (
@@ -189,19 +190,17 @@ def records(config, params, step: int, mesh=None, during: bool = False,
   if short:  # one batch says how a selection comes along
     e = dataclasses.replace(e, diagnosed=min(e.diagnosed, e.batch))
   mesh = mesh if mesh is not None and mesh.size > 1 else None
-  asked = asked or held_out.load(config, during)
-  turns = scores.Turns()
+  it = _Evaluation(config, params, step, mesh, e, asked or held_out.load(config, during), short)
 
   def of(run_mode):
-    if (found := how(config, run_mode)) is None:
+    if (way := how(config, run_mode)) is None:
       return []
-    ask = functools.partial(turns.ask, f"{run_mode}, {e.split}")
-    make = functools.partial(_of_mode, config, params, step, mesh, run_mode, *found, e, asked, short, ask)
+    make = functools.partial(_of_mode, it, run_mode, way)
     return keep(run_mode, make) if keep else make()
 
   out = _two_at_a_time(of, e.during if short else e.modes(config.seeds), mesh)
   if seconds is not None:
-    seconds.update(turns.seconds)
+    seconds.update(it.turns.seconds)
   return out
 
 
@@ -214,49 +213,71 @@ def _two_at_a_time(of, items, mesh) -> list[dict]:
     return [row for rows in pool.map(of, items) for row in rows]
 
 
-def _of_mode(config, params, step, mesh, run_mode, run_config, mode, selector, e, asked, short, ask) -> list[dict]:
-  """The records of one run mode, which `how` has read; e: eval, short where `short`; ask: `scores.Turns.ask`."""
-  out = []
-  program = _program(run_config, mode, selector)
-  if mesh is None:  # before the first turn: who waits for a compiler keeps no device from another, and takes none
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+  """What is asked of one checkpoint, in whatever run mode."""
+  config: config_lib.Config
+  params: Any
+  step: int
+  mesh: Mesh | None                # None: one device
+  eval: config_lib.EvalConfig      # of the config, less where `short`
+  asked: held_out.HeldOut
+  short: bool                      # on the way of a run (eval.during)
+  turns: scores.Turns = dataclasses.field(default_factory=scores.Turns)
+
+
+def _of_mode(it: _Evaluation, run_mode: str, way: Way) -> list[dict]:
+  """The records of one run mode."""
+  out, config, asked, e = [], it.config, it.asked, it.eval
+  program = _program(way)
+  if it.mesh is None:  # before the first turn: who waits for a compiler keeps no device from another, and takes none
     _compiled(program, e.batch, asked.context)
-  run = _runner(program, mesh)
+  run = _runner(program, it.mesh)
+  ask = functools.partial(it.turns.ask, f"{run_mode}, {config.eval.split}")
+  method = way.config.attention
+  once = isinstance(method, methods.PromptMethod)
+  own = run_mode in ("dense", "sparse")
   for replica, seed in enumerate(config.seeds):
-    if not short and run_mode not in e.modes((seed,)):
+    if not it.short and run_mode not in e.modes((seed,)):
       continue
-    one = params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], params)
-    if isinstance(run_config.attention, methods.PromptMethod):
-      one = model_lib.backbone(one)
-    base = {"seed": seed, "arm": config.arm, "size": config.size, "step": step, "run_mode": run_mode}
-    own = run_mode in ("dense", "sparse")
-    decode = functools.partial(_decoder(run_config, mode), one) if own and not short and mesh is None else None
+    params = it.params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], it.params)
+    if once:
+      params = model_lib.backbone(params)
+    decode = functools.partial(_decoder(way), params) if own and not it.short and it.mesh is None else None
 
     def of_text(corpus):
-      rows = scores.text(run, one, asked.windows[corpus], e, asked.context, run_config.attention, asked.back(corpus),
-                         e.context_gain if own and not short else (), ask)
+      rows = scores.text(run, params, asked.windows[corpus], e, asked.context, method, asked.back(corpus),
+                         e.context_gain if own and not it.short else (), ask)
       return [{**row, "corpus": corpus} if corpus else row for row in rows]
 
     def of_task(name):
-      return scores.task(run, one, name, asked.tasks[name], e, not short and (own or run_mode == "oracle"), decode,
-                         isinstance(run_config.attention, methods.PromptMethod), ask)
+      listed = not it.short and (own or run_mode == "oracle")
+      return scores.task(run, params, name, asked.tasks[name], e, listed, decode, once, ask)
 
     parts = [*(functools.partial(of_text, corpus) for corpus in asked.windows),
              *(functools.partial(of_task, name) for name in asked.tasks)]
-    rows = _two_at_a_time(lambda part: part(), parts, mesh)
-    scores.count_flops(rows, run_config, selector, asked.context)
-    rows = [row for row in rows if row["kind"] != "heat"] if short else rows
-    out += [{**row, **base} for row in rows]
+    rows = _two_at_a_time(lambda part: part(), parts, it.mesh)
+    scores.count_flops(rows, way.config, way.selector, asked.context)
+    base = {"seed": seed, "arm": config.arm, "size": config.size, "step": it.step, "run_mode": run_mode}
+    out += [{**row, **base} for row in rows if not (it.short and row["kind"] == "heat")]
   return out
+
+
+class Way(NamedTuple):
+  """How a run mode runs a model."""
+  config: config_lib.Config        # to run with: its attention is the run mode's
+  mode: str                        # the model's: "dense" | "sparse"
+  selector: str                    # "own", or the control that takes its place
 
 
 def geometry(config, run_mode: str):
   """The attention options that a run mode uses; None if the model has no such mode."""
-  found = how(config, run_mode)
-  return None if found is None else found[0].attention
+  way = how(config, run_mode)
+  return None if way is None else way.config.attention
 
 
-def how(config, run_mode: str):
-  """(config to run with, mode, selector), or None where the run mode has no meaning."""
+def how(config, run_mode: str) -> Way | None:
+  """None where the run mode has no meaning."""
   found = _how(config, run_mode)
   if isinstance(found, str):
     logging.info("%s has no run mode %s: %s", config.arm, run_mode, found)
@@ -272,11 +293,11 @@ def refuse_absent(config, run_modes, field: str) -> None:
     raise config_lib.ConfigError(absent)
 
 
-def _how(config, run_mode: str):
+def _how(config, run_mode: str) -> Way | str:
   """What `how` gives, or the reason why the run mode has no meaning."""
   name, options = methods.parse_run_mode(run_mode)
   if name == "dense":
-    return config, "dense", "own"
+    return Way(config, "dense", "own")
   run = copy.copy(config)
   known = methods.run_mode_fields(name)
   options = {n: v for n, v in {**config.eval.blocks, **options}.items() if n in known}
@@ -285,11 +306,11 @@ def _how(config, run_mode: str):
     if any(method.acts_when_dense for method in config.methods):
       return "it is not the same model without its method's parameters"
     run.attention, run.layers, run.others = methods.get(name)(**options), (), {}
-    return run, "sparse", "own"
+    return Way(run, "sparse", "own")
   if isinstance(own, blocks.BlockMethod):
     attention, selector = dataclasses.replace(own, **options), "own" if name == "sparse" else name
   elif name == "sparse" and any(method.has_sparse for method in config.methods):
-    return config, "sparse", "own"                 # a window, a memory, or a hybrid of dense and other layers
+    return Way(config, "sparse", "own")            # a window, a memory, or a hybrid of dense and other layers
   elif name == "sparse":
     return "its attention is dense, it has no selector"
   elif options or methods.get(name).has_geometry:
@@ -297,26 +318,27 @@ def _how(config, run_mode: str):
   else:
     return f"the run has no blocks of its own: say how many of how many tokens, {name}:num_blocks=16,block_size=64"
   run.attention = attention
-  return run, "sparse", selector
+  return Way(run, "sparse", selector)
 
 
-def _decoder(config, mode: str):
+def _decoder(way: Way):
   """(params, tokens, first positions, tokens per answer) -> the answers, decoded greedily: `decoding.answers`."""
-  architecture = model_lib.architecture(config)
+  architecture, mode = model_lib.architecture(way.config), way.mode
   return lambda params, tokens, begins, count: decoding.answers(architecture, params, tokens, begins, count, mode=mode)
 
 
-def _program(config, mode: str, selector: str) -> model_lib.Static:
+def _program(way: Way) -> model_lib.Static:
   """What a run mode compiles: once for all arms of an architecture, whatever their seeds, data and schedules."""
-  return model_lib.Static(
-      (model_lib.architecture(config), mode, selector, config.eval.diagnostics and _observed(config, mode)))
+  observed = way.config.eval.diagnostics and _observed(way)
+  return model_lib.Static((model_lib.architecture(way.config), way.mode, way.selector, observed))
 
 
-def _observed(config, mode: str):
+def _observed(way: Way):
   """The options that diagnostics of a run need for the size and number of blocks; None where it can have none."""
-  if isinstance(config.attention, (blocks.BlockMethod, methods.PromptMethod)):
-    return config.attention
-  return blocks.BlockMethod(**config.eval.blocks) if mode == "dense" and config.eval.blocks else None
+  if isinstance(way.config.attention, (blocks.BlockMethod, methods.PromptMethod)):
+    return way.config.attention
+  geometry_ = way.config.eval.blocks
+  return blocks.BlockMethod(**geometry_) if way.mode == "dense" and geometry_ else None
 
 
 def compilations(config, mesh=None):
@@ -325,9 +347,8 @@ def compilations(config, mesh=None):
   if mesh is not None and mesh.size > 1:
     return
   for run_mode in dict.fromkeys((*(config.eval.during if config.eval.every else ()), *config.eval.modes(config.seeds))):
-    if (found := how(config, run_mode)) is not None:
-      yield functools.partial(_compiled, _program(*found), config.eval.batch,
-                              config.eval.context or config.data.context)
+    if (way := how(config, run_mode)) is not None:
+      yield functools.partial(_compiled, _program(way), config.eval.batch, config.eval.context or config.data.context)
 
 
 def _runner(static, mesh):

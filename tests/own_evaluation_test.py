@@ -140,11 +140,11 @@ def test_an_evaluation_that_is_cut_goes_on_behind_the_run_modes_it_has(tmp_path,
   train(config, tmp_path / "calm")
   made, cut, real = [], [], evaluate._of_mode
 
-  def of_mode(config, params, step, mesh, run_mode, *rest):
+  def of_mode(it, run_mode, way):
     made.append(run_mode)
     if run_mode in cut:
       raise KeyboardInterrupt
-    return real(config, params, step, mesh, run_mode, *rest)
+    return real(it, run_mode, way)
 
   monkeypatch.setattr(evaluate, "_of_mode", of_mode)
   for name, kept, settings in (("run", ["sparse", "random"], None), ("other", ["dense", "sparse", "random"], {})):

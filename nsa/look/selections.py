@@ -36,16 +36,15 @@ def collect(config, params, *, step: int, layers: tuple[int, ...], windows: int,
   corpus, source = next(iter(config.data.texts.items()))  # the first of several
   if source == "tasks":
     raise ValueError('data.source = "tasks": the model was trained without text; take another run')
-  found = evaluate.how(config, run_mode)
-  if found is None or found[1] != "sparse":
+  way = evaluate.how(config, run_mode)
+  if way is None or way.mode != "sparse":
     raise ValueError(f"run_mode = {run_mode!r}: {config.arm} chooses no blocks in it")
-  run_config, mode, selector = found
   bad = [layer for layer in layers if not 0 <= layer < config.model.num_layers]
   if bad:
     raise ValueError(f"layers = {layers}: the model has the layers 0 to {config.model.num_layers - 1}")
   context = context or config.data.context
   text = data.eval_windows(config.data, config.eval.split, windows, context, corpus)
-  run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector)))
+  run = _runner(model_lib.Static((model_lib.architecture(way.config), way.mode, way.selector)))
   lists = []
   for window in text:
     seen = [x for stack in jax.device_get(run(params, window.inputs[None], window.segment_ids[None])) for x in stack]
@@ -54,7 +53,7 @@ def collect(config, params, *, step: int, layers: tuple[int, ...], windows: int,
     lists.append([np.sort(np.where(seen[layer][0] < 0, np.iinfo(np.int16).max, seen[layer][0]), axis=-1)
                   for layer in layers])
   stacked = np.asarray(lists).swapaxes(0, 1).astype(np.int16)
-  meta = {"block_size": run_config.attention.block_size, "T": context, "method": run_config.attention.name,
+  meta = {"block_size": way.config.attention.block_size, "T": context, "method": way.config.attention.name,
           "arm": config.arm,
           "step": step, "run_mode": run_mode, "split": config.eval.split, "documents": [w.document for w in text]}
   return {"block_indices": np.where(stacked == np.iinfo(np.int16).max, -1, stacked).astype(np.int16),

@@ -215,11 +215,10 @@ def _runner(config, run_mode, T, mesh=None):
 
 
 def _static(config, run_mode):
-  found = evaluate.how(config, run_mode)
-  if found is None:
+  way = evaluate.how(config, run_mode)
+  if way is None:
     raise ValueError(f"run_mode = {run_mode!r}: {config.arm} has no such mode")
-  run_config, mode, selector = found
-  return model_lib.Static((model_lib.architecture(run_config), mode, selector))
+  return model_lib.Static((model_lib.architecture(way.config), way.mode, way.selector))
 
 
 @functools.lru_cache(maxsize=8)

@@ -74,14 +74,14 @@ def look(config, params, tokens, targets, run_mode: str = "sparse") -> View:
 
   Raises ValueError if the model has no such run mode, or no blocks.
   """
-  how = evaluate.how(config, run_mode)
-  if how is None:
+  way = evaluate.how(config, run_mode)
+  if way is None:
     raise ValueError(f"run_mode = {run_mode!r}: {config.arm} has no such mode; a dense model needs eval.blocks")
-  run_config, mode, selector = how
-  if not isinstance(run_config.attention, blocks.BlockMethod):
-    raise ValueError(f"run_mode = {run_mode!r}: {run_config.attention.name} has no blocks to look at")
-  size = run_config.attention.block_size
-  run = _runner(model_lib.Static((model_lib.architecture(run_config), mode, selector, size)))
+  method = way.config.attention
+  if not isinstance(method, blocks.BlockMethod):
+    raise ValueError(f"run_mode = {run_mode!r}: {method.name} has no blocks to look at")
+  size = method.block_size
+  run = _runner(model_lib.Static((model_lib.architecture(way.config), way.mode, way.selector, size)))
   tokens, targets = np.asarray(tokens, np.int32), np.asarray(targets, np.int32)
   nll, correct, layers = jax.device_get(run(params, tokens[None], targets[None]))
   views = [LayerView(x["q"][0], x["k"][0], x["mass"][0], x["chosen"][0] if "chosen" in x else None) for x in layers]

@@ -137,13 +137,13 @@ def _costs(modes: tuple[str, ...], config: str) -> tuple[float, dict[str, float]
   embeddings = counts["total"] - counts["non_embedding"]
   inference = {}
   for mode in modes:
-    found = evaluate.how(parsed, mode)
-    if found is None:
+    way = evaluate.how(parsed, mode)
+    if way is None:
       continue
-    run, kind, selector = found
-    if selector != "own":
-      run = dataclasses.replace(run, attention=methods.get(selector)(**run.attention.geometry))
-    inference[mode] = sum(flops.forward(run, parsed.eval.context or parsed.data.context, kind).values())
+    run = way.config
+    if way.selector != "own":
+      run = dataclasses.replace(run, attention=methods.get(way.selector)(**run.attention.geometry))
+    inference[mode] = sum(flops.forward(run, parsed.eval.context or parsed.data.context, way.mode).values())
   return counts["backbone"] - embeddings, inference
 
 

@@ -218,7 +218,8 @@ def cover(scores: Float[Array, "... S"], share: float) -> Int[Array, "... 1"]:
   return (before < share * scores.sum(-1, keepdims=True)).sum(-1, keepdims=True)
 
 
-def block_means(x: Float[Array, "B T heads H"], prompt: Int[Array, " B"], size: int) -> Float[Array, "B blocks heads H"]:
+def block_means(x: Float[Array, "B T heads H"], prompt: Int[Array, " B"],
+                size: int) -> Float[Array, "B blocks heads H"]:
   """Mean over the tokens of each block that belong to the prompt; 0 where there are none."""
   B, T = x.shape[:2]
   blocks = -(-T // size)
