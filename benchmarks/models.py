@@ -33,7 +33,7 @@ def methods_of(model: str) -> dict:
   nsa = dict(compress_len=size // 2, compress_stride=size // 4, window=4 * size if size < 64 else 512)
   return {"dense": methods.Dense(), "msa": methods.MSA(index_dim=64, **blocks), "nsa": methods.NSA(**nsa, **blocks),
           "gated": methods.Gated(index_dim=64, **blocks), "seer": methods.Seer(**blocks),
-          "dsa": methods.DSA(level="block", **blocks), "quest": methods.Quest(**blocks)}
+          "dsa": methods.DSA(level="block", **blocks), "dsa_token": methods.DSA(), "quest": methods.Quest(**blocks)}
 
 
 def config_of(model: str, method: str, sequences: int, tokens: int, seeds: int = 1, implementation: str = "",

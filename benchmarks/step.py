@@ -29,7 +29,8 @@ from launch import cli
 
 _MODELS = flags.DEFINE_list("models", ["pilot"], f"Of {', '.join(models.MODELS)}.")
 _METHODS = flags.DEFINE_list("methods", ["dense", "msa", "nsa"],
-                             "dense, msa, nsa, gated, seer, dsa or quest; NAME:MODE takes a step of that mode.")
+                             "dense, msa, nsa, gated, seer, dsa, dsa_token (of 2,048 tokens) or quest; NAME:MODE takes "
+                             "a step of that mode.")
 _BATCH = flags.DEFINE_list("batch", ["8x4096"], "SEQUENCESxTOKENS.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds that train as one program.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps per timed group.", lower_bound=1)

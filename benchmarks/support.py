@@ -27,6 +27,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 GROUPS = tuple(range(1, 17)) + (32, 64)
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 BLOCK_SIZES = (8, 16, 32, 48, 64, 128, 256)
+WITHOUT_BLOCKS = ("attention", "compressed_attention", "token_top_k", "token_attention")
 T, K, J, PAGES = 4096, 2, 16, 64  # queries and keys, KV heads, slots, of the call that is asked about
 
 
@@ -71,7 +72,11 @@ def arguments(operation, dtype="bfloat16", group=4, head_dim=64, block_size=64, 
       "lightning_scores": lambda: dict(heads, k_idx=k_idx, block_size=block_size, segment_ids=where["segment_ids"],
                                        query_offset=offset),
       "lightning_kl": lambda: dict(heads, q=q, k=k, lse=lse, k_idx=k_idx, block_indices=blocks, block_size=block_size,
-                                   **where),
+                                   token_sets=None, **where),
+      "token_top_k": lambda: dict(heads, k_idx=k_idx, num_tokens=2048, segment_ids=where["segment_ids"],
+                                  query_offset=offset),
+      "token_attention": lambda: dict(q=q, k=k, v=k, token_sets=of(1, queries, 1, T // 32, dtype="int32"),
+                                      scale=H ** -0.5),
       "block_top_k": lambda: dict(scores=of(1, queries, K, -(-T // block_size), dtype="float32"), keys=T, **choice,
                                   segment_ids=where["segment_ids"], query_offset=offset),
       "block_mass": lambda: dict(q=q, k=k, lse=lse, block_size=block_size, **where),
@@ -121,7 +126,7 @@ def rows() -> list[str]:
         cells = {cell for cell in itertools.product(DTYPES, GROUPS, HEAD_DIMS)
                  if serves(dtype=cell[0], group=cell[1], head_dim=cell[2])}
         sizes = [size for size in BLOCK_SIZES if serves(block_size=size)]
-        blocks = "-" if operation in ("attention", "compressed_attention") else any_of(sizes, BLOCK_SIZES)
+        blocks = "-" if operation in WITHOUT_BLOCKS else any_of(sizes, BLOCK_SIZES)
         packed = "-" if operation == "paged_attention" else "yes" if serves(packed=True) else "no"
         cache = "yes" if serves(queries=1, offset=jax.ShapeDtypeStruct((1,), jnp.int32)) else "no"
         for dtypes, groups, head_dims in _products(cells):

@@ -18,6 +18,8 @@ from pallas_kernels.api import (
   lightning_scores,
   paged_attention,
   selected_attention,
+  token_attention,
+  token_top_k,
 )
 from pallas_kernels.partition import partitioned
 
@@ -36,4 +38,6 @@ __all__ = (
     "paged_attention",
     "partitioned",
     "selected_attention",
+    "token_attention",
+    "token_top_k",
 )

@@ -1,4 +1,4 @@
-"""The operations: what they mean, what they accept, and who computes them.
+"""The operations: what they mean, what they accept, and who computes them. Those of DSA are in indexer.py.
 
 Letters: B batch, T query time, S key time, N query heads, K KV heads, G = N / K, H head dim, C compressed
 blocks, J selected blocks. Query heads r * G .. (r + 1) * G - 1 share KV head r; G is any integer.
@@ -13,6 +13,8 @@ What holds for all of them:
 * Blocks lie on the absolute grid [j * block_size, (j + 1) * block_size); the last one may be partial.
 * `block_indices` is int32[B, T, K, J]; -1 pads, order is free, duplicates count once. Within a selected block
   tokens are still masked causally and by segment.
+* `token_sets` is int32[B, T, R, ceil(S / 32)], sets of single tokens: bit s % 32 of word s // 32 says whether token s
+  is in it. R is K, a set for each KV head, or 1, one for all.
 * `implementation` is None (the best one for the platform that serves the arguments, logged once on logger
   "pallas_kernels"; on GPUs no kernel whose gradients differ in their last bits between runs), "fastest" (such kernels
   too: cuDNN's backward pass, which sums in no fixed order) or a name from `available(operation)`.
@@ -22,24 +24,18 @@ a named implementation that cannot serve the arguments.
 """
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
-import numpy as np
 
-from pallas_kernels import backends, partition, reference, validate
+from pallas_kernels import backends, reference, validate
 from pallas_kernels.backends import available, register, target_platform
+from pallas_kernels.dispatch import Offset, Scale, run, scale_of
+from pallas_kernels.indexer import lightning_kl, lightning_scores, token_attention, token_top_k
 
 __all__ = ("attention", "available", "block_mass", "block_peak", "block_top_k", "compressed_attention",
            "compressed_top_k", "index_kl", "index_top_k", "lightning_kl", "lightning_scores", "paged_attention",
-           "register", "selected_attention", "target_platform")
-
-Offset = int | np.integer | Int[Array, ""] | Int[Array, "B"]
-Scale = float | Float[Array, ""]
-
+           "register", "selected_attention", "target_platform", "token_attention", "token_top_k")
 
 def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *,
               causal: bool = True, window: int | None = None, scale: Scale | None = None,
@@ -64,8 +60,8 @@ def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[A
     validate.integer("attention", "window", window, 1, "tokens, the query's own included")
     if not causal:
       raise ValueError(f"attention: window = {window} needs causal = True")
-  return _run("attention", implementation, q=q, k=k, v=v, causal=bool(causal), window=window,
-              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  return run("attention", implementation, q=q, k=k, v=v, causal=bool(causal), window=window,
+             scale=scale_of(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
 def compressed_attention(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"], v_cmp: Float[Array, "B C K H"], *,
@@ -92,9 +88,9 @@ def compressed_attention(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K 
   validate.common(name, q, None, segment_ids, query_offset)
   validate.integer(name, "block_len", block_len, 1, "tokens")
   validate.integer(name, "block_stride", block_stride, 1, "tokens")
-  return _run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len,
-              block_stride=block_stride, scale=_scale(scale, q), segment_ids=segment_ids,
-              query_offset=query_offset)
+  return run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len,
+             block_stride=block_stride, scale=scale_of(scale, q), segment_ids=segment_ids,
+             query_offset=query_offset)
 
 
 def compressed_top_k(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"], lse: Float[Array, "B T N"], *,
@@ -133,10 +129,10 @@ def compressed_top_k(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"],
   validate.integer(name, "block_len", block_len, 1, "tokens")
   validate.integer(name, "block_stride", block_stride, 1, "tokens")
   validate.selection(name, block_size, num_blocks, num_initial, num_local)
-  indices = _run(name, implementation, q=lax.stop_gradient(q), k_cmp=lax.stop_gradient(k_cmp),
-                 lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride,
-                 block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
-                 scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  indices = run(name, implementation, q=lax.stop_gradient(q), k_cmp=lax.stop_gradient(k_cmp),
+                lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride,
+                block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
+                scale=scale_of(scale, q), segment_ids=segment_ids, query_offset=query_offset)
   return checkpoint_name(indices, "block_indices")  # a remat that saves it cannot select anew
 
 
@@ -163,9 +159,9 @@ def index_top_k(q_idx: Float[Array, "B T K Hi"], k_idx: Float[Array, "B S Hi"], 
   validate.index(name, q_idx, k_idx)
   validate.common(name, q_idx, k_idx.shape[1], segment_ids, query_offset)
   validate.selection(name, block_size, num_blocks, num_initial, num_local)
-  indices = _run(name, implementation, q_idx=lax.stop_gradient(q_idx), k_idx=lax.stop_gradient(k_idx),
-                 block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
-                 scale=1.0 if scale is None else scale, segment_ids=segment_ids, query_offset=query_offset)
+  indices = run(name, implementation, q_idx=lax.stop_gradient(q_idx), k_idx=lax.stop_gradient(k_idx),
+                block_size=block_size, num_blocks=num_blocks, num_initial=num_initial, num_local=num_local,
+                scale=1.0 if scale is None else scale, segment_ids=segment_ids, query_offset=query_offset)
   return checkpoint_name(indices, "block_indices")
 
 
@@ -190,8 +186,8 @@ def selected_attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v
   validate.indices(name, block_indices, q, k.shape[2])
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=q, k=k, v=v, block_indices=block_indices, block_size=block_size,
-              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  return run(name, implementation, q=q, k=k, v=v, block_indices=block_indices, block_size=block_size,
+             scale=scale_of(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
 def paged_attention(q: Float[Array, "B T N H"], k_pages: Float[Array, "pages page_size K H"],
@@ -227,8 +223,8 @@ def paged_attention(q: Float[Array, "B T N H"], k_pages: Float[Array, "pages pag
     validate.integer(name, "window", window, 1, "tokens, the query's own included")
     if block_indices is not None:
       raise ValueError(f"{name}: window = {window} with block_indices; pass one of them and call twice for both")
-  return _run(name, implementation, q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table,
-              block_indices=block_indices, window=window, scale=_scale(scale, q), query_offset=query_offset)
+  return run(name, implementation, q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table,
+             block_indices=block_indices, window=window, scale=scale_of(scale, q), query_offset=query_offset)
 
 
 def index_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
@@ -265,74 +261,10 @@ def index_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[
     validate.indices(name, block_indices, q, k.shape[2])
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
-              lse=lax.stop_gradient(lse), q_idx=q_idx, k_idx=k_idx, block_indices=block_indices,
-              block_size=block_size, scale=_scale(scale, q), index_scale=_scale(index_scale, q_idx),
-              segment_ids=segment_ids, query_offset=query_offset)
-
-
-def lightning_scores(q_idx: Float[Array, "B T R HI dI"], index_weights: Float[Array, "B T R HI"],
-                     k_idx: Float[Array, "B S dI"], *, block_size: int, segment_ids: Int[Array, "B S"] | None = None,
-                     query_offset: Offset = 0, implementation: str | None = None) -> Float[Array, "B T R blocks"]:
-  """The best index score among the visible tokens of each block, by several index heads (DSA, arXiv 2512.02556, eq. 1).
-
-  The score of token s is the sum over heads j of index_weights[j] * relu(<q_idx[j], k_idx[s]>).
-
-  Args:
-    q_idx: [B, T, R, HI, dI], HI index queries for each of R sets of tokens; any scale is in the weights.
-    index_weights: [B, T, R, HI].
-    k_idx: [B, S, dI], one index key for all.
-    block_size: tokens.
-
-  Returns:
-    float32[B, T, R, blocks], -inf for blocks without a visible token. No gradient: `lightning_kl` trains the index.
-  """
-  name = "lightning_scores"
-  validate.lightning(name, q_idx, index_weights, k_idx)
-  validate.common(name, q_idx, k_idx.shape[1], segment_ids, query_offset)
-  validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q_idx=lax.stop_gradient(q_idx), index_weights=lax.stop_gradient(index_weights),
-              k_idx=lax.stop_gradient(k_idx), block_size=block_size, segment_ids=segment_ids, query_offset=query_offset)
-
-
-def lightning_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
-                 q_idx: Float[Array, "B T R HI dI"], index_weights: Float[Array, "B T R HI"],
-                 k_idx: Float[Array, "B S dI"], block_indices: Int[Array, "B T R J"] | None, *, block_size: int,
-                 scale: Scale | None = None, segment_ids: Int[Array, "B S"] | None = None, query_offset: Offset = 0,
-                 implementation: str | None = None) -> Float[Array, "B T R"]:
-  """KL(P || P_idx) per query and set of tokens: what trains DSA's indexer (arXiv 2512.02556, eqs. 3 and 4).
-
-  Over the selected, visible tokens, P is the sum over the N / R heads of a set of exp(scale * q.k - lse), L1-normalised
-  and held constant, and P_idx the softmax of the scores of `lightning_scores`. Gradient reaches q_idx, index_weights
-  and k_idx alone.
-
-  Args:
-    q, k: [B, T, N, H] and [B, S, K, H] of the main attention.
-    lse: float32[B, T, N] of it over the same tokens.
-    q_idx, index_weights, k_idx: see `lightning_scores`; R is 1 or K.
-    block_indices: int32[B, T, R, J], or None for all visible tokens (warm-up). With R = 1 also [B, T, K, J]: each KV
-      head has its own tokens then, and P_idx ranges over those that any has.
-    block_size: tokens.
-    scale: None is H ** -0.5.
-
-  Returns:
-    loss float32[B, T, R] in nats, 0 for rows that see nothing.
-  """
-  name = "lightning_kl"
-  validate.attention(name, q, k, None)
-  validate.lse(name, lse, q)
-  validate.lightning(name, q_idx, index_weights, k_idx)
-  R, K = q_idx.shape[2], k.shape[2]
-  if q_idx.shape[:2] != q.shape[:2] or k_idx.shape[:2] != k.shape[:2] or R not in (1, K):
-    raise ValueError(f"{name}: q_idx {q_idx.shape} and k_idx {k_idx.shape} must be [B, T, R, HI, dI] and [B, S, dI] "
-                     f"for q {q.shape} and k {k.shape}, with R = 1 or {K}")
-  if block_indices is not None:
-    validate.indices(name, block_indices, q, K if getattr(block_indices, "shape", ())[2:3] == (K,) else R)
-  validate.common(name, q, k.shape[1], segment_ids, query_offset)
-  validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k), lse=lax.stop_gradient(lse),
-              q_idx=q_idx, index_weights=index_weights, k_idx=k_idx, block_indices=block_indices, block_size=block_size,
-              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
+  return run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+             lse=lax.stop_gradient(lse), q_idx=q_idx, k_idx=k_idx, block_indices=block_indices,
+             block_size=block_size, scale=scale_of(scale, q), index_scale=scale_of(index_scale, q_idx),
+             segment_ids=segment_ids, query_offset=query_offset)
 
 
 def block_top_k(scores: Float[Array, "B T K blocks"], *, block_size: int, num_blocks: int, num_initial: int = 0,
@@ -359,9 +291,9 @@ def block_top_k(scores: Float[Array, "B T K blocks"], *, block_size: int, num_bl
     raise ValueError(f"{name}: scores has {scores.shape[3]} blocks; {keys} keys in blocks of {block_size} "
                      f"make {-(-keys // block_size)}")
   validate.common(name, scores, keys, segment_ids, query_offset)
-  indices = _run(name, implementation, scores=lax.stop_gradient(scores), block_size=block_size,
-                 num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, keys=keys,
-                 segment_ids=segment_ids, query_offset=query_offset)
+  indices = run(name, implementation, scores=lax.stop_gradient(scores), block_size=block_size,
+                num_blocks=num_blocks, num_initial=num_initial, num_local=num_local, keys=keys,
+                segment_ids=segment_ids, query_offset=query_offset)
   return checkpoint_name(indices, "block_indices")
 
 
@@ -386,9 +318,9 @@ def block_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
   validate.lse(name, lse, q)
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
-              lse=lax.stop_gradient(lse), block_size=block_size, scale=_scale(scale, q),
-              segment_ids=segment_ids, query_offset=query_offset)
+  return run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+             lse=lax.stop_gradient(lse), block_size=block_size, scale=scale_of(scale, q),
+             segment_ids=segment_ids, query_offset=query_offset)
 
 
 def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[Array, "B T N"],
@@ -416,27 +348,11 @@ def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
     validate.indices(name, block_indices, q, k.shape[2])
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
-  return _run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
-              lse=lax.stop_gradient(lse), block_indices=block_indices, block_size=block_size,
-              scale=_scale(scale, q), segment_ids=segment_ids, query_offset=query_offset)
-
-
-# --- dispatch -----------------------------------------------------------------
-
-
-def _run(operation: str, implementation: str | None, **arguments: Any) -> Any:
-  def call(**arguments):
-    chosen = backends.choose(operation, implementation, arguments)
-    with jax.named_scope(f"{operation}_{chosen.name}"):
-      return chosen.function(**arguments)
-
-  return partition.apply(operation, call, arguments)
+  return run(name, implementation, q=lax.stop_gradient(q), k=lax.stop_gradient(k),
+             lse=lax.stop_gradient(lse), block_indices=block_indices, block_size=block_size,
+             scale=scale_of(scale, q), segment_ids=segment_ids, query_offset=query_offset)
 
 
 for _operation in backends.OPERATIONS:
   register(_operation, "reference", getattr(reference, _operation), platforms=None,
            supports=lambda **_: None)
-
-
-def _scale(scale: Scale | None, q: Array) -> Scale:
-  return q.shape[-1] ** -0.5 if scale is None else scale

@@ -28,8 +28,8 @@ FASTEST = "fastest"
 ATTENDED = "attended"
 
 OPERATIONS = ("attention", "compressed_attention", "compressed_top_k", "index_top_k", "selected_attention",
-              "paged_attention", "index_kl", "lightning_scores", "lightning_kl", "block_top_k", "block_mass",
-              "block_peak")
+              "paged_attention", "index_kl", "lightning_scores", "lightning_kl", "token_top_k", "token_attention",
+              "block_top_k", "block_mass", "block_peak")
 
 # Platform -> (implementation, module) in order of preference; the module registers under that name.
 BACKENDS = {

@@ -58,6 +58,18 @@ def selected_tokens(block_indices: Int[Array, "B T K J"], block_size: int, keys:
   return tokens.reshape(B, K, T, blocks * block_size)[..., :keys]
 
 
+def packed(mask: Bool[Array, "... S"]) -> Int[Array, "... words"]:
+  """int32[..., ceil(S / 32)] of sets of tokens: bit s % 32 of word s // 32 says whether token s is in it."""
+  bits = by_block(mask, 32, False).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+  return lax.bitcast_convert_type(bits.sum(axis=-1, dtype=jnp.uint32), jnp.int32)
+
+
+def unpacked(sets: Int[Array, "... words"], keys: int) -> Bool[Array, "... S"]:
+  """The inverse of `packed`, of so many keys."""
+  bits = (sets[..., None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+  return bits.reshape(sets.shape[:-1] + (-1,))[..., :keys] != 0
+
+
 def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array, "B T K blocks"]:
   """The index lists as bool sets; -1 belongs to none."""
   return jnp.any(block_indices[..., None] == jnp.arange(blocks), axis=-2)

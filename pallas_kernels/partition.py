@@ -25,13 +25,13 @@ import numpy as np
 _ARGUMENTS = {
     "q": "bth.", "k": "b.h.", "v": "b.h.", "k_cmp": "b.h.", "v_cmp": "b.h.", "lse": "bth", "q_idx": "bth.",
     "k_idx": "b..", "block_indices": "bth.", "scores": "bth.", "segment_ids": "b.",
-    "index_weights": "bth.", "k_pages": "..h.", "v_pages": "..h.", "page_table": "b.",
+    "index_weights": "bth.", "token_sets": "bth.", "k_pages": "..h.", "v_pages": "..h.", "page_table": "b.",
 }
 _RESULTS = {
     "attention": ("bth.", "bth"), "compressed_attention": ("bth.", "bth"), "selected_attention": ("bth.", "bth"),
     "compressed_top_k": "bth.", "index_top_k": "bth.", "block_top_k": "bth.", "index_kl": "bth",
     "block_mass": ("bth.", "bth"), "block_peak": "bth.", "lightning_scores": "bth.", "lightning_kl": "bth",
-    "paged_attention": ("bth.", "bth"),
+    "paged_attention": ("bth.", "bth"), "token_top_k": "bth.", "token_attention": ("bth.", "bth"),
 }
 
 
@@ -84,13 +84,13 @@ def apply(operation: str, function, arguments: dict):
   spec = lambda letters: P(*(partition.axes[letter] if letter in cut else None for letter in letters))
   specs = {name: spec(_ARGUMENTS[name]) for name in arrays}
   static = isinstance(offset, (int, np.integer))
-  if not static or "t" in cut:
+  if "query_offset" in rest and (not static or "t" in cut):
     arrays["query_offset"] = jnp.asarray(offset, jnp.int32)
     specs["query_offset"] = spec("b") if arrays["query_offset"].ndim else P()
 
   def local(arrays):
     arrays = dict(arrays)
-    if "t" in cut:
+    if "t" in cut and "query_offset" in arrays:
       arrays["query_offset"] += lax.axis_index(partition.axes["t"]) * arrays[_queries(arrays)].shape[1]
     return function(**{**rest, **arrays})
 

@@ -154,24 +154,51 @@ def lightning_scores(q_idx, index_weights, k_idx, *, block_size, segment_ids=Non
   return _over_queries(part, k_idx.shape[1], None, None, q_idx, index_weights, pos, seg, heads=heads)
 
 
-def lightning_kl(q, k, lse, q_idx, index_weights, k_idx, block_indices, *, block_size, scale=None, segment_ids=None,
-                 query_offset=0):
+def token_top_k(q_idx, index_weights, k_idx, *, num_tokens, segment_ids=None, query_offset=0):
+  """Selection of single tokens by several index heads; see `api.token_top_k`."""
+  q_idx, index_weights, k_idx = map(lax.stop_gradient, (q_idx, index_weights, k_idx))
+  pos, seg = _query_positions(q_idx.shape[1], query_offset, segment_ids)
+  S = k_idx.shape[1]
+
+  def part(keys, q_idx, weights, pos, seg):
+    scores = masked.weighted_scores(q_idx, weights, k_idx).transpose(0, 2, 1, 3)
+    visible = masked.visible_tokens(pos, seg, keys, segment_ids)
+    tokens = _choose(scores, visible, pos, 1, num_tokens, 0, 0)
+    return masked.packed(masked.selected_tokens(tokens, 1, S)).swapaxes(1, 2)
+
+  return _over_queries(part, S, None, None, q_idx, index_weights, pos, seg, heads=q_idx.shape[2] * q_idx.shape[3])
+
+
+def token_attention(q, k, v, token_sets, *, scale=None):
+  """Attention over sets of tokens; see `api.token_attention`."""
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+  def part(keys, q, sets):
+    return masked.attend(q, k, v, masked.unpacked(sets, k.shape[1]).swapaxes(1, 2), scale)
+
+  return _over_queries(part, k.shape[1], None, None, q, token_sets)
+
+
+def lightning_kl(q, k, lse, q_idx, index_weights, k_idx, block_indices, *, token_sets=None, block_size=1, scale=None,
+                 segment_ids=None, query_offset=0):
   """KL from the main attention to several index heads; see `api.lightning_kl`."""
   q, k, lse = map(lax.stop_gradient, (q, k, lse))
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   pos, seg = _query_positions(q.shape[1], query_offset, segment_ids)
   R = q_idx.shape[2]
 
-  def part(keys, q, lse, q_idx, weights, block_indices, pos, seg):
+  def part(keys, q, lse, q_idx, weights, block_indices, sets, pos, seg):
     mask = _selected_tokens(block_indices, pos, seg, keys, segment_ids, block_size)
+    if sets is not None:
+      mask &= masked.unpacked(sets, keys.stop).swapaxes(1, 2)  # such slices begin at 0
     target = masked.probabilities(q, k[:, keys], lse, mask, scale).sum(axis=2)  # [B, K, T, S]
     if R == 1:
       target, mask = target.sum(axis=1, keepdims=True), mask.any(axis=1, keepdims=True)
     return masked.kl(target, masked.weighted_scores(q_idx, weights, k_idx[:, keys]), mask).transpose(0, 2, 1)
 
   heads = max(q.shape[2], R * q_idx.shape[3])
-  return _over_queries(part, k.shape[1], query_offset, None, q, lse, q_idx, index_weights, block_indices, pos, seg,
-                       heads=heads)
+  return _over_queries(part, k.shape[1], query_offset, None, q, lse, q_idx, index_weights, block_indices, token_sets,
+                       pos, seg, heads=heads)
 
 
 def block_top_k(scores, *, block_size, num_blocks, num_initial=0, num_local=1, keys=None, segment_ids=None,

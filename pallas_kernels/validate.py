@@ -106,6 +106,15 @@ def indices(operation, block_indices, q, K):
                      f"[B, T, K, J] = {q.shape[:2] + (K,)} + (J,) with J >= 1")
 
 
+def token_sets(operation, sets, q, S, counts):
+  array(operation, "token_sets", sets, 4, "[B, T, R, words]", jnp.int32)
+  B, T, R, words = sets.shape
+  if (B, T) != q.shape[:2] or R not in counts or words != -(-S // 32):
+    raise ValueError(f"{operation}: token_sets has the shape {sets.shape}; for q {q.shape} and {S} keys it must be "
+                     f"[B, T, R, ceil(S / 32)] = {q.shape[:2] + (counts[-1], -(-S // 32))}"
+                     + (" or with R = 1" if len(set(counts)) > 1 else ""))
+
+
 def common(operation, q, S, segment_ids, query_offset):
   """Segments and offset. S = None takes S from the segment ids."""
   B, T = q.shape[:2]

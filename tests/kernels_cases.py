@@ -18,7 +18,7 @@ from pallas_kernels import arg_specs, masked, reference
 
 on_cpu = functools.partial(jax.default_device, jax.devices("cpu")[0])
 RESULTS = {operation: ("o", "lse", "dq", "dk", "dv")
-           for operation in ("attention", "compressed_attention", "selected_attention")}
+           for operation in ("attention", "compressed_attention", "selected_attention", "token_attention")}
 RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
 DIFFERENTIABLE = tuple(RESULTS)
 RESULTS["paged_attention"] = ("o", "lse")  # whose cases are those of paged_test.py
@@ -73,7 +73,7 @@ SITUATIONS = {
 
 def situations(operation: str) -> list[str]:
   """Names of those that mean something for an operation."""
-  selects = operation in ("selected_attention", "index_kl")
+  selects = operation in ("selected_attention", "token_attention", "index_kl")
   return [name for name, s in SITUATIONS.items() if selects or s.blocks is None]
 
 
@@ -81,6 +81,7 @@ def situations(operation: str) -> list[str]:
 class Shape(arg_specs.AttentionSpec):
   """A shape whose keys may be more, or fewer, than its queries."""
   S: int = 0  # keys; 0: T
+  sets: int = 0  # of tokens per query; 0: K
 
   @property
   def keys(self) -> int:
@@ -133,6 +134,9 @@ def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: 
   if operation in ("selected_attention", "index_kl"):
     blocks = (what.blocks or anything)(rng, (B, T, K, s.J), -(-S // s.block_size))
     rest["block_indices"] = jnp.asarray(blocks, jnp.int32)
+  if operation == "token_attention":  # J tokens as blocks of 1, those that a query sees: it takes no positions
+    mask = _sets_of_tokens((what.blocks or anything)(rng, (B, T, s.sets or K, s.J), S), 1, S, rest)
+    return Inputs((q, k, v), (array(B, T, N, H), number(B, T, N)), dict(token_sets=masked.packed(mask)))
   if operation not in ("index_kl", "compressed_top_k"):
     return Inputs((q, k, v), (array(B, T, N, H), number(B, T, N)), rest)
   main = "selected_attention" if operation == "index_kl" else "compressed_attention"
@@ -143,6 +147,13 @@ def draw(operation: str, s: Shape, situation: str | Situation = "random", seed: 
     return Inputs((q, k), None, rest)
   index = array(B, T, K, s.index_dim, size=what.magnitude), array(B, S, s.index_dim)
   return Inputs(index, number(B, T, K), dict(rest, q=q, k=k))
+
+
+def _sets_of_tokens(blocks, size, keys, where):
+  """bool[B, T, R, S]: the visible tokens of blocks."""
+  blocks = jnp.asarray(np.asarray(blocks), jnp.int32)
+  pos, seg = reference._query_positions(blocks.shape[1], where["query_offset"], where["segment_ids"])
+  return reference._selected_tokens(blocks, pos, seg, slice(0, keys), where["segment_ids"], size).swapaxes(1, 2)
 
 
 @functools.cache
@@ -164,7 +175,8 @@ def options_of(operation: str, s: Shape) -> dict:
   """The plain arguments that the operation needs at a shape."""
   lengths, size = dict(block_len=s.block_len, block_stride=s.block_stride), dict(block_size=s.block_size)
   choice = dict(size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)
-  return {"attention": {}, "compressed_attention": lengths, "selected_attention": size, "index_kl": size,
+  return {"attention": {}, "token_attention": {}, "compressed_attention": lengths, "selected_attention": size,
+          "index_kl": size,
           "index_top_k": choice, "compressed_top_k": {**lengths, **choice},
           "block_top_k": dict(choice, keys=s.keys)}[operation]
 
@@ -172,6 +184,9 @@ def options_of(operation: str, s: Shape) -> dict:
 def sets_of(operation: str, inputs: Inputs, options: dict):
   """bool[B, 1 or K, T, S]: what each query attends to."""
   q, k = inputs.arrays[:2]
+  if operation == "token_attention":
+    mask = masked.unpacked(inputs.rest["token_sets"], k.shape[1]).swapaxes(1, 2)
+    return jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
   ids, offset = inputs.rest["segment_ids"], inputs.rest["query_offset"]
   pos, seg = reference._query_positions(q.shape[1], offset, ids)
   if operation == "compressed_attention":
@@ -284,8 +299,11 @@ def check(operation, program, inputs: Inputs, *, options=None, **tolerance):
 
 def check_by_oracle(operation, got, s: Shape, inputs: Inputs, options, **tolerance):
   """Compares results and gradients with those of float64, one query at a time."""
-  where, (q, k), rest = positions_of(s, inputs), inputs.arrays[:2], inputs.rest
-  if operation == "attention":
+  (q, k), rest = inputs.arrays[:2], inputs.rest
+  where = {} if operation == "token_attention" else positions_of(s, inputs)
+  if operation == "token_attention":
+    sets = oracle.token_sets(np.asarray(rest["token_sets"]), s.K, s.keys)
+  elif operation == "attention":
     how = {name: options[name] for name in ("causal", "window") if name in options}
     sets = oracle.dense_sets(s.B, s.T, s.K, s.keys, **where, **how)
   elif operation == "compressed_attention":

@@ -44,6 +44,12 @@ def selected_sets(block_indices, block_size, S, segment_ids=None, query_offset=0
   return out
 
 
+def token_sets(words, K, S):
+  """sets[b][t][r]: the tokens whose bits are set in int32[B, T, 1 or K, words]."""
+  tokens = lambda row: [s for s in range(S) if int(row[s // 32]) >> s % 32 & 1]
+  return [[[tokens(row[r % len(row)]) for r in range(K)] for row in rows] for rows in words]
+
+
 def compressed_sets(B, T, K, C, block_len, block_stride, segment_ids=None, query_offset=0):
   """sets[b][t][r]: the visible compressed blocks."""
   out = [[None] * T for _ in range(B)]

@@ -119,7 +119,8 @@ def test_lists_that_a_remat_saves_are_as_long_as_declared():
     run = lambda p: model_lib.forward(config, p, jnp.zeros((1, T), jnp.int32)).logits.sum()
     _, back = jax.eval_shape(lambda p: jax.vjp(jax.checkpoint(run, policy=policy), p), params)
     lists = [x for x in jax.tree.leaves(back) if x.dtype == jnp.int32 and x.size >= MODEL.num_layers * T]
-    assert sum(x.size for x in lists) == MODEL.num_layers * T * method.chosen(MODEL), (method, [x.shape for x in lists])
+    shapes = [x.shape for x in lists]
+    assert sum(x.size for x in lists) == MODEL.num_layers * T * method.chosen(MODEL, T), (method, shapes)
 
 
 def test_a_remat_saves_what_attention_left():

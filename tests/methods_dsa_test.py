@@ -12,6 +12,7 @@ from one_layer import D, H, K
 import pytest
 
 from nsa import config as config_lib, flops, methods, model as model_lib, schedule
+from pallas_kernels import masked
 
 B, T, V, N = 2, 48, 32, 4
 INDEX = dict(block_size=8, num_blocks=2, index_heads=3, index_dim=6)
@@ -33,7 +34,7 @@ def objective(name, mode, params, h, weights, segments):
   out, losses, *_ = layer(h, call, None, None)
   x, streams = layer.project(h, call)
   lists = layer.method.select(layer.method.index(x, streams, call), x, streams, call)
-  assert layer.method.unit == (1 if name.startswith("token") else 8)
+  assert layer.method.unit == (0 if name.startswith("token") else 8)
   return jnp.sum(out * weights) + losses["index_kl"], (out, losses["index_kl"], lists)
 
 
@@ -77,8 +78,10 @@ def reference(xp, options, p, h, mask, stop=lambda x: x):
 
 
 def mask_of(name, mode, packed, lists):
-  mask = visible(packed) if mode == "warmup" else oracle.token_mask(
-      lists, 1 if name.startswith("token") else 8, segments_of(packed))
+  if mode == "warmup":
+    mask = visible(packed)
+  else:
+    mask = masked.unpacked(lists, T) if name.startswith("token") else oracle.token_mask(lists, 8, segments_of(packed))
   return np.broadcast_to(mask, (B, T, K, T))
 
 
@@ -114,7 +117,8 @@ def test_selected_sets_are_the_best_by_score(name, packed):
   token = options.level == "token"
   budget = options.num_blocks * (options.block_size if token else 1)
   size = 1 if token else options.block_size
-  assert lists.shape == (B, T, K if options.per_group else 1, budget)
+  assert lists.shape == (B, T, K if options.per_group else 1, -(-T // 32) if token else budget)
+  chosen = masked.unpacked(lists, T) if token else None
   seen = np.broadcast_to(visible(packed), scores.shape)
   for b, t, r in np.ndindex(lists.shape[:3]):
     mine = [s for s in range(T) if seen[b, t, r, s]]
@@ -123,13 +127,13 @@ def test_selected_sets_are_the_best_by_score(name, packed):
     forced = set() if token else {t // size} | set(units[:options.num_initial])
     rest = sorted(set(units) - forced, key=lambda j: (-value[j], j))
     want = forced | set(rest[:budget - len(forced)])
-    listed = [j for j in lists[b, t, r].tolist() if j >= 0]
+    listed = np.flatnonzero(chosen[b, t, r]).tolist() if token else [j for j in lists[b, t, r].tolist() if j >= 0]
     got = set(listed)
     assert len(got) == len(listed) == len(want) and forced <= got <= set(units)
     # Scores of exactly 0 (no index head fires) tie, to the earlier token; others may be swapped to rounding.
     assert got == want or np.ptp([value[j] for j in got ^ want]) < 1e-6, (b, t, r)
   if token and not packed:  # nothing is forced: some query does not choose itself
-    assert any(t not in lists[0, t, 0] for t in range(T))
+    assert not np.diagonal(chosen[0, :, 0]).all()
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):

@@ -51,7 +51,7 @@ class BlockMethod(interface.Method):
                        f"{self.num_initial + self.num_local}"))
     return problems
 
-  def chosen(self, model):
+  def chosen(self, model, context):
     return model.num_kv_heads * self.num_blocks
 
   def costs(self, model, context, mode):
@@ -87,7 +87,7 @@ class BlockLayer(interface.Layer):
 
   @property
   def unit(self) -> int:
-    """Tokens that an entry of the layer's own lists stands for."""
+    """Tokens that an entry of the layer's own lists stands for; 0: `select` gives no lists but sets of tokens."""
     return self.options.block_size
 
   def index(self, x, streams, call) -> Any:

@@ -24,7 +24,8 @@ sides are Hadamard-rotated and quantised to FP8. Here q_idx comes from x, RoPE t
 interleaved), and scores are float32 sums. Where the model convolves its q and k (`model.short_conv`) q_idx and
 k_idx are convolved too, or the indexer could not see what the attention that it imitates matches.
 
-`pk.lightning_scores` and `pk.lightning_kl` compute I and the losses; at level "token" sparse steps have no kernel.
+`pk.lightning_kl` computes the losses. Blocks are chosen of what `pk.lightning_scores` makes of I; tokens by
+`pk.token_top_k`, as sets of one bit per token and not as lists, which `pk.token_attention` and the losses take.
 """
 import dataclasses
 import functools
@@ -36,8 +37,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nsa import layers
-from nsa.methods import distillation
+from nsa.methods import blocks, distillation
 import pallas_kernels as pk
+from pallas_kernels import partition
 
 LEVELS = ("token", "block")
 
@@ -74,8 +76,8 @@ class DSA(distillation.Indexed):
     """Of I over `keys` tokens: each head's dot product, then its weighted sum."""
     return 2.0 * self.sets(model) * self.index_heads * (self.index_dim + 1) * keys
 
-  def chosen(self, model):
-    return self.sets(model) * self.num_blocks * (self.block_size if self.level == "token" else 1)
+  def chosen(self, model, context):
+    return self.sets(model) * (-(-context // 32) if self.level == "token" else self.num_blocks)
 
 
 def layer_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], bias: Float[Array, "D"], eps: float = 1e-6):
@@ -120,7 +122,7 @@ class DSALayer(distillation.IndexedLayer):
 
   @property
   def unit(self):
-    return 1 if self.options.level == "token" else self.options.block_size
+    return 0 if self.options.level == "token" else self.options.block_size
 
   def index(self, x, streams, call):
     return *super().index(x, streams, call), streams["k_idx"]
@@ -128,22 +130,29 @@ class DSALayer(distillation.IndexedLayer):
   def select(self, index, x, streams, call):
     o = self.options
     q_idx, w, k_idx = map(jax.lax.stop_gradient, index)
-    (B, S), (R, heads) = k_idx.shape[:2], w.shape[2:]
-    geometry, held = o.geometry, B * R * -(-S // o.block_size)
+    (B, S), R = k_idx.shape[:2], w.shape[2]
     if o.level == "token":
-      geometry = dict(block_size=1, num_blocks=min(o.num_blocks * o.block_size, S), num_initial=0, num_local=0)
-      held = B * R * heads * S
+      return pk.token_top_k(q_idx, w, k_idx, num_tokens=min(o.num_blocks * o.block_size, S), **call.ops)
 
     def choose(position, segments, q_idx, w):
       del segments
       where = dict(call.ops, query_offset=position[:, 0])
-      scores = pk.lightning_scores(q_idx, w, k_idx, block_size=geometry["block_size"], **where)
-      return pk.block_top_k(scores, **geometry, keys=S, **where)
+      scores = pk.lightning_scores(q_idx, w, k_idx, block_size=o.block_size, **where)
+      return pk.block_top_k(scores, **o.geometry, keys=S, **where)
 
-    return distillation.over_queries(choose, call, held, q_idx, w)
+    return distillation.over_queries(choose, call, B * R * -(-S // o.block_size), q_idx, w)
+
+  def attend(self, index, x, streams, lists, size, call):
+    if size:
+      return super().attend(index, x, streams, lists, size, call)
+    if partition.active():  # which cuts no heads where sets have one for all
+      lists = blocks.per_head(lists, streams["k"])
+    return pk.token_attention(x.q, streams["k"], streams["v"], lists, implementation=call.implementation)
 
   def losses(self, index, x, streams, lse, lists, call):
     """KL(p || softmax(I)), a mean over queries and sets; `lists` None takes all visible tokens."""
-    size = self.unit if call.selector == "own" else self.options.block_size
-    kl = pk.lightning_kl(x.q, streams["k"], lse, *index, lists, block_size=size, **call.ops)
+    chosen = dict(block_indices=lists)
+    if call.selector == "own" and not self.unit:
+      chosen = dict(block_indices=None, token_sets=lists)
+    kl = pk.lightning_kl(x.q, streams["k"], lse, *index, **chosen, block_size=self.options.block_size, **call.ops)
     return {"index_kl": call.mean(kl)}

@@ -226,8 +226,8 @@ class Method:
     """What attention reads of earlier tokens besides k and v."""
     return {}
 
-  def chosen(self, model) -> int:
-    """Entries of the lists that a selection makes of one token, all heads: int32, and a remat saves them."""
+  def chosen(self, model, context: int) -> int:
+    """What a selection over `context` tokens leaves of one token, all heads: int32 numbers, and a remat saves them."""
     return 0
 
   def handed_up(self, model, batch: int, queries: int) -> Int[Array, "B T K J"] | None:

@@ -66,7 +66,7 @@ class MoBA(blocks.BlockMethod):
     extra = model.num_heads - model.num_kv_heads
     return {name: Stream(extra, model.head_dim, cached=False) for name in ("k_repeated", "v_repeated")}
 
-  def chosen(self, model):
+  def chosen(self, model, context):
     return model.num_heads * self.num_blocks
 
   def costs(self, model, context, mode):

@@ -79,7 +79,7 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
   K, N, F = m.num_kv_heads / mesh["tensor"], m.num_heads / mesh["tensor"], m.mlp_dim / mesh["tensor"]
 
   # One layer's activations of one token, and the keys and values of all positions that its queries may select.
-  saved = width * m.d_model + 4 * max(method.chosen(m) for method in config.methods) / mesh["tensor"]
+  saved = width * m.d_model + 4 * max(method.chosen(m, step.context) for method in config.methods) / mesh["tensor"]
   inner = width * (4 * m.d_model + 3 * F + 3 * N * m.head_dim) + 4 * N
   sent = rows * step.context * K * m.head_dim * width * _streams(config, step.mode) * (2 if mesh["context"] > 1 else 1)
   gathered = sent + rows * step.context * K * m.head_dim * width * _streams(config, step.mode, copies=True)

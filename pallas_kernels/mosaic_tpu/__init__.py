@@ -3,7 +3,8 @@
 Importing registers them; it works without a TPU. No TPU was at hand when they were written: numbers are
 checked in the interpreter on a CPU, and libtpu compiles every kernel for each chip (`aot`). Left to the reference:
 `block_top_k` and `block_mass`, which evaluation alone calls, `index_kl` over all tokens (warm-up), and what Seer's and
-DSA's losses and DSA's choice call (`block_peak`, `lightning_kl`, `lightning_scores`).
+DSA's losses, DSA's choice and its sets of tokens call (`block_peak`, `lightning_kl`, `lightning_scores`, `token_top_k`,
+`token_attention`).
 """
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 DS_BYTES = 2 ** 30  # of the gradient of the index scores alive at a time
 
 
-def _index_reasons(q_idx, k_idx):
+def index_reasons(q_idx, k_idx):
   B, T, R, heads, HI = q_idx.shape
   one = jax.ShapeDtypeStruct((B, T, R, HI), q_idx.dtype)
   reason = ranged.reasons(one, one)
@@ -38,11 +38,11 @@ def _index_reasons(q_idx, k_idx):
 def supports_lightning_scores(*, q_idx, k_idx, block_size, **_):
   if block_size not in BLOCK_SIZES:
     return f"block_size = {block_size}: the kernels take {', '.join(map(str, BLOCK_SIZES))}"
-  return _index_reasons(q_idx, k_idx)
+  return index_reasons(q_idx, k_idx)
 
 
 def supports_lightning_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, **_):
-  reason = ranged.reasons(q, k, None, scale) or _index_reasons(q_idx, k_idx)
+  reason = ranged.reasons(q, k, None, scale) or index_reasons(q_idx, k_idx)
   if reason:
     return reason
   if q.dtype == jnp.float16:
@@ -61,7 +61,8 @@ def supports_lightning_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scal
   return None
 
 
-def _constants(q_idx, k_idx, block):
+def index_constants(q_idx, k_idx, block):
+  """Of kernels over index heads; `block` of the tuned one is theirs."""
   B, T, R, heads, HI = q_idx.shape
   tuned = tuning.get("lightning", head_dim=HI, dtype=q_idx.dtype)
   rows = max(ranged.MIN_ROWS, min(tuned.rows, call.next_power_of_2(T)))
@@ -80,7 +81,7 @@ def lightning_scores(q_idx, index_weights, k_idx, *, block_size, segment_ids, qu
 
 
 def _scores(q_idx, weights, k_idx, low, high, *, block_size):
-  constants = _constants(q_idx, k_idx, lambda block: max(block, block_size))
+  constants = index_constants(q_idx, k_idx, lambda block: max(block, block_size))
   (B, T, R), blocks = q_idx.shape[:3], -(-k_idx.shape[1] // block_size)
   items = B * R * -(-T // constants["TOKENS"])
   splits = max(1, min(4 * call.processors() // items, k_idx.shape[1] // (2 * constants["BLOCK"])))  # few in decoding
@@ -93,15 +94,15 @@ def _scores(q_idx, weights, k_idx, low, high, *, block_size):
 # --- KL ---
 
 
-def lightning_kl(q, k, lse, q_idx, index_weights, k_idx, block_indices, *, block_size, scale, segment_ids,
-                 query_offset):
+def lightning_kl(q, k, lse, q_idx, index_weights, k_idx, block_indices, *, token_sets=None, block_size, scale,
+                 segment_ids, query_offset):
   """See `pallas_kernels.api.lightning_kl`."""
   low, high = spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, query_offset)
-  chosen = None
+  chosen = token_sets
   if block_indices is not None:
     chosen = masked.membership(block_indices, -(-k.shape[1] // block_size)).astype(jnp.int8)
   rest = q, lse.astype(jnp.float32), low, high, chosen, k
-  return _lightning_kl(q_idx, index_weights, k_idx, rest, (block_size, float(scale)))
+  return _lightning_kl(q_idx, index_weights, k_idx, rest, (block_size if token_sets is None else 1, float(scale)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -126,8 +127,8 @@ _lightning_kl.defvjp(_forward, _backward)
 
 
 def _kl_constants(q_idx, k_idx, how, selected):
-  return dict(_constants(q_idx, k_idx, lambda block: min(block, how[0]) if selected else block), SIZE=how[0],
-              SELECTED=selected)
+  block = lambda tuned: tuned if not selected else max(tuned, 32) if how[0] == 1 else min(tuned, how[0])
+  return dict(index_constants(q_idx, k_idx, block), SIZE=how[0], SELECTED=selected)
 
 
 def _of_targets(q, k, scale):

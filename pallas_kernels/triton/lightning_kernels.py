@@ -15,7 +15,7 @@ from pallas_kernels.triton.range_kernels import blocks_of, load_block
 
 
 @triton.jit
-def _weighted(q_idx, weights, row, ok, index_keys, HEADS: tl.constexpr, HI: tl.constexpr, TOKENS: tl.constexpr,
+def weighted(q_idx, weights, row, ok, index_keys, HEADS: tl.constexpr, HI: tl.constexpr, TOKENS: tl.constexpr,
               BLOCK: tl.constexpr, PRECISION: tl.constexpr):
   """The index score, float32[TOKENS, BLOCK]; `row` counts (batch, token, set)."""
   s = tl.zeros((TOKENS, BLOCK), tl.float32)
@@ -27,7 +27,7 @@ def _weighted(q_idx, weights, row, ok, index_keys, HEADS: tl.constexpr, HI: tl.c
 
 
 @triton.jit
-def _tile(low, high, b, tile, T: tl.constexpr, TOKENS: tl.constexpr):
+def tile_of(low, high, b, tile, T: tl.constexpr, TOKENS: tl.constexpr):
   """Token, whether there is one, and the keys that it sees."""
   token = tile * TOKENS + tl.arange(0, TOKENS)
   ok = token < T
@@ -36,12 +36,33 @@ def _tile(low, high, b, tile, T: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def members(words, ok, block, WORDS: tl.constexpr, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
+  """bool[rows, BLOCK], if KEYS_FIRST [BLOCK, rows]: which keys of a block are in each row's set of tokens, whose WORDS
+  words begin at `words`. 32 divides BLOCK."""
+  i = tl.arange(0, BLOCK)
+  first = block * (BLOCK // 32)
+  word = tl.load(words + first, mask=ok & (first < WORDS), other=0)
+  found = word[None, :] if KEYS_FIRST else word[:, None]
+  for n in tl.static_range(1, BLOCK // 32):
+    word = tl.load(words + first + n, mask=ok & (first + n < WORDS), other=0)
+    if KEYS_FIRST:
+      found = tl.where((i // 32 >= n)[:, None], word[None, :], found)
+    else:
+      found = tl.where((i // 32 >= n)[None, :], word[:, None], found)
+  shift = (i % 32)[:, None] if KEYS_FIRST else (i % 32)[None, :]
+  return ((found >> shift) & 1) != 0
+
+
+@triton.jit
 def _seen(first, stop, chosen, row, ok, block, S: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
           SELECTED: tl.constexpr):
   """bool[TOKENS, BLOCK]."""
   c = block * BLOCK + tl.arange(0, BLOCK)
   seen = (c[None, :] >= first[:, None]) & (c[None, :] < stop[:, None])
-  if SELECTED:
+  if SELECTED and SIZE == 1:
+    WORDS: tl.constexpr = (S + 31) // 32
+    seen = seen & members(chosen + row * WORDS, ok, block, WORDS, BLOCK, False)
+  elif SELECTED:
     own = tl.load(chosen + row * ((S + SIZE - 1) // SIZE) + block * BLOCK // SIZE, mask=ok, other=0)
     seen = seen & (own > 0)[:, None]
   return seen
@@ -49,9 +70,14 @@ def _seen(first, stop, chosen, row, ok, block, S: tl.constexpr, SIZE: tl.constex
 
 @triton.jit
 def _some(chosen, row, ok, block, S: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SELECTED: tl.constexpr):
-  """Whether a token of the tile chose the block."""
+  """Whether a token of the tile chose any of the block."""
   some = True
-  if SELECTED:
+  if SELECTED and SIZE == 1:
+    WORDS: tl.constexpr = (S + 31) // 32
+    n = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    words = tl.load(chosen + row[:, None] * WORDS + n[None, :], mask=ok[:, None] & (n < WORDS)[None, :], other=0)
+    some = tl.max((words != 0).to(tl.int32)) > 0
+  elif SELECTED:
     own = tl.load(chosen + row * ((S + SIZE - 1) // SIZE) + block * BLOCK // SIZE, mask=ok, other=0)
     some = tl.max(own.to(tl.int32), axis=0) > 0
   return some
@@ -81,7 +107,7 @@ def lightning_scores_kernel(q_idx, weights, k_idx, low, high, scores, B: tl.cons
   item, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
   b, r = item % (B * R) // R, item % R
   tile = (T + TOKENS - 1) // TOKENS - 1 - item // (B * R)  # long tiles first
-  at, ok, first, stop = _tile(low, high, b, tile, T, TOKENS)
+  at, ok, first, stop = tile_of(low, high, b, tile, T, TOKENS)
   begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
   row = at * R + r
   line = scores + row * BLOCKS
@@ -95,7 +121,7 @@ def lightning_scores_kernel(q_idx, weights, k_idx, low, high, scores, B: tl.cons
   first_block = begin + part * size
   for block in range(first_block, tl.minimum(first_block + size, end)):
     index_keys = load_block(k_idx + tl.cast(b, tl.int64) * S * HI, block, S, HI, HI, BLOCK, True)
-    s = _weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
+    s = weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
     s = tl.where(_seen(first, stop, low, row, ok, block, S, SIZE, BLOCK, False), s, float("-inf"))
     mine = block * PER + tl.arange(0, PER)
     best = tl.max(tl.reshape(s, (TOKENS, PER, SIZE)), axis=2)
@@ -111,7 +137,7 @@ def lightning_forward_kernel(q, k, lse, q_idx, weights, k_idx, low, high, chosen
   """moments float32[5, B, T, R]: the maximum of the index scores and `moments_of` all blocks."""
   b, r = tl.program_id(0) % (B * R) // R, tl.program_id(0) % R
   tile = (T + TOKENS - 1) // TOKENS - 1 - tl.program_id(0) // (B * R)
-  at, ok, first, stop = _tile(low, high, b, tile, T, TOKENS)
+  at, ok, first, stop = tile_of(low, high, b, tile, T, TOKENS)
   begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
   row = at * R + r
   top = tl.full((TOKENS,), float("-inf"), tl.float32)
@@ -124,7 +150,7 @@ def lightning_forward_kernel(q, k, lse, q_idx, weights, k_idx, low, high, chosen
       seen = _seen(first, stop, chosen, row, ok, block, S, SIZE, BLOCK, SELECTED)
       p = _targets(q, k, lse, at, ok, b, r, block, S, K, R, G, H, SCALE, TOKENS, BLOCK, PRECISION)
       index_keys = load_block(k_idx + tl.cast(b, tl.int64) * S * HI, block, S, HI, HI, BLOCK, True)
-      s = _weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
+      s = weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
       p, s = tl.where(seen, p, 0.0), tl.where(seen, s, float("-inf"))
       new = tl.maximum(top, tl.max(s, axis=1))
       e, n, a, h, x = moments_of(p, s, new)
@@ -146,7 +172,7 @@ def lightning_ds_kernel(q, k, lse, q_idx, weights, k_idx, low, high, chosen, ind
   chose, is not written: the kernels that read it leave out the same."""
   b, r = tl.program_id(0) % (B * R) // R, tl.program_id(0) % R
   tile = (T + TOKENS - 1) // TOKENS - 1 - tl.program_id(0) // (B * R)
-  at, ok, first, stop = _tile(low, high, b, tile, T, TOKENS)
+  at, ok, first, stop = tile_of(low, high, b, tile, T, TOKENS)
   begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
   row = at * R + r
   norm = tl.load(index_lse + row, mask=ok, other=0.0)
@@ -157,7 +183,7 @@ def lightning_ds_kernel(q, k, lse, q_idx, weights, k_idx, low, high, chosen, ind
       seen = _seen(first, stop, chosen, row, ok, block, S, SIZE, BLOCK, SELECTED)
       p = _targets(q, k, lse, at, ok, b, r, block, S, K, R, G, H, SCALE, TOKENS, BLOCK, PRECISION)
       index_keys = load_block(k_idx + tl.cast(b, tl.int64) * S * HI, block, S, HI, HI, BLOCK, True)
-      s = _weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
+      s = weighted(q_idx, weights, row, ok, index_keys, HEADS, HI, TOKENS, BLOCK, PRECISION)
       c = block * BLOCK + tl.arange(0, BLOCK)
       gradient = score_gradient(p, s, seen, norm, share, weight)
       tl.store(out + c[None, :], gradient.to(ds.dtype.element_ty), mask=ok[:, None] & (c < S)[None, :])
@@ -177,7 +203,7 @@ def lightning_dq_kernel(q_idx, weights, k_idx, low, high, chosen, ds, dq, dweigh
   item, j = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
   b, r = item % (B * R) // R, item % R
   tile = (T + TOKENS - 1) // TOKENS - 1 - item // (B * R)
-  at, ok, first, stop = _tile(low, high, b, tile, T, TOKENS)
+  at, ok, first, stop = tile_of(low, high, b, tile, T, TOKENS)
   begin, end, _, _ = blocks_of(first, stop, ok, BLOCK)
   row = at * R + r
   head = row * HEADS + j
@@ -211,7 +237,7 @@ def lightning_dk_kernel(q_idx, weights, k_idx, low, high, ranges, chosen, ds, dk
   bounds = ranges + (b * BLOCKS + block) * 4
   acc = tl.zeros((BLOCK, HI), tl.float32)
   for tile in range(tl.load(bounds) // TOKENS, (tl.load(bounds + 1) + TOKENS - 1) // TOKENS):
-    at, ok, first, stop = _tile(low, high, b, tile, T, TOKENS)
+    at, ok, first, stop = tile_of(low, high, b, tile, T, TOKENS)
     row = at * R + r
     if _some(chosen, row, ok, block, S, SIZE, BLOCK, SELECTED):
       tiles = ds + ((tl.cast(b * R + r, tl.int64) * T + tile * TOKENS) * S + tl.arange(0, TOKENS)[:, None] * S)

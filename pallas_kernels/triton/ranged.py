@@ -163,13 +163,20 @@ def combine(o, lse, dtype):
       CHUNK=min(call.next_power_of_2(parts), 16), PP=call.next_power_of_2(parts)))
 
 
+def row_terms(o, lse, do, dlse):
+  """float32[B, T, N] that the gradient of a row's scores takes from dP.
+
+  A row that sees nothing has an o of zeros and no gradient of its lse.
+  """
+  return jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0.0)
+
+
 def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   """dq, dk, dv."""
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   do = do.astype(q.dtype)
-  # A row that sees nothing has an o of zeros and no gradient of its lse.
-  delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - jnp.where(lse > -jnp.inf, dlse, 0.0)
+  delta = row_terms(o, lse, do, dlse)
   tuned = tuning.get("range_dq", head_dim=H, dtype=q.dtype, length=C)
   rows = sizes.rows(tuned.rows)
   dq, base_2 = call.kernel_call(
