@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +10,21 @@ from jaxtyping import Array, Int
 from nsa import model as model_lib
 
 
-def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *, mode: str = "sparse",
-             selector: str = "own", key: Any = None) -> Int[Array, "B num_tokens"]:
+def generate(config, params: dict, tokens: Int[Array, "B T"], num_tokens: int, *,
+             mode: str = "sparse") -> Int[Array, "B num_tokens"]:
   """Greedy continuation of prompts of one length: int32[B, num_tokens]."""
-  return _generate(model_lib.Static(config), params, tokens, num_tokens, mode=mode, selector=selector, key=key)
+  return _generate(model_lib.Static(config), params, tokens, num_tokens, mode=mode)
 
 
 def answers(config, params: dict, tokens: Int[Array, " T"], begins: Int[Array, " Q"], num_tokens: int, *,
-            mode: str = "sparse", selector: str = "own", key: Any = None) -> Int[Array, "Q num_tokens"]:
+            mode: str = "sparse") -> Int[Array, "Q num_tokens"]:
   """Greedy continuations of several beginnings of one text: int32[Q, num_tokens].
 
   The text goes through the model once and fills the cache. Each continuation begins behind position begins[q], writes
   its own tokens over those of the text and sees none of what stands behind; tokens past the text's end mean nothing.
   Of methods that attend to what lies in a cache by position: no neural memory, nothing that chooses once per prompt.
   """
-  return _answers(model_lib.Static(config), params, tokens, begins, num_tokens, mode=mode, selector=selector, key=key)
+  return _answers(model_lib.Static(config), params, tokens, begins, num_tokens, mode=mode)
 
 
 def steps(config, params, cache, first, offset, num_tokens, **how):
@@ -42,23 +41,21 @@ def steps(config, params, cache, first, offset, num_tokens, **how):
   return produced.T
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames=("mode", "selector"))
-def _generate(config_box, params, tokens, num_tokens, *, mode, selector, key):
+@functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="mode")
+def _generate(config_box, params, tokens, num_tokens, *, mode):
   config = config_box.value
   B, T = tokens.shape
   cache = model_lib.init_cache(config, params, B, T + num_tokens)
-  how = dict(mode=mode, selector=selector, key=key)
-  out = model_lib.forward(config, params, tokens, losses=False, cache=cache, prompt=T, **how)
+  out = model_lib.forward(config, params, tokens, losses=False, cache=cache, prompt=T, mode=mode)
   first = jnp.argmax(out.logits[:, -1], -1).astype(tokens.dtype)
-  return steps(config, params, out.cache, first, T, num_tokens, **how)
+  return steps(config, params, out.cache, first, T, num_tokens, mode=mode)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), static_argnames=("mode", "selector"))
-def _answers(config_box, params, tokens, begins, num_tokens, *, mode, selector, key):
+@functools.partial(jax.jit, static_argnums=(0, 4), static_argnames="mode")
+def _answers(config_box, params, tokens, begins, num_tokens, *, mode):
   config = config_box.value
-  how = dict(mode=mode, selector=selector, key=key)
   cache = model_lib.init_cache(config, params, 1, tokens.shape[0])
-  out = model_lib.forward(config, params, tokens[None], losses=False, cache=cache, **how)
+  out = model_lib.forward(config, params, tokens[None], losses=False, cache=cache, mode=mode)
   first = jnp.argmax(model_lib.unembed(config, params, out.hidden[0, begins]), -1).astype(tokens.dtype)
-  one = lambda x: steps(config, params, out.cache, x[0][None], x[1] + 1, num_tokens, **how)[0]
+  one = lambda x: steps(config, params, out.cache, x[0][None], x[1] + 1, num_tokens, mode=mode)[0]
   return jax.lax.map(one, (first, begins))

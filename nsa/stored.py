@@ -195,6 +195,6 @@ def _anywhere(failed: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(failed)).any())
 
 
-def shortened(error, limit=600) -> str:
+def shortened(error) -> str:
   text = " ".join(str(error).split())
-  return text if len(text) <= limit else text[:limit] + " ..."
+  return text if len(text) <= 600 else text[:600] + " ..."

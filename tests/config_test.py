@@ -184,15 +184,24 @@ def test_each_wrong_field_is_named_with_its_value_and_the_fix(path, value, field
   assert any(name == field and words in fix for name, _, fix in found), found
 
 
-@pytest.mark.parametrize("field,value,words", [
-    ("compress_len", 24, "multiple of compress_stride"), ("block_size", 40, "multiple of compress_stride"),
-    ("compress_stride", 0, "multiple"), ("window", 4096, "context of 1024"), ("window", 0, "between 1"),
-    ("compress_len", 2048, "longer than the context")])
-def test_nsa_constraints(field, value, words):
-  config = make_config("nsa")
+@pytest.mark.parametrize("method,field,value,words", [
+    ("nsa", "compress_len", 24, "multiple of compress_stride"), ("nsa", "compress_stride", 0, "multiple of"),
+    ("nsa", "block_size", 40, "multiple of compress_stride"),
+    ("nsa", "window", 4096, "context of 1024"), ("nsa", "window", 0, "between 1"),
+    ("nsa", "compress_len", 2048, "longer than the context"), ("seer", "gate_dim", 5, "even"),
+    ("moba", "key_conv", -1, "0 for none"), ("infllm_v2", "pool_stride", 0, "at least 1 token"),
+    ("infllm_v2", "pool_len", 24, "multiple of pool_stride = 16"),
+    ("infllm_v2", "block_size", 40, "multiple of pool_stride = 16"),
+    ("infllm_v2", "pool_len", 2048, "longer than the context of 1024"),
+    ("infllm_v2", "coarse_lse", True, "must see all blocks")])
+def test_options_of_methods_are_named(method, field, value, words):
+  config = make_config(method)
+  if method == "infllm_v2":
+    config.attention.num_local = 2
   config_lib.validate(config)
   setattr(config.attention, field, value)
-  assert any(name.startswith("attention.") and words in fix for name, _, fix in problems_of(config))
+  found = [(name, fix) for name, _, fix in problems_of(config) if words in fix]
+  assert any(name == f"attention.{field}" or f"{field} = {value}" in fix for name, fix in found), found
 
 
 @pytest.mark.parametrize("method", ["dense", "nsa", "block_topk"])

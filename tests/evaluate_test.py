@@ -213,8 +213,9 @@ def test_exact_match_is_what_greedy_decoding_gives():
   assert (begins == begins[0]).all() and all(row["exact_match"] == 0 for row in of_kind(rows, "task"))
   prompt = examples["inputs"][:, :begins[0] + 1]
   decoded = np.asarray(decoding.generate(config, params, prompt, 6, mode="dense"))[:, -6:]
-  run = evaluate._runner(evaluate._program(config, "dense", "own"), None)
-  decode = functools.partial(evaluate._decoder(config, "dense"), params)
+  way = evaluate.Way(config, "dense", "own")
+  run = evaluate._runner(evaluate._program(way), None)
+  decode = functools.partial(evaluate._decoder(way), params)
 
   def scored(answers):
     """Exact match; that of the evaluation's own decoding, which goes on with its own tokens, is the same."""

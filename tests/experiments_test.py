@@ -58,8 +58,8 @@ def test_the_runs_of_the_pilot_share_their_programs():
   mesh = sharding.make_mesh(jobs[0].config)
   steps = {(step_lib._key(job.config, mesh), step.program) for job in jobs
            for step in schedule.programs(job.config, max(0, job.config.fork.step))}
-  modes = {evaluate._program(*found) for job in jobs for mode in job.config.eval.run_modes + job.config.eval.during
-           if (found := evaluate.how(job.config, mode))}
+  modes = {evaluate._program(way) for job in jobs for mode in job.config.eval.run_modes + job.config.eval.during
+           if (way := evaluate.how(job.config, mode))}
   # Steps: dense; MSA warming up, sparse, mixed dense, mixed sparse = sparse, the selector alone; NSA sparse; window.
   # Evaluations: five modes of the dense model, six each of MSA and NSA, two of the window.
   assert (len(jobs), len(steps), len(modes)) == (39, 7, 19)

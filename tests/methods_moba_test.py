@@ -11,7 +11,7 @@ import one_layer
 from one_layer import H, K
 import pytest
 
-from nsa import config as config_lib, evaluate, flops, methods, model as model_lib, optim
+from nsa import evaluate, flops, methods, model as model_lib, optim
 from nsa.methods import blocks
 
 B, T, V, N = 2, 44, 32, 4  # the last block has 4 tokens of 8
@@ -169,9 +169,3 @@ def test_a_convolved_model_has_no_run_mode_without_its_taps():
   assert evaluate.how(make_config(VARIANTS["conv"]), "flexprefill") is None
   assert evaluate.how(make_config(VARIANTS["plain"]), "flexprefill") is not None
   assert evaluate.how(make_config(VARIANTS["conv"]), "oracle") is not None
-
-
-def test_check_names_the_field():
-  config = make_config(dataclasses.replace(VARIANTS["conv"], key_conv=-1), vocab_size=320)
-  with pytest.raises(config_lib.ConfigError, match=r"attention\.key_conv = -1"):
-    config_lib.validate(config)

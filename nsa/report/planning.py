@@ -191,12 +191,12 @@ def _tokens(config, steps: int) -> float:
 # --- which kernel -------------------------------------------------------------------
 
 
-def union_break_even(config: dict, chip: str = "h200") -> float:
-  """The union of a tile, over the blocks of one query, up to which attending to unions can be faster on a GPU.
+def union_break_even(config: dict) -> float:
+  """The union of a tile, over the blocks of one query, up to which attending to unions can be faster on an H200.
 
   A tile attends to all blocks that one of its queries chose: its products grow with the union. Block by block (KV
   outer) each (query, block) has a partial result, log-sum-exp included, that is written and read again. Both as
-  fast as the chip's data sheet allows, forward. NaN without blocks.
+  fast as its data sheet allows, forward. NaN without blocks.
   """
   from pallas_kernels import cost
   options, model = config.get("attention", {}), config.get("model", {})
@@ -204,5 +204,6 @@ def union_break_even(config: dict, chip: str = "h200") -> float:
   if not block or not head_dim:
     return math.nan
   width = 4 if model.get("dtype") == "float32" else 2
-  products = 4 * head_dim * block / cost.CHIPS[chip].flops
-  return max(2 * (width * head_dim + 4) / cost.CHIPS[chip].bandwidth, products) / products
+  chip = cost.CHIPS["h200"]
+  products = 4 * head_dim * block / chip.flops
+  return max(2 * (width * head_dim + 4) / chip.bandwidth, products) / products

@@ -21,6 +21,9 @@ from typing import Mapping, Sequence
 import numpy as np
 import scipy
 
+ALPHA = 0.05         # of a test without a family
+POWER = 0.8          # of the smallest effect that is called detectable
+LEVEL = 0.95         # of intervals
 EXACT = 16           # up to so many differences all their signs are flipped, 2^16 ways; beyond, so many at random
 
 
@@ -32,7 +35,6 @@ class Interval:
   high: float
   n: int                         # replicates
   standard_deviation: float = math.nan
-  level: float = 0.95
 
   @property
   def half_width(self) -> float:
@@ -48,7 +50,7 @@ class Interval:
     return self.low > 0 or self.high < 0  # False when either is NaN
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
   """Student's t interval of the mean of `values` (one per seed). With n = 1 there is none.
 
   Raises ValueError for no values, or for one that is not finite: a diverged seed is the caller's to count.
@@ -56,10 +58,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
   x = _finite("values", values)
   mean, n = float(x.mean()), len(x)
   if n == 1:
-    return Interval(mean, math.nan, math.nan, 1, level=level)
+    return Interval(mean, math.nan, math.nan, 1)
   sd = float(x.std(ddof=1))
   half = float(scipy.special.stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
-  return Interval(mean, mean - half, mean + half, n, sd, level)
+  return Interval(mean, mean - half, mean + half, n, sd)
 
 
 def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[int], np.ndarray]:
@@ -96,7 +98,7 @@ class Judgement:
   detectable: float    # smallest effect seen with 80 % power at 5 % two-sided, given the SD found
 
 
-def judge(differences: Sequence[float], margin: float, alpha: float = 0.05) -> Judgement:
+def judge(differences: Sequence[float], margin: float) -> Judgement:
   """The verdict on paired differences (one per seed): see the top of this file for the words. The interval is of
   95 %."""
   interval = t_interval(differences)
@@ -104,8 +106,8 @@ def judge(differences: Sequence[float], margin: float, alpha: float = 0.05) -> J
     return Judgement("no interval", interval, margin, math.nan, math.nan, math.nan)
   p = tost(differences, margin)
   different = t_test(differences)
-  word = "matches" if p <= alpha else "differs" if different <= alpha else "undecided"
-  detectable = smallest_detectable_effect(interval.standard_deviation, interval.n, alpha=alpha)
+  word = "matches" if p <= ALPHA else "differs" if different <= ALPHA else "undecided"
+  detectable = smallest_detectable_effect(interval.standard_deviation, interval.n)
   return Judgement(word, interval, margin, p, different, detectable)
 
 
@@ -160,7 +162,7 @@ def two_groups(values: Sequence[float], apart: float) -> tuple[list[float], list
   return list(map(float, x[:cut])), list(map(float, x[cut:]))
 
 
-def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
+def power(effect: float, sd: float, n: int, alpha: float = ALPHA) -> float:
   """Power of the two-sided paired t test with n pairs, whose differences have mean `effect` and SD `sd`."""
   critical = scipy.special.stdtrit(n - 1, 1 - alpha / 2)
   shift = effect * math.sqrt(n) / sd
@@ -171,7 +173,7 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
   return float(1 - weight @ missed / weight.sum())
 
 
-def smallest_detectable_effect(sd: float, n: int, power_wanted: float = 0.8, alpha: float = 0.05) -> float:
+def smallest_detectable_effect(sd: float, n: int, alpha: float = ALPHA) -> float:
   """The mean difference that n pairs find with 80 % power at 5 % two-sided: noncentral t, by bisection.
 
   `sd` is the standard deviation of the paired differences; the answer is in its unit. NaN below
@@ -179,21 +181,21 @@ def smallest_detectable_effect(sd: float, n: int, power_wanted: float = 0.8, alp
   """
   if n < 2 or not math.isfinite(sd):
     return math.nan
-  return sd * _detectable_in_sd(n, power_wanted, alpha) if sd else 0.0
+  return sd * _detectable_in_sd(n, alpha) if sd else 0.0
 
 
 @functools.lru_cache(maxsize=None)
-def _detectable_in_sd(n: int, power_wanted: float, alpha: float) -> float:
+def _detectable_in_sd(n: int, alpha: float) -> float:
   low, high = 0.0, 1.0
-  while power(high, 1.0, n, alpha) < power_wanted:
+  while power(high, 1.0, n, alpha) < POWER:
     low, high = high, 2 * high
   for _ in range(60):
     middle = (low + high) / 2
-    low, high = (middle, high) if power(middle, 1.0, n, alpha) < power_wanted else (low, middle)
+    low, high = (middle, high) if power(middle, 1.0, n, alpha) < POWER else (low, middle)
   return high
 
 
-def tost_power(sd: float, n: int, margin: float, alpha: float = 0.05) -> float:
+def tost_power(sd: float, n: int, margin: float, alpha: float = ALPHA) -> float:
   """The share of studies in which n pairs of SD `sd` show equivalence within the margin when there is no difference.
 
   By 20,000 simulated means and variances (seed 0): both are independent of normal values.
@@ -203,19 +205,18 @@ def tost_power(sd: float, n: int, margin: float, alpha: float = 0.05) -> float:
   return float(np.mean(np.abs(mean) + scipy.special.stdtrit(n - 1, 1 - alpha) * error <= margin))
 
 
-def standard_deviation_interval(sd: float, df: int, level: float = 0.95) -> tuple[float, float]:
+def standard_deviation_interval(sd: float, df: int) -> tuple[float, float]:
   """Interval of a standard deviation that was estimated with `df` degrees of freedom: chi-square, of normal values.
 
   (NaN, NaN) without degrees of freedom.
   """
   if df < 1:
     return math.nan, math.nan
-  tail = (1 - level) / 2
+  tail = (1 - LEVEL) / 2
   return sd * math.sqrt(df / scipy.special.chdtri(df, tail)), sd * math.sqrt(df / scipy.special.chdtri(df, 1 - tail))
 
 
-def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: int = 0,
-                           level: float = 0.95) -> Interval:
+def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: int = 0) -> Interval:
   """Percentile interval of the weighted mean of differences[seed, document], both resampled.
 
   float[S, D] paired differences per seed and document (NaN = missing) and weights of the same
@@ -240,9 +241,9 @@ def hierarchical_bootstrap(differences, weights=None, draws: int = 4000, seed: i
   means = total[weight > 0] / weight[weight > 0]
   mean = float((x * w).sum() / w.sum())
   if S == D == 1:
-    return Interval(mean, math.nan, math.nan, 1, level=level)
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-  return Interval(mean, float(low), float(high), S, level=level)
+    return Interval(mean, math.nan, math.nan, 1)
+  low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+  return Interval(mean, float(low), float(high), S)
 
 
 def weighted_ratios(above, below, draws: int, seed: int = 0) -> np.ndarray:
