@@ -26,10 +26,10 @@ def kernels_run():
 
 
 def several_programs(monkeypatch):
-  """For a sequence, each with several tiles."""
-  from pallas_kernels.triton import call, heads
-  monkeypatch.setattr(heads, "BACKWARD", call.Tiles(16, 2, 4))
-  monkeypatch.setattr(heads, "UNCONVOLVE", call.Tiles(16, 3, 4))
+  """For a sequence, each with several stretches of tokens."""
+  from pallas_kernels.triton import heads
+  monkeypatch.setattr(heads, "FORWARD", heads.Walk(8, 4, 2, 4))
+  monkeypatch.setattr(heads, "BACKWARD", heads.Walk(16, 3, 2, 4))
 
 
 def heads_by_xla(y, taps, gain, table, first, eps):
@@ -126,7 +126,7 @@ def test_norm_and_gate_in_one_pass(seeds):
     run = lambda *a: results_and_gradients(function, a)
     return jax.vmap(run)(*arguments) if seeds else run(*arguments)
 
-  normed, more = (draw(2, 64, 24), draw(24)), draw(2, 64, 24)
+  normed, more = (draw(2, 64, 300), draw(300)), draw(2, 64, 300)  # the gradient's pass takes 300 in three pieces
   for function, arguments in ((lambda of, x, gain: of(x, None, gain, eps=1e-5), normed),
                               (lambda of, x, gain, more: of(x, more, gain, eps=1e-5), (*normed, more))):
     one, steps = (functools.partial(function, of) for of in (fused.norm, layers.add_and_norm))

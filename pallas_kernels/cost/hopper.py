@@ -71,12 +71,12 @@ def index_top_k(spec, chip):
 def selected_attention(spec, chip, indices, backward, common=None):
   """`common`: whether blocks that neighbours share are attended tile by tile; None is what the kernels do."""
   del chip
-  from pallas_kernels.lists import TILE_ROWS
+  from pallas_kernels.lists import BACKWARD_TILES, FORWARD_TILES, TILE_ROWS
   from pallas_kernels.mosaic_gpu import backward as backward_kernels, selected, shared_blocks
   B, T, K, J = indices.shape
   G, H, block, size = spec.G, spec.H, spec.block_size, _size(spec)
   plan, _ = selected._slices(B, T, T, K, G, J, H, block,
-                             selected.BACKWARD_TILES if backward else selected.FORWARD_TILES)
+                             BACKWARD_TILES if backward else FORWARD_TILES)
   per_list = counts.lists(indices, plan.queries, plan.range_size, plan.blocks)
   q = size * B * T * spec.N * H
   row = size * H + 4  # a partial result and its log-sum-exp

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import backends, lists as entry_lists, validate
-from pallas_kernels.lists import Plan
 from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_blocks
 from pallas_kernels.mosaic_gpu.tiles import LOG2E, of_another_gpu
 
@@ -33,10 +32,6 @@ HEAD_DIMS = (64, 96, 128)
 BLOCK_SIZES = (32, 64, 128)
 MAX_GROUP = 16
 MAX_SLOTS = 64  # that `merge` unrolls
-RANGE_BYTES = 8 * 2 ** 20     # of Q of one KV head: what one range of queries takes of the L2 cache
-# Of a list, at least, on average, whatever a range then takes. Backward each list ends in sums of its block: 262,144
-# tokens, blocks of 128, layer with KL, forward + backward, one H200: lists of 8, 16, 32 tiles 346, 330, 328 ms.
-FORWARD_TILES, BACKWARD_TILES = 8, 16
 PARTIAL_BYTES = 10 * 2 ** 30  # of partial results alive at a time
 
 
@@ -64,22 +59,10 @@ def supports(q, k, v, block_indices, *, block_size, scale=None, **_):
   return of_another_gpu("q")
 
 
-def _slices(B, T, S, K, G, J, H, block_size, list_tiles=FORWARD_TILES):
+def _slices(B, T, S, K, G, J, H, block_size, list_tiles=entry_lists.FORWARD_TILES):
   """The plan of one slice of the queries, and how many slices there are."""
   slices, size = entry_lists.slices_of(T, B * K * G * J * H * 2, PARTIAL_BYTES)
-  return make_plan(B, size, S, K, G, J, H, block_size, list_tiles), slices
-
-
-def make_plan(B, T, S, K, G, J, H, block_size, list_tiles=FORWARD_TILES):
-  """Sizes of the lists: ranges of queries that fit the L2 cache, units that pay for their block."""
-  tile_tokens = entry_lists.TILE_ROWS // G
-  blocks = -(-S // block_size)
-  # Shorter lists would mostly load keys.
-  range_size = max(RANGE_BYTES // (G * H * 2), list_tiles * tile_tokens * blocks // J, 1)
-  # A unit's list lies in shared memory, 8 bytes per token: at G = 1 more would leave room for one
-  # thread block per multiprocessor instead of two. (24/8 heads of 128 at 32,768 tokens, forward + backward: 24 tiles
-  # 6.98 ms, 32 tiles 7.55.)
-  return Plan(B, T, S, K, G, J, block_size, min(range_size, T), tiles_per_unit={1: 12, 2: 16, 3: 24}.get(G, 32))
+  return entry_lists.plan_of(B, size, S, K, G, J, H, block_size, list_tiles), slices
 
 
 def forward_slots(plan, head_dim):
@@ -104,7 +87,7 @@ def _selected_attention(q, k, v, block_indices, segment_ids, offset, block_size,
   return _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, interpret)[0]
 
 
-def _plan_of(q, k, block_indices, block_size, list_tiles=FORWARD_TILES):
+def _plan_of(q, k, block_indices, block_size, list_tiles=entry_lists.FORWARD_TILES):
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   return _slices(B, T, S, K, N // K, block_indices.shape[3], H, block_size, list_tiles)
@@ -155,7 +138,7 @@ def _forward(q, k, v, block_indices, segment_ids, offset, block_size, scale, int
 def _backward(block_size, scale, interpret, residuals, cotangents):
   q, k, v, o, lse, segment_ids, offset, block_indices = residuals
   do, dlse = cotangents
-  plan, slices = _plan_of(q, k, block_indices, block_size, BACKWARD_TILES)
+  plan, slices = _plan_of(q, k, block_indices, block_size, entry_lists.BACKWARD_TILES)
   H = q.shape[-1]
   do = do.astype(q.dtype)
   # A query that sees nothing has no entries, an o of zeros and no gradient of its lse; 0 keeps its row finite.

@@ -1,8 +1,7 @@
-"""Short convolution, RMSNorm per head and rotary embedding in one pass over memory, and their gradient in two.
+"""Short convolution, RMSNorm per head and rotary embedding in one pass over memory, and their gradient in one.
 
 XLA makes a dozen passes of them: shifted copies for the convolution, a reduction and a pass for the norm, halves cut
-and joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here; the
-gradient of the convolution's result is rounded to y.dtype between its two passes, as XLA's is.
+and joined for the rotation, a reduction for each tap and gain. Between the steps numbers stay float32 here.
 """
 from __future__ import annotations
 
@@ -16,9 +15,18 @@ import numpy as np
 from pallas_kernels.triton import call, heads_kernels
 
 GROUPS = 6  # that the kernels have places for, beside q
-# Of one head. Gradients of taps and gains are summed over the rows of all tiles of a program at once. On one H200, 8 x
-# 4,096 tokens, 8/2 heads of 64, 3 taps: backward 0.14 ms of 0.26 with a sum for each tile; others take 0.15 to 0.18.
-FORWARD, BACKWARD, UNCONVOLVE = call.Tiles(32, 1, 4), call.Tiles(16, 8, 4), call.Tiles(16, 16, 4)
+class Walk(NamedTuple):
+  """What a program does with one head: `rows` stretches of `tokens` side by side; `ahead`, which divides `tokens`, of
+  each are loaded at once."""
+  rows: int
+  tokens: int
+  ahead: int
+  warps: int
+
+
+# On one H200, 8 x 4,096 tokens, 8/2 heads of 64, 3 taps: forward 0.036 ms, others to 0.062; backward 0.086, others
+# 0.083 (16 stretches of 64, too few programs for few heads) to 0.112, in two passes 0.120.
+FORWARD, BACKWARD = Walk(8, 16, 4, 4), Walk(8, 16, 2, 4)
 
 
 def heads(y, taps, gain, cos, sin, first, eps):
@@ -117,14 +125,15 @@ def _inputs(y, taps, gains, cos, sin, first):
   return (y, *(nothing if x is None else x for x in (taps, gains, cos, sin)), first)
 
 
-def _parts_of(y, tiles):
-  """Programs that share the tokens of a sequence."""
-  return -(-y.shape[1] // (tiles.rows * tiles.count))
+def _programs(y, walk):
+  """That share the tokens of a sequence."""
+  return -(-y.shape[1] // (walk.rows * walk.tokens))
 
 
-def _how(y, tiles):
+def _how(y, walk):
   B, _, N, _ = y.shape
-  return dict(grid=(B * N * _parts_of(y, tiles),), num_warps=tiles.warps, num_stages=1, ROWS=tiles.rows)
+  return dict(grid=(B * N * _programs(y, walk),), num_warps=walk.warps, num_stages=1, ROWS=walk.rows,
+              TOKENS=walk.tokens, AHEAD=walk.ahead)
 
 
 def _forward(y, taps, gains, cos, sin, first, eps, parts):
@@ -145,24 +154,19 @@ def _backward(y, taps, gains, cos, sin, first, do, eps, parts):
     B, T, N, H = y.shape
     W = 0 if taps is None else taps.shape[1]
     do = (*do, *(do[0],) * (1 + GROUPS - len(do)))
-    like_y = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    share = lambda tiles, *shape: jax.ShapeDtypeStruct((B * _parts_of(y, tiles), *shape), jnp.float32)
-    dy, dgains = call.kernel_call(
+    sums = max(W + (gains is not None), 1)
+    dy, shares = call.kernel_call(
         heads_kernels.heads_backward_kernel, (*_inputs(y, taps, gains, cos, sin, first), *do),
-        [like_y, share(BACKWARD, N, H)], name="heads_backward", EPS=eps, TILES=BACKWARD.count, **_how(y, BACKWARD),
-        **_sizes(y, taps, gains, cos, parts))
-    dtaps = None
-    if W:
-      dy, dtaps = call.kernel_call(
-          heads_kernels.unconvolve_kernel, (dy, y, taps, first), [like_y, share(UNCONVOLVE, W, N, H)],
-          name="heads_unconvolve", B=B, R=taps.shape[0], T=T, N=N, H=H, W=W, TILES=UNCONVOLVE.count,
-          **_how(y, UNCONVOLVE))
-      dtaps = dtaps.reshape(taps.shape[0], -1, W, N, H).sum(1)
-    if gains is not None:
-      group = np.repeat(np.arange(len(parts.heads)), parts.heads)  # of each head
-      mine = (group[:, None] == np.arange(1 + parts.turned))[..., None]
-      dgains = dgains.reshape(gains.shape[0], -1, N, H).sum(1)  # of each head: of each gain would read all as often
-      dgains = jnp.where(mine, dgains[:, :, None], 0.0).sum(1)
-    return dy, dtaps, dgains if gains is not None else None
+        [jax.ShapeDtypeStruct(y.shape, y.dtype),
+         jax.ShapeDtypeStruct((B * _programs(y, BACKWARD), sums, N, H), jnp.float32)],
+        name="heads_backward", EPS=eps, **_how(y, BACKWARD), **_sizes(y, taps, gains, cos, parts))
+    replicas = next((x.shape[0] for x in (taps, gains) if x is not None), 1)
+    sums = shares.reshape(replicas, -1, *shares.shape[1:]).sum(1)
+    if gains is None:
+      return dy, sums if W else None, None
+    group = np.repeat(np.arange(len(parts.heads)), parts.heads)  # of each head
+    mine = (group[:, None] == np.arange(1 + parts.turned))[..., None]
+    dgains = jnp.where(mine, sums[:, W, :, None], 0.0).sum(1)  # of each gain at once would read all as often
+    return dy, sums[:, :W] if W else None, dgains
 
   return _folded(run)(y, taps, gains, cos, sin, first, do)

@@ -1,11 +1,12 @@
 """Triton kernels of what stands between a projection and attention: short convolution, RMSNorm per head, rotation.
 
-A tile is ROWS tokens of one head. Its H numbers per token come as two halves of H2 = H / 2, which the rotation turns
-against each other. What a token reaches back to is read again, from the chip's caches, so each array passes through
-memory once. `first` is the first token of each token's segment. Of the heads of y NQ are q's, for the first array, then
-come groups of NK heads each, for the others. The first NT groups are normed, with a gain of each, and rotated as q is;
-the rest are convolved alone. NK = 0: all are q's. Parameters, and shares of their gradients, have a row for each of R
-replicas of B / R sequences.
+A program walks ROWS neighbouring stretches of TOKENS tokens of one head side by side, a token of each at a time, and
+keeps the W - 1 tokens before in registers, which the convolution reaches back to: so each array is read once. What
+AHEAD tokens need is loaded at once. The H numbers of a token come as two halves of H2 = H / 2, which the rotation turns
+against each other. `first` is the first token of each token's segment. Of the heads of y NQ are q's, for the first
+array, then come groups of NK heads each, for the others. The first NT groups are normed, with a gain of each, and
+rotated as q is; the rest are convolved alone. NK = 0: all are q's. Parameters, and shares of their gradients, have a
+row for each of R replicas of B / R sequences.
 """
 from __future__ import annotations
 
@@ -54,131 +55,213 @@ def gain_of(gain, b, n, B: tl.constexpr, R: tl.constexpr, NQ: tl.constexpr, NK: 
 
 
 @triton.jit
-def convolved(y, taps, b, t, n, low, ok, T, N: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
-  """Both halves of the convolution at the tokens t, float32[ROWS, H2] each; 0 where not ok. W = 0: the input.
-
-  taps: of this replica.
-  """
+def taps_of(taps, b, n, B: tl.constexpr, R: tl.constexpr, N: tl.constexpr, H2: tl.constexpr, W: tl.constexpr):
+  """Tuples of W, one for each half: the taps of head n, float32[1, H2]."""
   h = tl.arange(0, H2)
-  at = y + ((b * T + t) * N + n)[:, None] * (2 * H2) + h[None, :]
-  if W == 0:
-    one = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
-    two = tl.load(at + H2, mask=ok[:, None], other=0.0).to(tl.float32)
-  else:
-    one = tl.zeros([ROWS, H2], tl.float32)
-    two = tl.zeros([ROWS, H2], tl.float32)
-    for back in tl.static_range(W):
-      reach = (ok & (t - back >= low))[:, None]
-      tap = taps + (back * N + n) * (2 * H2) + h
-      before = at - back * N * (2 * H2)
-      one += tl.load(before, mask=reach, other=0.0).to(tl.float32) * tl.load(tap)[None, :]
-      two += tl.load(before + H2, mask=reach, other=0.0).to(tl.float32) * tl.load(tap + H2)[None, :]
+  one, two = (), ()
+  for back in tl.static_range(W):
+    tap = taps + ((b // (B // R) * W + back) * N + n) * (2 * H2) + h
+    one += (tl.load(tap)[None, :],)
+    two += (tl.load(tap + H2)[None, :],)
   return one, two
+
+
+@triton.jit
+def before_of(y, start, T, N: tl.constexpr, H2: tl.constexpr, W: tl.constexpr):
+  """Tuples of W - 1, one for each half: what the convolution reads of the tokens start - 1, start - 2, ..."""
+  one, two = (), ()
+  for back in tl.static_range(1, W):
+    t = start - back
+    at = y + t[:, None] * (N * 2 * H2) + tl.arange(0, H2)[None, :]
+    ok = ((t >= 0) & (t < T))[:, None]
+    one += (tl.load(at, mask=ok, other=0.0).to(tl.float32),)
+    two += (tl.load(at + H2, mask=ok, other=0.0).to(tl.float32),)
+  return one, two
+
+
+@triton.jit
+def convolved(own, before, taps, before_t, W: tl.constexpr):
+  """A half of the convolution, and the W values that it is made of: those within the token's segment, where before_t
+  tokens are before it."""
+  x, reached = own, (own,)
+  if W > 0:
+    x = own * taps[0]
+    for back in tl.static_range(1, W):
+      reached += (tl.where((back <= before_t)[:, None], before[back - 1], 0.0),)
+      x += reached[back] * taps[back]
+  return x, reached
 
 
 @triton.jit
 def heads_forward_kernel(y, taps, gain, cos, sin, first, oa, ob, oc, od, oe, of, og, B: tl.constexpr, R: tl.constexpr,
                          T: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, NT: tl.constexpr,
                          H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr,
-                         ROWS: tl.constexpr):
-  b, tile, n = tile_of(T, N, ROWS)
-  taps += b // (B // R) * (W * N * 2 * H2)
-  gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
-  t = tile * ROWS + tl.arange(0, ROWS)
-  ok = t < T
-  h = tl.arange(0, H2)
-  low = tl.load(first + b * T + t, mask=ok, other=0)
-  one, two = convolved(y, taps, b, t, n, low, ok, T, N, H2, W, ROWS)
-  if n < NQ + NT * NK:
-    if NORM:
-      scale = tl.rsqrt((tl.sum(one * one, axis=1) + tl.sum(two * two, axis=1)) / (2 * H2) + EPS)[:, None]
-      one = one * scale * tl.load(gain + h)[None, :]
-      two = two * scale * tl.load(gain + H2 + h)[None, :]
-    if ROPE:
-      c = tl.load(cos + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-      s = tl.load(sin + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-      turned = one * c - two * s
-      two = two * c + one * s
-      one = turned
+                         ROWS: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr):
+  b, part, n = tile_of(T, N, ROWS * TOKENS)
   to, step = place(oa, ob, oc, od, oe, of, og, n, NQ, NK, 2 * H2)
-  at = to + (b * T + t)[:, None] * step + h[None, :]
-  tl.store(at, one.to(oa.dtype.element_ty), mask=ok[:, None])
-  tl.store(at + H2, two.to(oa.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit
-def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df, dg, dz, dgain, B: tl.constexpr,
-                          R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr,
-                          NT: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-                          EPS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
-  """dz of TILES neighbouring tiles, the gradient of what the convolution gives, and their share of dgain
-  [B * programs per sequence, N, H], float32, summed over their rows at the end."""
-  b, part, n = tile_of(T, N, ROWS * TILES)
-  taps += b // (B // R) * (W * N * 2 * H2)
-  gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
+  is_turned = n < NQ + NT * NK
   h = tl.arange(0, H2)
-  of, step = place(da, db, dc, dd, de, df, dg, n, NQ, NK, 2 * H2)
-  total_one = tl.zeros([ROWS, H2], tl.float32)
-  total_two = tl.zeros([ROWS, H2], tl.float32)
-  for tile in range(TILES):
-    t = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
-    ok = t < T
-    at = of + (b * T + t)[:, None] * step + h[None, :]
-    one = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
-    two = tl.load(at + H2, mask=ok[:, None], other=0.0).to(tl.float32)
-    if n < NQ + NT * NK:
-      if ROPE:
-        c = tl.load(cos + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-        s = tl.load(sin + t[:, None] * H2 + h[None, :], mask=ok[:, None], other=0.0)
-        turned = one * c + two * s
-        two = two * c - one * s
-        one = turned
-      if NORM:
-        low = tl.load(first + b * T + t, mask=ok, other=0)
-        x_one, x_two = convolved(y, taps, b, t, n, low, ok, T, N, H2, W, ROWS)
-        scale = tl.rsqrt((tl.sum(x_one * x_one, axis=1) + tl.sum(x_two * x_two, axis=1)) / (2 * H2) + EPS)[:, None]
-        x_one, x_two = x_one * scale, x_two * scale
-        total_one += one * x_one
-        total_two += two * x_two
-        one = one * tl.load(gain + h)[None, :]
-        two = two * tl.load(gain + H2 + h)[None, :]
-        mean = ((tl.sum(one * x_one, axis=1) + tl.sum(two * x_two, axis=1)) / (2 * H2))[:, None]
-        one, two = scale * (one - x_one * mean), scale * (two - x_two * mean)
-    at = dz + ((b * T + t) * N + n)[:, None] * (2 * H2) + h[None, :]
-    tl.store(at, one.to(dz.dtype.element_ty), mask=ok[:, None])
-    tl.store(at + H2, two.to(dz.dtype.element_ty), mask=ok[:, None])
-  if NORM and n < NQ + NT * NK:
-    to = dgain + ((b * ((T + ROWS * TILES - 1) // (ROWS * TILES)) + part) * N + n) * (2 * H2) + h
-    tl.store(to, tl.sum(total_one, axis=0))
-    tl.store(to + H2, tl.sum(total_two, axis=0))
+  start = (part * ROWS + tl.arange(0, ROWS)) * TOKENS
+  y += (b * T * N + n) * (2 * H2)
+  to += b * T * step
+  first += b * T
+  gain_one = tl.zeros([ROWS, H2], tl.float32)
+  gain_two = gain_one
+  if NORM:
+    gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
+    if is_turned:
+      gain_one += tl.load(gain + h)[None, :]
+      gain_two += tl.load(gain + H2 + h)[None, :]
+  REACH: tl.constexpr = W - 1 if W > 0 else 0
+  tap_one, tap_two = taps_of(taps, b, n, B, R, N, H2, W)
+  before_one, before_two = before_of(y, start, T, N, H2, W)
+  at_y = y + start[:, None] * (N * 2 * H2) + h[None, :]
+  at_o = to + start[:, None] * step + h[None, :]
+  at_angle = start[:, None] * H2 + h[None, :]
+  for begin in range(0, TOKENS, AHEAD):
+    loaded = ()
+    for ahead in tl.static_range(AHEAD):
+      ok = start + begin < T - ahead
+      loaded += ((tl.load(at_y + ahead * (N * 2 * H2), mask=ok[:, None], other=0.0),
+                  tl.load(at_y + ahead * (N * 2 * H2) + H2, mask=ok[:, None], other=0.0),
+                  tl.load(first + start + begin + ahead, mask=ok, other=T)),)
+    for ahead in tl.static_range(AHEAD):
+      ok = (start + begin < T - ahead)[:, None]
+      own_one, own_two = loaded[ahead][0].to(tl.float32), loaded[ahead][1].to(tl.float32)
+      back = start + begin + ahead - loaded[ahead][2]
+      one, _ = convolved(own_one, before_one, tap_one, back, W)
+      two, _ = convolved(own_two, before_two, tap_two, back, W)
+      before_one, before_two = ((own_one,) + before_one)[:REACH], ((own_two,) + before_two)[:REACH]
+      if is_turned:
+        if NORM:
+          scale = tl.rsqrt(tl.sum(one * one + two * two, axis=1) / (2 * H2) + EPS)[:, None]
+          one, two = one * scale * gain_one, two * scale * gain_two
+        if ROPE:
+          c = tl.load(cos + at_angle + ahead * H2, mask=ok, other=0.0)
+          s = tl.load(sin + at_angle + ahead * H2, mask=ok, other=0.0)
+          turned = one * c - two * s
+          two = two * c + one * s
+          one = turned
+      tl.store(at_o + ahead * step, one.to(oa.dtype.element_ty), mask=ok)
+      tl.store(at_o + ahead * step + H2, two.to(oa.dtype.element_ty), mask=ok)
+    at_y += AHEAD * (N * 2 * H2)
+    at_o += AHEAD * step
+    at_angle += AHEAD * H2
 
 
 @triton.jit
-def unconvolve_kernel(dz, y, taps, first, dy, dtaps, B: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-                      N: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
-  """The convolution's gradients, of TILES neighbouring tiles: dy[t] sums taps[a] dz[t + a] over the tokens of t's
-  segment that reach back to it, and dtaps[a] sums y[t] dz[t + a], a share of [B * programs per sequence, W, N, H],
-  float32.
+def turned_back(one, two, x_one, x_two, cos, sin, gain_one, gain_two, at, ok, H2: tl.constexpr, NORM: tl.constexpr,
+                ROPE: tl.constexpr, EPS: tl.constexpr):
+  """Rotation and norm backward: the gradient of the norm's input x from that of the result, and the gain's shares.
+
+  `at`: of the tokens in the table of angles; a token that is not ok has zeros and gets zeros.
   """
-  b, part, n = tile_of(T, N, ROWS * TILES)
-  taps += b // (B // R) * (W * N * H)
-  h = tl.arange(0, H)
-  sums = (tl.zeros([ROWS, H], tl.float32),) * W
-  for tile in range(TILES):
-    t = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
-    at = ((b * T + t) * N + n)[:, None] * H + h[None, :]
-    own = tl.load(y + at, mask=(t < T)[:, None], other=0.0).to(tl.float32)
-    total = tl.zeros([ROWS, H], tl.float32)
-    more = ()
-    for ahead in tl.static_range(W):
-      ok = t + ahead < T
-      low = tl.load(first + b * T + t + ahead, mask=ok, other=T)
-      reach = (ok & (t >= low))[:, None]
-      z = tl.load(dz + at + ahead * N * H, mask=reach, other=0.0).to(tl.float32)
-      total += z * tl.load(taps + (ahead * N + n) * H + h)[None, :]
-      more += (sums[ahead] + z * own,)
-    sums = more
-    tl.store(dy + at, total.to(dy.dtype.element_ty), mask=(t < T)[:, None])
-  share = b * ((T + ROWS * TILES - 1) // (ROWS * TILES)) + part
-  for ahead in tl.static_range(W):
-    tl.store(dtaps + ((share * W + ahead) * N + n) * H + h, tl.sum(sums[ahead], axis=0))
+  share_one, share_two = one, two
+  if ROPE:
+    c = tl.load(cos + at, mask=ok, other=0.0)
+    s = tl.load(sin + at, mask=ok, other=0.0)
+    turned = one * c + two * s
+    two = two * c - one * s
+    one = turned
+  if NORM:
+    scale = tl.rsqrt(tl.sum(x_one * x_one + x_two * x_two, axis=1) / (2 * H2) + EPS)[:, None]
+    x_one, x_two = x_one * scale, x_two * scale
+    share_one, share_two = one * x_one, two * x_two
+    mean = (tl.sum(share_one * gain_one + share_two * gain_two, axis=1) / (2 * H2))[:, None]
+    one, two = scale * (one * gain_one - x_one * mean), scale * (two * gain_two - x_two * mean)
+  return one, two, share_one, share_two
+
+
+@triton.jit
+def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df, dg, dy, shares,
+                          B: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, NQ: tl.constexpr,
+                          NK: tl.constexpr, NT: tl.constexpr, H2: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr,
+                          ROPE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                          AHEAD: tl.constexpr):
+  """All gradients: dy, and shares of those of taps and, if NORM, behind them of gains, float32[B * programs of a
+  sequence, W (+ 1), N, H].
+
+  What there is of the dy of the W - 1 tokens before stays in registers too. The W - 1 tokens after a stretch are gone
+  through for what they give to it.
+  """
+  b, part, n = tile_of(T, N, ROWS * TOKENS)
+  of, step = place(da, db, dc, dd, de, df, dg, n, NQ, NK, 2 * H2)
+  is_turned = n < NQ + NT * NK
+  h = tl.arange(0, H2)
+  start = (part * ROWS + tl.arange(0, ROWS)) * TOKENS
+  y += (b * T * N + n) * (2 * H2)
+  dy += (b * T * N + n) * (2 * H2)
+  of += b * T * step
+  first += b * T
+  none = tl.zeros([ROWS, H2], tl.float32)
+  gain_one, gain_two, gain_sum_one, gain_sum_two = none, none, none, none
+  if NORM:
+    gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
+    if is_turned:
+      gain_one += tl.load(gain + h)[None, :]
+      gain_two += tl.load(gain + H2 + h)[None, :]
+  REACH: tl.constexpr = W - 1 if W > 0 else 0
+  tap_one, tap_two = taps_of(taps, b, n, B, R, N, H2, W)
+  before_one, before_two = before_of(y, start, T, N, H2, W)
+  # Of token t - a, at a - 1: what dy has of tokens before t.
+  owed_one, owed_two = (none,) * REACH, (none,) * REACH
+  tap_sum_one, tap_sum_two = (none,) * W, (none,) * W
+  at_y = y + start[:, None] * (N * 2 * H2) + h[None, :]
+  at_dy = dy + start[:, None] * (N * 2 * H2) + h[None, :]
+  at_o = of + start[:, None] * step + h[None, :]
+  at_angle = start[:, None] * H2 + h[None, :]
+  for begin in range(0, TOKENS + REACH, AHEAD):
+    loaded = ()
+    for ahead in tl.static_range(AHEAD):
+      ok = start + begin < T - ahead
+      wide = ok[:, None]
+      loaded += ((tl.load(at_o + ahead * step, mask=wide, other=0.0),
+                  tl.load(at_o + ahead * step + H2, mask=wide, other=0.0),
+                  tl.load(at_y + ahead * (N * 2 * H2), mask=wide, other=0.0),
+                  tl.load(at_y + ahead * (N * 2 * H2) + H2, mask=wide, other=0.0),
+                  tl.load(first + start + begin + ahead, mask=ok, other=T)),)
+    for ahead in tl.static_range(AHEAD):
+      i = begin + ahead
+      one, two, own_one, own_two = (loaded[ahead][0].to(tl.float32), loaded[ahead][1].to(tl.float32),
+                                    loaded[ahead][2].to(tl.float32), loaded[ahead][3].to(tl.float32))
+      before_t = start + i - loaded[ahead][4]
+      x_one, reached_one = convolved(own_one, before_one, tap_one, before_t, W)
+      x_two, reached_two = convolved(own_two, before_two, tap_two, before_t, W)
+      if is_turned:
+        one, two, share_one, share_two = turned_back(
+            one, two, x_one, x_two, cos, sin, gain_one, gain_two, at_angle + ahead * H2,
+            (start + begin < T - ahead)[:, None], H2, NORM, ROPE, EPS)
+        if NORM:
+          gain_sum_one += tl.where(i < TOKENS, share_one, 0.0)
+          gain_sum_two += tl.where(i < TOKENS, share_two, 0.0)
+      if W > 0:
+        counted_one, counted_two = tl.where(i < TOKENS, one, 0.0), tl.where(i < TOKENS, two, 0.0)
+        sums_one, sums_two = (), ()
+        for back in tl.static_range(W):
+          sums_one += (tap_sum_one[back] + counted_one * reached_one[back],)
+          sums_two += (tap_sum_two[back] + counted_two * reached_two[back],)
+        tap_sum_one, tap_sum_two = sums_one, sums_two
+        now_one, now_two = (one * tap_one[0],), (two * tap_two[0],)
+        for back in tl.static_range(1, W):
+          reach = (back <= before_t)[:, None]
+          now_one += (owed_one[back - 1] + tl.where(reach, one, 0.0) * tap_one[back],)
+          now_two += (owed_two[back - 1] + tl.where(reach, two, 0.0) * tap_two[back],)
+        one, two = now_one[REACH], now_two[REACH]
+        owed_one, owed_two = now_one[:REACH], now_two[:REACH]
+        before_one, before_two = ((own_one,) + before_one)[:REACH], ((own_two,) + before_two)[:REACH]
+      to = at_dy + (ahead - REACH) * (N * 2 * H2)
+      ok = ((start + begin < T - (ahead - REACH)) & (i >= REACH) & (i < TOKENS + REACH))[:, None]
+      tl.store(to, one.to(dy.dtype.element_ty), mask=ok)
+      tl.store(to + H2, two.to(dy.dtype.element_ty), mask=ok)
+    at_y += AHEAD * (N * 2 * H2)
+    at_dy += AHEAD * (N * 2 * H2)
+    at_o += AHEAD * step
+    at_angle += AHEAD * H2
+  SUMS: tl.constexpr = W + 1 if NORM else W
+  shares += ((b * ((T + ROWS * TOKENS - 1) // (ROWS * TOKENS)) + part) * SUMS * N + n) * (2 * H2) + h
+  for back in tl.static_range(W):
+    tl.store(shares + back * N * (2 * H2), tl.sum(tap_sum_one[back], axis=0))
+    tl.store(shares + back * N * (2 * H2) + H2, tl.sum(tap_sum_two[back], axis=0))
+  if NORM:
+    tl.store(shares + W * N * (2 * H2), tl.sum(gain_sum_one, axis=0))
+    tl.store(shares + W * N * (2 * H2) + H2, tl.sum(gain_sum_two, axis=0))

@@ -24,6 +24,7 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 # Of P, from the forward to the backward pass of one call: 4.5 GiB at 262,144 tokens, where making it again costs 23 of
 # 369 ms, forward + backward, of the layer on one H200.
 KEPT_BYTES = 5 * 2 ** 30
+MAX_GROUP = 16  # of lists for attention: tiles hold a group whole
 MERGED_ROWS = 32  # (token, KV head)s whose entries one program adds up
 SUMMED_COLUMNS = 32  # of dK and dV that one program adds up
 SLICE_BYTES = 4 * 2 ** 30   # of P and dq_idx by entry that are alive at a time
@@ -46,7 +47,7 @@ def supports_index_kl(*, q, k, q_idx, k_idx, block_indices, block_size, scale, i
   if call.small_memory() and block_size * max(q.shape[3], q_idx.shape[3]) > 64 * 128:
     return f"block_size = {block_size}: with these head dims the kernels need more shared memory than there is"
   plan, _ = _plan(q, k, q_idx, block_indices, block_size)
-  if plan.max_tiles * 64 >= 2 ** 31 or plan.lists >= 2 ** 31:
+  if plan.max_tiles * entry_lists.TILE_ROWS >= 2 ** 31 or plan.lists >= 2 ** 31:
     return f"block_indices {block_indices.shape} has more entries per slice of queries than int32 counts"
   return None
 
@@ -84,25 +85,37 @@ _index_kl.defvjp(_forward, _backward)
 
 
 def _plan(q, k, q_idx, block_indices, block_size):
-  """Lists of tokens per block of a slice of the queries, and how many slices there are; heads go one after the other,
-  so a tile's rows are tokens: a group of 1."""
+  """Lists of tokens per block of a slice of the queries, and how many slices there are. Heads are no rows here, so a
+  tile of 64 rows would be 64 tokens, a group of 1; but where all queries are one range of selected attention, its lists
+  serve here too and are made once."""
   (B, T, N, H), (S, K), J = q.shape, k.shape[1:3], block_indices.shape[3]
   per_query = B * K * J * (block_size + q_idx.shape[3]) * q.dtype.itemsize
   slices, size = entry_lists.slices_of(T, per_query, SLICE_BYTES)
+  if slices == 1 and N // K <= MAX_GROUP:
+    of_attention = entry_lists.plan_of(B, T, S, K, N // K, J, H, block_size, entry_lists.BACKWARD_TILES)
+    if of_attention.range_size == T:
+      return of_attention, 1
   range_size = max(RANGE_BYTES // (N // K * H * 2), 8 * entry_lists.TILE_ROWS * -(-S // block_size) // J, 1)
   return entry_lists.Plan(B, size, S, K, 1, J, block_size, min(range_size, size), tiles_per_unit=16), slices
 
 
-def _tuned(q):
-  return tuning.get("index_kl", head_dim=q.shape[3], dtype=q.dtype)
+def _tuned(q, kernel="index_kl"):
+  return tuning.get(kernel, head_dim=q.shape[3], dtype=q.dtype)
 
 
 def _constants(q, k, q_idx, how):
   (_, _, N, H), (S, K) = q.shape, k.shape[1:3]
   _, scale, index_scale, precision = how
-  tuned = _tuned(q)
   return dict(S=S, K=K, G=N // K, H=H, HI=q_idx.shape[3], SCALE=scale * call.LOG2E, INDEX_SCALE=index_scale,
-              PRECISION=precision, num_warps=tuned.warps, num_stages=tuned.stages)
+              PRECISION=precision)
+
+
+def _launch(tuned):
+  return dict(num_warps=tuned.warps, num_stages=tuned.stages)
+
+
+def _launch_over_all(tuned):
+  return dict(TOKENS=tuned.rows, BLOCK=tuned.block, **_launch(tuned))
 
 
 def _losses(q_idx, k_idx, rest, *, how, keep):
@@ -117,8 +130,8 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
         kl_kernels.dense_forward_kernel,
         (q, k, lse, q_idx, k_idx, *spans.visible_keys(*q.shape[:2], k.shape[1], segment_ids, offset)),
         [jax.ShapeDtypeStruct((5, B, T, K), jnp.float32), jax.ShapeDtypeStruct((B, T, K, HI), jnp.float32)],
-        grid=(B * K * -(-T // tuned.rows),), name="index_kl_dense_forward", B=B, T=T, TOKENS=tuned.rows,
-        BLOCK=tuned.block, **constants)
+        grid=(B * K * -(-T // tuned.rows),), name="index_kl_dense_forward", B=B, T=T,
+        **_launch_over_all(tuned), **constants)
     top, norm, total, entropy, cross = moments
     index_lse = jnp.where(norm > 0, top + jnp.log(jnp.where(norm > 0, norm, 1.0)), -jnp.inf)
     return *loss_of(total, entropy, cross, index_lse), dq, None
@@ -128,28 +141,29 @@ def _losses(q_idx, k_idx, rest, *, how, keep):
   def one(block_indices, first):
     entries = _invert(block_indices, plan, q.shape[1], first, segment_ids, offset)
     moments, targets = _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, keep=keep)
-    return _merged(moments, entries.position), targets if keep else None, None
+    return _merged(moments, entries.position, plan), targets if keep else None, None
 
   results, targets, _ = entry_lists.in_slices(one, slices, (block_indices,))
   return *results, None, targets
 
 
-def _merged(moments, position):
+def _merged(moments, position, plan):
   """loss, index lse, 1 / sum of P: float32[B, T, K], of the `moments` of a query's entries: `loss_of` their sums."""
   *rows, J = position.shape
   return tuple(call.kernel_call(
       kl_kernels.merge_kernel, (moments, position), [jax.ShapeDtypeStruct(tuple(rows), jnp.float32)] * 3,
       grid=(-(-math.prod(rows) // MERGED_ROWS),), name="index_kl_merge", num_warps=4, num_stages=1, M=math.prod(rows),
-      J=J, JP=call.next_power_of_2(J), PLACES=moments.shape[1], ROWS=MERGED_ROWS))
+      J=J, JP=call.next_power_of_2(J), PLACES=moments.shape[1], ROWS=MERGED_ROWS,
+      TILE_TOKENS=plan.tile_tokens, G=plan.group))
 
 
-def _gathered(parts, position):
+def _gathered(parts, position, plan):
   """[B, T, K, HI] of the rows that a query's entries have in `parts` [places, HI], their sum."""
   *rows, J = position.shape
   return call.kernel_call(
       kl_kernels.gather_sum_kernel, (parts, position), jax.ShapeDtypeStruct((*rows, parts.shape[1]), parts.dtype),
       grid=(-(-math.prod(rows) // MERGED_ROWS),), name="index_kl_gather_sum", num_warps=4, num_stages=1,
-      M=math.prod(rows), J=J, SIZE=parts.shape[1], ROWS=MERGED_ROWS)
+      M=math.prod(rows), J=J, SIZE=parts.shape[1], ROWS=MERGED_ROWS, TILE_TOKENS=plan.tile_tokens, G=plan.group)
 
 
 def loss_of(total, entropy, cross, index_lse):
@@ -161,18 +175,18 @@ def loss_of(total, entropy, cross, index_lse):
 
 
 def _places(plan):
-  return plan.max_tiles * entry_lists.TILE_ROWS
+  return plan.max_tiles * plan.tile_tokens
 
 
 def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, *, keep, moments=True):
   """The moments of each entry, and P by entry; without `moments` or without `keep` nothing of use in their place."""
-  B, places, size = plan.batch, _places(plan), plan.block_size
+  B, places, size, tuned = plan.batch, _places(plan), plan.block_size, _tuned(q, "index_kl_forward")
   targets = jax.ShapeDtypeStruct((B, -(-places // B) if keep else 1, size), q.dtype)  # a first axis for `call.batched`
   return call.kernel_call(
       kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
       [jax.ShapeDtypeStruct((5, places if moments else 1), jnp.float32), targets], grid=(plan.max_units,),
-      name="index_kl_forward", PLACES=places, SIZE=size, TOKENS=entry_lists.TILE_ROWS, MOMENTS=moments, KEEP=keep,
-      **constants)
+      name="index_kl_forward", PLACES=places, SIZE=size, TOKENS=tuned.rows, TILE_TOKENS=plan.tile_tokens,
+      MOMENTS=moments, KEEP=keep, **_launch(tuned), **constants)
 
 
 def _invert(block_indices, plan, queries, first, segment_ids, offset):
@@ -197,11 +211,12 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
         kl_kernels.dense_dk_kernel, (q, k, lse, q_idx, k_idx, index_lse, factor, weight, low, high,
                                      ranged.who_sees(low, high, S, tuned.block)),
         jax.ShapeDtypeStruct((B, K, S, HI), jnp.float32), grid=(B * K * -(-S // tuned.block),),
-        name="index_kl_dense_dk", B=B, T=T, TOKENS=tuned.rows, BLOCK=tuned.block, **constants)
+        name="index_kl_dense_dk", B=B, T=T, **_launch_over_all(tuned), **constants)
     return (dq * dloss[..., None]).astype(q_idx.dtype), dk.sum(axis=1).astype(k_idx.dtype)
   plan, slices = _plan(q, k, q_idx, block_indices, how[0])
   dtype = k_idx.dtype if slices == 1 else jnp.float32  # several are summed
-  of_index = {name: constants[name] for name in ("S", "HI", "INDEX_SCALE", "PRECISION", "num_warps", "num_stages")}
+  tuned = _tuned(q, "index_kl_backward")
+  of_index = {name: constants[name] for name in ("S", "HI", "INDEX_SCALE", "PRECISION")} | _launch(tuned)
 
   def one(block_indices, targets, first):
     entries = _invert(block_indices, plan, T, first, segment_ids, offset)
@@ -212,8 +227,9 @@ def _gradients(q_idx, k_idx, rest, saved, targets, dloss, *, how):
         (q_idx, k_idx, index_lse, factor, weight, entries.rows, entries.spans, entries.units, targets),
         [jax.ShapeDtypeStruct((_places(plan), HI), q_idx.dtype),
          jax.ShapeDtypeStruct((plan.max_units, how[0], HI), jnp.float32)],
-        grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=entry_lists.TILE_ROWS, **of_index)
-    return _gathered(dq, entries.position), None, sum_units(dk, entries.unit_start, plan, K, dtype)
+        grid=(plan.max_units,), name="index_kl_backward", SIZE=how[0], TOKENS=tuned.rows, TILE_TOKENS=plan.tile_tokens,
+        **of_index)
+    return _gathered(dq, entries.position, plan), None, sum_units(dk, entries.unit_start, plan, K, dtype)
 
   dq, _, dk = entry_lists.in_slices(one, slices, (block_indices, targets))
   return dq, dk.reshape(B, -1, HI)[:, :k.shape[1]].astype(k_idx.dtype)

@@ -61,7 +61,8 @@ def store_moments(moments, place, PLACES: tl.constexpr, ok, top, norm, total, en
 def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, targets, S: tl.constexpr,
                             K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                            TOKENS: tl.constexpr, MOMENTS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
+                            TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, MOMENTS: tl.constexpr,
+                            KEEP: tl.constexpr, PRECISION: tl.constexpr):
   """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `moments_of`.
 
   `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask.
@@ -80,7 +81,7 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     p = tl.where(seen, target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
-    place = tile.to(tl.int64) * TOKENS + i
+    place = tile.to(tl.int64) * TILE_TOKENS + i
     if MOMENTS:
       s = tl.dot(index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
       s = tl.where(seen, s, float("-inf"))
@@ -102,7 +103,8 @@ def score_gradient(p, s, seen, index_lse, factor, weight):
 @triton.jit
 def selected_backward_kernel(q_idx, k_idx, index_lse, factor, weight, rows, spans, units, targets, dq_parts, dk_parts,
                              S: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
-                             INDEX_SCALE: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+                             INDEX_SCALE: tl.constexpr, TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+                             PRECISION: tl.constexpr):
   """What a block of keys gives to dq_idx, [PLACES, HI], one row per entry, and dk_idx, float32[units, SIZE, HI].
 
   factor and weight, [B, T, K]: 1 / sum of P, and d loss * INDEX_SCALE. `targets` holds P of each entry.
@@ -113,27 +115,31 @@ def selected_backward_kernel(q_idx, k_idx, index_lse, factor, weight, rows, span
   start = tl.cast(b, tl.int64) * S
   index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
   c = tl.arange(0, SIZE)
-  dk = tl.zeros((SIZE, HI), tl.float32)
+  # Of [SIZE, HI] or the other way round, what has 64 rows for the tensor core.
+  dk = tl.zeros((SIZE, HI) if SIZE >= 64 else (HI, SIZE), tl.float32)
   for begin in range(0, count, TOKENS):
     i = begin + tl.arange(0, TOKENS)
     ok = i < count
     row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
-    place = tile.to(tl.int64) * TOKENS + i
+    place = tile.to(tl.int64) * TILE_TOKENS + i
     p = tl.load(targets + place[:, None] * SIZE + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
     queries = index_rows(q_idx, row, ok, HI)
     s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
     ds = score_gradient(p, s, seen, tl.load(index_lse + row, mask=ok, other=0.0),
                          tl.load(factor + row, mask=ok, other=0.0), tl.load(weight + row, mask=ok, other=0.0))
     ds = ds.to(queries.dtype)
-    dk = tl.dot(tl.trans(ds), queries, dk, input_precision=PRECISION)
+    if SIZE >= 64:
+      dk = tl.dot(tl.trans(ds), queries, dk, input_precision=PRECISION)
+    else:
+      dk = tl.dot(tl.trans(queries), ds, dk, input_precision=PRECISION)
     dq = tl.dot(ds, index_keys, input_precision=PRECISION)
     tl.store(dq_parts + place[:, None] * HI + tl.arange(0, HI)[None, :], dq.to(dq_parts.dtype.element_ty),
              mask=ok[:, None])
   if count > 0:
     at = tl.program_id(0).to(tl.int64) * (SIZE * HI) + c[:, None] * HI + tl.arange(0, HI)[None, :]
-    tl.store(dk_parts + at, dk)
+    tl.store(dk_parts + at, dk if SIZE >= 64 else tl.trans(dk))
 
 
 @triton.jit
@@ -194,8 +200,14 @@ def sum_keys_kernel(dk_parts, dv_parts, unit_start, dk, dv, S: tl.constexpr, K: 
 
 
 @triton.jit
+def place_of(position, TILE_TOKENS: tl.constexpr, G: tl.constexpr):
+  """Where an entry's numbers lie, of the first of its G rows in tiles of 64."""
+  return position // 64 * TILE_TOKENS + position % 64 // G
+
+
+@triton.jit
 def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J: tl.constexpr, JP: tl.constexpr,
-                 PLACES: tl.constexpr, ROWS: tl.constexpr):
+                 PLACES: tl.constexpr, ROWS: tl.constexpr, TILE_TOKENS: tl.constexpr, G: tl.constexpr):
   """Of each of M rows the KL, the log normaliser of its index scores and 1 / sum of P, of the moments [5, PLACES] of
   its entries, which lie at position [M, J]; -1 is none."""
   row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -203,6 +215,7 @@ def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J:
   at = tl.load(position + tl.cast(row, tl.int64)[:, None] * J + j[None, :],
                mask=(row < M)[:, None] & (j < J)[None, :], other=-1)
   used = at >= 0
+  at = place_of(at, TILE_TOKENS, G)
   top = tl.load(moments + at, mask=used, other=float("-inf"))
   peak = tl.max(top, axis=1)
   decay = tl.exp2((top - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * LOG2E)
@@ -219,14 +232,16 @@ def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J:
 
 
 @triton.jit
-def gather_sum_kernel(parts, position, out, M: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+def gather_sum_kernel(parts, position, out, M: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+                      TILE_TOKENS: tl.constexpr, G: tl.constexpr):
   """out[m] = sum of parts [places, SIZE] at position [M, J], in float32 and in the order of J; -1 is none."""
   row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
   i = tl.arange(0, SIZE)
   acc = tl.zeros((ROWS, SIZE), tl.float32)
   for j in range(J):
     at = tl.load(position + tl.cast(row, tl.int64) * J + j, mask=row < M, other=-1)
-    acc += tl.load(parts + tl.cast(at, tl.int64)[:, None] * SIZE + i[None, :], mask=(at >= 0)[:, None],
+    place = tl.cast(place_of(at, TILE_TOKENS, G), tl.int64)
+    acc += tl.load(parts + place[:, None] * SIZE + i[None, :], mask=(at >= 0)[:, None],
                    other=0.0).to(tl.float32)
   tl.store(out + tl.cast(row, tl.int64)[:, None] * SIZE + i[None, :], acc.to(out.dtype.element_ty),
            mask=(row < M)[:, None])

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from pallas_kernels.triton import call, pointwise_kernels as kernels
 
 SIZE = 1024  # numbers of a program of `gate`
+# Of a program of the norm's gradient, at most; of a thread at a time. On one H200, 32,768 rows of 384 and 512: 0.036
+# and 0.043 ms, with 32 rows 0.041 and 0.048, with 8 numbers 0.034 and 0.053.
+NORM_ROWS, NORM_NUMBERS = 64, 4
 LOSS = call.Tiles(16384, 1, 32)  # logits that a program of `nll` has at a time; one program to a multiprocessor
 
 
@@ -41,18 +44,23 @@ def _norm_backward_rule(eps, saved, cotangents):
 norm.defvjp(_norm_forward_rule, _norm_backward_rule)
 
 
-def _norm_tiles(x, backward):
+def _norm_tiles(D):
   """Fewer rows of wide ones, whose numbers fill the registers; `fused.ROWS` is a multiple of the rows. On one H200,
-  32,768 rows, forward and backward: 384 wide 0.025 and 0.066 ms; 576 wide 0.036 and 0.064, with 8 rows 0.041, 0.084."""
-  rows = max(1, min(8, 4096 // call.next_power_of_2(x.shape[2])))
-  count = math.gcd(4 if rows == 8 else 64 // rows, x.shape[1] // rows) if backward else 1
-  return call.Tiles(rows, count, 4)
+  32,768 rows, forward: 384 wide 0.025 ms; 576 wide 0.036, with 8 rows 0.041."""
+  return call.Tiles(max(1, min(8, 4096 // call.next_power_of_2(D))), 1, 4)
+
+
+def _norm_pieces(T, D):
+  """(tiles of the backward pass, numbers of a piece of a row): so many numbers per thread, up to 5 pieces."""
+  piece = max(128, call.next_power_of_2(-(-D // 5)))
+  rows = max(1, NORM_NUMBERS * 128 // piece)
+  return call.Tiles(rows, math.gcd(NORM_ROWS // rows, T // rows), 4), piece
 
 
 def _norm_how(x, gain, eps, tiles):
   B, T, D = x.shape
   return dict(grid=(B * T // (tiles.rows * tiles.count),), num_warps=tiles.warps, num_stages=1, M=B * T,
-              R=gain.shape[0], D=D, WIDTH=call.next_power_of_2(D), EPS=eps, ROWS=tiles.rows)
+              R=gain.shape[0], D=D, EPS=eps, ROWS=tiles.rows)
 
 
 def _norm_forward(x, more, gain, eps):
@@ -60,7 +68,8 @@ def _norm_forward(x, more, gain, eps):
     add = more is not None
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape if add else (x.shape[0],), x.dtype)]
     out, whole = call.kernel_call(kernels.norm_forward_kernel, (x, more if add else x, gain), outputs, ADD=add,
-                                  name="norm_forward", **_norm_how(x, gain, eps, _norm_tiles(x, False)))
+                                  name="norm_forward", WIDTH=call.next_power_of_2(x.shape[2]),
+                                  **_norm_how(x, gain, eps, _norm_tiles(x.shape[2])))
     return out, whole if add else None
 
   out, whole = call.batched(run)(x, more, gain)
@@ -69,11 +78,11 @@ def _norm_forward(x, more, gain, eps):
 
 def _norm_backward(x, gain, dout, beside, eps):
   def run(x, gain, dout, beside):
-    tiles = _norm_tiles(x, True)
+    tiles, piece = _norm_pieces(*x.shape[1:])
     how = _norm_how(x, gain, eps, tiles)
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((*how["grid"], x.shape[2]), jnp.float32)]
     dx, dgain = call.kernel_call(kernels.norm_backward_kernel, (x, gain, dout, beside), outputs, name="norm_backward",
-                                 TILES=tiles.count, **how)
+                                 TILES=tiles.count, PIECE=piece, **how)
     return dx, dgain.reshape(gain.shape[0], -1, x.shape[2]).sum(1)
 
   return call.batched(run)(x, gain, dout, beside)

@@ -29,26 +29,48 @@ def norm_forward_kernel(x, more, gain, out, whole, ADD: tl.constexpr, M: tl.cons
 
 @triton.jit
 def norm_backward_kernel(x, gain, dout, beside, dx, dgain, M: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-                         WIDTH: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
-  """dx = beside + the norm's own. A program has TILES tiles and leaves its share of dgain, float32[programs, D]."""
+                         EPS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PIECE: tl.constexpr):
+  """dx = beside + the norm's own. A program has TILES tiles and leaves its share of dgain, float32[programs, D].
+
+  A row goes through in pieces, of which a few threads of one warp have all: sums over a row stay within a warp, those
+  over rows within a thread until the end.
+  """
+  PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
   pid = tl.program_id(0)
-  d = tl.arange(0, WIDTH)
-  g = tl.load(gain + pid * (ROWS * TILES) // (M // R) * D + d, mask=d < D, other=0.0)[None, :]
-  total = tl.zeros([WIDTH], tl.float32)
+  d = tl.arange(0, PIECE)
+  gain += pid * (ROWS * TILES) // (M // R) * D
+  gains = ()
+  for i in tl.static_range(PIECES):
+    gains += (tl.load(gain + i * PIECE + d, mask=i * PIECE + d < D, other=0.0)[None, :],)
+  totals = (tl.zeros([ROWS, PIECE], tl.float32),) * PIECES
   for tile in range(TILES):
     row = (pid * TILES + tile) * ROWS + tl.arange(0, ROWS)
-    ok = (row < M)[:, None] & (d < D)[None, :]
     at = tl.cast(row, tl.int64)[:, None] * D + d[None, :]
-    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-    dv = tl.load(dout + at, mask=ok, other=0.0).to(tl.float32)
-    more = tl.load(beside + at, mask=ok, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(v * v, axis=1) / D + EPS)[:, None]
-    v = v * scale
-    total += tl.sum(dv * v, axis=0)
-    dv = dv * g
-    mean = (tl.sum(dv * v, axis=1) / D)[:, None]
-    tl.store(dx + at, (more + scale * (dv - v * mean)).to(dx.dtype.element_ty), mask=ok)
-  tl.store(dgain + pid * D + d, total, mask=d < D)
+    values, cotangents, others = (), (), ()
+    for i in tl.static_range(PIECES):
+      ok = (i * PIECE + d < D)[None, :]
+      values += (tl.load(x + at + i * PIECE, mask=ok, other=0.0),)
+      cotangents += (tl.load(dout + at + i * PIECE, mask=ok, other=0.0),)
+      others += (tl.load(beside + at + i * PIECE, mask=ok, other=0.0),)
+    squares = tl.zeros([ROWS, PIECE], tl.float32)
+    for i in tl.static_range(PIECES):
+      v = values[i].to(tl.float32)
+      squares += v * v
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    products = tl.zeros([ROWS, PIECE], tl.float32)
+    sums = ()
+    for i in tl.static_range(PIECES):
+      share = cotangents[i].to(tl.float32) * (values[i].to(tl.float32) * scale)
+      sums += (totals[i] + share,)
+      products += share * gains[i]
+    totals = sums
+    mean = (tl.sum(products, axis=1) / D)[:, None]
+    for i in tl.static_range(PIECES):
+      ok = (i * PIECE + d < D)[None, :]
+      own = scale * (cotangents[i].to(tl.float32) * gains[i] - values[i].to(tl.float32) * scale * mean)
+      tl.store(dx + at + i * PIECE, (others[i].to(tl.float32) + own).to(dx.dtype.element_ty), mask=ok)
+  for i in tl.static_range(PIECES):
+    tl.store(dgain + pid * D + i * PIECE + d, tl.sum(totals[i], axis=0), mask=i * PIECE + d < D)
 
 
 @triton.jit

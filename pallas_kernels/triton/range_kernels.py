@@ -7,7 +7,8 @@ A *tile* is ROWS query rows: TOKENS = ROWS / GP neighbouring tokens times the GP
 there are and padding up to a power of two. So tensor cores have whole tiles at any G, and the keys that a tile
 loads serve all of its rows. Blocks of keys inside the runs of all rows go through without a mask.
 
-Scores are in base 2: SCALE has a factor log2(e), and so has the `lse` that `dkv_kernel` reads, which `dq_kernel` makes.
+Scores are in base 2: SCALE has a factor log2(e), and so has the `lse` that `dkv_kernel` reads. `dq_kernel` makes it,
+and `delta`, a row's sum of o times its gradient, less the gradient of its lse.
 """
 from __future__ import annotations
 
@@ -159,11 +160,11 @@ def _dq_step(dq, q, do, lse, delta, k, v, block, low, high, C, K: tl.constexpr, 
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, lse, delta, low, high, dq, base_2,
+def dq_kernel(q, k, v, o, do, lse, dlse, low, high, dq, base_2, delta,
               B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
               GP: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
               ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-  """dQ of a tile, times FACTOR, and its lse in base 2, which is 0 where it is -inf."""
+  """dQ of a tile, times FACTOR, its lse in base 2, which is 0 where it is -inf, and its delta."""
   TILES: tl.constexpr = (T + ROWS // GP - 1) // (ROWS // GP)
   tile = TILES - 1 - tl.program_id(0) // (B * K)
   b, r = tl.program_id(0) % (B * K) // K, tl.program_id(0) % K
@@ -177,9 +178,14 @@ def dq_kernel(q, k, v, do, lse, delta, low, high, dq, base_2,
   queries = tl.load(q + square, mask=ok[:, None], other=0.0)
   cotangents = tl.load(do + square, mask=ok[:, None], other=0.0)
   norm = tl.load(lse + row, mask=ok, other=0.0) * LOG2E
-  norm = tl.where(norm == float("-inf"), 0.0, norm)  # a row that sees nothing meets masked scores alone
+  # A row that sees nothing meets masked scores alone, has an o of zeros and no gradient of its lse.
+  nothing = norm == float("-inf")
+  norm = tl.where(nothing, 0.0, norm)
   tl.store(base_2 + row, norm, mask=ok)
-  shift = tl.load(delta + row, mask=ok, other=0.0)
+  results = tl.load(o + square, mask=ok[:, None], other=0.0)
+  shift = tl.sum(results.to(tl.float32) * cotangents.to(tl.float32), axis=1)
+  shift -= tl.where(nothing, 0.0, tl.load(dlse + row, mask=ok, other=0.0))
+  tl.store(delta + row, shift, mask=ok)
   keys = (tl.cast(b, tl.int64) * C * K + r) * H
   acc = tl.zeros((ROWS, H), tl.float32)
   for block in range(full_begin, full_end):
@@ -234,7 +240,7 @@ def dkv_kernel(q, k, v, do, lse, delta, low, high, ranges, dk, dv,
   """dK, times FACTOR, and dV of a block of keys, from one of SPLITS parts of the queries that see it.
 
   `ranges` int32[B, blocks, 4] has, per block of keys, the tokens that see any of it, [0] .. [1] - 1, and
-  those that see all of it, [2] .. [3] - 1. dk and dv are float32[B, SPLITS, C, K, H].
+  those that see all of it, [2] .. [3] - 1. dk and dv are [B, SPLITS, C, K, H].
   """
   BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
   TOKENS: tl.constexpr = ROWS // GP
@@ -269,5 +275,5 @@ def dkv_kernel(q, k, v, do, lse, delta, low, high, ranges, dk, dv,
     acc_k, acc_v = _dkv_step(acc_k, acc_v, keys, values, q, do, lse, delta, low + at, high + at, tile, c,
                              T, K, G, GP, H, SCALE, ROWS, PRECISION, True)
   out = ((b * SPLITS + part).to(tl.int64) * C + c[:, None]) * (K * H) + r * H + tl.arange(0, H)[None, :]
-  tl.store(dk + out, acc_k * FACTOR, mask=c[:, None] < C)
-  tl.store(dv + out, acc_v, mask=c[:, None] < C)
+  tl.store(dk + out, (acc_k * FACTOR).to(dk.dtype.element_ty), mask=c[:, None] < C)
+  tl.store(dv + out, acc_v.to(dv.dtype.element_ty), mask=c[:, None] < C)

@@ -19,6 +19,7 @@ from pallas_kernels.triton import call, range_kernels, tuning
 
 MIN_ROWS = 16  # the least M of a tensor core product
 MAX_GROUP = 64
+SPLIT_BELOW = 4  # programs for dK and dV per multiprocessor: with fewer, several share a block of keys
 
 
 def reasons(q, k, v=None, scale=None, k_name="k"):
@@ -176,24 +177,26 @@ def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   do = do.astype(q.dtype)
-  delta = row_terms(o, lse, do, dlse)
   tuned = tuning.get("range_dq", head_dim=H, dtype=q.dtype, length=C)
   rows = sizes.rows(tuned.rows)
-  dq, base_2 = call.kernel_call(
-      range_kernels.dq_kernel, (q, k, v, do, lse, delta, low, high),
-      [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)],
+  of_rows = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
+  dq, base_2, delta = call.kernel_call(
+      range_kernels.dq_kernel, (q, k, v, o, do, lse, dlse, low, high),
+      [jax.ShapeDtypeStruct(q.shape, q.dtype), of_rows, of_rows],
       grid=(B * K * -(-T // (rows // sizes.GP)),), name="range_attention_dq", num_warps=tuned.warps,
       num_stages=tuned.stages, FACTOR=sizes.scale, ROWS=rows, BLOCK=tuned.block, **sizes.constants(B))
   tuned = tuning.get("range_dkv", head_dim=H, dtype=q.dtype, length=C)
   rows, blocks = sizes.rows(tuned.rows), -(-C // tuned.block)
   tiles = -(-T // (rows // sizes.GP))
-  splits = max(1, min(-(-8 * call.processors() // (B * K * blocks)), tiles // 4, 32))
-  parts = jax.ShapeDtypeStruct((B, splits, C, K, H), jnp.float32)
+  splits = max(1, min(-(-SPLIT_BELOW * call.processors() // (B * K * blocks)), tiles // 4, 32))
+  parts = jax.ShapeDtypeStruct((B, splits, C, K, H), k.dtype if splits == 1 else jnp.float32)
   dk, dv = call.kernel_call(
       range_kernels.dkv_kernel,
       (q, k, v, do, base_2, delta, low, high, who_sees(low, high, C, tuned.block)), [parts, parts],
       grid=(B * K * blocks * splits,), name="range_attention_dkv", num_warps=tuned.warps, num_stages=tuned.stages,
       FACTOR=sizes.scale, SPLITS=splits, ROWS=rows, BLOCK=tuned.block, **sizes.constants(B))
+  if splits == 1:
+    return dq, dk[:, 0], dv[:, 0]
   return dq, dk.sum(axis=1).astype(k.dtype), dv.sum(axis=1).astype(v.dtype)
 
 

@@ -38,7 +38,9 @@ DEFAULTS = {
     "index_scores": Tuned(64, 128, 4, 3),
     "selected_forward": Tuned(16, 64, 4, 2),
     "selected_dkv": Tuned(64, 64, 4, 2),
-    "index_kl": Tuned(64, 64, 4, 2),
+    "index_kl": Tuned(64, 64, 4, 2),             # over all tokens
+    "index_kl_forward": Tuned(64, 64, 4, 2),     # over selected blocks, whose size takes the place of `block`
+    "index_kl_backward": Tuned(64, 64, 4, 2),
     "block_mass": Tuned(128, 64, 4, 2),
     "lightning": Tuned(64, 64, 4, 3),
 }
