@@ -186,7 +186,7 @@ def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, *, keep, mome
       kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
       [jax.ShapeDtypeStruct((5, places if moments else 1), jnp.float32), targets], grid=(plan.max_units,),
       name="index_kl_forward", PLACES=places, SIZE=size, TOKENS=tuned.rows, TILE_TOKENS=plan.tile_tokens,
-      MOMENTS=moments, KEEP=keep, **_launch(tuned), **constants)
+      WIDE=q.size >= 2 ** 31, MOMENTS=moments, KEEP=keep, **_launch(tuned), **constants)
 
 
 def _invert(block_indices, plan, queries, first, segment_ids, offset):

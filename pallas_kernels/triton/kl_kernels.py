@@ -61,11 +61,12 @@ def store_moments(moments, place, PLACES: tl.constexpr, ok, top, norm, total, en
 def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments, targets, S: tl.constexpr,
                             K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HI: tl.constexpr, SIZE: tl.constexpr,
                             PLACES: tl.constexpr, SCALE: tl.constexpr, INDEX_SCALE: tl.constexpr,
-                            TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, MOMENTS: tl.constexpr,
-                            KEEP: tl.constexpr, PRECISION: tl.constexpr):
+                            TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr, WIDE: tl.constexpr,
+                            MOMENTS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
   """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `moments_of`.
 
-  `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask.
+  `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask. WIDE: 32 bits do not count all of q;
+  where they do, fewer registers are in use.
   """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
@@ -77,7 +78,9 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
   for begin in range(0, count, TOKENS):
     i = begin + tl.arange(0, TOKENS)
     ok = i < count
-    row = tl.load(rows + first + i, mask=ok, other=0).to(tl.int64)
+    row = tl.load(rows + first + i, mask=ok, other=0)
+    if WIDE:
+      row = row.to(tl.int64)
     span = tl.load(spans + first + i, mask=ok, other=0)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     p = tl.where(seen, target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
