@@ -190,10 +190,20 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
       state, device_metrics = compiled[step.program](state, batch, step.rates, seeds)
       # While the devices work: the next batch, and the metrics of the step before.
-      batch = batches.at(index + 1) if index + 1 < total else None
+      try:
+        batch = batches.at(index + 1) if index + 1 < total else None
+        failed = None
+      except Exception as error:  # told below, once what is trained has been saved
+        failed = error
       if pending is not None:
         log.step(*pending, batches, checkpoints)
       pending = index, device_metrics
+      if failed:
+        if jax.process_count() == 1:  # of several the others are at their next step
+          log.step(*pending, batches, checkpoints)
+          writer.sync()
+          checkpoints.save(index + 1, state, wait=True)
+        raise failed
       if config.profile and index == config.profile[1]:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()

@@ -9,6 +9,7 @@ from tasks_test import solve_scattered
 
 from nsa import config as config_lib, data, held_out, schedule, scores, sharding, step as step_lib, tasks
 from nsa.data import tokenizer
+from nsa.tasks import rendering
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -182,6 +183,30 @@ def test_tasks_are_asked_in_its_tokens(kind, name, tmp_path):
   np.testing.assert_array_equal(again["inputs"], b["inputs"][2:])
   with pytest.raises(ValueError, match="has more tokens of hf:.* than that"):
     tasks.batch(name, 0, 1, 60, "val", documents, tokens=tokens)
+
+
+def test_documents_that_spell_special_tokens_or_change_do_not_end_a_run(tmp_path):
+  """Question marks stand for what has no byte of its own: every other byte, and every place, stays."""
+  found = tokenizer.get(save(tmp_path / "hf", "byte_level", {"eos_token": "</s>"}))
+  text = b"usage: x </s> y"
+  assert found.token_bytes[found.encode(text)].sum() < len(text)
+  written, ids = rendering._encode(found, text)
+  assert written == b"usage: x ???? y" and found.decode(ids) == written.decode()
+  plain = "p\u00e4\u00e4 q".encode()
+  assert rendering._encode(found, plain)[0] == plain
+  (tmp_path / "val").mkdir()
+  (tmp_path / "val" / "a.py").write_text((TEXT + "print('</s>')\n") * 20)
+  documents = data.load(f"files:{tmp_path}", "val")
+  b = tasks.batch("needle:keys=2", 0, 8, 700, "val", documents, tokens=found.name)
+  assert (b["inputs"][:, 1:] != found.eos).all()
+  assert any("????" in found.decode(row) for row in b["inputs"])
+  name = save(tmp_path / "nfc", "byte_level", {"eos_token": "</s>"})
+  made = tokenizers.Tokenizer.from_file(str(tmp_path / "nfc/tokenizer.json"))
+  made.normalizer = tokenizers.normalizers.NFC()
+  made.save(str(tmp_path / "nfc/tokenizer.json"))
+  found = tokenizer.get(name)
+  written, ids = rendering._encode(found, "pa\u0308 q".encode())
+  assert written == b"pa?? q" and found.decode(ids) == "pa?? q"
 
 
 def test_rows_of_tasks_are_in_its_tokens(tmp_path):

@@ -346,6 +346,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_all_that_helps(tmp_path, m
   assert_same_bits(params, want)
 
 
+def test_a_batch_that_cannot_be_made_loses_nothing_of_what_is_trained(tmp_path, monkeypatch):
+  config = make_config("dense", schedule.dense(8), checkpoint=config_lib.CheckpointConfig(every=0))
+  real = step_lib.Batches.at
+
+  def broken(self, step):
+    if step == 5:
+      raise ValueError("data.source: this text cannot be read")
+    return real(self, step)
+
+  monkeypatch.setattr(step_lib.Batches, "at", broken)
+  with pytest.raises(RuntimeError, match="goes on from the newest checkpoint. ValueError: data.source"):
+    train_lib.train(config, tmp_path, progress=False)
+  assert checkpoint.Checkpoints(tmp_path, read_only=True).steps() == [5]
+  assert [r["step"] for r in logged(tmp_path)] == [1, 2, 3, 4, 5]
+  monkeypatch.undo()
+  got, params = run(config, tmp_path)
+  calm, want = run(make_config("dense", schedule.dense(8)), tmp_path / "calm")
+  assert got == calm
+  assert_same_bits(params, want)
+
+
 # --- seeds, contexts, learning ----------------------------------------------------------------
 
 

@@ -57,7 +57,8 @@ class HuggingFace:
 
   BOS and EOS are those of the tokenizer_config.json beside it. A document begins with EOS where there is no BOS
   (Qwen), as such models were trained. `prefix` is 1 where a space is put before a text (Llama 2), which is no
-  byte of it. Text that is no UTF-8 is not lossless; text that spells a special token becomes that token.
+  byte of it. Text that is no UTF-8 is not lossless; text that spells a special token becomes that token (`special`:
+  how they are spelled).
   """
 
   def __init__(self, path: str):
@@ -77,7 +78,9 @@ class HuggingFace:
     except Exception as error:  # the package has no class of its own
       raise ValueError(f"data.tokenizer = {self.name!r}: {file} is no tokenizer of the package tokenizers ({error}); "
                        "fetch it again") from None
-    self._special = {token["id"] for token in tree.get("added_tokens") or () if token.get("special")}
+    special = [token for token in tree.get("added_tokens") or () if token.get("special")]
+    self._special = {token["id"] for token in special}
+    self.special = [token["content"].encode() for token in special]
     self.token_bytes = self._count_bytes(tree)
     self.vocab_size = len(self.token_bytes)
     self.prefix = self._spaces()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 import numpy as np
 
@@ -34,8 +35,7 @@ def example(task: frame.Task, tokens: str, seed: int, index: int, length: int, s
   low, high = task.min_length, None  # bytes known to fit, or the least; bytes known not to
   for _ in range(TRIES):
     written = task.example(seed, index, size, split, haystack)
-    body = _valid(written.tokens[1:-1].astype(np.uint8).tobytes())
-    ids = kind.encode(body)
+    body, ids = _encode(kind, written.tokens[1:-1].astype(np.uint8).tobytes())
     if len(ids) <= room:
       if best is None or len(ids) > len(best[2]):
         best = written, body, ids
@@ -60,11 +60,8 @@ def _mapped(kind, written, body, ids, draws, room, haystack):
   """The example in tokens, filled up in front."""
   ends = np.cumsum(kind.token_bytes[ids])
   surplus = int(ends[-1]) - len(body)
-  if surplus not in (0, 1):  # 1: a space before the first word, which some tokenizers add
-    raise ValueError(f"data.tokenizer = {kind.name!r}: its tokens stand for {int(ends[-1])} bytes of a text of "
-                     f"{len(body)}; take documents without the names of special tokens")
   missing = room - len(ids)
-  front = kind.encode(_valid(frame.filler(draws, 16 * missing + 64, haystack)))[:missing]
+  front = _encode(kind, frame.filler(draws, 16 * missing + 64, haystack))[1][:missing]
   if len(front) < missing:  # of very long tokens
     front = np.resize(front, missing)
   whole = np.concatenate([[kind.bos], front, ids, [kind.eos]]).astype(np.int32)
@@ -76,6 +73,26 @@ def _mapped(kind, written, body, ids, draws, room, haystack):
     group[at] = answer
   evidence = np.where(written.evidence < 0, -1, place(np.maximum(written.evidence, 1)))
   return frame.Example(whole, group, place(written.query).astype(np.int32), evidence.astype(np.int32))
+
+
+def _encode(kind, text: bytes):
+  """(text, its tokens), which stand for every byte of it, so that places in it are known.
+
+  Documents may spell a special token ("<filename>"), which stands for no byte, or be in a form of Unicode that the
+  tokenizer changes. Question marks take the place of as little as brings the bytes back; other texts stay as they are.
+  """
+  text = _valid(text)
+  marks = lambda found: b"?" * len(found[0])
+  special = b"|".join(re.escape(name) for name in sorted(kind.special, key=len, reverse=True))
+  for pattern in (b"", special, b"[^\x00-\x7f]"):
+    if pattern:
+      text = re.sub(pattern, marks, text)
+    ids = kind.encode(text)
+    made = int(kind.token_bytes[ids].sum())
+    if made - len(text) in (0, 1):  # 1: a space before the first word, which some tokenizers add
+      return text, ids
+  raise ValueError(f"data.tokenizer = {kind.name!r}: its tokens stand for {made} bytes of a text of {len(text)} in "
+                   "ASCII that spells no special token; take a tokenizer that gives back its text")
 
 
 def _question_marks(error):
