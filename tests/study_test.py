@@ -105,6 +105,7 @@ def slices(tmp_path_factory):
   for arm in study.arms:
     arm.model.num_layers, arm.model.d_model, arm.model.mlp_dim, arm.log_every = 1, 16, 32, 1
     arm.data.global_batch, arm.eval.batch, arm.eval.task_examples, arm.eval.during_examples = 2, 2, 4, 2
+    arm.eval.run_modes, arm.eval.diagnostics = arm.eval.run_modes[:1], False
     arm.eval.every = 10 * (arm.arm == "dense")
   plan_file.write(study, study.plan)
   for seed in (0, 1):
