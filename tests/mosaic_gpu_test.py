@@ -11,7 +11,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import backends, lists as entry_lists, mosaic_gpu, reference, spans
-from pallas_kernels.mosaic_gpu import forward, selected, shared_blocks
+from pallas_kernels.mosaic_gpu import forward, selected, shared_attention, shared_blocks
 
 ON_HOPPER = jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -172,14 +172,16 @@ def test_common_blocks_and_the_rest_are_the_selection(G, J):
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_interpreted_tiles_agree_and_do_not_race(segments, interpreter):
-  B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 3, 32, 96, 56
+  B, T, N, K, J, size, S, offset = 1, 40, 16, 1, 5, 32, 160, 120
   situation = cases.Situation(documents=(lambda S: 4) if segments else None, offset=(1,))
   shape = SHAPE(B=B, T=T, N=N, K=K, H=64, J=J, block_size=size, S=S)
   inputs = cases.draw("selected_attention", shape, situation, 7, always=False)  # some blocks are shared, some are not
   (q, k, v), blocks, ids = inputs.arrays, inputs.rest["block_indices"], inputs.rest["segment_ids"]
+  blocks = blocks.at[:, 8:16].set(-1).at[:, 16:24, :, 1:].set(-1).at[:, 16:24, :, 0].set(4)
   plan, _ = selected._plan_of(q, k, blocks, size)
   tiles, rest = shared_blocks.split(blocks, plan, ids, offset)
-  o, lse = jax.block_until_ready(shared_blocks.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
+  assert {0, 1, 4, 5} <= set(tiles.count.tolist())  # none, less than a step, even, and one more
+  o, lse = jax.block_until_ready(shared_attention.attend(q.reshape(-1, 64), k, v, tiles, plan, scale=0.125,
                                                       segmented=segments, interpret=True, programs=2))
   word = tiles.words.reshape(B, T, K, N)[..., :1]
   listed = jnp.repeat(tiles.blocks.reshape(B, -1, K, shared_blocks.SLOTS), shared_blocks.tokens_of(plan), axis=1)

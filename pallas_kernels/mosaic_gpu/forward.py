@@ -150,7 +150,7 @@ def merge(o, lse, position, plan, shared=None):
   Args:
     o: [1, max_tiles * 64, H] and lse of `partial_attention`.
     position: Entries.position.
-    shared: rows and lse of `shared_blocks.attend`, one more slot of every query, or None.
+    shared: rows and lse of `shared_attention.attend`, one more slot of every query, or None.
 
   Returns:
     o [B, T, K, G, H] of the dtype of o and lse float32[B, T, K, G], natural log.

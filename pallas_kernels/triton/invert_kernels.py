@@ -88,23 +88,28 @@ def _sizes(counts, i, LISTS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.const
 @triton.jit
 def place_kernel(counts, bounds, tile_start, unit_start, units, LISTS: tl.constexpr, TOKENS: tl.constexpr,
                  TILES: tl.constexpr, K: tl.constexpr, RANGES: tl.constexpr, BLOCKS: tl.constexpr,
-                 UNITS: tl.constexpr, STEP: tl.constexpr):
+                 UNITS: tl.constexpr, STEP: tl.constexpr, AT_ONCE: tl.constexpr):
   """Where each list begins, in entries, tiles and units, int32[LISTS + 1] each, and the units int32[UNITS, 6].
 
-  A program has STEP lists and adds up those before them itself.
+  A program has STEP lists, adds up those of all itself, and clears its share of the units that are not used.
   """
-  i = tl.arange(0, STEP)
   own = tl.program_id(0)
-  tokens = tl.zeros((STEP,), tl.int32)
-  tiles = tl.zeros((STEP,), tl.int32)
-  deals = tl.zeros((STEP,), tl.int32)
-  for n in range(0, own):
-    more, more_tiles, more_deals = _sizes(counts, n * STEP + i, LISTS, TOKENS, TILES)
-    tokens += more
-    tiles += more_tiles
-    deals += more_deals
-  token_base, tile_base, unit_base = tl.sum(tokens, axis=0), tl.sum(tiles, axis=0), tl.sum(deals, axis=0)
-  i += own * STEP
+  programs: tl.constexpr = LISTS // STEP + 1
+  token_base = tl.zeros((AT_ONCE,), tl.int32)
+  tile_base = tl.zeros((AT_ONCE,), tl.int32)
+  unit_base = tl.zeros((AT_ONCE,), tl.int32)
+  used = tl.zeros((AT_ONCE,), tl.int32)
+  for begin in range(0, LISTS, AT_ONCE):
+    others = begin + tl.arange(0, AT_ONCE)
+    tokens, tiles, deals = _sizes(counts, others, LISTS, TOKENS, TILES)
+    before = others < own * STEP
+    token_base += tl.where(before, tokens, 0)
+    tile_base += tl.where(before, tiles, 0)
+    unit_base += tl.where(before, deals, 0)
+    used += deals
+  token_base, tile_base, unit_base = tl.sum(token_base, axis=0), tl.sum(tile_base, axis=0), tl.sum(unit_base, axis=0)
+  used = tl.sum(used, axis=0)
+  i = own * STEP + tl.arange(0, STEP)
   tokens, tiles, deals = _sizes(counts, i, LISTS, TOKENS, TILES)
   token_at = token_base + tl.cumsum(tokens, axis=0) - tokens
   tile_at = tile_base + tl.cumsum(tiles, axis=0) - tiles
@@ -122,12 +127,10 @@ def place_kernel(counts, bounds, tile_start, unit_start, units, LISTS: tl.conste
     tl.store(at + 3, head // K, mask=mine)
     tl.store(at + 4, head % K, mask=mine)
     tl.store(at + 5, i % BLOCKS, mask=mine)
-  if own == (LISTS + STEP) // STEP - 1:  # the last one, which knows how many units there are
-    used = unit_base + tl.sum(deals, axis=0)
-    for begin in range(used, UNITS, STEP):
-      at = begin + tl.arange(0, STEP)
-      for column in range(6):
-        tl.store(units + at * 6 + column, tl.zeros((STEP,), tl.int32), mask=at < UNITS)
+  for begin in range((used + own * STEP) * 6, UNITS * 6, programs * STEP * 6):
+    for column in range(6):
+      at = begin + column * STEP + tl.arange(0, STEP)
+      tl.store(units + at, tl.zeros((STEP,), tl.int32), mask=at < UNITS * 6)
 
 
 @triton.jit
