@@ -35,7 +35,7 @@ def kernels(text: str) -> list[int]:
 class MemoryLayer:
   """The memory of one layer, alone: traced when made, compiled by whoever calls `compile`."""
 
-  def __init__(self, model, options, batch: int, tokens: int):
+  def __init__(self, model, options, batch: int, tokens: int, implementation: str | None = None):
     from flax import nnx
     import jax
     import jax.numpy as jnp
@@ -43,6 +43,7 @@ class MemoryLayer:
     from nsa import layers
     from nsa.methods.titans import memory
     self.model, self.options, self.batch, self.tokens = model, options, batch, tokens
+    self.implementation = implementation
     self.chunks = -(-tokens // options.chunk)
     net = memory.Memory(layers.Init(jax.random.key(0)), model, options, project=False)
     graph, self.state = nnx.split(net)
@@ -54,7 +55,8 @@ class MemoryLayer:
     def run(state, q, k, v, h):
       segments = jnp.ones(shape, jnp.int32)  # as in training, where documents are packed
       net = nnx.merge(graph, state)
-      return net(q, k, v, net.gates_of(h), None, segment_ids=segments)[0].astype(dtype)
+      return net(q, k, v, net.gates_of(h), None, segment_ids=segments,
+                 implementation=implementation)[0].astype(dtype)
 
     def both(state, *inputs):
       return jax.value_and_grad(lambda *a: jnp.sum(run(*a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4))(
@@ -91,6 +93,7 @@ class MemoryLayer:
     inputs = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, self.inputs)]
     row = dict(row="layer", tokens=self.tokens, sequences=self.batch, chunk=self.options.chunk,
                products=self.options.products, recompute=self.options.recompute, chunks=self.chunks,
+               implementation=self.implementation,
                compile_seconds=seconds)
     for name, factor, passes in (("forward", 1, 2), ("both", 3, 6)):
       ms = timing.milliseconds(programs[name], [(self.state, *inputs)], 3, repeats)
@@ -99,6 +102,6 @@ class MemoryLayer:
       row |= {f"{name}_ms": ms, f"{name}_tflops": factor * self.useful() / ms / 1e9,
               f"{name}_state_gbs": passes * self.chunks * self.state_bytes() / ms / 1e6,
               f"{name}_kernels": loops, f"{name}_chunk_us": per_chunk,
-              f"{name}_us_per_kernel": per_chunk / max(1, sum(loops))}
+              f"{name}_us_per_kernel": per_chunk / sum(loops) if loops else None}
     moved = self.chunks * float(analysis.get("bytes accessed", float("nan")))
     return row | {"both_bytes": moved, "both_gbs": moved / row["both_ms"] / 1e6}

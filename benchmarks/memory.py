@@ -4,18 +4,19 @@
   python -m benchmarks.memory --steps= --layers=4096/128,4096/16 --products=bfloat16
   python -m benchmarks.memory --tiny                                               # on a CPU, to see that it runs
 
---steps names arms of experiments/titans.py: their whole train step, at their size and sequence, one seed. --layers
+--steps names arms of experiments/titans.py: the train step of their last stage, their size, one seed. --layers
 names TOKENS/CHUNK pairs: the memory of one layer alone (writing and reading with q, k, v and gates given), as many
 sequences as make --tokens, forward and forward + backward.
 
 Each row is printed as it is measured and appended to --out, a JSON object a line. compiling: programs that
 were still being compiled meanwhile, which makes times doubtful. ms: median over groups of calls.
 tflops: useful FLOPs (`Titans.memory_costs`; backward twice the forward) over ms. chunks: steps that have to follow one
-another. kernels: of one chunk, forward and backward, counted in the compiled loops; chunk_us: ms over chunks;
-us_per_kernel: chunk_us over kernels, near a launch where launches are the bound and far above it where products or
-traffic are. state_gbs: the least traffic of the carried matrices over ms (read and written once a chunk; with a
-backward pass also saved, read again, and so their gradients). gbs: what XLA reckons that the kernels of one chunk,
-forward and backward, read and write, times chunks, over ms.
+another. implementation: null, the kernels of pallas_kernels/memory.py where they serve, without a loop, or
+"reference", the scan. kernels: of one chunk, forward and backward, counted in the compiled loops; chunk_us: ms over
+chunks; us_per_kernel: chunk_us over kernels, near a launch where launches are the bound and far above it where
+products or traffic are. state_gbs: the least traffic of the carried matrices over ms (read and written once a chunk;
+with a backward pass also saved, read again, and so their gradients). gbs: what XLA reckons that the kernels of one
+chunk, forward and backward, read and write, times chunks, over ms.
 """
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ _STEPS = flags.DEFINE_list("steps", ["dense", "window_equal", "window", "native"
 _LAYERS = flags.DEFINE_list("layers", ["4096/128", "4096/64", "4096/256", "16384/128", "16384/256", "4096/16"],
                             "TOKENS/CHUNK of the memory alone.")
 _PRODUCTS = flags.DEFINE_list("products", ["bfloat16"], "Of the memory alone: bfloat16, float32.")
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["best", "reference"], "Of the memory alone: best, reference.")
 _KEEP = flags.DEFINE_boolean("keep", True, "Times the first of --layers with recompute = False too.")
 _TOKENS = flags.DEFINE_integer("tokens", 32_768, "Of all sequences of the memory alone.", lower_bound=1)
 _ARGUMENTS = flags.DEFINE_string("arguments", "", "Of experiments/titans.py, e.g. chunk=64.")
@@ -53,6 +55,7 @@ def main():
   from benchmarks import loops, models, timing
   from experiments import titans
   from nsa import flops
+  from nsa.config import ForkConfig
   cli.compilation_cache(flags.FLAGS.compilation_cache)
   tiny = "context=256,batch=2,chunk=32" if _TINY.value else ""
   study = titans.get_config(",".join(filter(None, (tiny, _ARGUMENTS.value))))
@@ -84,11 +87,14 @@ def main():
         file.write(json.dumps(row) + "\n")
 
   def step_of(name):
-    return lambda: models.Row(dataclasses.replace(arms[name], seeds=(1,)))
+    plan = arms[name].schedule
+    own = dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[-1], fraction=1.0)])  # a retrofit's own
+    return lambda: models.Row(dataclasses.replace(arms[name], seeds=(1,), schedule=own, fork=ForkConfig()))
 
-  def layer_of(tokens, chunk, products, recompute):
+  def layer_of(tokens, chunk, products, recompute, implementation):
     options = dataclasses.replace(arms["native_mag"].attention, chunk=chunk, products=products, recompute=recompute)
-    return lambda: loops.MemoryLayer(model, options, max(1, total // tokens), tokens)
+    return lambda: loops.MemoryLayer(model, options, max(1, total // tokens), tokens,
+                                     None if implementation == "best" else implementation)
 
   def measure(one, compiled):
     if isinstance(one, loops.MemoryLayer):
@@ -101,10 +107,11 @@ def main():
                 forward_flops_per_token=sum(costs.values()), tflops=row["useful_tflop"] / row["ms"] * 1e3,
                 kernels=loops.kernels(compiled[0].as_text()), **kept)
 
-  layers = [(tokens, chunk, products, True) for products in _PRODUCTS.value for tokens, chunk in pairs]
-  layers[1:1] = [(*layers[0][:3], False)] if _KEEP.value and layers else []
+  layers = [(tokens, chunk, products, True, implementation) for products in _PRODUCTS.value
+            for implementation in _IMPLEMENTATIONS.value for tokens, chunk in pairs]
+  layers[1:1] = [(*layers[0][:3], False, layers[0][4])] if _KEEP.value and layers else []
   made = [(f"step of {name}", step_of(name)) for name in _STEPS.value]
-  made += [("layer {}/{} {} recompute={}".format(*what), layer_of(*what)) for what in layers]
+  made += [("layer {}/{} {} recompute={} {}".format(*what), layer_of(*what)) for what in layers]
   compilers, work = concurrent.futures.ThreadPoolExecutor(_THREADS.value), []
   for label, make in made:
     try:

@@ -225,6 +225,11 @@ def _known_platform(platform: str) -> str:
   return platform
 
 
+def log_choice(operation: str, text: str):
+  """Says once what serves an operation, and why."""
+  _log(logging.INFO, operation, text)
+
+
 def _log(level, operation, text):
   if (operation, text) not in _logged:
     _logged.add((operation, text))

@@ -404,6 +404,7 @@ def test_interpreted_many_slots():
 def test_interpreted_index_kl(situation, warmup, kept_bytes, slice_bytes, monkeypatch):
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
   monkeypatch.setattr(kl, "SLICE_BYTES", slice_bytes)
+  monkeypatch.setattr(kl, "COUNTED", 0 if kept_bytes == 0 else 2 ** 31)
   with tuning.override("index_kl", TINY):
     check_kl(KL_SMALL(S=60), situation, warmup=warmup, exact=2.0 ** -16 if situation == "huge_logits" else 5e-6)
 

@@ -39,5 +39,5 @@ class LMMLayer(base.MemoryLayer):
       return super().__call__(x, streams, call)
     v = jax.lax.dynamic_slice_in_dim(streams["v"], call.offset, x.h.shape[1], axis=1)  # the cache holds older ones too
     y, state = self.memory(x.q_raw, x.k_raw, v, self.memory.gates_of(x.h), call.state, offset=call.offset,
-                           segment_ids=call.segment_ids)
+                           segment_ids=call.segment_ids, implementation=call.implementation)
     return interface.Result(y.astype(x.q.dtype), {}, state=state)

@@ -37,5 +37,6 @@ class MAGLayer(base.MemoryLayer):
       return super().__call__(x, streams, call)
     y, mem, segments = base.attend(self, x, streams, call), self.memory, call.query_segments(x.h.shape[1])
     q, k, v = (project(x.h, segments, call.tail) for project in (mem.q, mem.k, mem.v))
-    m, state = mem(q, k, v, mem.gates_of(x.h), call.state, offset=call.offset, segment_ids=call.segment_ids)
+    m, state = mem(q, k, v, mem.gates_of(x.h), call.state, offset=call.offset, segment_ids=call.segment_ids,
+                   implementation=call.implementation)
     return interface.Result(mem.join(x.h, y, m), {}, state=state)

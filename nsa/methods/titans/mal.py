@@ -48,7 +48,8 @@ class MALLayer(base.MemoryLayer):
     tail = state.pop("tail", None)
     segments = call.query_segments(h.shape[1])
     q, k, v = (project(h, segments, tail) for project in (mem.q, mem.k, mem.v))
-    m, state = mem(q, k, v, mem.gates_of(h), state or None, offset=call.offset, segment_ids=call.segment_ids)
+    m, state = mem(q, k, v, mem.gates_of(h), state or None, offset=call.offset, segment_ids=call.segment_ids,
+                   implementation=call.implementation)
     out = mem.out[...]
     y = jnp.einsum("btnh,nhd->btd", m.reshape(m.shape[:2] + out.shape[:2]).astype(h.dtype), out.astype(h.dtype))
     if tail is not None:

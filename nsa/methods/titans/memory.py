@@ -19,11 +19,12 @@ and error signal of that matrix), and the recurrences are linear, so within a ch
 with decay(x)[t, j] = x_{j+1} ... x_t. Reading a_t W_t is then a product with the carried matrices and one causal,
 weighted attention over the chunk per matrix. The result equals the recurrence token by token (tests/memory_oracle.py).
 
-How it is computed: chunks follow one another in a scan, and only what needs the memory is in it. Decays, C and all that
-reads the first matrix' input (q, k and q k^T, weighted) are made for all chunks side by side; the inner gradient is
-written out (`_gradients`), so no product is made twice; a matrix and its surprise are one array, read by one product
-and written by one. Per chunk of b tokens and matrix that leaves five products forward, of [b, 2 I] x [2 I, O],
-[b, b] x [b, O], [2 I, b] x [b, O] and the two of the gradient, for all sequences and heads at a time.
+How it is computed: chunks are written one after the other, and read side by side. Writing needs a chunk's memory, its
+keys and values: the inner gradient, written out (`_gradients`) so that no product is made twice, and one product that
+writes a matrix and its surprise, which are one array. Per chunk of b tokens and matrix that leaves three products that
+follow one another, [b, I] x [I, O] twice (once for the first matrix) and [2 I, b] x [b, O], for all sequences and heads
+at a time: a scan (`_write`), or the kernels of pallas_kernels/memory.py where they serve. Both leave what every chunk
+begins with; decays, C and all reading (`_read_chunks`) are then products for all chunks at a time.
 `products` = "bfloat16" rounds their operands, and those of their gradients; sums, state, decays and all else stay
 float32. What bounds it on a GPU: benchmarks/memory.py, docs/kernels.md.
 
@@ -65,6 +66,7 @@ from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from nsa import layers
+from pallas_kernels import memory as kernel
 
 _EPS = 1e-6
 
@@ -124,10 +126,12 @@ class Memory(nnx.Module):
     return jnp.moveaxis(y, 3, 1).reshape(q.shape)
 
   def __call__(self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], gates: Gates,
-               state: dict | None, *, offset=0, segment_ids=None) -> tuple[Float[Array, "B T N H"], dict]:
+               state: dict | None, *, offset=0, segment_ids=None,
+               implementation: str | None = None) -> tuple[Float[Array, "B T N H"], dict]:
     """Writes and reads these tokens. q, k, v as projected; returns float32 y and the new state.
 
     `offset` (int, or traced int32) is the position of the first token, `segment_ids` int32[B, S] over positions.
+    `implementation`: None for the kernels of pallas_kernels/memory.py where they serve, "reference" for the scan.
     """
     size, (B, T) = self.options.chunk, q.shape[:2]
     if T == 1:       # decoding: a chunk of one slot, which may end a chunk of the grid
@@ -145,63 +149,81 @@ class Memory(nnx.Module):
       x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, slots - T)) + ((0, 0),) * (x.ndim - 2))
       return x if at_start else jnp.roll(x, phase, axis=1)
 
-    def split(x):    # [B, slots, R, ...] -> [chunks, B, R, width, ...]
-      return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), (1, 3), (0, 2))
+    def split(x):    # [B, slots, R, ...] -> [B, R, chunks, width, ...]
+      return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), 3, 1)
 
     mask = live[..., None].astype(jnp.float32)
     queries = place(unit(q)).reshape(B, slots, self.gate_bias.shape[0], -1, q.shape[-1])
-    xs = self._prepare(jnp.moveaxis(split(queries), 4, 3), split(place(unit(k))), split(mask),
-                       *(split(place(gate) * mask) for gate in (gates.log_keep, gates.log_momentum)))
-    xs |= {"v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask)}
-    first = [_pair(w, jnp.zeros_like(w)) for w in self.begin(B)["now"]]
+    xs, mixing = self._decays(split(mask), split(place(gates.log_keep) * mask), split(place(gates.log_momentum) * mask))
+    tokens = {"k": split(place(unit(k))), "v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask),
+              "leaving": mixing[..., -1, :], "lasting": xs.pop("lasting")}
+    decays = jnp.stack([xs["beta"][..., -1], xs["gamma"][..., -1], xs.pop("kept")], -1)
     whole = state is None and at_start and not T % size  # the memory as it is, is what every chunk begins with
     state = self.begin(B) if state is None else state
-    carry = {"pairs": [_pair(now, s) for now, s in zip(state["now"], state["surprise"])]}
-    if not whole:
-      carry["start"] = list(state["start"])
-      xs["complete"] = (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]
-    if segment_ids is not None:  # a chunk leaves what the next one begins with
-      fresh = fresh[:, ::width].T
-      xs["anew"] = jnp.concatenate([fresh[1:], jnp.zeros_like(fresh[:1])])
-      carry = _anew(fresh[0], first, carry)
-    chunk = functools.partial(self._chunk, first)
-    if self.options.recompute:
-      chunk = jax.checkpoint(chunk, prevent_cse=False)  # between a scan's two loops there is nothing in common to find
-    carry, z = jax.lax.scan(chunk, carry, xs)
-    z = jnp.moveaxis(z, (0, 4), (1, 2)).reshape(queries.shape)
+    first, begin = self.begin(B)["now"], [_pair(now, s) for now, s in zip(state["now"], state["surprise"])]
+    if kernel.serves(implementation, begins_a_chunk=whole, chunks=slots // width, **self._shape()):
+      written = kernel.write({**tokens, "gain": self.gain[...]}, decays, fresh[:, ::width], first, begin,
+                             clip=self.options.clip, full=self.options.backprop == "full", dtype=self._operands)
+      starts, last = [_upper(pair) for pair in written.pairs], None
+    else:
+      complete = (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]
+      written, starts, last = self._write(tokens, decays, fresh[:, ::width], first, begin,
+                                          None if whole else (list(state["start"]), complete))
+    read = jax.checkpoint(self._read_chunks) if self.options.recompute else self._read_chunks
+    z = read(jnp.moveaxis(split(queries), 4, 3), tokens["k"], {**xs, "mixing": mixing}, written, starts)
+    z = jnp.transpose(z, (0, 2, 4, 1, 3, 5)).reshape(queries.shape)
     y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
     if not at_start:
       y = jnp.roll(y, -phase, axis=1)
-    now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in carry["pairs"]))
-    return y[:, :T], {"start": carry.get("start", list(now)), "now": list(now), "surprise": list(surprise)}
+    now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in written.end))
+    return y[:, :T], {"start": last or list(now), "now": list(now), "surprise": list(surprise)}
 
-  def _prepare(self, q, k, live, keep, momentum) -> dict:
-    """What chunks need that no memory has to be known for, of all chunks side by side: [chunks, B, R, ...] each."""
+  def _shape(self) -> dict:
+    """What `kernel.refuses` asks."""
+    o, (_, width, hidden) = self.options, self.initial["w0"].shape
+    return dict(chunk=o.chunk, width=width, hidden=hidden, depth=o.depth, norm=o.norm, gradient=o.gradient,
+                products=o.products)
+
+  def _decays(self, live, keep, momentum) -> tuple[dict, Float[Array, "B R C t i"]]:
+    """What of all chunks side by side is left of memory and surprise, and how tokens mix: C of the module."""
     keep, momentum = jnp.cumsum(keep, -1), jnp.cumsum(momentum, -1)
     gained, lasting = _decays(keep) * live[..., None, :], _decays(momentum)  # a slot without a token adds no surprise
-    xs = {"k": k, "mixing": _dot("cbrtj,cbrji->cbrti", gained, lasting), "lasting": lasting[..., -1, :],
-          "beta": jnp.exp(keep), "gamma": _dot("cbrtj,cbrj->cbrt", gained, jnp.exp(momentum)),
-          "kept": jnp.exp(momentum[..., -1])}
-    if self.options.read == "token":
-      xs["shares"] = self._product("cbrgta,cbrja->cbrgtj", q, k) * xs["mixing"][:, :, :, None]
-      q = _carried(q, xs)
-    low = {name: x.astype(self._operands) for name, x in {**xs, "q": q, "ends": _ends(k, xs)}.items()
-           if name in ("q", "shares", "ends")}
-    return {**xs, **low}
+    return ({"beta": jnp.exp(keep), "gamma": _dot("brctj,brcj->brct", gained, jnp.exp(momentum)),
+             "lasting": lasting[..., -1, :], "kept": jnp.exp(momentum[..., -1])},
+            _dot("brctj,brcji->brcti", gained, lasting))
+
+  def _write(self, tokens, decays, anew, first, begin, start):
+    """The slow twin of `kernel.write`: (what it returns, the memory at every chunk's start, the start that goes on).
+
+    start: None where a chunk's start is its memory, else the (matrices, whether each chunk of the grid ends).
+    """
+    first = [_pair(w, jnp.zeros_like(w)) for w in first]
+    xs = {name: jnp.moveaxis(x, 2, 0) for name, x in {**tokens, "decays": decays}.items()}
+    xs["ends"] = _ends(xs["k"], xs).astype(self._operands)
+    xs["anew"] = anew.T
+    carry = {"pairs": begin}
+    if start is not None:
+      carry["start"], xs["complete"] = start
+    chunk = functools.partial(self._chunk, first)
+    if self.options.recompute:
+      chunk = jax.checkpoint(chunk, prevent_cse=False)  # between a scan's two loops there is nothing in common to find
+    carry, (pairs, starts, inputs, errors) = jax.lax.scan(chunk, carry, xs)
+    out = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), (pairs, starts, inputs, errors))
+    starts = out[1] or [_upper(pair) for pair in out[0]]
+    return kernel.Written(out[0], carry["pairs"], out[2], out[3]), starts, carry.get("start")
 
   def _chunk(self, first, carry, x):
-    """One chunk, [B, R, ...] each: the carry after it, and what the last matrix gives for the queries, [B, R, G, t, d].
+    """One chunk, [B, R, ...] each: the carry after it, and what it begins with and leaves for `_read_chunks`.
 
-    A pair is [B, R, 2 I, O]: a matrix of the memory, and its surprise below. One product reads both, one writes both.
+    A pair is [B, R, 2 I, O]: a matrix of the memory, and its surprise below. One product writes both.
     """
-    o, pairs = self.options, carry["pairs"]
-    upper = lambda pair: pair[:, :, :pair.shape[2] // 2]
-    start = carry.get("start") or [upper(pair) for pair in pairs]
-    base = start
+    o, carry = self.options, _anew(x["anew"], first, carry)
+    pairs, started = carry["pairs"], carry.get("start", [])
+    base = started or [_upper(pair) for pair in pairs]
     if o.gradient == "document":
-      base = [upper(pair) for pair in first]
+      base = [_upper(pair) for pair in first]
     elif o.backprop == "local":
-      base = jax.lax.stop_gradient(start)
+      base = jax.lax.stop_gradient(base)
     inputs, errors = self._gradients(base, x["k"], x["v"])
     step = x["step"][..., None]                                                  # [B, R, t, 1]
     if o.clip:
@@ -210,26 +232,31 @@ class Memory(nnx.Module):
       limit = o.clip ** 2 * x["v"].shape[-1]
       step = step * jnp.sqrt(limit) * jax.lax.rsqrt(jnp.maximum(squared, limit))
     errors = [(d * step).astype(self._operands) for d in errors]
-
-    def moved(i, a):
-      shares = x["shares"]
-      if i:
-        shares, a = self._product("brgta,brja->brgtj", a, inputs[i]) * x["mixing"][:, :, None], _carried(a, x)
-      return self._product("brgti,brio->brgto", a, pairs[i]) - self._product("brgtj,brjo->brgto", shares, errors[i])
-
-    linear = moved if o.read == "token" else lambda i, a: self._product("brgti,brio->brgto", a, start[i])
-    z = _network(linear, x["q"], o.depth, o.norm)
+    beta, gamma, kept = (d[..., None, None] for d in jnp.moveaxis(x["decays"], -1, 0))
     new = []
-    for i, pair in enumerate(pairs):  # the last row of a mixing matrix is what stays
+    for i, pair in enumerate(pairs):
       now, surprise = jnp.split(pair, 2, axis=2)
-      beta, gamma, kept = (d[..., None, None] for d in (x["beta"][..., -1], x["gamma"][..., -1], x["kept"]))
       ends = _ends(inputs[i], x) if i else x["ends"]
       new.append(_pair(beta * now + gamma * surprise, kept * surprise)
                  - self._product("brji,brjo->brio", ends, errors[i]))
     out = {"pairs": new}
-    if "start" in carry:
-      out["start"] = [jnp.where(x["complete"], upper(n), s) for n, s in zip(new, carry["start"])]
-    return _anew(x["anew"], first, out) if "anew" in x else out, z
+    if started:
+      out["start"] = [jnp.where(x["complete"], _upper(n), s) for n, s in zip(new, started)]
+    return out, (pairs, started if o.read == "chunk" else [], inputs[1:], errors)
+
+  def _read_chunks(self, q, k, x, written, starts) -> Float[Array, "B R C G t d"]:
+    """What the last matrix gives for the queries of all chunks side by side: [B, R, C, ...] each."""
+    o, keys = self.options, (k, *written.inputs)
+
+    def moved(i, a):
+      shares, both = self._product("brcgta,brcja->brcgtj", a, keys[i]) * x["mixing"][:, :, :, None], _carried(a, x)
+      if not i:  # of queries and keys alone
+        shares, both = shares.astype(self._operands), both.astype(self._operands)
+      return (self._product("brcgti,brcio->brcgto", both, written.pairs[i])
+              - self._product("brcgtj,brcjo->brcgto", shares, written.errors[i]))
+
+    linear = moved if o.read == "token" else lambda i, a: self._product("brcgti,brcio->brcgto", a, starts[i])
+    return _network(linear, q, o.depth, o.norm)
 
   def _gradients(self, weights, k, v):
     """Inputs a [B, R, t, I] and error signals d [B, R, t, O] of every matrix: its gradient for token i is a_i d_i^T.
@@ -305,6 +332,10 @@ def _pair(upper, lower):
   return jnp.concatenate([upper, lower], axis=2)
 
 
+def _upper(pair):
+  return pair[..., :pair.shape[-2] // 2, :]
+
+
 def _carried(a: Float[Array, "... R G t I"], x) -> Float[Array, "... R G t J"]:
   """What reads a pair: [beta a, gamma a], J = 2 I."""
   return jnp.concatenate([x[name][..., None, :, None] * a for name in ("beta", "gamma")], axis=-1)
@@ -312,7 +343,7 @@ def _carried(a: Float[Array, "... R G t I"], x) -> Float[Array, "... R G t J"]:
 
 def _ends(a: Float[Array, "... t I"], x) -> Float[Array, "... t J"]:
   """What writes a pair: a by how much of each token is left in memory and surprise at the chunk's end, J = 2 I."""
-  return jnp.concatenate([x["mixing"][..., -1, :, None] * a, x["lasting"][..., None] * a], axis=-1)
+  return jnp.concatenate([x[name][..., None] * a for name in ("leaving", "lasting")], axis=-1)
 
 
 def _anew(fresh: Bool[Array, "B"], first: list, carry: dict) -> dict:
@@ -320,7 +351,7 @@ def _anew(fresh: Bool[Array, "B"], first: list, carry: dict) -> dict:
   reset = lambda w, old: jnp.where(fresh[:, None, None, None], w, old)
   out = {"pairs": [reset(w, pair) for w, pair in zip(first, carry["pairs"])]}
   if "start" in carry:
-    out["start"] = [reset(w[:, :, :w.shape[2] // 2], old) for w, old in zip(first, carry["start"])]
+    out["start"] = [reset(_upper(w), old) for w, old in zip(first, carry["start"])]
   return out
 
 

@@ -1,0 +1,90 @@
+"""The writes of Titans' memories (arXiv 2501.00663, section 3) by kernels, where they serve.
+
+The slow twin is the scan of nsa/methods/titans/memory.py, which says what the symbols mean.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backends, partition
+
+WEIGHTS = 8192      # numbers of one matrix: a program of tokens has both, and what is made of them, in registers
+CHUNKS = 256        # of a call: each is two calls in a program forward and two backward
+IMPLEMENTATIONS = (None, backends.FASTEST, "triton")
+
+
+class Written(NamedTuple):
+  """What chunks leave for whoever reads them."""
+  pairs: tuple   # of each matrix float32[B, R, C, 2 I, O]: itself and its surprise at every chunk's beginning
+  end: tuple     # the same after the last chunk, float32[B, R, 2 I, O]
+  inputs: tuple  # of each matrix but the first, float32[B, R, C, T, I]: what the tokens' keys give it
+  errors: tuple  # of each matrix [B, R, C, T, O] in the dtype of the products: error signals times steps
+
+
+def refuses(*, chunk: int, chunks: int, width: int, hidden: int, depth: int, norm: bool, gradient: str, products: str,
+            begins_a_chunk: bool) -> str | None:
+  """Why the kernels cannot write a call's chunks here, or None; a reason begins with the name of what it is about."""
+  power = lambda n: n & (n - 1) == 0
+  if depth != 2:
+    return f"depth = {depth}: the kernels have two matrices"
+  if not norm:
+    return "norm = False: the kernels' matrices are followed by norms"
+  if gradient != "chunk":
+    return f"gradient = {gradient!r}: the kernels take gradients at the memory of the chunk's beginning"
+  if products != "bfloat16":
+    return f"products = {products!r}: the kernels multiply bfloat16"
+  if not (power(width) and power(hidden) and min(width, hidden) >= 16 and width * hidden <= WEIGHTS):
+    return (f"width, hidden width = {width}, {hidden}: the kernels take powers of two from 16 on whose product is at "
+            f"most {WEIGHTS}")
+  if chunk < 16 or not power(chunk):
+    return f"chunk = {chunk}: the kernels take powers of two from 16 on"
+  if chunks > CHUNKS:
+    return f"chunks = {chunks}: the kernels take at most {CHUNKS}, lest a program becomes too long to compile"
+  if not begins_a_chunk:
+    return "offset, state: the kernels take whole chunks of a new sequence"
+  if partition.active():
+    return "mesh: the kernels are not cut over several devices"
+  if backends.current_platform() != "gpu":
+    return f"platform: the kernels run on gpu, not on {backends.current_platform()}"
+  from pallas_kernels.triton import call
+  return call.unavailable()
+
+
+def serves(implementation: str | None, **how) -> bool:
+  """Whether `write` takes the call; logs why not, once, where a GPU could have. `how`: of `refuses`."""
+  if implementation not in IMPLEMENTATIONS or backends.current_platform() != "gpu":
+    return False
+  try:
+    reason = refuses(**how)
+  except ImportError as error:  # a broken Triton costs its speed
+    reason = f"pallas_kernels.triton does not import ({type(error).__name__}: {error})"
+  backends.log_choice("memory write", "triton" if reason is None else f"reference, because triton: {reason}")
+  return reason is None
+
+
+def write(tokens: dict, decays, anew, first, begin, *, clip: float, full: bool, dtype=jnp.bfloat16) -> Written:
+  """Writes C chunks of T tokens each into R memories of two matrices, of shapes [I, H] and [H, I].
+
+  Args:
+    tokens: "k" and "v" float32[B, R, C, T, I], unit keys and values; "step" float32[B, R, C, T], theta; "leaving" and
+      "lasting" float32[B, R, C, T], what of a token's own step is left in memory and surprise at its chunk's end;
+      "gain" float32[R, I], of the memory's output.
+    decays: float32[B, R, C, 3]: (beta, gamma, kept) from chunk to chunk, M <- beta M + gamma S, S <- kept S.
+    anew: bool[B, C]: chunks that begin with `first` and no surprise.
+    first: of each matrix float32[B, R, I, O].
+    begin: of each matrix its pair, float32[B, R, 2 I, O].
+    clip: of the norm of one token's gradient, in sqrt(I); 0 = not clipped.
+    full: whether the gradient goes through the memory that errors are taken at.
+    dtype: of the operands of products; sums are float32.
+
+  Returns:
+    `Written`, differentiable in all but `anew`. Equal inputs give equal bits.
+  """
+  from pallas_kernels.triton import memory as kernels
+  tokens = {**tokens, "gain": jnp.broadcast_to(tokens["gain"], tokens["k"].shape[:2] + tokens["gain"].shape[1:])}
+  pairs, end, hidden, errors = kernels.write(tokens, decays, jnp.asarray(anew, jnp.int32), tuple(first), tuple(begin),
+                                             float(clip), bool(full), jax.dtypes.canonicalize_dtype(dtype))
+  return Written(pairs, end, (hidden,), errors)
