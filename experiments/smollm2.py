@@ -53,7 +53,8 @@ warm-up ("_b2_recall": every second row asks). Seer and DSA: the form of MSA's i
 weighted sum over heads, Seer's gates their own keys. Said beforehand: if the loss is to blame, msa_8M_far answers at
 least half of the far recall that dense_8M does; if steps are missing, msa_8M_b1 does, or msa_8M_b2_recall half of
 dense_8M_recall's; if the form is, dsa_8M_recall or seer_8M_recall answers half of dense_8M_recall's. Found:
-msa_8M_far answers 5 %, msa_8M_b1 53 % where dense_8M answers 83, msa_8M_b2_recall 75 %.
+msa_8M_far answers 5 %, msa_8M_b1 53 % where dense_8M answers 83, msa_8M_b2_recall 75 %, seer_8M_recall 24 and
+dsa_8M_recall 6 where MSA answers 16.
 
 Tier 8 was written after these two, before its own runs and before dense_8M_b1's. Said beforehand: if steps count and
 not tokens, msa_2M_b1 (244 steps) answers more than msa_8M's 3 % (122 steps of eight rows); if steps are all that is
