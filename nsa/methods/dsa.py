@@ -80,7 +80,7 @@ class DSA(distillation.Indexed):
     return self.sets(model) * (-(-context // 32) if self.level == "token" else self.num_blocks)
 
 
-def layer_norm(x: Float[Array, "... D"], gain: Float[Array, "D"], bias: Float[Array, "D"], eps: float = 1e-6):
+def layer_norm(x: Float[Array, "... D"], gain: Float[Array, " D"], bias: Float[Array, " D"], eps: float = 1e-6):
   """(x - mean) / standard deviation * gain + bias, computed in float32, returned in x.dtype (arXiv 1607.06450)."""
   x32 = x.astype(jnp.float32)
   x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
