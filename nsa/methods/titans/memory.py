@@ -346,7 +346,7 @@ def _ends(a: Float[Array, "... t I"], x) -> Float[Array, "... t J"]:
   return jnp.concatenate([x[name][..., None] * a for name in ("leaving", "lasting")], axis=-1)
 
 
-def _anew(fresh: Bool[Array, "B"], first: list, carry: dict) -> dict:
+def _anew(fresh: Bool[Array, " B"], first: list, carry: dict) -> dict:
   """The carry, begun anew where another document begins."""
   reset = lambda w, old: jnp.where(fresh[:, None, None, None], w, old)
   out = {"pairs": [reset(w, pair) for w, pair in zip(first, carry["pairs"])]}
