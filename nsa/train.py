@@ -201,6 +201,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       if failed:
         if jax.process_count() == 1:  # of several the others are at their next step
           log.step(*pending, batches, checkpoints)
+          held.check()
           writer.sync()
           checkpoints.save(index + 1, state, wait=True)
         raise failed
