@@ -46,7 +46,8 @@ def of_error(error: Exception) -> str:
 
 # Names of pallas_kernels' kernels: `kernel_name` and `name`, in traces also those of Triton's functions.
 OWN = re.compile(r"(range_attention|selected_attention|paged_attention|token_attention|index_kl|lightning|block_mass|"
-                 r"block_peak|sum_units|compressed_scores|index_scores|token_scores|choose_blocks|choose_tokens)\w*|^[a-z_]+_kernel(?=(_\d+)?$)")
+                 r"block_peak|sum_units|compressed_scores|index_scores|token_scores|choose_blocks|choose_tokens)\w*|"
+                 r"^[a-z_]+_kernel(?=(_\d+)?$)")
 KINDS = (
     ("attention of cuDNN", r"cudnn|fmha|flash_(fprop|bprop)|sdpa"),
     ("sorts", r"sort|radix|onesweep"),
