@@ -15,6 +15,8 @@ import numpy as np
 from pallas_kernels.triton import call, heads_kernels
 
 GROUPS = 6  # that the kernels have places for, beside q
+
+
 class Walk(NamedTuple):
   """What a program does with one head: `rows` stretches of `tokens` side by side; `ahead`, which divides `tokens`, of
   each are loaded at once."""

@@ -72,7 +72,7 @@ def before_of(y, start, T, N: tl.constexpr, H2: tl.constexpr, W: tl.constexpr):
   one, two = (), ()
   for back in tl.static_range(1, W):
     t = start - back
-    at = y + t[:, None] * (N * 2 * H2) + tl.arange(0, H2)[None, :]
+    at = y + tl.cast(t, tl.int64)[:, None] * (N * 2 * H2) + tl.arange(0, H2)[None, :]
     ok = ((t >= 0) & (t < T))[:, None]
     one += (tl.load(at, mask=ok, other=0.0).to(tl.float32),)
     two += (tl.load(at + H2, mask=ok, other=0.0).to(tl.float32),)
@@ -102,6 +102,7 @@ def heads_forward_kernel(y, taps, gain, cos, sin, first, oa, ob, oc, od, oe, of,
   is_turned = n < NQ + NT * NK
   h = tl.arange(0, H2)
   start = (part * ROWS + tl.arange(0, ROWS)) * TOKENS
+  far = tl.cast(start, tl.int64)[:, None]  # a long sequence has more numbers than 32 bits count
   y += (b * T * N + n) * (2 * H2)
   to += b * T * step
   first += b * T
@@ -115,8 +116,8 @@ def heads_forward_kernel(y, taps, gain, cos, sin, first, oa, ob, oc, od, oe, of,
   REACH: tl.constexpr = W - 1 if W > 0 else 0
   tap_one, tap_two = taps_of(taps, b, n, B, R, N, H2, W)
   before_one, before_two = before_of(y, start, T, N, H2, W)
-  at_y = y + start[:, None] * (N * 2 * H2) + h[None, :]
-  at_o = to + start[:, None] * step + h[None, :]
+  at_y = y + far * (N * 2 * H2) + h[None, :]
+  at_o = to + far * step + h[None, :]
   at_angle = start[:, None] * H2 + h[None, :]
   for begin in range(0, TOKENS, AHEAD):
     loaded = ()
@@ -189,6 +190,7 @@ def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df
   is_turned = n < NQ + NT * NK
   h = tl.arange(0, H2)
   start = (part * ROWS + tl.arange(0, ROWS)) * TOKENS
+  far = tl.cast(start, tl.int64)[:, None]  # a long sequence has more numbers than 32 bits count
   y += (b * T * N + n) * (2 * H2)
   dy += (b * T * N + n) * (2 * H2)
   of += b * T * step
@@ -206,9 +208,9 @@ def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df
   # Of token t - a, at a - 1: what dy has of tokens before t.
   owed_one, owed_two = (none,) * REACH, (none,) * REACH
   tap_sum_one, tap_sum_two = (none,) * W, (none,) * W
-  at_y = y + start[:, None] * (N * 2 * H2) + h[None, :]
-  at_dy = dy + start[:, None] * (N * 2 * H2) + h[None, :]
-  at_o = of + start[:, None] * step + h[None, :]
+  at_y = y + far * (N * 2 * H2) + h[None, :]
+  at_dy = dy + far * (N * 2 * H2) + h[None, :]
+  at_o = of + far * step + h[None, :]
   at_angle = start[:, None] * H2 + h[None, :]
   for begin in range(0, TOKENS + REACH, AHEAD):
     loaded = ()

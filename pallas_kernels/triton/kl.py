@@ -24,7 +24,7 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 # Of P, from the forward to the backward pass of one call: 4.5 GiB at 262,144 tokens, where making it again costs 23 of
 # 369 ms, forward + backward, of the layer on one H200.
 KEPT_BYTES = 5 * 2 ** 30
-COUNTED = 2 ** 31  # numbers of q, by 32 bits
+COUNTED = 2 ** 31  # numbers of q and of q_idx, by 32 bits
 MAX_GROUP = 16  # of lists for attention: tiles hold a group whole
 MERGED_ROWS = 32  # (token, KV head)s whose entries one program adds up
 SUMMED_COLUMNS = 32  # of dK and dV that one program adds up
@@ -187,7 +187,7 @@ def _of_entries(q, k, lse, q_idx, k_idx, entries, plan, constants, *, keep, mome
       kl_kernels.selected_forward_kernel, (q, k, lse, q_idx, k_idx, entries.rows, entries.spans, entries.units),
       [jax.ShapeDtypeStruct((5, places if moments else 1), jnp.float32), targets], grid=(plan.max_units,),
       name="index_kl_forward", PLACES=places, SIZE=size, TOKENS=tuned.rows, TILE_TOKENS=plan.tile_tokens,
-      WIDE=q.size >= COUNTED, MOMENTS=moments, KEEP=keep, **_launch(tuned), **constants)
+      WIDE=max(q.size, q_idx.size) >= COUNTED, MOMENTS=moments, KEEP=keep, **_launch(tuned), **constants)
 
 
 def _invert(block_indices, plan, queries, first, segment_ids, offset):

@@ -65,7 +65,7 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
                             MOMENTS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
   """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `moments_of`.
 
-  `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask. WIDE: 32 bits do not count all of q;
+  `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask. WIDE: 32 bits do not count q or q_idx;
   where they do, fewer registers are in use.
   """
   unit = units + tl.program_id(0) * 6

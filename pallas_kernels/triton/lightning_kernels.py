@@ -4,6 +4,7 @@ A program has a tile of tokens and one set of index heads, or for dk_idx a block
 a block of keys at a time, index head after index head, as P is made query head after query head (kl_kernels.py): so the
 tensor core has whole tiles at any number of either. `chosen`, int8[B, T, R, S / SIZE], says which blocks of SIZE keys
 a token chose, and is read if SELECTED; blocks of keys that no token of a tile chose are left out. BLOCK divides SIZE.
+With SIZE = 1 it is sets of tokens, `masked.packed` int32[B, T, R, ceil(S / 32)], and 32 divides BLOCK.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pallas_kernels.triton.range_kernels import blocks_of, load_block
 
 @triton.jit
 def weighted(q_idx, weights, row, ok, index_keys, HEADS: tl.constexpr, HI: tl.constexpr, TOKENS: tl.constexpr,
-              BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+             BLOCK: tl.constexpr, PRECISION: tl.constexpr):
   """The index score, float32[TOKENS, BLOCK]; `row` counts (batch, token, set)."""
   s = tl.zeros((TOKENS, BLOCK), tl.float32)
   for j in range(HEADS):
