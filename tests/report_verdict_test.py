@@ -1,8 +1,10 @@
 """Verdicts, gates and quantities of nsa.report on synthetic study directories with planted truths."""
 import csv
+import dataclasses
 import json
 from pathlib import Path
 import re
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from report_cases import judged, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, runs, verdict
+from nsa.report import analyses, archive, endpoints, runs, statistics, verdict
 
 
 def test_an_equal_retrofit_matches(tmp_path):
@@ -21,6 +23,12 @@ def test_an_equal_retrofit_matches(tmp_path):
   assert "R(5 %): retrofit_msa_5 matches dense" in text and "A: dense matches native_msa" in text
   assert "equivalence within ±0.0050" in text and "6 seeds" in text and "worse" not in text and "better" not in text
   assert "smallest effect a single comparison could have seen is" in text and "R(b) has fewer than 3 budgets" in text
+  (r,) = judged(root).of("R", planted.TEXT, "tiny")
+  differences = list(r.differences.values())
+  assert r.without_one == [statistics.tost(np.delete(differences, i), 0.005) for i in range(6)]
+  assert "hangs on every seed" not in text
+  barely = dataclasses.replace(r, p_tost=r.alpha)
+  assert barely.word == "matches" and "after Holm: the word hangs on every seed" in verdict.sentence(types.SimpleNamespace(sizes=["tiny"]), barely)
 
 
 def test_a_worse_retrofit_is_worse_by_what_was_planted(tmp_path):

@@ -256,7 +256,8 @@ def _comparison_table(study, found, mine, size):
                + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips",
                   "p, without one seed", "smallest detectable"], lines,
                f"{m.title[0].upper()}{m.title[1:]}{study.at(size)}"
-               + (f". Family {tests}; the first two p after Holm, the others as they are" if words
+               + (f". Family {tests}; the first two p after Holm, the others as they are (without one seed: of "
+                  "equivalence where the word is matches)" if words
                   else ". **Not admitted by its controls: numbers without a verdict**"), left=3)
 
 

@@ -143,10 +143,11 @@ def sign_flip(differences: Sequence[float]) -> float:
   return float(np.mean(sums >= abs(x.sum()) * (1 - 1e-12)))
 
 
-def leave_one_out(differences: Sequence[float]) -> list[float]:
-  """Two-sided p of the t test without each one of the differences; [] with fewer than 3."""
+def leave_one_out(differences: Sequence[float], test=t_test) -> list[float]:
+  """p of `test` (the two-sided t test, or another of one list) without each one of the differences; [] with fewer
+  than 3."""
   x = _finite("differences", differences)
-  return [t_test(np.delete(x, i)) for i in range(len(x))] if len(x) > 2 else []
+  return [test(np.delete(x, i)) for i in range(len(x))] if len(x) > 2 else []
 
 
 def two_groups(values: Sequence[float], apart: float) -> tuple[list[float], list[float]] | None:

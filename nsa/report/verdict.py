@@ -88,8 +88,11 @@ class Comparison:
 
   @property
   def without_one(self) -> list[float]:
-    """p of the t test without each seed in turn, before Holm."""
-    return statistics.leave_one_out(list(self.differences.values())) if self.differences else []
+    """p without each seed in turn, before Holm: of equivalence where the word is "matches", else of the t test."""
+    test = statistics.t_test
+    if self.word == "matches":
+      test = functools.partial(statistics.tost, margin=self.endpoint.margin)
+    return statistics.leave_one_out(list(self.differences.values()), test) if self.differences else []
 
 
 @dataclasses.dataclass
@@ -249,6 +252,8 @@ def sentence(study: Study, c: Comparison) -> str:
   text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} seeds; after Holm {p})"
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
+  if c.word == "matches" and (without := max(c.without_one, default=0.0) * c.p_tost / j.p_tost) > c.alpha:
+    text += f"; but without one of the seeds p = {p_text(min(1.0, without))} after Holm: the word hangs on every seed"
   if c.word in ("worse", "better"):
     without = max(c.without_one, default=0.0)  # of 2 seeds there is none
     weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [

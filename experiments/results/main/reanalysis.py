@@ -176,7 +176,8 @@ def tests(differences, margin):
   return {**out, "low": float(x.mean() - half), "high": float(x.mean() + half),
           "tost": max(one_sided(x, -margin), one_sided(-x, -margin)), "difference": unequal(x),
           "flips": float(np.mean(np.abs(signs @ x) >= abs(x.sum()) * (1 - 1e-12))),
-          "without": [unequal(y) for y in without], "detectable": detectable(x, .05)}
+          "without": [unequal(y) for y in without], "detectable": detectable(x, .05),
+          "match_without": [max(one_sided(y, -margin), one_sided(-y, -margin)) for y in without]}
 
 
 def holm(p):
@@ -242,6 +243,8 @@ def analyse(paths, sealed=False):
     c["word"] = ("not admitted" if not c["admitted"] else "cannot be judged" if "tost" not in c else
                  "matches" if c["tost_holm"] <= c["alpha"] else "undecided" if c["difference_holm"] > c["alpha"] else
                  "worse" if (c["mean"] > 0) == c["less"] else "better")
+    if c["word"] == "matches":  # the tests of the word
+      c["without"] = c["match_without"]
   return found, admitted, remarks(plan, runs, found, v, sizes)
 
 
