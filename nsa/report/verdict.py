@@ -253,7 +253,7 @@ def sentence(study: Study, c: Comparison) -> str:
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
   if c.word == "matches" and (without := max(c.without_one, default=0.0) * c.p_tost / j.p_tost) > c.alpha:
-    text += f"; but without one of the seeds p = {p_text(min(1.0, without))} after Holm: the word hangs on every seed"
+    text += f"; but without one of the seeds p = {p_text(min(1.0, without))} after Holm"
   if c.word in ("worse", "better"):
     without = max(c.without_one, default=0.0)  # of 2 seeds there is none
     weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
