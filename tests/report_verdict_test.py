@@ -28,7 +28,8 @@ def test_an_equal_retrofit_matches(tmp_path):
   assert r.without_one == [statistics.tost(np.delete(differences, i), 0.005) for i in range(6)]
   assert "but without one of the seeds" not in text
   barely = dataclasses.replace(r, p_tost=r.alpha)
-  assert barely.word == "matches" and "; but without one of the seeds p = " in verdict.sentence(types.SimpleNamespace(sizes=["tiny"]), barely)
+  said = verdict.sentence(types.SimpleNamespace(sizes=["tiny"]), barely)
+  assert barely.word == "matches" and "; but without one of the seeds p = " in said
 
 
 def test_a_worse_retrofit_is_worse_by_what_was_planted(tmp_path):
