@@ -115,29 +115,6 @@ def test_several_projections_in_one_pass(taps, norm, turned, plain, seeds, monke
   assert_close(both(fused.groups), both(groups_by_xla))
 
 
-def test_offsets_of_a_long_sequence_do_not_fit_32_bits(monkeypatch):
-  """The interpreter says where 32 bits overflow: at a tile that begins 2^31 numbers into its sequence, past its end."""
-  kernels_run()
-  import triton.language as tl
-  from triton.runtime import interpreter
-
-  from pallas_kernels.triton import call, heads, heads_kernels
-  if not call.INTERPRET:
-    pytest.skip("needs TRITON_INTERPRET=1")
-  N, H, walk = 2 ** 12, 128, heads.Walk(64, 64, 16, 4)  # the second tile begins at token 4,096
-  monkeypatch.setattr(heads, "FORWARD", walk)
-  monkeypatch.setattr(heads, "BACKWARD", walk)
-  monkeypatch.setattr(heads, "_how", lambda y, walk: dict(
-      grid=(1,), num_warps=4, num_stages=1, ROWS=walk.rows, TOKENS=walk.tokens, AHEAD=walk.ahead))
-  monkeypatch.setattr(heads, "_programs", lambda y, walk: 2)  # whose shares have places
-  builder, zero = interpreter.interpreter_builder, lambda: tl.program_id(0)
-  monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
-  monkeypatch.setattr(heads_kernels, "tile_of", lambda T, N, ROWS: (zero().to(tl.int64), zero() + 1, zero()))
-  y, taps, first = jnp.ones((1, 1, N, H)), jnp.ones((3, N, H)), jnp.zeros((1, 1), jnp.int32)
-  out, pull = jax.vjp(lambda y: heads.heads(y, taps, None, None, None, first, 1e-5), y)
-  pull(out)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("seeds", [0, 2])
 def test_norm_and_gate_in_one_pass(seeds):

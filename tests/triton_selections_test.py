@@ -399,30 +399,6 @@ def test_interpreted_many_slots():
   check_many_slots()
 
 
-@contextlib.contextmanager
-def tiny_kl():
-  with contextlib.ExitStack() as stack:
-    for kernel in ("index_kl", "index_kl_forward", "index_kl_backward"):
-      stack.enter_context(tuning.override(kernel, TINY))
-    yield
-
-
-@interprets
-def test_numbers_are_counted_by_64_bits_where_q_idx_alone_has_so_many(monkeypatch):
-  s = KL_SMALL(S=60, N=2, K=2, index_dim=32)  # q has half as many numbers as q_idx
-  inputs, wide, kernel_call = cases.draw("index_kl", s, "segments"), [], call.kernel_call
-  monkeypatch.setattr(kl, "COUNTED", inputs.arrays[0].size)
-
-  def asked(*a, **how):
-    wide.append(how.get("WIDE"))
-    return kernel_call(*a, **how)
-
-  monkeypatch.setattr(call, "kernel_call", asked)
-  with tiny_kl():
-    of_index(kl.index_kl)(*inputs.arrays, **inputs.rest, block_size=s.block_size, scale=0.25, index_scale=0.2)
-  assert inputs.rest["q"].size < inputs.arrays[0].size and True in wide
-
-
 @interprets
 @pytest.mark.parametrize("situation, warmup, kept_bytes, slice_bytes", [
     *(("segments", *kept) for kept in KEPT), *((name, *KEPT[0]) for name in situations("index_kl"))])
@@ -430,7 +406,9 @@ def test_interpreted_index_kl(situation, warmup, kept_bytes, slice_bytes, monkey
   monkeypatch.setattr(kl, "KEPT_BYTES", kept_bytes)
   monkeypatch.setattr(kl, "SLICE_BYTES", slice_bytes)
   monkeypatch.setattr(kl, "COUNTED", 0 if kept_bytes == 0 else 2 ** 31)
-  with tiny_kl():
+  with contextlib.ExitStack() as stack:
+    for kernel in ("index_kl", "index_kl_forward", "index_kl_backward"):
+      stack.enter_context(tuning.override(kernel, TINY))
     check_kl(KL_SMALL(S=60), situation, warmup=warmup, exact=2.0 ** -16 if situation == "huge_logits" else 5e-6)
 
 
