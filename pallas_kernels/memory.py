@@ -50,6 +50,8 @@ def refuses(*, chunk: int, chunks: int, width: int, hidden: int, depth: int, nor
   if backends.current_platform() != "gpu":
     return f"platform: the kernels run on gpu, not on {backends.current_platform()}"
   from pallas_kernels.triton import call
+  if call.small_memory() and max(width, hidden) > 256:  # 512 by 16 take 128 KiB
+    return f"width, hidden width = {width}, {hidden}: beyond 256 the kernels need more shared memory than there is"
   return call.unavailable()
 
 

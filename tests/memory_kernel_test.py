@@ -106,6 +106,17 @@ def test_what_it_refuses_is_named(change, reason):
     assert not kernel.serves(None, **{**asked, "depth": 3})
 
 
+def test_a_gpu_of_little_shared_memory_takes_no_long_rows(monkeypatch):
+  pytest.importorskip("triton", reason="triton is not installed")
+  from pallas_kernels.triton import call
+  monkeypatch.setattr(call, "small_memory", lambda: True)
+  monkeypatch.setattr(call, "unavailable", lambda: None)
+  asked = dict(chunk=128, chunks=32, depth=2, norm=True, gradient="chunk", products="bfloat16", begins_a_chunk=True)
+  with backends.target_platform("gpu"):
+    assert kernel.refuses(width=32, hidden=256, **asked) is None
+    assert "shared memory" in kernel.refuses(width=16, hidden=512, **asked)
+
+
 @pytest.mark.parametrize("seeds", [0, 3])
 def test_a_layer_lowers_to_two_calls_a_chunk_forward_and_two_backward(seeds):
   """As the study trains it, without a GPU; of several seeds as well."""
