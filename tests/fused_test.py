@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from kernels_cases import kernels_run
 import numpy as np
 import pytest
 
@@ -14,15 +15,6 @@ from nsa import config as config_lib, layers, methods, model as model_lib, step 
 from pallas_kernels import fused, spans
 
 ON_GPU = jax.default_backend() == "gpu"
-
-
-def kernels_run():
-  pytest.importorskip("triton", reason="triton is not installed")
-  from pallas_kernels.triton import call
-  if call.INTERPRET:
-    pytest.importorskip("torch", reason="the interpreter needs torch")
-  elif not ON_GPU:
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
 
 
 def several_programs(monkeypatch):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import kernels_oracle as oracle
 import numpy as np
+import pytest
 
 from pallas_kernels import arg_specs, masked, reference
 
@@ -23,6 +24,17 @@ RESULTS["index_kl"] = ("loss", "dq_idx", "dk_idx")
 DIFFERENTIABLE = tuple(RESULTS)
 RESULTS["paged_attention"] = ("o", "lse")  # whose cases are those of paged_test.py
 SELECTIONS = ("index_top_k", "compressed_top_k", "block_top_k")
+
+
+def kernels_run() -> bool:
+  """Whether Triton's kernels run in its interpreter; skips where they do not run at all."""
+  pytest.importorskip("triton", reason="triton is not installed")
+  from pallas_kernels.triton import call
+  if call.INTERPRET:
+    pytest.importorskip("torch", reason="the interpreter needs torch")
+  elif jax.default_backend() != "gpu":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+  return call.INTERPRET
 
 
 # --- what happens in the arrays ---------------------------------------------------

@@ -6,6 +6,7 @@ installed; a GPU multiplies bfloat16.
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from kernels_cases import kernels_run
 import pytest
 
 from nsa import config as config_lib, layers, methods
@@ -14,17 +15,6 @@ from pallas_kernels import backends, memory as kernel
 
 ON_GPU = jax.default_backend() == "gpu"
 CHUNK, CHUNKS, B, WIDTH = 32, 3, 2, 16
-
-
-def kernels_run():
-  """Whether in the interpreter; skips where kernels do not run."""
-  pytest.importorskip("triton", reason="triton is not installed")
-  from pallas_kernels.triton import call
-  if call.INTERPRET:
-    pytest.importorskip("torch", reason="the interpreter needs torch")
-  elif not ON_GPU:
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-  return call.INTERPRET
 
 
 def layer(implementation, chunk=CHUNK, tokens=CHUNKS * CHUNK, width=WIDTH, **options):

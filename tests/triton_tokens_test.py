@@ -16,7 +16,7 @@ import pallas_kernels as pk
 from pallas_kernels import masked, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
-from triton_selections_test import KL_ON_DEVICE, KL_SMALL, draw_lightning, of_lightning  # noqa: E402
+from triton_selections_test import KL_ON_DEVICE, KL_SMALL, compare_lightning_kl, draw_lightning  # noqa: E402
 from triton_test import SHAPE, TINY, interprets, lowered, lowers, needs_gpu  # noqa: E402
 
 from pallas_kernels.triton import call, lightning, tokens, tuning  # noqa: E402
@@ -221,20 +221,8 @@ def check_kl(s, situation, per_group, *, exact, rounded):
     _, lse = reference.token_attention(*cases.up(on_host((rest["q"], rest["k"], rest["k"]))),
                                        on_host(rest["token_sets"]))
   rest["lse"] = jnp.asarray(np.asarray(lse))
-
-  def both(f, index, rest, dloss):
-    loss, pull = jax.vjp(functools.partial(of_lightning(f), **rest, block_size=16, scale=s.H ** -0.5), *index)
-    return loss, *pull(dloss)
-
-  got = jax.jit(lambda index, dloss: both(lightning.lightning_kl, index, rest, dloss))(index, dloss)
-  with on_cpu():
-    want = both(reference.lightning_kl, *cases.up(on_host((index, rest, dloss))))
-  assert np.abs(want[0]).max() > 0.01 or situation in ("all_empty", "crumbs", "sink")
-  for what, x, y in zip(("loss", "dq_idx", "dweights", "dk_idx"), got, want, strict=True):
-    error, size = np.linalg.norm(np.float64(x) - np.float64(y)), np.linalg.norm(np.float64(y))
-    bar = exact if what == "loss" or s.dtype == "float32" else rounded
-    assert error <= bar * size, (what, error, bar, size)
-    assert size > 0 or situation == "all_empty", what
+  compare_lightning_kl(s, index, rest, dloss, block_size=16, empty=situation == "all_empty",
+                       small=situation in ("all_empty", "crumbs", "sink"), exact=exact, rounded=rounded)
 
 
 @pytest.mark.gpu
