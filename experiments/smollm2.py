@@ -34,6 +34,7 @@ a second, dense or MSA, where it has nothing else to do:
 | 7 | why tier 6's find little: 8, a loss of far queries, small batches (three orders), other selectors | 128 |
 | 8 | one row a step with 2 and 32, and controls: how many steps a selector needs | 68 |
 | 9 | steps and recall in the rows together: two rows a step with 32, and its control | 64 |
+| 10 | such rows with 8: other selectors, selector only, 5:1 and control, 8 blocks, first layers dense | 64 |
 
 Tier 6 was written after tier 1 and before its own runs. Tier 1's selectors hold 98 % of the attention mass that the
 best blocks hold and answer 0 to 3 % of far recall, where the best blocks answer all that dense attention does. A sink
@@ -66,8 +67,17 @@ Tier 9 was written after tier 8. Said beforehand: if steps and rows with recall 
 msa_32M_b2_recall (1,953 steps) answers at least nine tenths of the far recall that dense_32M_b2_recall does. If not,
 the next to look at is the form of the index.
 
+Tier 10 was written before tier 9's result. Tiers 3 to 5 ask what other selectors, a faster backbone, fewer blocks or
+dense first layers are worth with eight rows a step, where no selector works; tier 10 asks it where MSA's does
+(msa_8M_b2_recall, 488 steps: 75 % of far recall, dense 96; code 0.0103 behind). Said beforehand: if the form of the
+index is what is left, seer or dsa answers at least 10 points more than msa; if the KL has to go on in sparse steps,
+gated, which has it in its warm-up alone, answers less than half of what msa does; if the backbone has to move,
+selector_only does; a backbone at 5:1 answers more than msa and is farther behind its own control on code; half the
+blocks answer less than three quarters of msa's; with three layers dense, which hardly look far, it answers within 5
+points of msa's.
+
 Arguments: model= (run directory; none: the shape of retrofit_hf.py with bytes, to be looked at), novels=, code=
-(archives or folders; none: the standard library's source), tier=1 (0 to 9, or all of 1 to 9; a tier brings the dense
+(archives or folders; none: the standard library's source), tier=1 (0 to 10, or all of 1 to 10; a tier brings the dense
 arms along that it needs), rate=1e-3, selector_steps=60, budgets=0.5+2+8+32 (the middle two in every order), seeds=3,
 context=8192, batch=8, block=64, blocks=16, tasks= (joined by +; empty: TASKS), lengths=1024+2048+4096+8192, windows=48
 (of each corpus), examples=32 (per task and length), decoded=8 (of these), eval_batch=4, once=true (the imported
@@ -102,7 +112,7 @@ def get_config(arg=None):
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
                       windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
   make = Arms(a)
-  tiers = {str(number): make.tier(number) for number in range(1, 10)}
+  tiers = {str(number): make.tier(number) for number in range(1, 11)}
   if a.tier == "0":
     make.tasks, tiers = make.at_lengths(ASKED), {"0": [make.imported(free=False)]}
   if a.tier not in (*tiers, "all"):
@@ -256,6 +266,15 @@ class Arms:
       how = dict(rows=1) if number == 8 else dict(rows=2, recall=True)
       arms = [one for m in ((self.main[0], largest) if number == 8 else (largest,))
               for one in (self.retrofit("msa", m, **how), self.continued(m, **how))]
+      for one in arms:
+        one.eval.more_modes = ()
+      return arms
+    if number == 10:
+      how = dict(millions=self.main[-1], rows=2, recall=True)
+      arms = [*(self.retrofit(method, **how) for method in OTHERS), self.retrofit("msa", train="selector", **how),
+              self.retrofit("msa", rates="_5to1", **how), self.continued(rates="_5to1", **how),
+              self.retrofit("msa", blocks=self.a.blocks // 2, **how),
+              self.retrofit("msa", first=min(FIRST, self.model.num_layers - 1), **how)]
       for one in arms:
         one.eval.more_modes = ()
       return arms
