@@ -112,9 +112,10 @@ def _products(cells) -> list[tuple[tuple, tuple, tuple]]:
 
 
 def rows() -> list[str]:
-  """Lines of Markdown: operation, implementation, platform, and what it takes; "any" is all that was asked."""
+  """Lines of Markdown: operations, implementation, platform, and what it takes; "any" is all that was asked."""
   lines = ["| operation | implementation | on | dtype | G | head dim | block size | packed | one query from a cache |",
            "|---|---|---|---|---|---|---|---|---|"]
+  operations_of = {}  # what is taken -> the operations that take just that
   any_of = lambda values, of: "any" if tuple(values) == tuple(of) else _listed(values, of)
   with as_on_an_h100():
     for operation in backends.OPERATIONS:
@@ -123,19 +124,20 @@ def rows() -> list[str]:
           continue
         found = backends._registered[operation][name]
         serves = lambda **how: found.supports(**arguments(operation, **how)) is None
-        cells = {cell for cell in itertools.product(DTYPES, GROUPS, HEAD_DIMS)
-                 if serves(dtype=cell[0], group=cell[1], head_dim=cell[2])}
+        served = {cell for cell in itertools.product(DTYPES, GROUPS, HEAD_DIMS)
+                  if serves(dtype=cell[0], group=cell[1], head_dim=cell[2])}
         sizes = [size for size in BLOCK_SIZES if serves(block_size=size)]
         blocks = "-" if operation in WITHOUT_BLOCKS else any_of(sizes, BLOCK_SIZES)
         packed = "-" if operation == "paged_attention" else "yes" if serves(packed=True) else "no"
         cache = "yes" if serves(queries=1, offset=jax.ShapeDtypeStruct((1,), jnp.int32)) else "no"
-        for dtypes, groups, head_dims in _products(cells):
+        for dtypes, groups, head_dims in _products(served):
           if operation == "block_top_k":  # scores are float32, whatever they were made of
             dtypes, groups, head_dims = ("any",), GROUPS, HEAD_DIMS
           kinds = ", ".join(DTYPES.get(dtype, dtype) for dtype in dtypes)
-          lines.append(f"| {operation} | {name} | {', '.join(found.platforms).upper()} | {kinds} | "
-                       f"{any_of(groups, GROUPS)} | {any_of(head_dims, HEAD_DIMS)} | {blocks} | {packed} | {cache} |")
-  return lines
+          cells = (name, ", ".join(found.platforms).upper(), kinds, any_of(groups, GROUPS),
+                   any_of(head_dims, HEAD_DIMS), blocks, packed, cache)
+          operations_of.setdefault(cells, []).append(operation)
+  return lines + [f"| {' | '.join((', '.join(operations), *cells))} |" for cells, operations in operations_of.items()]
 
 
 def page(text: str) -> str:
