@@ -77,7 +77,15 @@ def _parse(argv):
   except IndexError as error:
     end(BAD_INPUT, _index_error(argv) or f"override: {error}")
   except (flags.Error, ValueError, TypeError, OSError) as error:
-    end(BAD_INPUT, str(error))
+    end(BAD_INPUT, _without_traceback(str(error)))
+
+
+def _without_traceback(text: str) -> str:
+  """ml_collections puts the traceback of what an experiment file raised into its error. A ValueError of that file is
+  about an argument, and says all; of anything else the traceback is kept."""
+  found = re.search(r"--config=(.*): Error whilst parsing config file:\n.*^  File \"[^\"]*(?:experiments|nsa)/[^\n]*\n"
+                    r"[^\n]*\n(?:[ ~^]*\n)?ValueError: (.*)", text, re.DOTALL | re.MULTILINE)
+  return f"--config={found[1]}: {found[2].strip()}" if found else text
 
 
 def _read_archives(argv) -> None:

@@ -113,7 +113,7 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(tmp_path, args, said):
 
 def test_wrong_experiment_argument():
   _, err = run("train", "--config=experiments/mqar.py:arms=msa", "--dry_run", code=2)
-  assert "arms=msa" in err and "arm=dense" in err
+  assert "arms=msa" in err and "arm=dense" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/nothing.py", "--dry_run", code=2)
   assert "experiments/nothing.py" in err
   _, err = run("train", "--config=experiments/quickstart.py", "--dry_run", code=2)
