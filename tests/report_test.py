@@ -180,6 +180,7 @@ def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp
   assert "**failed**: out of memory" in text
   assert "Pending and in no comparison, of size tiny: native_msa (seeds 3)." in text
   assert "`retrofit_msa_1-tiny-0`: seed 0 diverged" in text and "2 of 17 runs failed" in text
+  assert "1 seed of runs that finished diverged: no comparison has them." in text
   seeds = {c.arm: sorted(c.differences) for c in judged(root).of("Delta", planted.TEXT, "tiny")}
   assert seeds == {"retrofit_msa_1": [1, 2], "retrofit_msa_5": [0, 2], "retrofit_msa_25": [0, 1]}
   assert "failed: dense-tiny-3: out of memory" in report.verdict_table(root)

@@ -23,6 +23,7 @@ def test_an_equal_retrofit_matches(tmp_path):
   assert "R(5 %): retrofit_msa_5 matches dense" in text and "A: dense matches native_msa" in text
   assert "equivalence within ±0.0050" in text and "6 seeds" in text and "worse" not in text and "better" not in text
   assert "smallest effect a single comparison could have seen is" in text and "R(b) has fewer than 3 budgets" in text
+  assert "6 seeds leave room for a failure that none of them shows in up to 39 % of seeds (95 %)" in text
   (r,) = judged(root).of("R", planted.TEXT, "tiny")
   differences = list(r.differences.values())
   assert r.without_one == [statistics.tost(np.delete(differences, i), 0.005) for i in range(6)]
@@ -65,6 +66,28 @@ def test_the_same_numbers_twice_are_no_match(tmp_path):
     record["arm"] = "retrofit_msa_5"
   (root / "runs/retrofit_msa_5-tiny-0_1_2/eval/1000.json").write_text(json.dumps(native))
   assert "No verdict: retrofit_msa_5 is identical to native_msa in every seed" in words(root)
+
+
+@pytest.mark.parametrize("apart, word", [(0.001, "matches"), (0.05, "worse")])
+def test_a_difference_without_scatter_is_no_test(apart, word):
+  """Three seeds a few answers apart, all by as many: p would be 0. With scatter the same means have their word."""
+  made = lambda arm: runs.Run(Path(arm), arm, "S", (0, 1, 2), {}, {}, {}, [], 1, "done")
+  arms = ("dense", "native", "retrofit_5")
+  study = runs.Study("s", [made(arm) for arm in arms], True, arms=list(arms), sizes=["S"], reference="native",
+                     endpoints=[runs.Endpoint("exact_match", 0.02)], budgets={"retrofit_5": 0.05})
+
+  def judged(scatter):
+    value = lambda arm, seed: 0.9 + 0.001 * seed - (arm != "dense") * (apart + scatter * seed)
+    table = [endpoints.Row(arm, arm, "S", seed, study.headline_mode(arm), True, "done", "val", 1,
+                           {"exact_match": value(arm, seed)}) for arm in arms for seed in range(3)]
+    return next(c for c in verdict.comparisons(study, table, {}) if c.quantity == "R")
+
+  same = judged(0.0)
+  assert same.word == "cannot be judged" and np.isnan(same.p_tost) and np.isnan(same.p_difference)
+  assert verdict.sentence(study, same) == (
+      f"R(5 %): **cannot be judged**: retrofit_5 minus dense is {-100 * apart:.1f} points in each of 3 seeds: without "
+      "scatter there is no test.")
+  assert judged(0.0005).word == word
 
 
 @pytest.mark.parametrize("file, change, said", [

@@ -135,9 +135,11 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
   if out.reason:
     return out
   out.differences = dict(zip(seeds, map(float, d)))
-  if not d.any():  # equality that says nothing: TOST would call it a match with p = 0
+  if np.ptp(d) < 1e-9 and (len(d) > 1 or not d.any()):  # by chance, as few answers are: every test would have p = 0
     out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint "
-                  "cannot tell them apart")
+                  "cannot tell them apart" if abs(d[0]) < 1e-9 else
+                  f"{arm} minus {against} is {out.metric.text(d[0], True)} {out.metric.unit} in each of {len(d)} "
+                  "seeds: without scatter there is no test")
     return out
   out.judgement = statistics.judge(d, endpoint.margin)
   if endpoint.primary and (quantity != "Delta" or study.control(arm) == study.dense):
@@ -283,7 +285,9 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Ver
   found = comparisons(study, table, admitted)
   failed = sum(r.status == "failed" for r in study.runs)
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
+  lost = sum(len(r.diverged) for r in study.finished)
   counts = [f"{failed} of {len(study.runs)} runs failed."] * bool(failed) + [
+      f"{lost} seed{'s' * (lost > 1)} of runs that finished diverged: no comparison has them."] * bool(lost) + [
       f"{waiting} of {len(study.runs)} runs have not finished and are left out."] * bool(waiting)
   if elsewhere := judged_in(study, admitted):
     return Verdict("What this study judges is in the next section" + "s" * (len(elsewhere) > 1) + ": "
@@ -346,6 +350,9 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   groups = counted(study, table, e.metric, size)
   if groups and not m.gated_by:
     lines.append("Seeds fall into two groups, which a mean does not describe: " + "; ".join(groups) + ".")
+  if m.kind == "recall" and (n := max((c.judgement.interval.n for c in mine if c.word == "matches"), default=0)):
+    lines.append(f"A match is of the mean over seeds that scatter as these do: {n} seeds leave room for a failure that "
+                 f"none of them shows in up to {100 * (1 - 0.05 ** (1 / n)):.0f} % of seeds (95 %).")
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 
 
