@@ -1,5 +1,6 @@
 """What the test modules share, and how programs are compiled for them."""
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -25,6 +26,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
+# Tracing makes objects by the million and few cycles: to look for them as often as by default takes a twentieth.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture

@@ -12,13 +12,6 @@ import pytest
 from nsa import decoding, methods, model as model_lib
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass(name):
-  config, params, tokens = make_config(METHODS[name]), params_of(name), tokens_of()
-  got = one_layer.decoded(config, params, tokens, 20, mode="sparse", key=KEY)  # 20: no multiple of the block
-  np.testing.assert_allclose(got, logits_of(name)(params, tokens, WHOLE), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["moba", "seer", "infllm_v2"])
 def test_packed_documents_decode_by_token_and_by_two(name):
   """Summaries of blocks that two documents share, in a loop's parameters; documents end elsewhere in each row."""
@@ -75,17 +68,26 @@ def written_and_kept(text, caches):
   return written, kept
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_no_token_copies_a_cache(name):
-  config = make_config(METHODS[name], num_layers=3)
-  params, room = jax.tree.map(jnp.asarray, random_params(model_lib.abstract_params(config))), 48
-  cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, B, room), params)
-  run = jax.jit(lambda params, cache, first: decoding.steps(config, params, cache, first, 40, 8, mode="sparse",
-                                                            key=KEY))
-  text = run.lower(params, cache, jax.ShapeDtypeStruct((B,), jnp.int32)).compile().as_text()
+def assert_no_copies(text, cache, unread=0):
   streams = [x for layer in cache for key, x in layer.items() if key not in ("state", "tail", "pooled")]
   written, kept = written_and_kept(text, streams)
-  assert not written and len(kept) == len(streams) - {"lmm": 3, "msa_shared": 1}.get(name, 0)  # what nobody reads
+  assert not written and len(kept) == len(streams) - unread
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decoding_in_chunks_and_by_token_equals_the_parallel_pass_and_copies_no_cache(name):
+  config, params, tokens = make_config(METHODS[name]), params_of(name), tokens_of()
+  got, text = one_layer.decoded(config, params, tokens, 20, mode="sparse", key=KEY)  # 20: no multiple of the block
+  np.testing.assert_allclose(got, logits_of(name)(params, tokens, WHOLE), rtol=1e-4, atol=1e-4)
+  assert_no_copies(text, jax.eval_shape(lambda params: model_lib.init_cache(config, params, *tokens.shape), params),
+                   unread={"lmm": 2, "msa_shared": 1}.get(name, 0))
+
+
+def test_greedy_decoding_copies_no_cache():
+  config, params = make_config(METHODS["msa"], num_layers=3), params_of("msa", num_layers=3)
+  cache = jax.eval_shape(lambda params: model_lib.init_cache(config, params, B, 48), params)
+  run = jax.jit(lambda params, cache, first: decoding.steps(config, params, cache, first, 40, 8, mode="sparse"))
+  assert_no_copies(run.lower(params, cache, jax.ShapeDtypeStruct((B,), jnp.int32)).compile().as_text(), cache)
 
 
 def test_a_copy_of_a_cache_in_a_loop_is_seen():

@@ -1,5 +1,6 @@
 """The rules of the house that a program can check: arrows point one way, a broken backend costs only itself."""
 import ast
+import functools
 import importlib.abc
 import importlib.util
 import inspect
@@ -22,12 +23,14 @@ THIRD_PARTY = {"mosaic_gpu": "jax.experimental.pallas.mosaic_gpu", "mosaic_tpu":
                "triton": "triton"}
 
 
+@functools.cache
 def imports(path):
-  """(module, whether the import is in a function or may fail) of all that a file imports."""
+  """[(module, whether the import is in a function or may fail)] of all that a file imports."""
   tree = ast.parse(path.read_text())
   may_fail = lambda f: isinstance(f, ast.Try) and [getattr(h.type, "id", "") for h in f.handlers] == ["Exception"]
   inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) or may_fail(f)
             for node in ast.walk(f)}
+  found = []
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
@@ -35,7 +38,8 @@ def imports(path):
       names = [f"{node.module}.{alias.name}" for alias in node.names]
     else:
       continue
-    yield from ((name, id(node) in inside) for name in names)
+    found += ((name, id(node) in inside) for name in names)
+  return found
 
 
 def test_arrows_point_one_way():

@@ -135,7 +135,7 @@ def test_decoding_with_the_convolution_equals_the_parallel_pass():
   assert [path for path, group in optim.groups_of(config).items() if group == "branch"] == \
       ["stacks.stack0.attention.method.branch.taps"]
   whole = lambda config, **kw: jax.jit(functools.partial(model_lib.forward, config, **kw))(params, tokens()).logits
-  got = one_layer.decoded(config, params, tokens(), 19)  # at the end by one token: less than the convolution reaches
+  got, _ = one_layer.decoded(config, params, tokens(), 19)  # at the end by one token: less than the convolution reaches
   np.testing.assert_allclose(got, whole(config), rtol=1e-4, atol=1e-4)
   # With blocks enough it is dense attention over the convolved keys.
   enough = make_config(dataclasses.replace(VARIANTS["conv"], num_blocks=6), short_conv=2)

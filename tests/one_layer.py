@@ -49,16 +49,28 @@ def in_chunks(monkeypatch, scores, function, *arguments):
 
 
 def decoded(config, params, tokens, chunk, **how):
-  """Logits of int[B, T] with a cache: two chunks of so many tokens, then token by token."""
-  step = jax.jit(lambda params, tokens, cache, offset: model_lib.forward(
-      config, params, tokens, losses=False, cache=cache, offset=offset, **how))
-  cache, logits, at = model_lib.init_cache(config, params, *tokens.shape), [], 0
-  while at < tokens.shape[1]:
-    width = chunk if at < 2 * chunk else 1
-    out = step(params, tokens[:, at:at + width], cache, jnp.int32(at))
-    cache, at = out.cache, at + width
+  """Logits of int[B, T] with a cache: two chunks of so many tokens, then token by token in a loop, as `decoding.steps`
+  does; and the text of that loop's program."""
+  forward = lambda params, tokens, cache, offset: model_lib.forward(
+      config, params, tokens, losses=False, cache=cache, offset=offset, **how)
+  by_chunk, cache, logits = jax.jit(forward), model_lib.init_cache(config, params, *tokens.shape), []
+  for at in (0, chunk):
+    out = by_chunk(params, tokens[:, at:at + chunk], cache, jnp.int32(at))
+    cache = out.cache
     logits.append(out.logits)
-  return np.concatenate(logits, 1)
+
+  @jax.jit
+  def by_token(params, tokens, cache):
+    params = model_lib.by_layer(config, params)
+
+    def step(carry, token):
+      out = forward(params, token[:, None], *carry)
+      return (out.cache, carry[1] + 1), out.logits[:, 0]
+
+    return jax.lax.scan(step, (cache, jnp.int32(2 * chunk)), tokens.T)[1].swapaxes(0, 1)
+
+  program = by_token.lower(params, tokens[:, 2 * chunk:], cache).compile()
+  return np.concatenate([*logits, program(params, tokens[:, 2 * chunk:], cache)], 1), program.as_text()
 
 
 def kit(objective, variants, packed, heads, size=0.3, **model):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from commands import run
 from launch_test import TINY
 import pytest
 
@@ -74,10 +75,8 @@ def test_wrong_jobs_are_refused(cluster, fields, words):
     script(cluster, **fields)
 
 
-def launch(*argv, code=0, **kw):
-  out = subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, capture_output=True, text=True, **kw)
-  assert out.returncode == code, out.stderr
-  return out.stdout if code == 0 else out.stderr
+def launch(*argv, code=0):
+  return run(*argv, code=code)[code != 0]
 
 
 def test_dry_run_prints_the_script_and_the_command(tmp_path):
@@ -243,5 +242,6 @@ def test_the_local_script_takes_a_run_through_a_preemption(tmp_path):
   os.kill(int(children[0]), signal.SIGTERM)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
+  assert re.search(r"saved at step \d+ of 300", err), err
   assert "exit code 75, restart 1 of 100" in err and "300 steps done" in out
   assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 301))
