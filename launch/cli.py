@@ -76,6 +76,8 @@ def _parse(argv):
     end(BAD_INPUT, f"override: {_field_error(error)}")
   except IndexError as error:
     end(BAD_INPUT, _index_error(argv) or f"override: {error}")
+  except SyntaxError as error:
+    end(BAD_INPUT, f"{error.filename}, line {error.lineno}: {error.msg}: no Python that can be read")
   except (flags.Error, ValueError, TypeError, OSError) as error:
     end(BAD_INPUT, _without_traceback(str(error)))
 

@@ -101,6 +101,7 @@ def test_dry_run_prints_and_touches_nothing(tmp_path):
     (["--config.mesh.fsdp=5"], ["mesh", "fsdp * context * tensor = 5 must divide"]),
     (["--config.attention.block_size=128"], ["attention.block_size = 128", "longer than the context of 64"]),
     (["--config.data.source=files:/no/such/corpus.tar.xz", "--config.data.task_share=0.5"], ["/no/such/corpus.tar.xz"]),
+    (["--config.data.tokenizer=hf:/no.json"], ["  data.tokenizer = 'hf:/no.json': there is no /no.json"]),
     (["--config.fork.workdir=/no/such/trunk"], ["fork.workdir", "/no/such/trunk"]),
     (["stray"], ["unexpected arguments ['stray']"]),
 ])
@@ -109,6 +110,7 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(tmp_path, args, said):
   for text in said:
     assert text in err, err
   assert "Traceback" not in err
+  assert not (tmp_path / "run/config.json").exists()  # a corrected config may begin there
 
 
 def test_wrong_experiment_argument():
@@ -116,6 +118,8 @@ def test_wrong_experiment_argument():
   assert "arms=msa" in err and "arm=dense" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/nothing.py", "--dry_run", code=2)
   assert "experiments/nothing.py" in err
+  _, err = run("train", "--config=README.md", "--dry_run", code=2)
+  assert "error: README.md, line " in err and "no Python that can be read" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/quickstart.py", "--dry_run", code=2)
   assert "launch.study" in err
 

@@ -156,6 +156,8 @@ def test_repeated_steps_and_a_cut_line(tmp_path, quick):
   assert list(loaded.curves[0]["loss"][20:22]) == [9.5, 9.5] and loaded.curves[0]["loss"][22] < 9
   assert any("1 unreadable line in metrics.jsonl" in p for p in loaded.problems)
   assert "1 unreadable line" in report.write([root], root / "report").markdown.read_text()
+  (root / "runs/dense-tiny-0_1/config.json").write_text("{")
+  assert "config.json cannot be read" in report.write([root], root / "report").markdown.read_text()
 
 
 def test_failed_diverged_unfinished_and_pending_runs_are_listed_and_left_out(tmp_path, quick):

@@ -132,7 +132,7 @@ def _check_tokenizer(config: Config, need: Need) -> None:
       size = tokenizer.get(d.tokenizer).vocab_size
       need(m.vocab_size >= size, "model.vocab_size", m.vocab_size, f"the tokenizer has {size} tokens")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-      need(False, "data.tokenizer", d.tokenizer, str(error))
+      need(False, "data.tokenizer", d.tokenizer, str(error).removeprefix(f"data.tokenizer = {d.tokenizer!r}: "))
 
 
 def _check_tasks(config: Config, need: Need) -> None:

@@ -94,7 +94,7 @@ def _best(study, table, m, size, dense) -> tuple[float, float]:
   found = [(math.nan, math.nan)]
   for arm in study.arms:
     values = endpoints.series(table, arm, size, study.headline_mode(arm), m.name)
-    if (common := sorted(set(values) & set(dense))) and not max(tokens[arm]) > limit:
+    if (common := sorted(set(values) & set(dense))) and not max(tokens[arm], default=math.nan) > limit:
       gap = float(np.mean([dense[s] - values[s] for s in common])) * (1 if m.lower_is_better else -1)
       found.append((gap, BEST * float(np.mean([values[s] for s in common])) if m.lower_is_better else BEST))
   return max(found[1:] or found, key=lambda pair: pair[0] - pair[1])
