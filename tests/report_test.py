@@ -39,7 +39,7 @@ def test_report_has_all_sections_in_order(written):
                     "Train mode and run mode",
                     "What the selector captures", "Captured and oracle mass over training",
                     "What neighbouring queries share", "Which blocks one head selects",
-                    "Spread over seeds, and what another study could see", "What another study would cost",
+                    "Spread over seeds, and what another study could see", "Where the time went",
                     "What this cannot say"]
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text

@@ -1,4 +1,4 @@
-"""What a pilot is for: how much seeds differ, what a main study could see of that, and what it would cost."""
+"""What a pilot is for: how much seeds differ, what a main study could see of that, and how fast its arms trained."""
 from __future__ import annotations
 
 import dataclasses
@@ -12,13 +12,7 @@ from nsa.report.endpoints import Row
 from nsa.report.runs import Run, Study
 
 SEEDS = (3, 5)                    # of the main study
-PLANNED = {                       # its sizes, by non-embedding parameters; 4 heads of 64 share a KV head
-    "10M": dict(num_layers=6, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64, mlp_dim=1024),
-    "40M": dict(num_layers=9, d_model=640, num_heads=12, num_kv_heads=3, head_dim=64, mlp_dim=1728),
-    "120M": dict(num_layers=11, d_model=1024, num_heads=16, num_kv_heads=4, head_dim=64, mlp_dim=2752),
-}
-TOKENS_PER_PARAMETER = 20.0       # priced beside the study's own ratio
-DEVICE = "NVIDIA H200"            # priced where the runs do not name a device with a known peak
+DEVICE = "NVIDIA H200"            # what a plan is priced for
 MOST_SEEDS = 60                   # that "seeds for the margin" looks at
 
 
@@ -74,17 +68,6 @@ def spreads(study: Study, table: list[Row], size: str, metric: str, margin: floa
 # --- cost ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Price:
-  """One size of the main study at a number of tokens per parameter: device hours for one seed of every arm."""
-  size: str
-  parameters: int                 # non-embedding
-  tokens: float                   # of a whole run
-  ratio: float                    # tokens per parameter
-  measured: float                 # hours at the FLOP/s that the arms of this study reached
-  forecast: float                 # hours by nsa.planning.forecast
-
-
 def rate(run: Run) -> float:
   """FLOP/s of one device over the last stage, all seeds of the run together; NaN where it was not logged."""
   from nsa import config as config_lib, flops  # here and below: the verdict alone does without jax
@@ -95,7 +78,7 @@ def rate(run: Run) -> float:
   if stage[0] >= stage[1]:
     return math.nan
   work = flops.cumulative(config, stage[1]) - flops.cumulative(config, stage[0])
-  per_token = work / _tokens(config, stage[1] - stage[0])
+  per_token = work / ((stage[1] - stage[0]) * config.data.global_batch * config.data.context)
   speeds = endpoints.speeds(run)
   if not speeds:
     return math.nan
@@ -112,56 +95,20 @@ def training_seconds(run: Run) -> float:
   return seconds if math.isfinite(seconds) else 0.0
 
 
-def prices(study: Study) -> tuple[list[Price], dict[str, float], str]:
-  """(prices, FLOP/s of one device by arm, the device's kind): of the arms that have finished at the smallest size.
-
-  Arms that end in the same computation (a native arm and its retrofits) are priced at the FLOP/s of the one that
-  trained longest: ten steps between evaluations say little of speed.
-  """
-  from nsa import chips, flops, model as model_lib
-  runs = {arm: of_arm for arm in study.arms
-          if (of_arm := [r for r in study.finished if (r.arm, r.size) == (arm, study.sizes[0])])}
-  known = {arm: [r for r in map(rate, of_arm) if math.isfinite(r)] for arm, of_arm in runs.items()}
-  own_rates = {arm: float(np.mean(of_arm)) for arm, of_arm in known.items() if of_arm}
-  configs = {arm: config for arm, of_arm in runs.items() if (config := endpoints.parsed(of_arm[0].config))}
-  stage = {arm: c.schedule.stages[-1] for arm, c in configs.items()}
-  ends = {arm: repr((c.attention, c.layers, stage[arm].mode, stage[arm].train)) for arm, c in configs.items()}
-  by_length = sorted((arm for arm in configs if arm in own_rates), key=lambda arm: runs[arm][0].first)
-  longest = {ends[arm]: arm for arm in reversed(by_length)}  # of equals the first named
-  rates = {arm: own_rates[longest[ends[arm]]] for arm in configs if ends[arm] in longest}
-  configs = {arm: configs[arm] for arm in rates}
-  if not configs:
-    return [], {}, ""
-  kind = next(iter(runs.values()))[0].versions.get("device_kind", "")
-  chip = chips.find(kind)
-  chip = chip if chip and chip.tflops and chip.hbm else chips.find(DEVICE)
-  own = configs.get(study.dense) or next(iter(configs.values()))
-  ratio = _tokens(own, own.schedule.steps) / flops.parameters(own)["non_embedding"]
-  shapes = {**({study.sizes[0]: {}} if study.sizes[0] not in PLANNED else {}), **PLANNED}
-  out = []
-  for size, shape in shapes.items():
-    measured = forecast_ = 0.0  # hours per token of a whole run
-    shaped = dataclasses.replace(own, model=dataclasses.replace(own.model, **shape))
-    parameters = flops.parameters(shaped)["non_embedding"]
-    for arm, config in configs.items():
-      work, seconds = own_work(model_lib.Static(bare(config, **shape)), runs[arm][0].first, chip.kind)
-      whole = 3600 * _tokens(config, config.schedule.steps)
-      measured += work / rates[arm] / whole
-      forecast_ += seconds / whole
-    close = math.isclose(ratio, TOKENS_PER_PARAMETER, rel_tol=0.05)
-    for each in (ratio,) if close else (ratio, TOKENS_PER_PARAMETER):
-      tokens = each * parameters
-      out.append(Price(size, parameters, tokens, each, measured * tokens, forecast_ * tokens))
-  return out, rates, chip.kind
+def rates(study: Study) -> dict[str, float]:
+  """FLOP/s of one device by arm, a mean over its finished runs at the study's first size; arms without a speed are left
+  out."""
+  found = {arm: [r for run in study.finished if (run.arm, run.size) == (arm, study.sizes[0])
+                 and math.isfinite(r := rate(run))] for arm in study.arms}
+  return {arm: float(np.mean(of_arm)) for arm, of_arm in found.items() if of_arm}
 
 
-def bare(config, **shape):
-  """What costs something in a config, at another shape of the model, and nothing else: equal for arms that cost the
-  same."""
+def bare(config):
+  """What costs something in a config and nothing else: equal for arms that cost the same."""
   from nsa import config as config_lib
   return config_lib.Config(
-      model=dataclasses.replace(config.model, **shape), attention=config.attention, layers=config.layers,
-      others=config.others, schedule=config.schedule, optimizer=config.optimizer,
+      model=config.model, attention=config.attention, layers=config.layers, others=config.others,
+      schedule=config.schedule, optimizer=config.optimizer,
       data=config_lib.DataConfig(context=config.data.context, global_batch=config.data.global_batch))
 
 
@@ -182,10 +129,6 @@ def own_work(static, first: int, kind: str) -> tuple[float, float]:
     of_kind = [forecast.of_step(config, same[0], chips.find(kind), 1).seconds * len(same) for same in steps.values()]
     seconds += sum(of_kind) if mixed else of_kind[0] * (end - begin)
   return flops.cumulative(config, config.schedule.steps) - flops.cumulative(config, first), seconds
-
-
-def _tokens(config, steps: int) -> float:
-  return float(steps) * config.data.global_batch * config.data.context
 
 
 # --- which kernel -------------------------------------------------------------------

@@ -132,7 +132,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
     else:
       blocks += [Heading(title), *mine]
   notes = [Heading("Notes"), Written(study.notes)] if study.notes.strip() else []
-  return first + answer.missing(study, absent) + notes + blocks + costs(study) + limits(study, table, verdict)
+  return first + answer.missing(study, absent) + notes + blocks + speeds(study) + limits(study, table, verdict)
 
 
 def learnt(study: Study, size: str) -> list:
@@ -271,34 +271,18 @@ def spread(study, table, size, gallery) -> list:
                "interval is too narrow."), *blocks] if blocks else [Text(f"No arm has two finished seeds{at}.", "note")]
 
 
-def costs(study: Study) -> list:
-  """What another study with these arms would cost, and where the time of this one went."""
-  blocks = [Heading("What another study would cost")]
-  prices, rates, device = planning.prices(study)
-  if not prices:
-    return blocks + [Text("Not given: no finished run has logged tokens per second.", "note")]
-  hours = endpoints.quantity
-  lines = [[p.size, f"{p.parameters / 1e6:.1f}M", endpoints.quantity(p.tokens), f"{p.ratio:.3g}"]
-           + [hours(n * p.measured) for n in planning.SEEDS] + [hours(n * p.forecast) for n in planning.SEEDS]
-           for p in prices]
-  kinds = sorted({str(r.versions.get("device_kind", "?")) for r in study.finished})
-  blocks.append(Table(
-      ["size", "parameters", "tokens per run", "per parameter"]
-      + [f"hours, {n} seeds, as measured" for n in planning.SEEDS]
-      + [f"hours, {n} seeds, forecast" for n in planning.SEEDS], lines,
-      f"Device hours of training for {len(rates)} arms ({', '.join(rates)}), forks from their fork on, at this study's "
-      "context; parameters without embeddings. As measured: at the FLOP/s reached here at this study's size on "
-      f"{', '.join(kinds)}, which larger models exceed. Forecast: one {device} by `nsa/planning/forecast.py`, a floor. "
-      "Without compilation, evaluation and failures.", left=1))
-  shown = {r: arm for arm, r in reversed(rates.items())}  # arms that end alike share one
-  blocks.append(Bullets(["FLOP/s of one device, of those that the arm needs, of the longest run of each kind: "
-                         + ", ".join(f"{arm} {r / 1e12:.3g}T" for r, arm in reversed(shown.items()))]))
-  paused = sum((collections.Counter(run.paused) for run in study.finished), collections.Counter())
-  if paused:
+def speeds(study: Study) -> list:
+  """How fast the arms trained, and where the time of the finished runs went."""
+  heading, found = Heading("Where the time went"), planning.rates(study)
+  if not found:
+    return [heading, Text("Not given: no finished run has logged tokens per second.", "note")]
+  lines = ["FLOP/s of one device, of those that the arm needs: "
+           + ", ".join(f"{arm} {r / 1e12:.3g}T" for arm, r in found.items()) + "."]
+  if paused := sum((collections.Counter(run.paused) for run in study.finished), collections.Counter()):
     trained = sum(planning.training_seconds(run) for run in study.finished)
-    blocks[-1].items.append("The finished runs took: " + ", ".join(
+    lines.append("The finished runs took: " + ", ".join(
         f"{label} {s / 60:.1f} min" for label, s in (("training", trained), *sorted(paused.items()))) + ".")
-  return blocks
+  return [heading, Bullets(lines)]
 
 
 def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
