@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
@@ -11,7 +12,7 @@ import subprocess
 from etils import epath
 import jax
 
-from nsa import config as config_lib, held_out, metrics, rundir, step as step_lib
+from nsa import config as config_lib, held_out, metrics, origins, rundir, step as step_lib
 
 AGAIN = "trained_again.json"  # of a trunk whose checkpoints are of a run with other bits: where they part
 
@@ -38,7 +39,18 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
   return read
 
 
-def trunk_again(config, workdir: epath.Path, resumed: bool) -> dict:
+def write(config, workdir: epath.Path, batches: step_lib.Batches, read: dict, resumed: bool) -> None:
+  """versions.json, with what `corpora` has `read`; planted.json of a run whose text has planted passages."""
+  own = origins.digests(config_lib.to_dict(config)["modules"])
+  metrics.write_json(workdir / "versions.json", {
+      **versions(), **read, **({"modules": own} if own else {}), **_trunk_again(config, workdir, resumed)})
+  if config.data.planted:
+    metrics.write_json(workdir / "planted.json",
+                       {str(seed): [dataclasses.asdict(passage) for passage in source.planted(config.schedule.steps)]
+                        for seed, source in zip(config.seeds, batches.sources)})
+
+
+def _trunk_again(config, workdir: epath.Path, resumed: bool) -> dict:
   """For versions.json: where a trunk that was trained again parts from its records, if the run began with its bits."""
   if resumed:
     before = _recorded(workdir)

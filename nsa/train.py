@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -37,7 +36,6 @@ from nsa import (
   lock,
   metrics,
   model as model_lib,
-  origins,
   processes,
   programs,
   provenance,
@@ -129,14 +127,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
   clock.lap("data")
   first = processes.first()
   if first:
-    own = origins.digests(config_lib.to_dict(config)["modules"])
-    made_of = {**provenance.versions(), **read, **({"modules": own} if own else {}),
-               **provenance.trunk_again(config, workdir, resumed=checkpoints.latest() is not None)}
-    metrics.write_json(workdir / "versions.json", made_of)
-    if config.data.planted:
-      metrics.write_json(workdir / "planted.json",
-                         {str(seed): [dataclasses.asdict(passage) for passage in source.planted(total)]
-                          for seed, source in zip(config.seeds, batches.sources)})
+    provenance.write(config, workdir, batches, read, resumed=checkpoints.latest() is not None)
   clock.lap("versions")
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   with capacity.told(config, "parameters and optimizer state"):

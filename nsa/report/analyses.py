@@ -129,7 +129,3 @@ def limited(study: Study, table: list[Row], size: str) -> str:
       return (f"{100 * share:.0f} % of the queries of {arm}{study.at(size)} had more blocks than they could take"
               + ("." if share >= 0.5 else ": **for most queries sparse attention was dense attention.**"))
   return ""
-
-
-def interval(differences: dict[int, float]) -> statistics.Interval:
-  return statistics.t_interval(list(differences.values()))

@@ -153,7 +153,7 @@ def costs_of_anchor(study, table) -> list:
         if one.reason:
           reasons.append(f"Not given at equal {words}{study.at(size)}: {one.reason}.")
         if one.differences:
-          i = analyses.interval(one.differences)
+          i = statistics.t_interval(list(one.differences.values()))
           line = ", ".join(f"{arm}: {m.text(low)} to {m.text(high)}" for arm, (low, high) in one.between.items())
           lines.append([m.title, words] + [size] * (len(study.sizes) > 1)
                        + [endpoints.quantity(one.cost) + " s" * (one.basis == "seconds"), str(i.n),
@@ -173,7 +173,7 @@ def sizes_and_tokens(study: Study, table: list[Row], gallery) -> list:
   metrics = [endpoints.metric(e.metric) for e in study.endpoints if e.primary and study.branches]
   found = {m: {size: analyses.over_tokens(study, table, m.name, size) for size in study.sizes} for m in metrics}
   lines = [[m.title, size, f"{tokens:.3g}", str(len(d)), m.text(float(np.mean(list(d.values()))), True),
-            m.between(analyses.interval(d))]
+            m.between(statistics.t_interval(list(d.values())))]
            for m, of in found.items() for size, points in of.items() for tokens, d in points.items()]
   if not any(len(points) > 1 for of in found.values() for points in of.values()):
     return []

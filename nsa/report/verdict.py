@@ -214,7 +214,7 @@ def levels_off(found: Iterable[Comparison]) -> tuple[bool, str]:
                    "no limit is claimed")
   i = statistics.t_interval(list(high.differences.values()))
   return True, (f"R(b) levels off {between} (its change lies within ±{m.text(high.endpoint.margin)}, p = "
-                f"{p_text(p)}), at {m.text(i.mean, True)} {m.unit} (95 % t interval {m.between(i)})")
+                f"{p_text(p)} by itself), at {m.text(i.mean, True)} {m.unit} (95 % t interval {m.between(i)})")
 
 
 def counted(study: Study, table: list[Row], metric: str, size: str) -> list[str]:
