@@ -26,6 +26,11 @@ def slow_attention(q, k, segments):
   return p
 
 
+def diagnosed(q, k, indices, options, call=None, **how):
+  run = jax.jit(lambda *arrays: blocks.diagnostics(*arrays, call or methods.Call(), options, **how))
+  return jax.device_get(run(q, k, indices))
+
+
 @pytest.mark.parametrize("segmented", [False, True])
 def test_diagnostics_equal_a_slow_computation(segmented):
   segments = np.repeat([[0, 1], [2, 3]], [16, 24], axis=1).astype(np.int32) if segmented else None
@@ -33,7 +38,7 @@ def test_diagnostics_equal_a_slow_computation(segmented):
   options = methods.BlockTopK(block_size=4, num_blocks=3)
   call = methods.Call(segment_ids=segments, key=jax.random.key(0))
   indices = np.asarray(methods.RandomBlocks(**options.geometry).choose(q, k, call))
-  got = jax.device_get(blocks.diagnostics(q, k, indices, call, options, tile_rows=12))  # 6 queries; the last tile has 4
+  got = diagnosed(q, k, indices, options, call, tile_rows=12)  # 6 queries; the last tile has 4
   p = slow_attention(q, k, segments)
   names = ("captured_mass", "oracle_mass", "block_recall", "score_recall", "entropy", "overlap", "tile_union",
            "tile_common")
@@ -72,22 +77,22 @@ def test_diagnostics_equal_a_slow_computation(segmented):
 
 def test_an_oracle_without_forced_blocks_captures_the_oracle_mass():
   q, k, _ = random_case()
-  options, call = methods.Oracle(block_size=4, num_blocks=3), methods.Call()
-  mass, _ = pk.block_mass(q, k, pk.attention(q, k, k)[1], block_size=4)
+  options = methods.Oracle(block_size=4, num_blocks=3)
+  mass, _ = jax.jit(lambda q, k: pk.block_mass(q, k, pk.attention(q, k, k)[1], block_size=4))(q, k)
   free = pk.block_top_k(mass, block_size=4, num_blocks=3, num_initial=0, num_local=0)
-  got = blocks.diagnostics(q, k, free, call, options)
+  got = diagnosed(q, k, free, options)
   np.testing.assert_allclose(got["captured_mass"], got["oracle_mass"], rtol=1e-6)
   np.testing.assert_allclose(got["block_recall"], 1.0, rtol=1e-6)
   np.testing.assert_allclose(got["score_recall"], got["oracle_mass"], rtol=1e-6)
-  forced = options.choose(q, k, call)
-  assert (blocks.diagnostics(q, k, forced, call, options)["captured_mass"] <= got["oracle_mass"] + 1e-6).all()
+  forced = jax.jit(lambda q, k: options.choose(q, k, methods.Call()))(q, k)
+  assert (diagnosed(q, k, forced, options)["captured_mass"] <= got["oracle_mass"] + 1e-6).all()
 
 
 def test_rows_that_fill_up_a_batch_do_not_count():
   q, k, _ = random_case()
   options = methods.BlockTopK(block_size=4, num_blocks=3)
-  indices = options.choose(q, k, methods.Call())
-  alone = blocks.diagnostics(q[:1], k[:1], indices[:1], methods.Call(), options)
-  both = blocks.diagnostics(q, k, indices, methods.Call(), options, rows=jnp.array([1.0, 0.0]))
+  indices = jax.jit(lambda q, k: options.choose(q, k, methods.Call()))(q, k)
+  alone = diagnosed(q[:1], k[:1], indices[:1], options)
+  both = diagnosed(q, k, indices, options, rows=jnp.array([1.0, 0.0]))
   for name, value in alone.items():
     np.testing.assert_allclose(both[name], value, rtol=1e-5, err_msg=name)

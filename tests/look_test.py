@@ -4,6 +4,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from one_layer import random_params
 import pytest
 
 from nsa import config as config_lib, evaluate, methods, model as model_lib, tasks
@@ -22,7 +23,7 @@ def make_config():
 @pytest.fixture(scope="module")
 def run():
   config = make_config()
-  params = model_lib.init_params(config, 3)
+  params = jax.tree.map(jnp.asarray, random_params(model_lib.abstract_params(config)))
   example = tasks.batch("mqar:pairs=4", 0, 1, T, "test")
   return config, params, example["inputs"][0], example["targets"][0]
 
@@ -31,7 +32,8 @@ def test_view_agrees_with_the_model(run):
   config, params, tokens, targets = run
   seen = {mode: views.look(config, params, tokens, targets, mode) for mode in ("sparse", "dense")}
   for mode, view in seen.items():
-    logits = model_lib.forward(config, params, tokens[None], mode=mode, losses=False).logits[0]
+    logits = jax.jit(lambda params, mode=mode: model_lib.forward(
+        config, params, tokens[None], mode=mode, losses=False).logits[0])(params)
     nll = -jax.nn.log_softmax(logits)[jnp.arange(T), targets]
     np.testing.assert_allclose(view.nll, nll, rtol=1e-4, atol=1e-4)
     assert len(view.layers) == 2 and view.block_size == 8

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import one_layer
 import pytest
 
 from nsa import config as config_lib, flops, methods, model as model_lib, optim, schedule
@@ -157,9 +158,9 @@ def test_a_warm_up_is_dense_whatever_the_layers():
   config = config_lib.Config(model=MODEL, attention=methods.MSA(block_size=4, num_blocks=2, index_dim=4),
                              layers=("attention", "block_topk"))
   config.others = {"block_topk": methods.BlockTopK(block_size=4, num_blocks=2)}
-  params = model_lib.init_params(config, 0)
-  tokens = jnp.arange(24)[None] % 7
-  run = lambda mode: model_lib.forward(config, params, tokens, mode=mode, losses=False).logits
+  params, tokens = one_layer.random_params(model_lib.abstract_params(config)), jnp.arange(24)[None] % 7
+  run = lambda mode: jax.jit(lambda params: model_lib.forward(config, params, tokens, mode=mode, losses=False).logits)(
+      params)
   assert (run("warmup") == run("dense")).all() and (run("sparse") != run("dense")).any()
   assert flops.forward(config, 24, "warmup")["dense"] == flops.forward(config, 24, "dense")["dense"]
 

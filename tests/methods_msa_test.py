@@ -1,5 +1,6 @@
 """Tests of what nsa/methods/msa.py adds to the paper: a warm-up's loss by how far queries look."""
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -31,7 +32,7 @@ def seen_and_far(segments):
   """(bool[B, T, S] what a query sees, bool[B, T, S] what of it is neither in its first block nor in the last J - 1)."""
   t, s = np.arange(T)[:, None], np.arange(T)
   seen = (s <= t) & (segments[:, :, None] == segments[:, None])
-  first = np.argmax(seen, -1)[..., None] // BLOCK
+  first = jnp.argmax(seen, -1)[..., None] // BLOCK
   return seen, seen & (s // BLOCK != first) & (s // BLOCK <= t // BLOCK - (J - 1))
 
 
@@ -41,7 +42,7 @@ def reference(share, params, h, segments):
   call = one_layer.call(T, segments, "warmup")
   x, streams = layer.project(h, call)
   q_idx, k_idx = layer.method.index(x, streams, call), streams["k_idx"]
-  seen, far = map(jnp.asarray, seen_and_far(segments))
+  seen, far = seen_and_far(segments)
   K = streams["k"].shape[2]
   q = x.q.reshape(B, T, K, N // K, -1)
   scores = jnp.einsum("btkgh,bskh->btkgs", q, streams["k"]) * q.shape[-1] ** -0.5
@@ -54,19 +55,25 @@ def reference(share, params, h, segments):
   return (1 - share) * kl.mean() + share * jnp.sum(w * kl) / jnp.sum(w)
 
 
+@functools.cache
+def both(share):
+  """jit: (params, h, segments) -> (loss, gradients) of the layer, and of the formula."""
+  return jax.jit(lambda *inputs: [jax.value_and_grad(functools.partial(f, share))(*inputs)
+                                  for f in (loss_of, reference)])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_loss_and_gradient_are_those_of_the_formula(share, packed):
   segments = np.asarray(PACKED if packed else 0 * PACKED, np.int32)
   params, h = make(share)[1], np.random.default_rng(2).standard_normal((B, T, one_layer.D)).astype(np.float32)
-  got, grads = jax.value_and_grad(lambda p: loss_of(share, p, h, segments))(params)
-  want, slow = jax.value_and_grad(lambda p: reference(share, p, h, segments))(params)
+  (got, grads), (want, slow) = both(share)(params, h, segments)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   selector = lambda tree: tree["method"]["selector"]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), selector(grads), selector(slow))
   assert all(np.abs(g).max() > 1e-5 for g in jax.tree.leaves(selector(grads)))
   if share:  # the share matters
-    assert abs(got - loss_of(0.0, params, h, segments)) > 1e-3 * got
+    assert abs(got - both(0.0)(params, h, segments)[0][0]) > 1e-3 * got
 
 
 def test_where_no_query_looks_far_the_weighted_part_is_zero_and_not_nan():
@@ -74,7 +81,7 @@ def test_where_no_query_looks_far_the_weighted_part_is_zero_and_not_nan():
   graph, params = one_layer.split(one_layer.make_config(few, heads=N))
   h = np.ones((B, T, one_layer.D), np.float32)
   loss = lambda p: nnx.merge(graph, p)(h, one_layer.call(T, None, "warmup"), None, None)[1]["index_kl"]
-  value, grads = jax.value_and_grad(loss)(params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
   assert value == 0 and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 

@@ -246,14 +246,15 @@ def test_layers_share_the_choice_of_the_layer_that_has_the_index():
   params = params_of("msa_shared", num_layers=4)
   config = make_config(METHODS["msa_shared"], num_layers=4)
   seen = lambda method, q, k, lists, call: {"lists": lists}
-  out = model_lib.forward(config, params, tokens_of(), mode="sparse", observe=seen)
+  out = jax.jit(lambda params: model_lib.forward(config, params, tokens_of(), mode="sparse", observe=seen))(params)
   first, second, third, fourth = out.layers[0]["lists"]
   np.testing.assert_array_equal(first, second)
   np.testing.assert_array_equal(third, fourth)
   assert (np.sort(np.asarray(first), -1) != np.sort(np.asarray(third), -1)).any()
   alone = make_config(dataclasses.replace(METHODS["msa_shared"], period=1), num_layers=4)
   msa = make_config(METHODS["msa"], num_layers=4)
-  got, want = (model_lib.forward(c, params, tokens_of(), mode="sparse") for c in (alone, msa))
+  got, want = (jax.jit(lambda params, c=c: model_lib.forward(c, params, tokens_of(), mode="sparse"))(params)
+               for c in (alone, msa))
   np.testing.assert_array_equal(got.logits, want.logits)
   np.testing.assert_array_equal(got.losses["index_kl"], want.losses["index_kl"])
   # The loss is the mean over the layers that choose, and their indices alone learn.
@@ -262,9 +263,9 @@ def test_layers_share_the_choice_of_the_layer_that_has_the_index():
   assert [bool(np.abs(g).max() > 0) for g in grads] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer", "moba", "infllm_v2", "ssa"])
+@pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer"])
 def test_training_sparse_lowers_the_losses(name):
-  """Gradient descent on one batch."""
+  """Gradient descent on one batch: signs and weights. Gradients of all are compared with references."""
   params, gradients = params_of(name), gradients_of(name, "sparse")
   losses = []
   for _ in range(12):
@@ -294,11 +295,12 @@ def test_an_index_sees_the_tokens_that_attention_sees(name):
   layer = nnx.merge(graph, params)
   h = np.random.default_rng(5).standard_normal((1, T, 16)).astype(np.float32)
 
+  @jax.jit
   def seen(h):
     call = methods.Call(rope=lambda x, offset=0, stride=1: x)
     x, streams = layer.project(h, call)
     q_idx = jax.tree.leaves(layer.method.selector.queries(x.h, call))[0]
-    return [np.asarray(y).reshape(T, -1) for y in (streams["k"], streams["k_idx"], x.q, q_idx)]
+    return [y.reshape(T, -1) for y in (streams["k"], streams["k_idx"], x.q, q_idx)]
 
   moved = h.copy()
   moved[0, 20] += 1.0
@@ -378,26 +380,29 @@ def test_more_than_ten_stacks_are_run_in_their_order():
   turns.others["dense"] = methods.Dense()
   params = random_params(model_lib.abstract_params(plain))
   tokens = tokens_of()[:1, :12]
-  want = model_lib.forward(plain, params, tokens, losses=False).logits
+  run = lambda config: jax.jit(functools.partial(model_lib.forward, config, mode="dense", losses=False))
+  want = run(plain)(params, tokens).logits
   params = model_lib.restack(params, turns)
   assert len(params["stacks"]) == 12
-  np.testing.assert_allclose(model_lib.forward(turns, params, tokens, mode="dense", losses=False).logits, want,
-                             rtol=1e-4, atol=1e-4)
-  cache = model_lib.init_cache(turns, params, 1, 12)
-  for part in (slice(0, 9), slice(9, 12)):
-    out = model_lib.forward(turns, params, tokens[:, part], mode="dense", losses=False, cache=cache, offset=part.start)
+  np.testing.assert_allclose(run(turns)(params, tokens).logits, want, rtol=1e-4, atol=1e-4)
+  cache, step = model_lib.init_cache(turns, params, 1, 12), run(turns)
+  for at in (0, 6):
+    out = step(params, tokens[:, at:at + 6], cache=cache, offset=jnp.int32(at))
     cache = out.cache
-    np.testing.assert_allclose(out.logits, want[:, part], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out.logits, want[:, at:at + 6], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["msa", "dsa", "seer", "ssa"])
-def test_padding_counts_in_no_loss(name):
+def test_padding_counts_in_no_loss():
   """A document of 40 tokens, behind it 24 of padding, and a row of padding alone: losses and gradients are the
-  document's own."""
-  config = make_config(METHODS[name])
+  document's own. One layer of each method that has losses."""
+  names = ("msa", "dsa", "seer", "ssa")
+  config = make_config(METHODS["msa"], layers=names, num_layers=4)
+  config.others = {name: METHODS[name] for name in names}
   mesh = sharding.make_mesh(config, jax.devices()[:1])
-  weights = tuple((loss, 1.0) for loss in METHODS[name].losses)
-  step = schedule.Step(0, "sparse", schedule.GROUPS_OF["sparse"], T, B, weights, True, 1.0, 1.0, "")
+  losses = sorted({loss for name in names for loss in METHODS[name].losses})
+  step = schedule.Step(0, "sparse", schedule.GROUPS_OF["sparse"], T, B, tuple((loss, 1.0) for loss in losses), True,
+                       1.0, 1.0, "")
+  params = random_params(model_lib.abstract_params(config))
   tokens = np.where(np.arange(T) < 40, tokens_of(), 0)[:1]
 
   @jax.jit
@@ -407,7 +412,7 @@ def test_padding_counts_in_no_loss(name):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   real = (np.arange(T) < 40).astype(np.float32)[None]
-  want = of(params_of(name), tokens[:, :40], real[:, :40])
-  got = of(params_of(name), np.concatenate([tokens, 0 * tokens]), np.concatenate([real, 0 * real]))
-  assert all(want[0][1][loss] > 1e-3 for loss in METHODS[name].losses)
+  want = of(params, tokens[:, :40], real[:, :40])
+  got = of(params, np.concatenate([tokens, 0 * tokens]), np.concatenate([real, 0 * real]))
+  assert all(want[0][1][loss] > 1e-3 for loss in losses)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
