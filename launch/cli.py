@@ -83,10 +83,11 @@ def _parse(argv):
 
 
 def _without_traceback(text: str) -> str:
-  """ml_collections puts the traceback of what an experiment file raised into its error. A ValueError of that file is
-  about an argument, and says all; of anything else the traceback is kept."""
+  """ml_collections puts the traceback of what an experiment file raised into its error. A ValueError or ConfigError of
+  that file is about an argument, and says all; of anything else the traceback is kept."""
   found = re.search(r"--config=(.*): Error whilst parsing config file:\n.*^  File \"[^\"]*(?:experiments|nsa)/[^\n]*\n"
-                    r"[^\n]*\n(?:[ ~^]*\n)?ValueError: (.*)", text, re.DOTALL | re.MULTILINE)
+                    r"[^\n]*\n(?:[ ~^]*\n)?(?:ValueError|nsa\.config\.fields\.ConfigError): (.*)", text,
+                    re.DOTALL | re.MULTILINE)
   return f"--config={found[1]}: {found[2].strip()}" if found else text
 
 

@@ -118,6 +118,8 @@ def test_wrong_experiment_argument():
   assert "arms=msa" in err and "arm=dense" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/nothing.py", "--dry_run", code=2)
   assert "experiments/nothing.py" in err
+  _, err = run("train", "--config=experiments/retrofit_hf.py:trunk=/no/such/run", "--dry_run", code=2)
+  assert "experiment argument trunk = '/no/such/run': no run directory" in err and "Traceback" not in err
   _, err = run("train", "--config=README.md", "--dry_run", code=2)
   assert "error: README.md, line " in err and "no Python that can be read" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/quickstart.py", "--dry_run", code=2)

@@ -15,6 +15,10 @@ class ConfigError(ValueError):
   """A configuration that cannot run. `problems` is a list of (field, value, fix)."""
 
   def __init__(self, problems):
+    if isinstance(problems, str):  # ml_collections makes an error again from the text of one
+      self.problems = []
+      super().__init__(problems)
+      return
     self.problems = list(problems)
     lines = [f"  {name} = {value!r}: {fix}" for name, value, fix in self.problems]
     super().__init__("the configuration cannot run:\n" + "\n".join(lines))
