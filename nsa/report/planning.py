@@ -129,24 +129,3 @@ def own_work(static, first: int, kind: str) -> tuple[float, float]:
     of_kind = [forecast.of_step(config, same[0], chips.find(kind), 1).seconds * len(same) for same in steps.values()]
     seconds += sum(of_kind) if mixed else of_kind[0] * (end - begin)
   return flops.cumulative(config, config.schedule.steps) - flops.cumulative(config, first), seconds
-
-
-# --- which kernel -------------------------------------------------------------------
-
-
-def union_break_even(config: dict) -> float:
-  """The union of a tile, over the blocks of one query, up to which attending to unions can be faster on an H200.
-
-  A tile attends to all blocks that one of its queries chose: its products grow with the union. Block by block (KV
-  outer) each (query, block) has a partial result, log-sum-exp included, that is written and read again. Both as
-  fast as its data sheet allows, forward. NaN without blocks.
-  """
-  from pallas_kernels import cost
-  options, model = config.get("attention", {}), config.get("model", {})
-  block, head_dim = options.get("block_size"), model.get("head_dim")
-  if not block or not head_dim:
-    return math.nan
-  width = 4 if model.get("dtype") == "float32" else 2
-  chip = cost.CHIPS["h200"]
-  products = 4 * head_dim * block / chip.flops
-  return max(2 * (width * head_dim + 4) / chip.bandwidth, products) / products

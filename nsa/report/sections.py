@@ -215,7 +215,7 @@ def modes(study, table, size, gallery) -> list:
 
 
 def locality(study, table, size, gallery) -> list:
-  """What neighbouring queries share, and which way to attend on a GPU that favours."""
+  """What neighbouring queries share: what kernels that take a tile of them at a time can share, too."""
   lines = []
   for arm in study.arms:
     mine = [r for r in table if (r.arm, r.size) == (arm, size) and r.headline and r.status == "done"]
@@ -224,23 +224,16 @@ def locality(study, table, size, gallery) -> list:
     by_layer = endpoints.group(endpoints.select(study, "layer", arm, size, study.headline_mode(arm)), ("layer",),
                                "tile_union")
     unions = list(by_layer.values())
-    even = planning.union_break_even(next((run.config for run in study.arm_runs(arm, size) if run.config), {}))
-    word = ("-" if not unions or not math.isfinite(even) else "union tiles" if max(unions) < even else
-            "KV-outer" if min(unions) > even
-            else f"union tiles in {sum(u < even for u in unions)} of {len(unions)} layers")
     lines.append([arm, _percent(mine, "overlap", ".1f"), _percent(mine, "tile_common", ".1f"),
-                  f"{_mean(mine, 'tile_union'):.2f}", f"{min(unions):.2f} to {max(unions):.2f}" if unions else "-",
-                  "-" if math.isnan(even) else f"{even:.1f}", word])
+                  f"{_mean(mine, 'tile_union'):.2f}", f"{min(unions):.2f} to {max(unions):.2f}" if unions else "-"])
   blocks = gallery.picture("sharing", size)
   if not lines:
     return blocks + [Text("No evaluation has measured what a tile of queries shares.", "note")]
   return blocks + [Table(
       ["arm", "next query's blocks in common (%)", "choices on common blocks (%)", "union of a tile / one query",
-       "over layers", "break-even", "favours"], lines,
+       "over layers"], lines,
       "At the end of training, of queries with more blocks than they take. A tile: 128 query rows, all heads that "
-      "share a list. Common: chosen by a third of its queries. Break-even: a tile that attends to the union of its "
-      "blocks does that many times the products, and saves the partial result that KV-outer writes and reads for each "
-      "(query, block); forward pass, both at the H200's data-sheet speed. Exploratory.")]
+      "share a list. Common: chosen by a third of its queries. Exploratory.")]
 
 
 def spread(study, table, size, gallery) -> list:
