@@ -195,6 +195,7 @@ def restack(params: dict, config) -> dict:
 
 
 class Output(NamedTuple):
+  """What `forward` returns."""
   logits: Float[Array, "B T V"]       # float32
   losses: dict[str, Float[Array, ""]]  # auxiliary losses, mean over the layers that have them
   layers: list[dict]                  # per stack: what `observe` returned, stacked [layers, ...]
@@ -342,7 +343,6 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   blocks = _blocks(Static(architecture(config)))
   for stack, stack_def, (method, count) in zip(in_order(params["stacks"]), blocks, layout(config)):
     watch = None if observe is None else functools.partial(observe, method)
-
     hands = method.handed_up(model, *tokens.shape)
 
     def body(carry, layer, stack_def=stack_def, watch=watch, hands=hands):

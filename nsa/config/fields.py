@@ -62,6 +62,7 @@ class Restart:
 
 @dataclass
 class ScheduleConfig:
+  """What the steps of a run do, and at which rates (constructors: nsa/schedule.py)."""
   steps: int = 1000               # optimizer steps of the whole run
   stages: list[Stage] = field(default_factory=lambda: [Stage()])
   learning_rate: LearningRate = field(default_factory=LearningRate)
@@ -70,6 +71,7 @@ class ScheduleConfig:
 
 @dataclass
 class DataConfig:
+  """What is read: text, recall tasks, and how batches are made of them."""
   source: str = "stdlib"          # stdlib | files:PATH (a folder or a .tar.xz) | tfds:NAME | tasks (no text)
   tokenizer: str = "bytes"        # bytes: 256 + BOS, EOS, PAD | hf:PATH: a tokenizer.json or its folder (extra `hf`)
   corpora: dict[str, str] = field(default_factory=dict)  # name -> source: a mixture in place of `source`; each has
@@ -104,6 +106,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
+  """AdamW or Muon, one for each parameter group (nsa/optim.py)."""
   name: str = "adamw"             # adamw | muon (matrices by Muon, all else by AdamW)
   b1: float = 0.9
   b2: float = 0.95
@@ -126,6 +129,7 @@ class MeshConfig:
 
 @dataclass
 class EvalConfig:
+  """What is asked of a run, when, and in which run modes."""
   every: int = 0                  # steps between evaluations; 0 = only at the end
   split: str = "val"              # val | test | ood
   sealed: str = ""                # a further split, evaluated at the end in the arm's own run mode into
@@ -174,6 +178,7 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
+  """Which checkpoints are written, and which stay."""
   every: int = 200                # steps between checkpoints; the last step is always saved
   keep: int = 2                   # newest checkpoints that stay
   keep_at: tuple[int, ...] = ()   # steps saved and never deleted (fork points)
@@ -190,6 +195,7 @@ class ForkConfig:
 
 @dataclass
 class Config:
+  """All options of one run. `validate` checks them; JSON in and out: `to_dict`, `from_dict`."""
   arm: str = "dense"              # name of the arm, a column of every record
   size: str = "base"              # name of the model size, a column of every record
   seeds: tuple[int, ...] = (0,)   # several seeds train as one vmapped program

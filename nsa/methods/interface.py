@@ -116,6 +116,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
+  """What the method's part of one attention layer returns."""
   o: Float[Array, "B T N H"]
   losses: dict                        # name -> float32 scalar, a mean over queries (`Call.mean`) and KV heads
   block_indices: Int[Array, "B T K J"] | None = None
@@ -275,4 +276,5 @@ def dense_flops(model, context: int) -> float:
 
 
 def dense_costs(model, context: int) -> dict[str, Cost]:
+  """Forward FLOPs of causal dense attention at that context, as `Method.costs` gives them."""
   return {"dense": Cost(dense_flops(model, context), causal=True, kind="dense")}

@@ -105,6 +105,7 @@ def study_of(path: Path, plan: dict) -> Study:
 
 
 def load_study(path: Path, plan: dict) -> Study:
+  """The study in `path`, whose study.json is `plan`, with its runs; those without a directory are pending."""
   study = study_of(path, plan)
   study.autotune = autotune.read(path)
   jobs = plan.get("jobs") or []
