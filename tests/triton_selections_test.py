@@ -88,19 +88,21 @@ def check_selections(name, seed=0):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("few", [0, top_k.FEW])
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_selections_on_device(name):
+def test_selections_on_device(name, few, monkeypatch):
+  monkeypatch.setattr(top_k, "FEW", few)
   check_selections(name)
 
 
-def check_many_slots():
+def check_many_slots(blocks):
   """More slots than the least number of groups; one sequence has every score four times."""
-  B, T, K, blocks, size, J = 2, 1, 2, 700, 4, 100
+  B, T, K, size, J = 2, 1, 2, 4, 100
   scores = np.random.default_rng(0).normal(size=(B, T, K, blocks))
   scores[1] = scores[1, :, :, :1] + np.arange(blocks) // 4 % 5
   scores = jnp.asarray(scores, jnp.float32)
   choice = dict(block_size=size, num_blocks=J, num_initial=1, num_local=2, keys=blocks * size, segment_ids=None,
-                query_offset=2700)
+                query_offset=blocks * size - 100)
   got = np.asarray(jax.jit(functools.partial(top_k.block_top_k, **choice))(scores))
   with on_cpu():
     want = np.asarray(jax.jit(functools.partial(reference.block_top_k, **choice))(on_host(scores)))
@@ -109,8 +111,9 @@ def check_many_slots():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_many_slots_on_device():
-  check_many_slots()
+@pytest.mark.parametrize("blocks", [700, 125])
+def test_many_slots_on_device(blocks):
+  check_many_slots(blocks)
 
 
 def test_blocks_that_no_tile_holds_are_refused():
@@ -391,8 +394,10 @@ def test_interpreted_block_mass(name):
 
 
 @interprets
+@pytest.mark.parametrize("few", [0, top_k.FEW])  # so short lines go through the kernel of long ones, too
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_interpreted_selections(name, monkeypatch):
+def test_interpreted_selections(name, few, monkeypatch):
+  monkeypatch.setattr(top_k, "FEW", few)
   (B, T, N, H), *rest = SELECTIONS[name]
   monkeypatch.setitem(SELECTIONS, name, ((B, min(T, 40), N, 16), *rest))
   with tuning.override("compressed_scores", TINY), tuning.override("index_scores", TINY):
@@ -400,8 +405,9 @@ def test_interpreted_selections(name, monkeypatch):
 
 
 @interprets
-def test_interpreted_many_slots():
-  check_many_slots()
+@pytest.mark.parametrize("blocks", [700, 125])
+def test_interpreted_many_slots(blocks):
+  check_many_slots(blocks)
 
 
 @interprets
