@@ -66,12 +66,14 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   for run in alone.runs:
     run.records = [r for r in run.records if r["seed"] == 1]
   assert [c.word for c in lengths.compare(alone, "s")] == ["one seed"] * 2
-  for run in study.runs:
-    run.records, run.old = [{**r, "far_exact_match": float(run.arm != "window")} for r in run.records
-                            if r["kind"] == "task"], run.records
-  assert [c.word for c in lengths.compare(study, "s")] == ["no scatter"] * 2  # of 3 seeds: an interval of no width
-  for run in study.runs:
-    run.records = run.old
+  for window in (0.0, 1.0):  # of 3 seeds: an interval of no width, apart by 100 points and by none
+    for run in study.runs:
+      run.records, run.old = [{**r, "far_exact_match": window if run.arm == "window" else 1.0} for r in run.records
+                              if r["kind"] == "task"], run.records
+    flat = lengths.compare(study, "s")
+    assert [c.word for c in flat] == ["no scatter"] * 2 and all(math.isnan(c.p) for c in flat)
+    for run in study.runs:
+      run.records = run.old
   for r in study.runs[0].records:  # what dense has to answer, the study says; tasks of which it does not are left out
     r["exact_match"] = r["far_exact_match"] = 0.4 if "pairs=16" in r.get("task", "") else 0.6
   assert [c.word for c in lengths.compare(study, "s")] == ["not judged"] * 2

@@ -33,7 +33,8 @@ class Compared:
   itself. p: of a difference, by Holm over the family.
 
   word: "differs by enough", "no more than that apart", "differs", "undecided"; "one seed"; "no scatter" where all
-  seeds differ by the same, as few answers do by chance: no test; "not judged" where the anchor fails.
+  seeds differ by the same, or not at all, as few answers do by chance: no test, and p is NaN; "not judged" where the
+  anchor fails.
   """
   arm: str
   against: str
@@ -111,9 +112,10 @@ def compare(study: Study, size: str) -> list[Compared]:
     if seeds:
       found.append((arm, against, n, differences))
   tests = [differences for *_, differences in found]
+  flat = lambda d: len(d) > 1 and np.ptp(d) < 1e-9  # every test would have p = 0
 
   def corrected(test, *options):
-    p = np.array([test(d, *options) for d in tests])
+    p = np.array([math.nan if flat(d) else test(d, *options) for d in tests])
     holm = statistics.holm([*np.nan_to_num(p, nan=1.0), *[1.0] * (len(family) - len(tests))])
     return np.where(np.isnan(p), np.nan, holm[:len(p)])
 
@@ -124,7 +126,7 @@ def compare(study: Study, size: str) -> list[Compared]:
   for k, (arm, against, n, differences) in enumerate(found):
     i = statistics.t_interval(differences)
     word = ("not judged" if not admitted else "one seed" if not i.bounded else
-            "no scatter" if i.half_width < 1e-9 < abs(i.mean) else
+            "no scatter" if flat(differences) else
             "differs by enough" if enough[k] <= study.alpha else
             "no more than that apart" if within[k] <= study.alpha else
             "differs" if different[k] <= study.alpha else "undecided")
