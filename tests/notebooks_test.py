@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # What makes them toys, in a cell behind their parameters. The study's smallest stage still has to last one step.
 TOY = {"look_inside.ipynb": """
 from experiments import mqar as made
-STEPS, whole = 16, made.get_config
+STEPS, whole = 8, made.get_config
 
 def get_config(arg):
   config = whole(arg)
-  config.data.context, config.model.d_model, config.model.mlp_dim = 128, 16, 32
+  config.data.context, config.model.d_model, config.model.mlp_dim = 64, 16, 32
+  config.eval.during_examples = 4
   return config
 """, "native_vs_retrofit.ipynb": """
 from experiments import quickstart as made
