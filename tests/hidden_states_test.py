@@ -83,7 +83,7 @@ def test_the_largest_dimensions_are_left_out():
 
 # --- snapshots ---
 
-T = 256  # tokens of a passage here
+T = 128  # tokens of a passage here
 
 
 @pytest.fixture(scope="module", autouse=True)
