@@ -26,7 +26,8 @@ RANGE_BYTES = 16 * 2 ** 20  # of Q of one KV head: what one range of queries tak
 KEPT_BYTES = 5 * 2 ** 30
 COUNTED = 2 ** 31  # numbers of q and of q_idx, by 32 bits
 MAX_GROUP = 16  # of lists for attention: tiles hold a group whole
-MERGED_ROWS = 32  # (token, KV head)s whose entries one program adds up
+MERGED_ROWS = 32  # (token, KV head)s whose moments one program adds up
+GATHERED_ROWS = 16  # whose rows of dq_idx one program adds up
 SUMMED_COLUMNS = 32  # of dK and dV that one program adds up
 SLICE_BYTES = 4 * 2 ** 30   # of P and dq_idx by entry that are alive at a time
 
@@ -163,8 +164,9 @@ def _gathered(parts, position, plan):
   *rows, J = position.shape
   return call.kernel_call(
       kl_kernels.gather_sum_kernel, (parts, position), jax.ShapeDtypeStruct((*rows, parts.shape[1]), parts.dtype),
-      grid=(-(-math.prod(rows) // MERGED_ROWS),), name="index_kl_gather_sum", num_warps=4, num_stages=1,
-      M=math.prod(rows), J=J, SIZE=parts.shape[1], ROWS=MERGED_ROWS, TILE_TOKENS=plan.tile_tokens, G=plan.group)
+      grid=(-(-math.prod(rows) // GATHERED_ROWS),), name="index_kl_gather_sum", num_warps=2, num_stages=1,
+      M=math.prod(rows), J=J, SIZE=parts.shape[1], ROWS=GATHERED_ROWS, TILE_TOKENS=plan.tile_tokens, G=plan.group,
+      AT_ONCE=math.gcd(J, 16))
 
 
 def loss_of(total, entropy, cross, index_lse):

@@ -66,7 +66,8 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
   """`moments` float32[5, PLACES], written if MOMENTS: of each entry the maximum of its index scores and `moments_of`.
 
   `targets` [PLACES, SIZE], written if KEEP: P of each entry, 0 outside the mask. WIDE: 32 bits do not count q or q_idx;
-  where they do, fewer registers are in use.
+  where they do, fewer registers are in use. The list's next tokens and a tile's index queries are read before the heads
+  are gone through, or each would be waited for.
   """
   unit = units + tl.program_id(0) * 6
   first, count, tile = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
@@ -75,18 +76,24 @@ def selected_forward_kernel(q, k, lse, q_idx, k_idx, rows, spans, units, moments
   keys = load_block(k + (start * K + r) * H, block, S, K * H, H, SIZE, True)
   index_keys = load_block(k_idx + start * HI, block, S, HI, HI, SIZE, True)
   c = tl.arange(0, SIZE)
+  i = tl.arange(0, TOKENS)
+  coming = tl.load(rows + first + i, mask=i < count, other=0)
+  coming_span = tl.load(spans + first + i, mask=i < count, other=0)
   for begin in range(0, count, TOKENS):
     i = begin + tl.arange(0, TOKENS)
     ok = i < count
-    row = tl.load(rows + first + i, mask=ok, other=0)
+    row, span = coming, coming_span
     if WIDE:
       row = row.to(tl.int64)
-    span = tl.load(spans + first + i, mask=ok, other=0)
+    coming = tl.load(rows + first + i + TOKENS, mask=i + TOKENS < count, other=0)
+    coming_span = tl.load(spans + first + i + TOKENS, mask=i + TOKENS < count, other=0)
+    if MOMENTS:
+      queries = index_rows(q_idx, row, ok, HI)
     seen = (c[None, :] >= (span >> 16)[:, None]) & (c[None, :] < (span & 0xffff)[:, None])
     p = tl.where(seen, target(q, lse, row, ok, keys, G, H, SCALE, TOKENS, SIZE, PRECISION), 0.0)
     place = tile.to(tl.int64) * TILE_TOKENS + i
     if MOMENTS:
-      s = tl.dot(index_rows(q_idx, row, ok, HI), tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
+      s = tl.dot(queries, tl.trans(index_keys), input_precision=PRECISION) * INDEX_SCALE
       s = tl.where(seen, s, float("-inf"))
       top = tl.max(s, axis=1)
       _, norm, total, entropy, cross = moments_of(p, s, top)
@@ -236,12 +243,15 @@ def merge_kernel(moments, position, loss, index_lse, factor, M: tl.constexpr, J:
 
 @triton.jit
 def gather_sum_kernel(parts, position, out, M: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
-                      TILE_TOKENS: tl.constexpr, G: tl.constexpr):
-  """out[m] = sum of parts [places, SIZE] at position [M, J], in float32 and in the order of J; -1 is none."""
+                      TILE_TOKENS: tl.constexpr, G: tl.constexpr, AT_ONCE: tl.constexpr):
+  """out[m] = sum of parts [places, SIZE] at position [M, J], in float32 and in the order of J; -1 is none.
+
+  AT_ONCE, which divides J, are loaded before they are added.
+  """
   row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
   i = tl.arange(0, SIZE)
   acc = tl.zeros((ROWS, SIZE), tl.float32)
-  for j in range(J):
+  for j in tl.range(0, J, loop_unroll_factor=AT_ONCE):
     at = tl.load(position + tl.cast(row, tl.int64) * J + j, mask=row < M, other=-1)
     place = tl.cast(place_of(at, TILE_TOKENS, G), tl.int64)
     acc += tl.load(parts + place[:, None] * SIZE + i[None, :], mask=(at >= 0)[:, None],
