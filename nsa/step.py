@@ -240,7 +240,16 @@ def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
            for name in BATCH_KEYS}
   arguments = state, batch, jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct(seeds, jnp.uint32)
   out = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, P())
-  return make_step(config, step, mesh), arguments, dict(donate_argnums=0, out_shardings=out)
+  return make_step(config, step, mesh), arguments, dict(donate_argnums=0, out_shardings=out, **_side_by_side(mesh))
+
+
+def _side_by_side(mesh) -> dict:
+  """Options of jax.jit that let kernels of a CUDA graph which need nothing of each other run side by side: the same
+  bits. On one H200, 8 x 4,096 tokens of 10M parameters: MSA 13.4 ms in place of 13.8, NSA 16.8 for 17.5, dense 13.15
+  for 13.20. On several devices nobody tried it; jax before 0.11 may not know the option."""
+  if backends.current_platform() != "gpu" or mesh.size > 1 or jax.__version_info__ < (0, 11):
+    return {}
+  return dict(compiler_options={"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"})
 
 
 def compile_step(config, step: schedule.Step, mesh):

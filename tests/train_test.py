@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 from commands import logged
 import jax
@@ -114,6 +115,17 @@ def test_unrolled_layers_compute_the_same_step():
   assert fewer == loops - 2  # one forward, one backward
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_of_a_step_run_side_by_side_on_one_gpu():
+  config = make_config("dense", schedule.dense(1))
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  options = lambda: step_lib.program(config, schedule.at(config, 0), mesh)[2].get("compiler_options")
+  assert options() is None  # a CPU knows no such option
+  with backends.target_platform("gpu"):
+    known = jax.__version_info__ >= (0, 11)
+    assert options() == ({"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if known else None)
+    assert step_lib._side_by_side(types.SimpleNamespace(size=2)) == {}
 
 
 def test_layers_are_unrolled_where_that_was_faster():
