@@ -192,6 +192,7 @@ def test_libtpu_compiles_the_kernels(operation):
 
 
 @needs_libtpu
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="compiled by the newest jax, which CI asks too")
 def test_libtpu_compiles_a_training_step():
   function, arguments = tpu_programs.train_step(tpu_programs.shrunk(native.get_config("method=nsa")))
   compiled = aot.compile_for("v6e", function, *arguments, donate_argnums=0)

@@ -2,12 +2,10 @@
 import base64
 import csv
 import json
-from pathlib import Path
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 from report_cases import judged, with_retrofit, words
@@ -245,10 +243,8 @@ def test_wrong_paths_and_plans_name_the_fix(study, tmp_path):
 
 def test_launcher_writes_the_same_report(study, written, tmp_path):
   """Another process, from the command line: every file comes out the same to the byte."""
-  command = [sys.executable, "-m", "launch.report", str(study), f"--out={tmp_path}"]
-  done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  assert "outcome" in done.stdout and "Retrofit against native_msa, 6 comparisons" in done.stdout
+  out, _ = commands.run("launch.report", study, f"--out={tmp_path}")
+  assert "outcome" in out and "Retrofit against native_msa, 6 comparisons" in out
   for path in (written.markdown, written.html, written.csv):
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
