@@ -190,6 +190,23 @@ def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):
   assert of()[first].p_difference == whole[first].p_difference
 
 
+def test_a_word_of_some_seeds_says_how_many_are_to_come(tmp_path):
+  root = write_study(tmp_path, with_retrofit(0.05), seeds=range(3), noise=0.001, rich=False)
+  plan = json.loads((root / "study.json").read_text())
+  to_come = lambda arm, status: {"run": f"runs/{arm}-tiny-9", "arm": arm, "size": "tiny", "seeds": [9, 10],
+                                 "status": status}
+  assert "so far" not in words(root) and "to come" not in words(root)
+  plan["jobs"] += [to_come(arm, "pending") for arm in ("dense", "native_msa", "retrofit_msa_5")]
+  (root / "study.json").write_text(json.dumps(plan))
+  text = words(root)
+  assert "R(5 %): retrofit_msa_5 is worse than dense" in text and "3 of 5 seeds so far; after Holm" in text
+  assert "(1 of these words with seeds still to come)" in text
+  plan["jobs"][-1]["status"] = "failed"  # its pairs do not come
+  (root / "study.json").write_text(json.dumps(plan))
+  assert {c.name: c.seeds for c in judged(root).comparisons if c.family == "text"} == {
+      "R(5 %)": "3 seeds", "A": "3 of 5 seeds so far", "Delta(5 %)": "3 seeds"}
+
+
 def test_a_study_without_an_admitted_endpoint_says_no_word_anywhere(tmp_path, quick):
   root = planted.write_case(tmp_path, planted.CASES["neither"], draw=0)
   text = words(root)

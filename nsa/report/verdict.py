@@ -47,6 +47,7 @@ class Comparison:
   tested: bool = True                      # False: one seed was planned, so that there never was a test
   budget: float | None = None
   differences: dict[int, float] = dataclasses.field(default_factory=dict)  # by seed
+  expected: int = 0                        # seeds with which all of its runs are there or still to come
   judgement: statistics.Judgement | None = None
   bootstrap: Callable[[], statistics.Interval | None] = lambda: None
   reason: str = ""
@@ -77,6 +78,12 @@ class Comparison:
     if not self.p_difference <= self.alpha:
       return "undecided"
     return "worse" if (self.judgement.interval.mean > 0) == self.metric.lower_is_better else "better"
+
+  @property
+  def seeds(self) -> str:
+    """"8 seeds", or "3 of 6 seeds so far"."""
+    n = len(self.differences)
+    return f"{n} of {self.expected} seeds so far" if n < self.expected else f"{n} seeds"
 
   @property
   def name(self) -> str:
@@ -135,6 +142,8 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
   if out.reason:
     return out
   out.differences = dict(zip(seeds, map(float, d)))
+  out.expected = len(set.intersection(*({seed for run in study.arm_runs(a, size) if run.status != "failed"
+                                         for seed in set(run.seeds) - set(run.diverged)} for a in four)))
   if np.ptp(d) < 1e-9 and (len(d) > 1 or not d.any()):  # by chance, as few answers are: every test would have p = 0
     out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint "
                   "cannot tell them apart" if abs(d[0]) < 1e-9 else
@@ -251,7 +260,7 @@ def sentence(study: Study, c: Comparison) -> str:
        f"difference, p = {p_text(c.p_difference)}" if c.word in ("worse", "better") else
        f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a "
        "difference")
-  text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {i.n} seeds; after Holm {p})"
+  text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {c.seeds}; after Holm {p})"
   if c.word == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
   if c.word == "matches" and (without := max(c.without_one, default=0.0) * c.p_tost / j.p_tost) > c.alpha:
@@ -356,13 +365,15 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 
 
-_WORDS = ("matches", "worse", "better", "undecided", "cannot be judged", "not admitted")
+_FOUND = ("matches", "worse", "better")
+_WORDS = (*_FOUND, "undecided", "cannot be judged", "not admitted")
 
 
 def _tally(group) -> str:
   """"worse at 1 %, 5 %; matches at 25 %; 3 more without a pair of runs"."""
-  at = lambda c: c.arm if c.budget is None else (
-      percent(c.budget) + f" ({c.arm})" * (len({o.arm for o in group if o.budget == c.budget}) > 1))
+  at = lambda c: (c.arm if c.budget is None else percent(c.budget) + f" ({c.arm})" * (
+      len({o.arm for o in group if o.budget == c.budget}) > 1)) + (
+          f" ({c.seeds})" if c.word in _FOUND and len(c.differences) < c.expected else "")
   ran = [c for c in group if c.differences] or group
   words = [f"{word} at {', '.join(at(c) for c in ran if c.word == word)}"
            for word in _WORDS if any(c.word == word for c in ran)]
@@ -379,6 +390,8 @@ def _headline(study, primary):
     return "No verdict: no primary endpoint is admitted by its controls."
   left_out = sorted({c.metric.title for c in out})
   note = f" ({'; '.join(left_out)}: not admitted)" if left_out else ""
+  early = sum(c.word in _FOUND and len(c.differences) < c.expected for c in group)
+  note += f" ({early} of these words with seeds still to come)" if early else ""
   kept = [c for c in group if c.admitted]
   judged = [c for c in kept if c.word != "cannot be judged"]
   if not judged:
