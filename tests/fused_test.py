@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from kernels_cases import kernels_run
 import numpy as np
+from one_layer import random_params
 import pytest
 
 from nsa import config as config_lib, layers, methods, model as model_lib, step as step_lib
@@ -165,9 +166,7 @@ def test_a_model_puts_the_pass_where_its_steps_were(monkeypatch, method):
     serve(name, twin)
   config = config_lib.Config(attention=method, one_pass=True, model=config_lib.ModelConfig(
       vocab_size=264, num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, short_conv=3))
-  params = model_lib.init_params(config, 0)
-  # no gain or tap is 1 or 0
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  params = random_params(model_lib.abstract_params(config))  # no gain or tap is 1 or 0
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, 256, (2, 32)), jnp.int32)
   segments = jnp.asarray(np.arange(32) >= np.array([[0], [16]]), jnp.int32)
