@@ -167,12 +167,16 @@ def test_lightning_kl_is_the_formula(lists):
   blocks = {"of the set": random_indices(3, T, 3, 2)[:, :, :1], "of each KV head": random_indices(4, T, 3, 2),
             "none": None}[lists]
   each = None if blocks is None else np.broadcast_to(blocks, (B, T, K, 2))
-  _, lse = (pk.attention(q, k, v, query_offset=offset) if blocks is None else
-            pk.selected_attention(q, k, v, each, block_size=size, query_offset=offset))
-  where = dict(block_size=size, query_offset=offset)
-  loss, pull = jax.vjp(lambda *index: pk.lightning_kl(q, k, lse, *index, blocks, **where), q_idx, w, k_idx)
-  dloss = normal(8, B, T, 1)
-  got, best = pull(dloss), pk.lightning_scores(q_idx, w, k_idx, **where)
+  dloss, where = normal(8, B, T, 1), dict(block_size=size, query_offset=offset)
+
+  @jax.jit
+  def run(q, k, v, *index):
+    _, lse = (pk.attention(q, k, v, query_offset=offset) if blocks is None else
+              pk.selected_attention(q, k, v, each, **where))
+    loss, pull = jax.vjp(lambda *index: pk.lightning_kl(q, k, lse, *index, blocks, **where), *index)
+    return loss, pull(dloss), pk.lightning_scores(*index, **where)
+
+  loss, got, best = jax.device_get(run(q, k, v, q_idx, w, k_idx))
   want = [np.zeros(x.shape) for x in (q_idx, w, k_idx)]
   for b, t in np.ndindex(B, T):
     seen = np.arange(S) <= t + offset

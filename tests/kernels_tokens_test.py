@@ -34,7 +34,8 @@ def test_the_best_tokens_are_chosen(R, count, packed, offset):
       (B, T, R, HEADS, H), (B, T, R, HEADS), (B, S, H)))
   ids = np.sort(rng.integers(0, 3, (B, S)), axis=1).astype(np.int32) if packed else None
   where = dict(query_offset=offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32), segment_ids=ids)
-  got = masked.unpacked(pk.token_top_k(q_idx, w, k_idx, num_tokens=count, **where), S)
+  choose = jax.jit(lambda *index: masked.unpacked(pk.token_top_k(*index, num_tokens=count, **where), S))
+  got = np.asarray(choose(q_idx, w, k_idx))
   some_left_out = False
   for b, t, r in np.ndindex(B, T, R):
     at = np.broadcast_to(offset, (B,))[b] + t
@@ -50,16 +51,19 @@ def test_the_best_tokens_are_chosen(R, count, packed, offset):
 def test_sets_of_all_visible_tokens_are_dense_attention(R):
   q, k, v = normal(0, B, S, N, H), normal(1, B, S, K, H), normal(2, B, S, K, H)
   index = normal(3, B, S, R, HEADS, H), normal(4, B, S, R, HEADS), normal(5, B, S, H)
-  sets = pk.token_top_k(*index, num_tokens=S)
 
-  def run(attend, **which):
-    o, lse = attend(q, k, v)
-    f = lambda *index: pk.lightning_kl(q, k, lse, *index, None, **which)
-    loss, pull = jax.vjp(f, *index)
+  def run(attend, qkv, index, **which):
+    o, lse = attend(*qkv)
+    loss, pull = jax.vjp(lambda *index: pk.lightning_kl(*qkv[:2], lse, *index, None, **which), *index)
     return (o, lse, loss, *pull(jnp.cos(loss)))
 
-  chosen = run(lambda *qkv: pk.token_attention(*qkv, sets), token_sets=sets)
-  for x, y in zip(chosen, run(pk.attention)):
+  @jax.jit
+  def both(qkv, index):
+    sets = pk.token_top_k(*index, num_tokens=S)
+    return (run(lambda *qkv: pk.token_attention(*qkv, sets), qkv, index, token_sets=sets),
+            run(pk.attention, qkv, index))
+
+  for x, y in zip(*both((q, k, v), index)):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     assert np.abs(y).max() > 0.01
 
