@@ -135,12 +135,13 @@ def test_a_correlation_is_partial_of_its_covariates_and_within_its_groups():
   assert np.isnan(familiarity.correlation([1, 1, 1, 1], [1, 2, 3, 4]))
 
 
-def test_the_report_says_what_is_judged_and_draws_noise_and_rotation(tmp_path):
+def test_the_report_says_what_is_judged_and_draws_noise_and_rotation(tmp_path, request):
   arms = arms_of((0, 10, 100), dense=0.0, native=-0.003)
   text = hidden_report.write(arms, tmp_path).read_text()
   row = next(line for line in text.splitlines() if line.startswith("| native |") and "matters" in line)
   assert re.search(r"\| -0\.00[23]\d+ \|", row) and "| too small |" in text
   assert "A slope of 0.002 per doubling of exposure matters" in text and "not there yet" not in text
+  request.getfixturevalue("quick")
   cut = hidden_report.write(arms, tmp_path / "cut", planned=("dense", "native", "window")).read_text()
   assert "Planned and not there yet: window." in cut
   for name, figure, caption in hidden_report.figures(arms):
