@@ -25,7 +25,7 @@ MESHES = {"data=8": dict(data=8), "fsdp=4,tensor=2": dict(fsdp=4, tensor=2),
           "fsdp=2,context=2,tensor=2": dict(fsdp=2, context=2, tensor=2)}
 METHODS = sorted(name for name, method in methods.registry.METHODS.items()
                  if not issubclass(method, methods.PromptMethod))
-PAIRS = [("all", "fsdp=2,context=2,tensor=2")]
+PAIRS = [("all", "fsdp=2,context=2,tensor=2"), ("msa", "data=2,fsdp=2,tensor=2")]
 # For sums in another order: of the largest parameter, of the largest gradient (Adam's first moment after a step),
 # and of a metric plus 0.1 (a KL near 0 is the difference of larger numbers).
 TOLERANCE = 1e-5
@@ -144,7 +144,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(results, method, mesh):
 
 def test_chunks_of_logits_gather_the_output_matrix_once(results):
   # 12 chunks, which share one copy of the matrix and one sum of its gradient
-  got = results["seeds"]
+  got = results["msa data=2,fsdp=2,tensor=2"]
   assert got["head"] < got["received"] < 12 * got["head"], got
 
 
