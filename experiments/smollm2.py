@@ -65,7 +65,8 @@ what was left.
 
 Tier 9 was written after tier 8. Said beforehand: if steps and rows with recall are all that is missing,
 msa_32M_b2_recall (1,953 steps) answers at least nine tenths of the far recall that dense_32M_b2_recall does. If not,
-the next to look at is the form of the index. Found: 85 % of far recall where dense answers 96, 88 % of it: no.
+the next to look at is the form of the index. Found: 85 % of far recall where dense answers 96, 88 % of it: no,
+by some two of 100 answers, in one order.
 
 Tier 10 was written before tier 9's result. Tiers 3 to 5 ask what other selectors, a faster backbone, fewer blocks or
 dense first layers are worth with eight rows a step, where no selector works; tier 10 asks it where MSA's does
