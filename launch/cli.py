@@ -30,6 +30,7 @@ from ml_collections import config_flags
 
 from launch import overrides
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BAD_INPUT, DIVERGED, CHECKPOINT, RUNS_FAILED, PROCESSES, PREEMPTED = 2, 3, 4, 5, 6, 75
 
 
@@ -84,11 +85,14 @@ def _parse(argv):
 
 def _without_traceback(text: str) -> str:
   """ml_collections puts the traceback of what an experiment file raised into its error. A ValueError or ConfigError of
-  that file is about an argument, and says all; of anything else the traceback is kept."""
-  found = re.search(r"--config=(.*): Error whilst parsing config file:\n.*^  File \"[^\"]*(?:experiments|nsa)/[^\n]*\n"
+  the files in experiments/ or nsa/ is about an argument, and says all; of anything else the traceback is kept."""
+  found = re.search(r"--config=(.*): Error whilst parsing config file:\n.*^  File \"([^\"]*)\"[^\n]*\n"
                     r"[^\n]*\n(?:[ ~^]*\n)?(?:ValueError|nsa\.config\.fields\.ConfigError): (.*)", text,
                     re.DOTALL | re.MULTILINE)
-  return f"--config={found[1]}: {found[2].strip()}" if found else text
+  rooms = tuple(os.path.join(ROOT, room, "") for room in ("experiments", "nsa"))
+  if found is None or not os.path.abspath(found[2]).startswith(rooms):
+    return text
+  return f"--config={found[1]}: {found[3].strip()}"
 
 
 def _read_archives(argv) -> None:

@@ -113,13 +113,18 @@ def test_wrong_input_exits_with_2_and_says_what_to_do(tmp_path, args, said):
   assert not (tmp_path / "run/config.json").exists()  # a corrected config may begin there
 
 
-def test_wrong_experiment_argument():
+def test_wrong_experiment_argument(tmp_path):
   _, err = run("train", "--config=experiments/mqar.py:arms=msa", "--dry_run", code=2)
   assert "arms=msa" in err and "arm=dense" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/nothing.py", "--dry_run", code=2)
   assert "experiments/nothing.py" in err
   _, err = run("train", "--config=experiments/retrofit_hf.py:trunk=/no/such/run", "--dry_run", code=2)
   assert "experiment argument trunk = '/no/such/run': no run directory" in err and "Traceback" not in err
+  other = tmp_path / "nsa/other.py"  # somebody else's: where it went wrong is told
+  other.parent.mkdir()
+  other.write_text("def get_config(arg=None):\n  raise ValueError('an error of theirs')")
+  _, err = run("train", f"--config={other}", "--dry_run", code=2)
+  assert "an error of theirs" in err and "nsa/other.py\", line 2" in err and "Traceback" in err
   _, err = run("train", "--config=README.md", "--dry_run", code=2)
   assert "error: README.md, line " in err and "no Python that can be read" in err and "Traceback" not in err
   _, err = run("train", "--config=experiments/quickstart.py", "--dry_run", code=2)

@@ -116,15 +116,19 @@ def test_unrolled_layers_compute_the_same_step():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_kernels_of_a_step_run_side_by_side_on_one_gpu():
+def test_kernels_of_a_step_run_side_by_side_on_one_gpu(monkeypatch):
   config = make_config("dense", schedule.dense(1))
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   options = lambda: step_lib.program(config, schedule.at(config, 0), mesh)[2].get("compiler_options")
-  assert options() is None  # a CPU knows no such option
+  assert options() is None  # a CPU has no CUDA graphs
   with backends.target_platform("gpu"):
-    known = jax.__version_info__ >= (0, 11)
-    assert options() == ({"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if known else None)
+    assert options() == ({step_lib.GRAPH_MODE: "CONCURRENT"} if jax.__version_info__ >= (0, 11) else None)
     assert step_lib._side_by_side(types.SimpleNamespace(size=2)) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --{step_lib.GRAPH_MODE}=SERIALIZE")
+    assert options() is None
+  monkeypatch.undo()
+  known = jax.jit(lambda x: x + 1, compiler_options={step_lib.GRAPH_MODE: "CONCURRENT"})  # XLA has one list for all
+  assert known(1) == 2
 
 
 def test_layers_are_unrolled_where_that_was_faster():
