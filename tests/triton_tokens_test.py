@@ -16,7 +16,8 @@ import pallas_kernels as pk
 from pallas_kernels import masked, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
-from triton_selections_test import KL_ON_DEVICE, KL_SMALL, compare_lightning_kl, draw_lightning  # noqa: E402
+from triton_lightning_test import compare_lightning_kl, draw_lightning  # noqa: E402
+from triton_selections_test import KL_ON_DEVICE, KL_SMALL  # noqa: E402
 from triton_test import SHAPE, TINY, interprets, lowered, lowers, needs_gpu  # noqa: E402
 
 from pallas_kernels.triton import call, lightning, tokens, tuning  # noqa: E402
