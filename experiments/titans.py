@@ -40,9 +40,9 @@ farther back than window_equal reaches, the same for all arms. Four layers of a 
   stated here its section on lengths judges. FLOPs of training of what is put onto a window count its trunk as dense.
 - Seeds 1 to 3 train as one program. A run that diverges is counted.
 - Costs: FLOPs per token counted at each length, and measured: the step alone on its device, not the study's runs, which
-  share theirs. window_equal costs what native_mag costs in FLOPs. In time none can: native_mag's step takes 32 ms on
-  one H200, dense attention's 7.1 (`SPEEDS`, docs/kernels.md), so a window of any length gets at least 4.5 times the
-  tokens in that time. A win of the memory here is one per token and per FLOP.
+  share theirs. window_equal costs what native_mag costs in FLOPs. In time none can: native_mag's step takes 25 ms on
+  one H200 (32 when this was planned, `SPEEDS`), dense attention's 7.1 (docs/kernels.md), so a window of any length
+  gets at least 3.5 times the tokens in that time. A win of the memory here is one per token and per FLOP.
 
 Power for an effect of 10 points, with the scatter of the main study's recall where arms learn (SD of paired differences
 1, 2, 3 points): of 3 seeds .71, .27, .13 where it is the first of the twelve under Holm, 1.0, .98, .81 where it is the

@@ -62,19 +62,19 @@ def _gradients(a0, v, step, gain, w0, w1, LIMIT: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def tokens_forward_kernel(k, v, step, gain, pair0, pair1, at, hidden, errors0, errors1, R: tl.constexpr,
+def tokens_forward_kernel(k, v, step, gain, low0, low1, at, hidden, errors0, errors1, R: tl.constexpr,
                           C: tl.constexpr, T: tl.constexpr, I: tl.constexpr, H: tl.constexpr, LIMIT: tl.constexpr,
                           TILE: tl.constexpr, PRECISION: tl.constexpr):
-  """Of one chunk: hidden [B, R, T, H], errors0 the same, errors1 [B, R, T, I], by the weights in pair0 [B, R, 2 I, H]
-  and pair1 [B, R, 2 H, I]."""
+  """Of one chunk: hidden [B, R, T, H], errors0 the same, errors1 [B, R, T, I], by the weights in low0 [B, R, 2 I, H]
+  and low1 [B, R, 2 H, I], rounded once, not by every program."""
   pid = tl.cast(tl.program_id(0), tl.int64)
   memory, tile = pid // (T // TILE), pid % (T // TILE)
   dtype: tl.constexpr = errors0.dtype.element_ty
   i, h, t = tl.arange(0, I), tl.arange(0, H), tile * TILE + tl.arange(0, TILE)
   row = (memory * C + tl.load(at + memory // R)) * T + t
   wide, theta = row[:, None] * I + i[None, :], tl.load(step + row)
-  w0 = tl.load(pair0 + memory * 2 * I * H + i[:, None] * H + h[None, :]).to(dtype)
-  w1 = tl.load(pair1 + memory * 2 * I * H + h[:, None] * I + i[None, :]).to(dtype)
+  w0 = tl.load(low0 + memory * 2 * I * H + i[:, None] * H + h[None, :])
+  w1 = tl.load(low1 + memory * 2 * I * H + h[:, None] * I + i[None, :])
   _, _, _, _, a1, _, _, _, _, e1, _, _, e0, _, clipping = _gradients(
       tl.load(k + wide), tl.load(v + wide), theta, tl.load(gain + memory * I + i)[None, :], w0, w1, LIMIT, PRECISION)
   theta = (theta * clipping)[:, None]
@@ -86,9 +86,9 @@ def tokens_forward_kernel(k, v, step, gain, pair0, pair1, at, hidden, errors0, e
 
 
 @triton.jit
-def _after(pair, first, anew, beta, gamma, kept, inputs, errors, leaving, lasting, new, part, I: tl.constexpr,
+def _after(pair, first, anew, beta, gamma, kept, inputs, errors, leaving, lasting, new, low, part, I: tl.constexpr,
            O: tl.constexpr, T: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
-  """PART columns of a matrix and its surprise as the next chunk begins with them."""
+  """PART columns of a matrix and its surprise as the next chunk begins with them; `low`: rounded."""
   dtype: tl.constexpr = errors.dtype.element_ty
   i, o, t = tl.arange(0, I), part * PART + tl.arange(0, PART), tl.arange(0, TILE)
   at = i[:, None] * O + o[None, :]
@@ -105,13 +105,17 @@ def _after(pair, first, anew, beta, gamma, kept, inputs, errors, leaving, lastin
     now, surprise = tl.load(first + at), tl.zeros([I, PART], tl.float32)
   tl.store(new + at, now)
   tl.store(new + I * O + at, surprise)
+  tl.store(low + at, now.to(dtype))
+  tl.store(low + I * O + at, surprise.to(dtype))
 
 
 @triton.jit
 def weights_forward_kernel(k, hidden, errors0, errors1, leaving, lasting, decays, anew, first0, first1, pair0, pair1,
-                           at, new0, new1, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr, I: tl.constexpr,
-                           H: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
-  """new0 and new1, what the next chunk begins with, like pair0 and pair1, of what the tokens of one left."""
+                           at, new0, new1, low0, low1, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+                           I: tl.constexpr, H: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
+                           PRECISION: tl.constexpr):
+  """new0 and new1, what the next chunk begins with, like pair0 and pair1, of what the tokens of one left; low0 and
+  low1, the same in the dtype of products."""
   pid = tl.cast(tl.program_id(0), tl.int64)
   memory, part = pid // ((H + I) // PART), pid % ((H + I) // PART)
   c = tl.load(at + memory // R)
@@ -123,20 +127,22 @@ def weights_forward_kernel(k, hidden, errors0, errors1, leaving, lasting, decays
   whole = memory * 2 * I * H
   if part < H // PART:
     _after(pair0 + whole, first0 + memory * I * H, fresh, beta, gamma, kept, k + chunk * T * I,
-           errors0 + memory * T * H, leaving, lasting, new0 + whole, part, I, H, T, PART, TILE, PRECISION)
+           errors0 + memory * T * H, leaving, lasting, new0 + whole, low0 + whole, part, I,
+           H, T, PART, TILE, PRECISION)
   else:
     _after(pair1 + whole, first1 + memory * I * H, fresh, beta, gamma, kept, hidden + memory * T * H,
-           errors1 + memory * T * I, leaving, lasting, new1 + whole, part - H // PART, H, I, T, PART, TILE, PRECISION)
+           errors1 + memory * T * I, leaving, lasting, new1 + whole, low1 + whole, part - H // PART, H, I, T, PART,
+           TILE, PRECISION)
 
 
 @triton.jit
-def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, after0, after1, dhidden, derrors0,
+def tokens_backward_kernel(k, v, step, leaving, lasting, gain, lows0, lows1, after0, after1, dhidden, derrors0,
                            derrors1, at, dk, dv, dstep, dleaving, dlasting, dgain, deep_ones, wide_ones,
                            R: tl.constexpr, C: tl.constexpr, T: tl.constexpr, I: tl.constexpr, H: tl.constexpr,
                            LIMIT: tl.constexpr, FULL: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
   """Of one chunk, made again: the gradients of its tokens, of the gain by tile, and what its tokens give those of the
-  weights: deep_ones [B, R, 3, T, H] and wide_ones [B, R, 2, T, I]. after0 and after1 are the gradients of the pairs
-  that it left."""
+  weights: deep_ones [B, R, 3, T, H] and wide_ones [B, R, 2, T, I]. lows0 and lows1 are the pairs of all chunks, after0
+  and after1 the gradients of those that this one left, all of them rounded before."""
   pid = tl.cast(tl.program_id(0), tl.int64)
   memory, tile = pid // (T // TILE), pid % (T // TILE)
   dtype: tl.constexpr = derrors0.dtype.element_ty
@@ -153,7 +159,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
   deep_ones += memory * 3 * T * H
   wide_ones += memory * 2 * T * I
   g = tl.load(gain + memory * I + i)[None, :]
-  w0, w1 = tl.load(pairs0 + chunk * 2 * SIZE + at0).to(dtype), tl.load(pairs1 + chunk * 2 * SIZE + at1).to(dtype)
+  w0, w1 = tl.load(lows0 + chunk * 2 * SIZE + at0), tl.load(lows1 + chunk * 2 * SIZE + at1)
   after0 += memory * 2 * SIZE
   after1 += memory * 2 * SIZE
   a0, theta = tl.load(k + wide), tl.load(step + row)
@@ -162,7 +168,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
   scaled = (theta * clipping)[:, None]
   stays, goes = tl.load(leaving + row)[:, None], tl.load(lasting + row)[:, None]
   # What the chunk leaves: now -= (stays a)^T (e scaled), surprise -= (goes a)^T (e scaled).
-  dw0, ds0 = tl.load(after0 + at0).to(dtype), tl.load(after0 + SIZE + at0).to(dtype)
+  dw0, ds0 = tl.load(after0 + at0), tl.load(after0 + SIZE + at0)
   low = (e0 * scaled).to(dtype)
   one = -tl.dot(low, tl.trans(dw0), input_precision=PRECISION)
   two = -tl.dot(low, tl.trans(ds0), input_precision=PRECISION)
@@ -171,7 +177,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
   de0 = tl.load(derrors0 + deep).to(tl.float32)
   de0 -= tl.dot((stays * a0).to(dtype), dw0, input_precision=PRECISION)
   de0 -= tl.dot((goes * a0).to(dtype), ds0, input_precision=PRECISION)
-  dw1, ds1 = tl.load(after1 + at1).to(dtype), tl.load(after1 + SIZE + at1).to(dtype)
+  dw1, ds1 = tl.load(after1 + at1), tl.load(after1 + SIZE + at1)
   low = (e1 * scaled).to(dtype)
   one = -tl.dot(low, tl.trans(dw1), input_precision=PRECISION)
   two = -tl.dot(low, tl.trans(ds1), input_precision=PRECISION)
@@ -196,7 +202,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
   dg0 = _through(z0, s0, de0)
   slope = open0 * (1 + n0 * (1 - open0)) * ROOT
   dn0 = dg0 * hid * open0 * (1 - open0) * (2 + n0 * (1 - 2 * open0)) * ROOT
-  w1 = tl.load(pairs1 + chunk * 2 * SIZE + at1).to(dtype)  # again: six matrices would fill the registers
+  w1 = tl.load(lows1 + chunk * 2 * SIZE + at1)  # again: six matrices would fill the registers
   low = (dg0 * slope).to(dtype)
   de1 += tl.dot(low, w1, input_precision=PRECISION)
   if FULL:
@@ -216,7 +222,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
     tl.store(deep_ones + T * H + kept_deep, a1.to(dtype))
     tl.store(wide_ones + T * I + kept_wide, low)
   dz0 += _through(z0, s0, dn0 + da1 * slope)
-  w0 = tl.load(pairs0 + chunk * 2 * SIZE + at0).to(dtype)
+  w0 = tl.load(lows0 + chunk * 2 * SIZE + at0)
   low = dz0.to(dtype)
   da0 += tl.dot(low, tl.trans(w0), input_precision=PRECISION)
   if FULL:
@@ -225,7 +231,7 @@ def tokens_backward_kernel(k, v, step, leaving, lasting, gain, pairs0, pairs1, a
 
 
 @triton.jit
-def _before(pair, dpair, after, dfirst, x0, y0, x1, y1, anew, beta, gamma, kept, before, new_first, part,
+def _before(pair, dpair, after, dfirst, x0, y0, x1, y1, anew, beta, gamma, kept, before, low, new_first, part,
             I: tl.constexpr, O: tl.constexpr, T: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
             TERMS: tl.constexpr, PRECISION: tl.constexpr):
   """PART columns of the gradient of a matrix and its surprise before a chunk, of that after it; to that of the matrix
@@ -254,16 +260,19 @@ def _before(pair, dpair, after, dfirst, x0, y0, x1, y1, anew, beta, gamma, kept,
   tl.store(new_first + at, whole)
   tl.store(before + at, dnow)
   tl.store(before + I * O + at, dsurprise)
+  tl.store(low + at, dnow.to(dtype))
+  tl.store(low + I * O + at, dsurprise.to(dtype))
   return dbeta, dgamma, dkept
 
 
 @triton.jit
 def weights_backward_kernel(k, deep_ones, wide_ones, decays, anew, pairs0, pairs1, dpairs0, dpairs1, after0, after1,
-                            dfirst0, dfirst1, at, before0, before1, new_first0, new_first1, ddecays, R: tl.constexpr,
-                            C: tl.constexpr, T: tl.constexpr, I: tl.constexpr, H: tl.constexpr, FULL: tl.constexpr,
-                            PART: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
-  """The gradients of what a chunk began with, before0 and before1, of those of what it left, after0 and after1; those
-  of `first` summed so far, new_first0 and new_first1; those of the decays by program, [B, R, programs, 3]."""
+                            dfirst0, dfirst1, at, before0, before1, low0, low1, new_first0, new_first1, ddecays,
+                            R: tl.constexpr, C: tl.constexpr, T: tl.constexpr, I: tl.constexpr, H: tl.constexpr,
+                            FULL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+  """The gradients of what a chunk began with, before0 and before1, and rounded low0 and low1, of those of what it left,
+  after0 and after1; those of `first` summed so far, new_first0 and new_first1; those of the decays by program, [B, R,
+  programs, 3]."""
   pid = tl.cast(tl.program_id(0), tl.int64)
   memory, part = pid // ((H + I) // PART), pid % ((H + I) // PART)
   c = tl.load(at + memory // R)
@@ -276,13 +285,13 @@ def weights_backward_kernel(k, deep_ones, wide_ones, decays, anew, pairs0, pairs
   if part < H // PART:
     dbeta, dgamma, dkept = _before(
         pairs0 + pair, dpairs0 + pair, after0 + one, dfirst0 + alone, k + chunk * T * I, deep_ones + 2 * T * H, k,
-        deep_ones, fresh, beta, gamma, kept, before0 + one, new_first0 + alone, part, I, H, T, PART, TILE,
-        1 if FULL else 0, PRECISION)
+        deep_ones, fresh, beta, gamma, kept, before0 + one, low0 + one, new_first0 + alone, part, I, H,
+        T, PART, TILE, 1 if FULL else 0, PRECISION)
   else:
     dbeta, dgamma, dkept = _before(
         pairs1 + pair, dpairs1 + pair, after1 + one, dfirst1 + alone, deep_ones, wide_ones, deep_ones + T * H,
-        wide_ones + T * I, fresh, beta, gamma, kept, before1 + one, new_first1 + alone, part - H // PART, H, I, T,
-        PART, TILE, 2 if FULL else 0, PRECISION)
+        wide_ones + T * I, fresh, beta, gamma, kept, before1 + one, low1 + one, new_first1 + alone,
+        part - H // PART, H, I, T, PART, TILE, 2 if FULL else 0, PRECISION)
   tl.store(ddecays + pid * 3, dbeta)
   tl.store(ddecays + pid * 3 + 1, dgamma)
   tl.store(ddecays + pid * 3 + 2, dkept)

@@ -24,7 +24,8 @@ keys and values: the inner gradient, written out (`_gradients`) so that no produ
 writes a matrix and its surprise, which are one array. Per chunk of b tokens and matrix that leaves three products that
 follow one another, [b, I] x [I, O] twice (once for the first matrix) and [2 I, b] x [b, O], for all sequences and heads
 at a time: a scan (`_write`), or the kernels of pallas_kernels/memory.py where they serve. Both leave what every chunk
-begins with; decays, C and all reading (`_read_chunks`) are then products for all chunks at a time.
+begins with; decays, C and all reading (`_read_chunks`) are then products for all chunks at a time, or kernels as well.
+A prompt that goes on from a state (`_one_by_one`) reads a chunk when it was written: it needs the last state alone.
 `products` = "bfloat16" rounds their operands, and those of their gradients; sums, state, decays and all else stay
 float32. What bounds it on a GPU: benchmarks/memory.py, docs/kernels.md.
 
@@ -153,30 +154,68 @@ class Memory(nnx.Module):
       return jnp.moveaxis(x.reshape((B, slots // width, width) + x.shape[2:]), 3, 1)
 
     mask = live[..., None].astype(jnp.float32)
-    queries = place(unit(q)).reshape(B, slots, self.gate_bias.shape[0], -1, q.shape[-1])
-    xs, mixing = self._decays(split(mask), split(place(gates.log_keep) * mask), split(place(gates.log_momentum) * mask))
-    tokens = {"k": split(place(unit(k))), "v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask),
-              "leaving": mixing[..., -1, :], "lasting": xs.pop("lasting")}
-    decays = jnp.stack([xs["beta"][..., -1], xs["gamma"][..., -1], xs.pop("kept")], -1)
     whole = state is None and at_start and not T % size  # the memory as it is, is what every chunk begins with
+    heads = self.gate_bias.shape[0]
+    how = dict(begins_a_chunk=whole, chunks=slots // width, **self._shape())
+    fused = kernel.reads(implementation, queries=q.shape[2] // heads, read=self.options.read, **how)
+    x = {"live": split(mask), "keep": split(place(gates.log_keep) * mask),
+         "momentum": split(place(gates.log_momentum) * mask), "k": split(place(unit(k))),
+         "v": split(place(jax.nn.silu(v))), "step": split(place(gates.step) * mask), "anew": fresh[:, None, ::width]}
+    reads_at_once = state is not None and slots > width
     state = self.begin(B) if state is None else state
     first, begin = self.begin(B)["now"], [_pair(now, s) for now, s in zip(state["now"], state["surprise"])]
-    if kernel.serves(implementation, begins_a_chunk=whole, chunks=slots // width, **self._shape()):
-      written = kernel.write({**tokens, "gain": self.gain[...]}, decays, fresh[:, ::width], first, begin,
-                             clip=self.options.clip, full=self.options.backprop == "full", dtype=self._operands)
-      starts, last = [_upper(pair) for pair in written.pairs], None
+    if fused:
+      mixing = kernel.mix(x["keep"], x["momentum"], jnp.broadcast_to(x["live"], x["keep"].shape))
+      written = self._kernel_write(x, mixing, first, begin)
+      end, last = written.end, None
+      y = kernel.read(q.reshape(B, T, heads, -1, q.shape[-1]), mask[..., 0], self.gain[...], mixing, x["k"], written)
+      y = y.reshape(q.shape)
     else:
-      complete = (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]
-      written, starts, last = self._write(tokens, decays, fresh[:, ::width], first, begin,
-                                          None if whole else (list(state["start"]), complete))
-    read = jax.checkpoint(self._read_chunks) if self.options.recompute else self._read_chunks
-    z = read(jnp.moveaxis(split(queries), 4, 3), tokens["k"], {**xs, "mixing": mixing}, written, starts)
-    z = jnp.transpose(z, (0, 2, 4, 1, 3, 5)).reshape(queries.shape)
-    y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
+      queries = place(unit(q)).reshape(B, slots, heads, -1, q.shape[-1])
+      x["q"] = jnp.moveaxis(split(queries), 4, 3)
+      if not whole:
+        complete = (positions[width - 1::width] % size == size - 1) & valid[width - 1::width]
+        x["complete"] = jnp.broadcast_to(complete, (1, 1) + complete.shape)
+      start = None if whole else list(state["start"])
+      if reads_at_once:
+        z, end, last = self._one_by_one(x, first, begin, start)
+      else:
+        z, end, last = self._side_by_side(x, first, begin, start, kernel.serves(implementation, **how))
+      z = jnp.transpose(z, (0, 2, 4, 1, 3, 5)).reshape(queries.shape)
+      y = (self._output(queries, z, behind=1) * mask[..., None, None]).reshape((B, slots) + q.shape[2:])
     if not at_start:
       y = jnp.roll(y, -phase, axis=1)
-    now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in written.end))
+    now, surprise = zip(*(jnp.split(pair, 2, axis=2) for pair in end))
     return y[:, :T], {"start": last or list(now), "now": list(now), "surprise": list(surprise)}
+
+  def _side_by_side(self, x, first, begin, start, kernels: bool):
+    """Writes chunks one after the other and reads them side by side, x of [B, R, C, t, ...] each: what the last matrix
+    gives [B, R, C, G, t, d], the pairs at the end, and the start that goes on (None where it is the memory)."""
+    mixing = self._decays(x["live"], x["keep"], x["momentum"])
+    if kernels:
+      written, last = self._kernel_write(x, mixing, first, begin), None
+      starts = [_upper(pair) for pair in written.pairs]
+    else:
+      tokens = {"k": x["k"], "v": x["v"], "step": x["step"], "leaving": mixing.leaving, "lasting": mixing.lasting}
+      written, starts, last = self._write(tokens, mixing.decays, x["anew"][:, 0], first, begin,
+                                          None if start is None else (start, x["complete"][0, 0]))
+    read = jax.checkpoint(self._read_chunks) if self.options.recompute else self._read_chunks
+    return read(x["q"], x["k"], mixing, written, starts), written.end, last
+
+  def _one_by_one(self, x, first, begin, start):
+    """As `_side_by_side`, each chunk read when it was written: a prompt keeps one chunk's weights, not those of all."""
+    def one(carry, x):
+      z, *carry = self._side_by_side(jax.tree.map(lambda a: a[:, :, None], x), first, *carry, False)
+      return carry, z[:, :, 0]
+
+    (end, last), z = jax.lax.scan(one, [begin, start], jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), x))
+    return jnp.moveaxis(z, 0, 2), end, last
+
+  def _kernel_write(self, x, mixing, first, begin):
+    tokens = {"k": x["k"], "v": x["v"], "step": x["step"], "leaving": mixing.leaving, "lasting": mixing.lasting,
+              "gain": self.gain[...]}
+    return kernel.write(tokens, mixing.decays, x["anew"][:, 0], first, begin, clip=self.options.clip,
+                        full=self.options.backprop == "full", dtype=self._operands)
 
   def _shape(self) -> dict:
     """What `kernel.refuses` asks."""
@@ -184,13 +223,14 @@ class Memory(nnx.Module):
     return dict(chunk=o.chunk, width=width, hidden=hidden, depth=o.depth, norm=o.norm, gradient=o.gradient,
                 products=o.products)
 
-  def _decays(self, live, keep, momentum) -> tuple[dict, Float[Array, "B R C t i"]]:
-    """What of all chunks side by side is left of memory and surprise, and how tokens mix: C of the module."""
+  def _decays(self, live, keep, momentum) -> kernel.Mixing:
+    """The slow twin of `kernel.mix`: how tokens mix (C of the module), and what is left of memory and surprise."""
     keep, momentum = jnp.cumsum(keep, -1), jnp.cumsum(momentum, -1)
     gained, lasting = _decays(keep) * live[..., None, :], _decays(momentum)  # a slot without a token adds no surprise
-    return ({"beta": jnp.exp(keep), "gamma": _dot("brctj,brcj->brct", gained, jnp.exp(momentum)),
-             "lasting": lasting[..., -1, :], "kept": jnp.exp(momentum[..., -1])},
-            _dot("brctj,brcji->brcti", gained, lasting))
+    beta, gamma = jnp.exp(keep), _dot("brctj,brcj->brct", gained, jnp.exp(momentum))
+    mixing = _dot("brctj,brcji->brcti", gained, lasting)
+    decays = jnp.stack([beta[..., -1], gamma[..., -1], jnp.exp(momentum[..., -1])], -1)
+    return kernel.Mixing(mixing, beta, gamma, mixing[..., -1, :], lasting[..., -1, :], decays)
 
   def _write(self, tokens, decays, anew, first, begin, start):
     """The slow twin of `kernel.write`: (what it returns, the memory at every chunk's start, the start that goes on).
@@ -244,12 +284,14 @@ class Memory(nnx.Module):
       out["start"] = [jnp.where(x["complete"], _upper(n), s) for n, s in zip(new, started)]
     return out, (pairs, started if o.read == "chunk" else [], inputs[1:], errors)
 
-  def _read_chunks(self, q, k, x, written, starts) -> Float[Array, "B R C G t d"]:
-    """What the last matrix gives for the queries of all chunks side by side: [B, R, C, ...] each."""
+  def _read_chunks(self, q, k, mixing, written, starts) -> Float[Array, "B R C G t d"]:
+    """What the last matrix gives for the queries of all chunks side by side, [B, R, C, ...] each: with `_output`, the
+    slow twin of `kernel.read`."""
     o, keys = self.options, (k, *written.inputs)
 
     def moved(i, a):
-      shares, both = self._product("brcgta,brcja->brcgtj", a, keys[i]) * x["mixing"][:, :, :, None], _carried(a, x)
+      shares = self._product("brcgta,brcja->brcgtj", a, keys[i]) * mixing.tokens[:, :, :, None]
+      both = _carried(a, mixing)
       if not i:  # of queries and keys alone
         shares, both = shares.astype(self._operands), both.astype(self._operands)
       return (self._product("brcgti,brcio->brcgto", both, written.pairs[i])
@@ -336,9 +378,9 @@ def _upper(pair):
   return pair[..., :pair.shape[-2] // 2, :]
 
 
-def _carried(a: Float[Array, "... R G t I"], x) -> Float[Array, "... R G t J"]:
+def _carried(a: Float[Array, "... R G t I"], mixing: kernel.Mixing) -> Float[Array, "... R G t J"]:
   """What reads a pair: [beta a, gamma a], J = 2 I."""
-  return jnp.concatenate([x[name][..., None, :, None] * a for name in ("beta", "gamma")], axis=-1)
+  return jnp.concatenate([decay[..., None, :, None] * a for decay in (mixing.beta, mixing.gamma)], axis=-1)
 
 
 def _ends(a: Float[Array, "... t I"], x) -> Float[Array, "... t J"]:
