@@ -257,7 +257,7 @@ def test_killed_runs_reach_the_bits_of_an_undisturbed_one_and_lose_at_most_one_l
   calm, cut = tmp_path / "calm", tmp_path / "cut"
   kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
   # Before the first checkpoint; in the warm-up, after a save that may be under way; SIGTERM; to the end.
-  jobs = [(2, kill), (4, kill), (9, term), (-1, kill)]
+  jobs = [(2, kill), (4, kill), (10, term), (-1, kill)]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
   done = subprocess.run([sys.executable, "-c", KILLER], input="".join(f"{at} {number} {cut}\n" for at, number in jobs),
                         text=True, capture_output=True, env=environment, timeout=600)
@@ -269,6 +269,7 @@ def test_killed_runs_reach_the_bits_of_an_undisturbed_one_and_lose_at_most_one_l
   assert_same_bits(checkpoint.load_params(cut, subtree="optimizer"),
                    checkpoint.load_params(calm, subtree="optimizer"))
   assert logged(cut) == logged(calm) and (cut / "DONE").exists()
+  assert checkpoint.Checkpoints(cut, read_only=True).steps() == [10, 12]  # SIGTERM saved where no save was due
 
 
 def test_a_run_cut_before_its_evaluation_makes_up_for_it(tmp_path):
