@@ -89,3 +89,18 @@ def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):
   layers = list(csv.DictReader(open(tmp_path / "layers.csv")))
   assert {r["step"] for r in layers if r["arm"] == "retrofit_msa_5"} == {"975", "1000"}
   assert "| 3.00 to 9.00 |" in text  # planted: 3, 5, 7 and 9 times the blocks of one query
+
+
+def test_a_figure_holds_its_legend():
+  fig, (ax,) = style.figure(6, 3)
+  for i in range(30):
+    ax.plot([0, 1], [i, i], label=f"arm {i}")
+  style.key(fig, ax)
+  fig.canvas.draw()
+  (legend,) = fig.legends
+  box, whole = legend.get_window_extent(), fig.bbox
+  assert whole.y0 <= box.y0 and box.y1 <= whole.y1 and box.x1 <= whole.x1
+  low, (one,) = style.figure(6, 3)
+  one.plot([0, 1], label="arm")
+  style.key(low, one)
+  assert low.get_figheight() == 3

@@ -83,10 +83,13 @@ def figure(width, height, columns=1, width_ratios=None, **kw):
 
 
 def key(fig, ax, look=None):
-  """One legend, right of the axes, never on the data. `look` adds every arm's marker."""
+  """One legend, right of the axes, never on the data: a figure that is too low for it grows. `look` adds every arm's
+  marker."""
   handles, labels = ax.get_legend_handles_labels()
   if look:
     handles = [Line2D([], [], color=h.get_color(), ls=h.get_linestyle(), lw=1.6, mfc="none", ms=5.5,
                       marker=look.marker(label)) for h, label in zip(handles, labels)]
   if handles:
+    lines = sum(1 + label.count("\n") for label in labels)
+    fig.set_figheight(max(fig.get_figheight(), 0.22 * lines + 0.2))  # inches, of 9 points and what is between
     fig.legend(handles, labels, loc="outside right upper")
