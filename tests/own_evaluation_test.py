@@ -183,8 +183,7 @@ def test_what_evaluations_need_is_read_before_the_first_step(tmp_path, corpus):
       plan.describe(config)
     with pytest.raises((FileNotFoundError, ValueError), match=said):
       train(config, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
-    (tmp_path / "run/config.json").unlink()
+    assert not any((tmp_path / "run").iterdir()), "nothing that would refuse the corrected config"
 
 
 def test_an_error_in_the_middle_keeps_the_checkpoint_and_is_no_wrong_input(tmp_path, corpus, monkeypatch):
