@@ -260,27 +260,27 @@ class Arms:
               self.retrofit("msa", last, rows=1, far=True), self.retrofit("seer", last, recall=True),
               self.retrofit("dsa", last, recall=True), self.retrofit("msa", last, rows=2, recall=True),
               self.continued(last, rows=1), self.continued(last, rows=2, recall=True)]
-      for one in arms:  # the question is recall by their own choice and by the best
-        one.eval.more_modes = ()
-      return arms
+      return asked_little(arms)
     if number in (8, 9):
       how = dict(rows=1) if number == 8 else dict(rows=2, recall=True)
-      arms = [one for m in ((self.main[0], largest) if number == 8 else (largest,))
-              for one in (self.retrofit("msa", m, **how), self.continued(m, **how))]
-      for one in arms:
-        one.eval.more_modes = ()
-      return arms
+      return asked_little([one for m in ((self.main[0], largest) if number == 8 else (largest,))
+                           for one in (self.retrofit("msa", m, **how), self.continued(m, **how))])
     if number == 10:
       how = dict(millions=self.main[-1], rows=2, recall=True)
-      arms = [*(self.retrofit(method, **how) for method in OTHERS), self.retrofit("msa", train="selector", **how),
-              self.retrofit("msa", rates="_5to1", **how), self.continued(rates="_5to1", **how),
-              self.retrofit("msa", blocks=self.a.blocks // 2, **how),
-              self.retrofit("msa", first=min(FIRST, self.model.num_layers - 1), **how)]
-      for one in arms:
-        one.eval.more_modes = ()
-      return arms
+      return asked_little([
+          *(self.retrofit(method, **how) for method in OTHERS), self.retrofit("msa", train="selector", **how),
+          self.retrofit("msa", rates="_5to1", **how), self.continued(rates="_5to1", **how),
+          self.retrofit("msa", blocks=self.a.blocks // 2, **how),
+          self.retrofit("msa", first=min(FIRST, self.model.num_layers - 1), **how)])
     if number == 4:
       shapes = dict(blocks=self.a.blocks // 2), dict(first=min(FIRST, self.model.num_layers - 1))
       return [self.retrofit("msa", m, **shape) for m in self.main for shape in shapes]
     return [*(self.retrofit(method, largest) for method in OTHERS), *pairs(rest, "_5to1"),
             *(self.retrofit(method, m, "_5to1") for method in OTHERS for m in self.millions), *selector(rest)]
+
+
+def asked_little(arms: list[Config]) -> list[Config]:
+  """The arms, evaluated by their own choice and by the best blocks alone: the question is recall by these."""
+  for one in arms:
+    one.eval.more_modes = ()
+  return arms

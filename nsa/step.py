@@ -247,8 +247,8 @@ def program(config, step: schedule.Step, mesh) -> tuple[Any, tuple, dict]:
 
 def _side_by_side(mesh) -> dict:
   """Options of jax.jit that let kernels of a CUDA graph which need nothing of each other run side by side: the same
-  bits. On one H200, 8 x 4,096 tokens of 10M parameters: MSA 13.4 ms in place of 13.8, NSA 16.8 for 17.5, dense 13.15
-  for 13.20. On several devices and with jax before 0.11 nobody tried it. An XLA_FLAGS that names the option wins, as
+  bits. On one H200, 8 x 4,096 tokens of 10M parameters: MSA 13.3 ms in place of 13.8, NSA 16.8 for 17.5, dense 13.1
+  for 13.2. On several devices and with jax before 0.11 nobody tried it. An XLA_FLAGS that names the option wins, as
   XLA would take a program's own options first."""
   if (backends.current_platform() != "gpu" or mesh.size > 1 or jax.__version_info__ < (0, 11)
       or GRAPH_MODE in os.environ.get("XLA_FLAGS", "")):

@@ -112,10 +112,9 @@ def compare(study: Study, size: str) -> list[Compared]:
     if seeds:
       found.append((arm, against, n, differences))
   tests = [differences for *_, differences in found]
-  flat = lambda d: len(d) > 1 and np.ptp(d) < 1e-9  # every test would have p = 0
 
   def corrected(test, *options):
-    p = np.array([math.nan if flat(d) else test(d, *options) for d in tests])
+    p = np.array([math.nan if statistics.flat(d) else test(d, *options) for d in tests])
     holm = statistics.holm([*np.nan_to_num(p, nan=1.0), *[1.0] * (len(family) - len(tests))])
     return np.where(np.isnan(p), np.nan, holm[:len(p)])
 
@@ -126,7 +125,7 @@ def compare(study: Study, size: str) -> list[Compared]:
   for k, (arm, against, n, differences) in enumerate(found):
     i = statistics.t_interval(differences)
     word = ("not judged" if not admitted else "one seed" if not i.bounded else
-            "no scatter" if flat(differences) else
+            "no scatter" if statistics.flat(differences) else
             "differs by enough" if enough[k] <= study.alpha else
             "no more than that apart" if within[k] <= study.alpha else
             "differs" if different[k] <= study.alpha else "undecided")

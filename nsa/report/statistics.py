@@ -76,6 +76,11 @@ def t_test(differences: Sequence[float]) -> float:
   return float(np.minimum(1.0, 2 * np.minimum(less, more)))  # Python's min would make 1 of NaN
 
 
+def flat(differences: Sequence[float]) -> bool:
+  """Whether several seeds differ by the same, as few answers do by chance: without scatter every test has p = 0."""
+  return len(differences) > 1 and float(np.ptp(differences)) < 1e-9
+
+
 def tost(differences: Sequence[float], margin: float) -> float:
   """p of the two one-sided tests of |mean difference| < margin: the larger of the two (Schuirmann 1987).
 

@@ -145,7 +145,7 @@ def compare(study: Study, table: list[Row], quantity: str, arm: str, size: str, 
   to_come = lambda a: {seed for run in study.arm_runs(a, size) if run.status in ("pending", "unfinished")
                        for seed in set(run.seeds) - set(run.diverged)}
   out.expected = len(set.intersection(*({*get(a), *to_come(a)} for a in four)))
-  if np.ptp(d) < 1e-9 and (len(d) > 1 or not d.any()):  # by chance, as few answers are: every test would have p = 0
+  if statistics.flat(d) or not d.any():
     out.reason = (f"{arm} is identical to {against} in every seed: both ran the same computation, or the endpoint "
                   "cannot tell them apart" if abs(d[0]) < 1e-9 else
                   f"{arm} minus {against} is {out.metric.text(d[0], True)} {out.metric.unit} in each of {len(d)} "
