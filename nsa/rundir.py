@@ -36,10 +36,16 @@ def make_workdir(workdir: epath.Path) -> None:
     raise ConfigError([("--workdir", str(workdir), fix)]) from None
 
 
-def open_workdir(config, workdir: epath.Path) -> bool:
-  """Writes config.json, or checks that the run there has the same config. Whether there was none."""
+def clear(workdir: epath.Path, but: set[str]) -> None:
+  """Removes what is in the directory, all `but` these names."""
+  for path in workdir.iterdir():
+    if path.name not in but:
+      path.rmtree() if path.is_dir() else path.unlink()
+
+
+def open_workdir(config, workdir: epath.Path) -> None:
+  """Writes config.json, or checks that the run there has the same config."""
   path = workdir / "config.json"
-  new = not path.exists()
   wanted = config_lib.to_dict(config)
   with processes.together("opening the workdir"):
     if path.exists():
@@ -62,7 +68,6 @@ def open_workdir(config, workdir: epath.Path) -> bool:
       fix = (f"process {jax.process_index()} does not see the config.json that process 0 has written: take a directory "
              "that all hosts share")
       raise ConfigError([("--workdir", str(workdir), fix)])
-  return new
 
 
 def read_config(workdir, field: str = "--workdir") -> Config:

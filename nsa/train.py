@@ -94,7 +94,8 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, *, progress: bo
 
 def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, hang_seconds: float, until: int,
            clock: start_lib.Start) -> int:
-  new = rundir.open_workdir(config, workdir)
+  before = {path.name for path in workdir.iterdir()}
+  rundir.open_workdir(config, workdir)
   mesh = sharding.make_mesh(config)
   total = config.schedule.steps
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, keep_at=config.checkpoint.keep_at,
@@ -110,9 +111,9 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
   try:
     with programs.ahead(compilations(config, mesh, forks.first_step(config, workdir))):
       return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds, until or total, clock)
-  except (ValueError, FileNotFoundError):
-    if new and processes.first() and not (workdir / "metrics.jsonl").exists():
-      (workdir / "config.json").unlink(missing_ok=True)  # its input was wrong: a corrected config may begin here
+  except (ValueError, FileNotFoundError, ModuleNotFoundError):
+    if "config.json" not in before and processes.first():  # its input was wrong: a corrected config may begin here
+      rundir.clear(workdir, but=before)
     raise
 
 

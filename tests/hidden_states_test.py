@@ -133,6 +133,14 @@ def read(workdir, step):
   return found
 
 
+def test_a_start_with_a_wrong_trunk_leaves_nothing(run, tmp_path):
+  config = copy.deepcopy(run[0])
+  config.fork.workdir = str(tmp_path / "nowhere")
+  with pytest.raises(config_lib.ConfigError, match="fork.workdir = '.*nowhere': no run directory"):
+    train.train(config, tmp_path / "run", progress=False)
+  assert not any((tmp_path / "run").iterdir())
+
+
 def test_a_run_measures_at_its_steps(run):
   config, workdir = run
   assert sorted(p.name for p in (workdir / "hidden").iterdir()) == ["0.json", "2.json", "6.json"]
