@@ -60,8 +60,8 @@ def main():
   only = tuple(_ONLY.value)
   if _DEVICES.value:
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the others need the devices' memory
-    study_lib.check_tasks(study)
     jobs, others = study_lib.wanted(study, workdir, only)
+    study_lib.check(study, workdir, jobs)
     study_lib.settle(study, workdir, jobs, others)
     stopped = side_by_side.run(jobs, workdir, _DEVICES.value, say)
     study_lib.settle(study, workdir, jobs, others)

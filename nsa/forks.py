@@ -34,17 +34,10 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   unused. Raises ConfigError naming what does not fit.
   """
   where = config.fork.workdir
-  trunk_config = rundir.read_config(where, field="fork.workdir")
-  missing = [seed for seed in config.seeds if seed not in trunk_config.seeds]
-  if missing and not config.fork.reset:
-    raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])
+  trunk_config, source, step = trunk_of(config)
   if trunk_config.data != config.data and not config.fork.reset:
     changed = [f for f in vars(config.data) if getattr(config.data, f) != getattr(trunk_config.data, f)]
     logging.warning("the trunk %s was trained with other data (%s): this is no staged run", where, ", ".join(changed))
-  source = checkpoint.Checkpoints(where, read_only=True)
-  step = source.latest() if config.fork.step < 0 else config.fork.step
-  if step is None or step not in source.steps():
-    raise config_lib.ConfigError([("fork.step", config.fork.step, f"{where} has checkpoints at {source.steps()}")])
   abstract = step_lib.abstract_state(trunk_config, mesh)
   if config.fork.reset:  # parameters alone: an imported model has nothing else
     trunk = source.restore(abstract._replace(optimizer={}), step, partial=True)
@@ -53,7 +46,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   else:
     raise config_lib.ConfigError([("fork.reset", False, f"{where} has no optimizer state (an imported model): set "
                                                         "fork.reset = True")])
-  seeds = config.seeds if not missing else (trunk_config.seeds[0],) * len(config.seeds)
+  seeds = config.seeds if set(config.seeds) <= set(trunk_config.seeds) else (trunk_config.seeds[0],) * len(config.seeds)
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
   theirs = trunk.params
   if config.fork.reset and not set(optim.groups_of(trunk_config).values()) - {"backbone"}:
@@ -64,6 +57,20 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   optimizer = {group: jax.tree.map(_place, state, trunk.optimizer[group]) if group in trunk.optimizer else state
                for group, state in fresh.optimizer.items()}
   return step_lib.TrainState(_place(fresh.step, trunk.step), params, optimizer)
+
+
+def trunk_of(config) -> tuple[config_lib.Config, checkpoint.Checkpoints, int]:
+  """(the trunk's config, its checkpoints, the step of the one to begin with). Raises the ConfigError of `fork` where
+  one of them is not there."""
+  where = config.fork.workdir
+  trunk_config = rundir.read_config(where, field="fork.workdir")
+  if not set(config.seeds) <= set(trunk_config.seeds) and not config.fork.reset:
+    raise config_lib.ConfigError([("seeds", config.seeds, f"the trunk {where} has the seeds {trunk_config.seeds}")])
+  source = checkpoint.Checkpoints(where, read_only=True)
+  step = source.latest() if config.fork.step < 0 else config.fork.step
+  if step is None or step not in source.steps():
+    raise config_lib.ConfigError([("fork.step", config.fork.step, f"{where} has checkpoints at {source.steps()}")])
+  return trunk_config, source, step
 
 
 def _overlay(fresh: dict, trunk: dict, config) -> dict:

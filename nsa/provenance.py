@@ -12,7 +12,7 @@ import subprocess
 from etils import epath
 import jax
 
-from nsa import config as config_lib, held_out, metrics, origins, rundir, step as step_lib
+from nsa import config as config_lib, data, forks, held_out, metrics, origins, rundir, step as step_lib
 
 AGAIN = "trained_again.json"  # of a trunk whose checkpoints are of a run with other bits: where they part
 
@@ -37,6 +37,24 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
       _same_corpora(config, read, _recorded(trunk), trunk,
                     "bring them back, train the trunk again, or give these a data.source of their own")
   return read
+
+
+def missing(config, trunk: bool) -> list[tuple[str, object, str]]:
+  """(field, value, fix) of the corpora that are not there, and with `trunk` of what the run forks from. No text is
+  read."""
+  problems = []
+  for name, source in config.data.texts.items():
+    try:
+      data.check(source, config.data.data_dir)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+      problems.append((f"data.corpora[{name}]" if name else "data.source", source,
+                       str(error).removeprefix(f"data.source = {source!r}: ")))
+  if config.fork.workdir and trunk:
+    try:
+      forks.trunk_of(config)
+    except config_lib.ConfigError as error:
+      problems += error.problems
+  return problems
 
 
 def write(config, workdir: epath.Path, batches: step_lib.Batches, read: dict, resumed: bool) -> None:

@@ -6,12 +6,10 @@ Finished runs are reused, cut runs resume, a failed run is noted and does not st
 to machine with its finished runs alone, without checkpoints: a trunk that a further fork needs is trained again, to the
 same bits.
 """
-import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
-import os
 import time
 import traceback
 
@@ -20,8 +18,7 @@ from etils import epath
 import jax
 
 from nsa import (
-  autotune,
-  checkpoint,
+  again,
   config as config_lib,
   data,
   flops,
@@ -36,7 +33,7 @@ from nsa import (
   start,
   train,
 )
-from nsa.config import Config, ConfigError, EvalConfig
+from nsa.config import Config, ConfigError
 from nsa.tasks import audit
 
 
@@ -98,10 +95,6 @@ class Job:
   error: str = ""
 
 
-class Unlike(Exception):
-  """A finished trunk that was trained again has become another one."""
-
-
 def jobs(study: Study, directory) -> list[Job]:
   """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
   unknown = [f"few[{arm!r}]" for arm in study.few
@@ -124,6 +117,21 @@ def check_tasks(study: Study) -> None:
   """Raises ConfigError where tasks can be answered without selecting anything, unless `study.shortcuts`."""
   if problems := audit.problems(study):
     raise ConfigError(problems)
+
+
+def check(study: Study, directory, todo: list[Job]) -> None:
+  """Raises ConfigError for what would fail run by run: tasks that test nothing, corpora, a plan or trunks of other
+  studies that are not there."""
+  check_tasks(study)
+  directory, problems = epath.Path(directory), []
+  left = [job for job in todo if not (directory / job.run / "DONE").exists()]
+  if left and study.plan and not epath.Path(study.plan).is_dir():
+    problems.append(("plan", study.plan, "no such directory: write the plan first (--plan), or name the right one"))
+  for job in left:
+    begins = not job.trunk and not (directory / job.run / "checkpoints").exists()
+    problems += [(f"arms[*].{name}", value, fix) for name, value, fix in provenance.missing(job.config, begins)]
+  if problems:
+    raise ConfigError(dict.fromkeys(problems))
 
 
 def _cohort(study, directory, seeds) -> list[Job]:
@@ -238,8 +246,8 @@ def run(study: Study, directory, *, only: tuple[str, ...] = (), other_bits: bool
   goes on). Everything else that happens to a run is its own failure.
   """
   directory = epath.Path(directory)
-  check_tasks(study)
   todo, others = wanted(study, directory, only)
+  check(study, directory, todo)
   rundir.make_workdir(directory)
   data.read_ahead(dict.fromkeys(source for job in todo for source in job.config.data.texts.values()))
   known = {job.run: job for job in todo + others}
@@ -304,13 +312,13 @@ def _run_one(job: Job, known: dict[str, Job], directory, other_bits: bool) -> No
     if trunk is not None and not (directory / trunk.run / "DONE").exists():
       raise lock.Busy(f"its trunk {trunk.run} is not done yet")
     if trunk is not None:
-      _bring_back(trunk, job.config.fork.step, known, directory, other_bits)
+      again.bring_back(trunk, job.config.fork.step, known, directory, other_bits)
     train.train(job.config, workdir)
     job.status, job.error = "done", ""
   except (train.Preempted, KeyboardInterrupt):
     raise
   # another process is at it, or its trunk is not to be had: neither failed nor done
-  except (lock.Busy, Unlike) as error:
+  except (lock.Busy, again.Unlike) as error:
     job.error = str(error)
   except Exception as error:  # whatever it is, the other runs are not to blame
     job.status, job.error = "failed", f"{type(error).__name__}: {error}"
@@ -319,93 +327,6 @@ def _run_one(job: Job, known: dict[str, Job], directory, other_bits: bool) -> No
       return
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(workdir / "FAILED", {"error": job.error, "traceback": traceback.format_exc()})
-
-
-def _bring_back(trunk: Job, step: int, known: dict[str, Job], directory, other_bits: bool = False) -> None:
-  """Trains a finished trunk again if its checkpoint of `step` (-1: the newest) is gone, and puts its checkpoints where
-  they were.
-
-  It runs in again/, without evaluations, as far as this fork needs it; for a later fork it goes on from there.
-  Raises Unlike if what it logs is not what the finished run has logged, to the last bit, but with `other_bits`.
-  """
-  workdir = directory / trunk.run
-  def there():
-    have = checkpoint.Checkpoints(workdir, read_only=True).steps()
-    return step in have or step < 0 and bool(have)
-
-  if there():
-    return
-  if trunk.trunk in known:
-    _bring_back(known[trunk.trunk], trunk.config.fork.step, known, directory, other_bits)
-  logging.info("%s has no checkpoint to fork from: it is trained again", workdir)
-  again = directory / "again" / epath.Path(trunk.run).name
-  rundir.make_workdir(again)
-  with contextlib.ExitStack() as stack:
-    if jax.process_count() == 1:  # another process may be at the same trunk, for another fork: its checkpoints will do
-      stack.enter_context(lock.waiting(again))
-    if there():
-      return
-    have = checkpoint.Checkpoints(again / "run", read_only=True).steps()
-    with processes.together("looking at the trunk trained again"):
-      if processes.first() and 0 <= step < max(have, default=0) and step not in have:
-        (again / "run").rmtree()  # it has passed a step that no fork needed then
-    config = copy.deepcopy(trunk.config)
-    config.eval = EvalConfig(sequences=0, task_examples=1, run_modes=())
-    train.train(config, again / "run", until=max(step, 0))
-    with processes.together("putting checkpoints back"):
-      if processes.first():
-        if parted := _same_run(workdir, again / "run", other_bits):
-          metrics.write_json(workdir / provenance.AGAIN, parted)
-        (workdir / "checkpoints").mkdir(exist_ok=True)
-        for one in (again / "run/checkpoints").iterdir():
-          if not (workdir / "checkpoints" / one.name).exists():
-            coming = again / one.name
-            if coming.exists():
-              coming.rmtree()
-            _copy(one, coming)
-            coming.rename(workdir / "checkpoints" / one.name)
-        if (again / "run/DONE").exists():
-          (again / "run").rmtree()
-
-
-def _copy(source, target) -> None:
-  """A directory; its files are links where the file system has them."""
-  target.mkdir()
-  for one in source.iterdir():
-    if one.is_dir():
-      _copy(one, target / one.name)
-      continue
-    try:
-      os.link(one, target / one.name)
-    except OSError:  # an object store, a file system without links
-      one.copy(target / one.name)
-
-
-def _same_run(finished, again, other_bits: bool) -> dict | None:
-  """None where two runs have logged the same numbers. With `other_bits` what parts them, for a record; else raises
-  Unlike, as it does where there is nothing to compare."""
-  logged = lambda path: {(r["step"], r.get("seed", 0)): r for r in metrics.read_jsonl(path / "metrics.jsonl")}
-  old, new = (logged(path) if (path / "metrics.jsonl").exists() else {} for path in (finished, again))
-  common = sorted(set(old) & set(new))
-  if not common:
-    raise Unlike(f"{finished} has logged nothing that {again} could be compared with: without its metrics.jsonl "
-                 "nothing can fork from it")
-  for at in common:
-    for name in sorted((set(old[at]) & set(new[at])) - {"tokens_per_second", "mfu", "seconds"}):
-      if old[at][name] == new[at][name]:
-        continue
-      if other_bits:
-        far = {key: new[key]["bits_per_byte"] - old[key]["bits_per_byte"] for key in common}
-        last = common[-1][0]
-        return {"from_step": at[0], "last_step": last, "largest_difference": max(map(abs, far.values())),
-                "difference_at_end": max((far[key] for key in common if key[0] == last), key=abs)}
-        # of training bits per byte, again - finished; of several seeds the largest
-      raise Unlike(f"the trunk {finished} was trained again and is another one from step {at[0]} on: {name} = "
-                   f"{new[at][name]}, and {old[at][name]} was logged. On a GPU most likely XLA's autotuner "
-                   f"chose otherwise (what it chose then has to lie in {finished.parent.parent / autotune.FOLDER}, see "
-                   f"docs/running.md), else the devices or the software are others. Take those that trained it and "
-                   f"delete {again}, or train it and its forks anew, or take it as it is now: --other_bits")
-  return None
 
 
 def _one_by_one(job: Job) -> list[Job]:

@@ -131,6 +131,24 @@ def test_wrong_experiment_argument(tmp_path):
   assert "launch.study" in err
 
 
+@pytest.mark.parametrize("experiment, args, said", [
+    ("gates.py:novels=no/novels.tar.xz,code=no/code.tar.xz", [], [
+        "arms[*].data.corpora[novels] = 'files:no/novels.tar.xz': no/novels.tar.xz does not exist; give a folder or",
+        "arms[*].data.corpora[code] = 'files:no/code.tar.xz'"]),
+    ("gates.py:novels=docs,code=README.md", ["--devices=0"], [
+        "arms[*].data.corpora[novels] = 'files:docs': there is no train/ folder in it",
+        "arms[*].data.corpora[code] = 'files:README.md': not a folder and not an archive"]),
+    ("titans.py:tiny=true,plan=no/plan", [], ["plan = 'no/plan': no such directory: write the plan first (--plan)"]),
+    ("smollm2.py:model=no/model", [], ["experiment argument model = 'no/model': no run directory"]),
+    ("quickstart.py", ["--config.arms[0].fork.workdir=no/trunk"], ["arms[*].fork.workdir = 'no/trunk': no run"]),
+])
+def test_a_study_of_what_is_not_there_is_one_error(tmp_path, experiment, args, said):
+  out, err = run("study", f"--config=experiments/{experiment}", "--workdir", tmp_path / "study", *args, code=2)
+  for text in said:
+    assert err.count(text) == 1, err
+  assert "Traceback" not in err and not out and not (tmp_path / "study").exists()
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(tmp_path):
   work = tmp_path / "run"
   args = mqar("--workdir", work, "--config.checkpoint.every=2", "--config.checkpoint.keep=2", arm="dense")

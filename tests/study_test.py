@@ -33,7 +33,7 @@ def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, m
 
   monkeypatch.setattr(train, "train", fake)
   monkeypatch.setattr(train, "compilations", lambda *_: [])
-  monkeypatch.setattr(study_lib, "_bring_back", lambda *_: None)
+  monkeypatch.setattr(study_lib.again, "bring_back", lambda *_: None)
   study = make(few={"cold": (0,)})
   quiet = dict(on_job=lambda line: None)
   study_lib.run(study, tmp_path, only=("*-s0",), **quiet)
@@ -160,11 +160,11 @@ def test_a_fork_whose_trunk_came_without_checkpoints_has_the_same_bits(slices, t
     assert sorted(p.name for p in (place / "checkpoints").iterdir()) == ["15"]
   trunk.config.checkpoint.keep_at += (10,)
   monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no links here")))
-  study_lib._bring_back(trunk, 10, {}, epath.Path(tmp_path))
+  study_lib.again.bring_back(trunk, 10, {}, epath.Path(tmp_path))
   assert trained.pop() == "dense-0.1M-s0/run" and logged(again)[-1]["step"] == 10
   files = lambda of: {p.relative_to(of): p.read_bytes() for p in of.rglob("*") if p.is_file()}
   assert files(tmp_path / trunk.run / "checkpoints/10") == files(again / "checkpoints/10")
-  study_lib._bring_back(trunk, 20, {}, epath.Path(tmp_path))  # on from there, for a fork from its end
+  study_lib.again.bring_back(trunk, 20, {}, epath.Path(tmp_path))  # on from there, for a fork from its end
   assert trained.pop() == "dense-0.1M-s0/run" and not again.exists()
   assert (tmp_path / trunk.run / "checkpoints/20").exists()
   shutil.rmtree(tmp_path / "runs" / retrofit)  # another fork of it: its checkpoints are back

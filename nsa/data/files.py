@@ -21,15 +21,21 @@ def load(source: str, path: pathlib.Path, split: str) -> dict[str, bytes]:
 
   Raises FileNotFoundError or ValueError, as sources.load says, in the name of `data.source = source`.
   """
+  check(source, path, split)
+  return _folder(source, path, split) if path.is_dir() else _archive(source, path, split)
+
+
+def check(source: str, path: pathlib.Path, split: str) -> None:
+  """What `load` raises for a path that is no corpus, or a folder without the split: nothing is read."""
   if path.is_dir():
-    return _folder(source, path, split)
-  if not path.exists():
+    if not (path / split).is_dir():
+      raise missing_split(source, split, [p.name for p in path.iterdir() if p.is_dir()])
+  elif not path.exists():
     raise FileNotFoundError(f"data.source = {source!r}: {path} does not exist; give a folder or an archive "
                             f"({', '.join(ARCHIVES)}) that holds one sub-folder per split")
-  if not path.name.endswith(ARCHIVES):
+  elif not path.name.endswith(ARCHIVES):
     raise ValueError(f"data.source = {source!r}: not a folder and not an archive; the name of an archive "
                      f"ends in {', '.join(ARCHIVES)}")
-  return _archive(source, path, split)
 
 
 def missing_split(source: str, split: str, found) -> FileNotFoundError:
@@ -46,8 +52,6 @@ def _lost(source, split, lost: dict[str, str]):
 
 def _folder(source, path, split):
   """Reads path/split/**, links included; what lies behind two names is two documents."""
-  if not (path / split).is_dir():
-    raise missing_split(source, split, [p.name for p in path.iterdir() if p.is_dir()])
   root, texts, lost = path / split, {}, {}
   fail = lambda error: lost.update({os.path.relpath(error.filename, root): error.strerror})
   for folder, inside, names in os.walk(root, followlinks=True, onerror=fail):

@@ -63,6 +63,15 @@ def load(source: str, split: str, *, data_dir: str = "", tokens: str = "bytes") 
   return list(_load(source, split, data_dir, tokens))
 
 
+def check(source: str, data_dir: str = "") -> None:
+  """Raises what `load` raises for a folder, an archive or a dataset that is not there, without reading one."""
+  kind, _, rest = source.partition(":")
+  if kind == "files" and rest:
+    files.check(source, pathlib.Path(rest).expanduser(), "train")
+  elif kind == "tfds" and rest:
+    _tfds_builder(source, rest, data_dir)
+
+
 def read_ahead(listed: Iterable[str]) -> None:
   """Begins to read the archives among these sources, each in a thread of its own; `load` waits for them and says what
   is wrong."""
@@ -195,11 +204,11 @@ def _stdlib_prose(root):
 # --- TFDS ---------------------------------------------------------------------
 
 
-def _tfds(source, name, split, data_dir):
-  """Reads a TFDS dataset in array_record format; TensorFlow is not needed."""
+def _tfds_builder(source, name, data_dir):
+  """Of a dataset in array_record format; TensorFlow is not needed."""
   try:
     import tensorflow_datasets as tfds  # slow, and an optional extra
-    builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
   except ImportError as error:  # TFDS imports much of itself late, importlib_resources for one
     raise ModuleNotFoundError(f"data.source = {source!r}: {error}; "
                               "pip install tensorflow-datasets array_record importlib_resources") from error
@@ -207,6 +216,10 @@ def _tfds(source, name, split, data_dir):
     raise FileNotFoundError(
         f"data.source = {source!r}: no such dataset in data.data_dir = {data_dir!r} ({error}); build one "
         "with nsa.data.tfds_builder.build(folder, data_dir)") from error
+
+
+def _tfds(source, name, split, data_dir):
+  builder = _tfds_builder(source, name, data_dir)
   known = builder.info.splits or {}
   wanted = {"val": ("val", "validation")}.get(split, (split,))
   present = [s for s in wanted if s in known]
