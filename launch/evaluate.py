@@ -43,7 +43,7 @@ def main():
     e.run_modes, e.more_modes = tuple(_RUN_MODES.value.split()), ()
   e.split, e.context = _SPLIT.value or e.split, _CONTEXT.value or e.context
   if e.split == e.sealed:
-    _need_opened(config, _OPENED.value)
+    _need_opened(config, _WORKDIR.value, _OPENED.value)
     e.sealed = ""
   e.tasks = tuple(_TASKS.value.split()) or e.tasks
   for name, flag in (("sequences", _SEQUENCES), ("task_examples", _EXAMPLES), ("decoded", _DECODED)):
@@ -85,16 +85,34 @@ def main():
   print(f"{len(rows)} records in {path}")
 
 
-def _need_opened(config, report: str) -> None:
-  """Raises ConfigError unless the sealed evaluation of the run was opened in that report."""
+def _need_opened(config, workdir: str, report: str) -> None:
+  """Raises ConfigError unless the sealed evaluation of the run was opened in that report, of the same experiment.
+  Another plan, and what deviates from it, is told and not refused, as in reports."""
   from pathlib import Path
 
-  from nsa import config as config_lib
-  from nsa.report import archive
-  if not report or f"{config.arm}-{config.size}" not in archive.shown(archive.load([Path(report)])):
+  from absl import logging
+
+  from nsa import config as config_lib, metrics
+  from nsa.report import archive, plan_file, reading
+  study, key = archive.load([Path(report)]) if report else None, f"{config.arm}-{config.size}"
+  if study is None or key not in archive.shown(study):
     raise config_lib.ConfigError([("--split", config.eval.split, "is sealed (eval.sealed): the run evaluates it once, "
                                    "at its end. Once launch.report --open has opened the run's tier, name that report "
                                    "with --opened")])
+  try:
+    archive.same_arms(study, [reading.load_run(Path(workdir))], Path(workdir))
+  except ValueError as error:
+    other = str(error).partition(": not the same")[0]
+    raise config_lib.ConfigError([("--opened", report, f"another experiment, {other}: name the report that opened "
+                                   "this run's tier")]) from None
+  remarks = [line for line in plan_file.deviations(study) or () if line.startswith(("plan.json", key))]
+  mine = Path(workdir).absolute().parents[1] / "study.json"
+  planned, opened = ((plan or {}).get("hash") for plan in (
+      metrics.read_json(mine).get("plan") if mine.is_file() else study.plan, study.plan))
+  if planned != opened:
+    remarks.append(f"was opened by the plan {opened}, {mine} has the plan {planned}.")
+  for remark in remarks:
+    logging.warning("--opened = %s: %s", report, remark)
 
 
 if __name__ == "__main__":

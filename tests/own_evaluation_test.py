@@ -126,10 +126,23 @@ def test_the_sealed_split_is_evaluated_once_at_the_end_in_the_arms_own_mode(tmp_
   _, err = commands.run(*asked, code=2)
   assert "--split = 'test': is sealed" in err
   report.write([tmp_path / "run"], tmp_path / "report", publish=True, opened=True)
-  commands.run(*asked, "--opened", tmp_path / "report")
+  _, err = commands.run(*asked, "--opened", tmp_path / "report")
+  assert "--opened" not in err
   (hand,) = (tmp_path / "run/eval").glob("4-*split=test*.json")
   text = lambda rows: [r for r in rows if r["kind"] == "language"]
   assert text(metrics.read_json(hand)["records"]) == text(sealed["records"])
+  # The run of a study with a plan, which the report does not have; then of another experiment.
+  metrics.write_json(tmp_path / "study.json", {"plan": {"hash": "a1b2"}})
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "run").rename(tmp_path / "runs/run")
+  asked = tuple(tmp_path / "runs/run" if part == tmp_path / "run" else part for part in asked)
+  _, err = commands.run(*asked, "--opened", tmp_path / "report")
+  assert f"report: was opened by the plan None, {tmp_path / 'study.json'} has the plan a1b2." in err
+  changed = metrics.read_json(tmp_path / "runs/run/config.json")
+  changed["optimizer"]["weight_decay"] = 0.5
+  metrics.write_json(tmp_path / "runs/run/config.json", changed)
+  _, err = commands.run(*asked, "--opened", tmp_path / "report", code=2)
+  assert "report': another experiment, " in err and "optimizer.weight_decay = 0.5, and 0.1 in 'run': name the" in err
   with pytest.raises(config_lib.ConfigError, match="eval.sealed = 'val': val, test or ood, but not eval.split"):
     config_lib.validate(make_config(corpus, eval=dataclasses.replace(config.eval, sealed="val")))
 
