@@ -1,4 +1,5 @@
 """Tests of nsa/config: what is written is read, every wrong field is named with value and fix."""
+import copy
 import dataclasses
 import json
 
@@ -249,6 +250,21 @@ def test_more_blocks_than_there_are_are_told():
   assert config_lib.remarks(config) == [
       "attention.num_blocks = 4: the longest context, 64 tokens, has 4 blocks of attention.block_size = 16: nothing is "
       "left out, which is dense attention"]
+
+
+def test_answers_called_far_within_what_a_window_sees_are_told():
+  config = make_config()  # 4 blocks of 16 tokens: as far as a window sees, of 512 tokens / 8
+  config.data.context, config.data.tasks = 512, ("mqar:pairs=4",)
+  assert config_lib.remarks(config) == []
+  for change in (lambda c: setattr(c, "attention", methods.Window(window=80)),
+                 lambda c: setattr(c.eval, "context", 504),
+                 lambda c: setattr(c.eval, "run_modes", ("random:num_blocks=5",))):
+    changed = copy.deepcopy(config)
+    change(changed)
+    (told,) = config_lib.remarks(changed)
+    assert told.startswith("eval.near = (): ") and ("(a block, 80)" in told or "63 tokens back" in told)
+    changed.eval.near = (16, 64)
+    assert config_lib.remarks(changed) == []
 
 
 # --- overrides that ml_collections leaves out ---

@@ -10,6 +10,7 @@ from nsa import methods, origins, tasks
 from nsa.architecture import ModelConfig
 from nsa.config.fields import Config, ConfigError, DataConfig, OptimizerConfig, ScheduleConfig, steps_of
 from nsa.data import planting, tokenizer
+from nsa.tasks import audit
 from pallas_kernels import backends
 
 MODES = ("dense", "sparse", "warmup", "mixed")
@@ -355,7 +356,8 @@ def _check_devices(config: Config, num_devices: int, need: Need) -> None:
 
 
 def remarks(config: Config) -> list[str]:
-  """What runs, and may not be meant: a selection of more blocks than the longest context of a sparse stage has."""
+  """What runs, and may not be meant: a selection of more blocks than the longest context of a sparse stage has; answers
+  called far that a window of as many tokens as a selection has would see."""
   contexts = [stage.context or config.data.context for stage in config.schedule.stages if stage.mode != "dense"]
   out = []
   for name in dict.fromkeys(config.layers or ("attention",)):
@@ -365,6 +367,13 @@ def remarks(config: Config) -> list[str]:
       out.append(f"{where}.num_blocks = {number}: the longest context, {max(contexts)} tokens, has "
                  f"{-(-max(contexts) // size)} blocks of {where}.block_size = {size}: nothing is left out, which is "
                  "dense attention")
+  e, near = config.eval, (config.eval.context or config.data.context) // 8
+  windows = [getattr(method, "window", 0) for method in config.methods if not isinstance(method, methods.PromptMethod)]
+  widest = max([g.num_blocks * g.block_size for g in audit.geometries(config)] + windows, default=0)
+  if not e.near and near < widest and e.task_examples and (e.tasks or config.data.tasks):
+    out.append(f"eval.near = (): answers count as far that have their evidence {near} tokens back, context / 8, and a "
+               f"window of as many tokens as are visible here has {widest}: set eval.near = (a block, {widest}) to ask "
+               "what lies behind it")
   return out
 
 

@@ -154,7 +154,8 @@ class EvalConfig:
   task_examples: int = 32         # per task
   decoded: int = 0                # of so many examples per task the answers are also decoded greedily, at the end
   near: tuple[int, ...] = ()      # (first, last) tokens of what any arm sees unselected: `far` answers have evidence
-                                  # behind the first and before the last; () = (context / 32, context / 8)
+                                  # behind the first and before the last; () = (context / 32, context / 8),
+                                  # which is told where a window of the tokens of a selection reaches further back
   ar_hits: bool = False           # loss of rare n-grams seen before in the window, by distance (data/recurrence.py), at
                                   # the end
   context_gain: tuple[int, ...] = ()  # loss of a window's last quarter given so many tokens before it, and all; at the
