@@ -2,7 +2,7 @@
 flash-linear-attention's, and `cudnn_nsa`, cudnn-frontend's.
 
   pip install fla-core einops                       # beside torch and Triton; not needed by anything else here
-  pip install nvidia-cudnn-frontend cuda-python     # beside torch; the same
+  pip install 'nvidia-cudnn-frontend>=1.31'         # beside torch for CUDA 13; the same. 107 MiB with what it needs
   python -m benchmarks.kernels --operation=selected_attention,pooled_and_top_k --shapes=headline_g16,length
 
 torch and jax do not share a process: benchmarks.kernels runs this file as a program, which draws the same block lists
@@ -12,7 +12,8 @@ torch and jax do not share a process: benchmarks.kernels runs this file as a pro
                                 "patterns": ["uniform"], "seed": 0, "calls": 4, "repeats": 5}'
 
 * `selected_attention` is `parallel_nsa` with the lists given, the mean pooling that it then does for nothing included;
-  or `NSA.selection_attention_wrapper`, forward alone, its lists put in order and counted before the clock runs.
+  or `NSA.selection_attention_wrapper`, forward alone, its lists put in order and counted before the clock runs. From
+  1.31 on it can hide keys behind the query in the query's own block; it takes groups up to 16 and blocks of 16 to 128.
 * `pooled_and_top_k` is `parallel_nsa_compression` and `parallel_nsa_topk` over keys that are pooled already. There the
   package has one compressed key per selection block and forces the first block and the last two; hence the operation.
 
@@ -23,7 +24,6 @@ its own words. jax in the other process keeps 75 % of the memory: XLA_PYTHON_CLI
 """
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -35,10 +35,12 @@ import sys
 import numpy as np
 
 from benchmarks import cases
+from launch import cli
 from pallas_kernels import arg_specs
 
 PEERS = {"fla": ("fla", "torch"), "cudnn_nsa": ("cudnn", "cutlass", "torch")}  # name -> what it imports
 OPERATIONS = ("selected_attention", "pooled_and_top_k")
+REQUEST = ("operations", "shapes", "peers", "patterns", "seed", "calls", "repeats")
 CHECKED = 32  # queries of the first sequence, in its second half
 LARGEST_ERROR = 2e-2  # of outputs and gradients in bfloat16, relative, over all checked queries
 LARGEST_CHOICE_ERROR = 5e-2  # of the attention that chosen blocks hold: scores come from rounded queries
@@ -71,9 +73,32 @@ def measure(operations, shapes, patterns, seed, calls, repeats):
     print(f"{', '.join(peers)}: the process ended with {process.returncode}; rows may be missing", file=sys.stderr)
 
 
+def request_of(arguments):
+  """The request of a command line. Raises ValueError where it is none, or asks for what there is not."""
+  what = (f"benchmarks.peer takes one argument, a JSON object with {', '.join(REQUEST)}, as benchmarks.kernels writes "
+          "it, which shows ours beside")
+  if len(arguments) != 1:
+    raise ValueError(f"{what}: there are {len(arguments)}")
+  try:
+    request = json.loads(arguments[0])
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{what}: {arguments[0]!r} is none: {error}") from None
+  lacking = [name for name in REQUEST if name not in request] if isinstance(request, dict) else REQUEST
+  if lacking:
+    raise ValueError(f"{what}: it lacks {', '.join(lacking)}")
+  for kind, known in (("operations", OPERATIONS), ("peers", PEERS), ("shapes", arg_specs.ALL)):
+    for name in request[kind]:
+      if name not in known:
+        raise ValueError(f"{kind}: {name!r} is unknown; take some of {', '.join(known)}")
+  for peer in request["peers"]:
+    if missing(peer):
+      raise ValueError(f"{peer} {missing(peer)}")
+  return request
+
+
 def main(request, device="cuda"):
   for peer in request["peers"]:
-    packages = ("fla", "torch", "triton") if peer == "fla" else ("cudnn", "torch")
+    packages = ("fla", "torch", "triton") if peer == "fla" else ("cudnn", "cutlass", "torch")
     versions = {name: importlib.import_module(name).__version__ for name in packages}
     for name in request["shapes"]:
       for operation in request["operations"]:
@@ -241,4 +266,4 @@ def _check_choice(row, spec, at, chosen, scores):
 
 
 if __name__ == "__main__":
-  main(json.loads(sys.argv[1]))
+  cli.run(lambda arguments: main(request_of(arguments)), arguments=True)

@@ -87,9 +87,10 @@ STUDY = (
     _study("study_16k_j16", B=8, T=16384, J=16),
 )
 
-# What other kernels publish: three group sizes at one length.
+# What other kernels publish: four group sizes at one length.
 HEADLINE = (
     _headline("headline_g16", N=64, K=4),
+    _headline("headline_g8", N=64, K=8),
     _headline("headline_g4", N=32, K=8),
     _headline("headline_g1", N=16, K=16),
 )

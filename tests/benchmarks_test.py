@@ -175,6 +175,7 @@ def test_cudnns_peer_gets_its_layout_and_is_compared(monkeypatch, capsys):
           o[t, n] = ((q[t, n] @ k[at, r].T * scale_softmax).softmax(-1) @ v[at, r]) * wrong
     return dict(o_tensor=o)
 
+  monkeypatch.setitem(sys.modules, "cutlass", types.SimpleNamespace(__version__="4.8"))
   monkeypatch.setitem(sys.modules, "cudnn", types.SimpleNamespace(
       __version__="1.32", NSA=types.SimpleNamespace(selection_attention_wrapper=attend)))
   request = dict(operations=["selected_attention", "pooled_and_top_k"], shapes=["tiny_g2"], peers=["cudnn_nsa"],
@@ -182,11 +183,35 @@ def test_cudnns_peer_gets_its_layout_and_is_compared(monkeypatch, capsys):
   wrong = 1.0
   peer.main(request, "cpu")
   (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-  assert (row["implementation"], row["refused"], row["both_ms"], row["cudnn"]) == ("cudnn_nsa", None, None, "1.32")
+  assert (row["implementation"], row["refused"], row["both_ms"]) == ("cudnn_nsa", None, None)
+  assert (row["cudnn"], row["cutlass"]) == ("1.32", "4.8")
   assert row["o_error"] < 1e-5 and row["keys"] > 0 and row["forward_ms"] == 0.0
   wrong = 1.1
   peer.main(request, "cpu")
   assert "wrong: o differs from float32 attention by 0.1" in json.loads(capsys.readouterr().out)["refused"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((), "takes one argument, .*: there are 0"),
+    (("{}", "{}"), "there are 2"),
+    (("uniform",), "'uniform' is none: Expecting value"),
+    (("[1]",), "it lacks operations, shapes"),
+    ((dict(seed=None),), "it lacks seed"),
+    ((dict(operations=["window"]),), "operations: 'window' is unknown; take some of selected_attention"),
+    ((dict(peers=["other"]),), "peers: 'other' is unknown; take some of fla"),
+    ((dict(shapes=["large"]),), "shapes: 'large' is unknown; take some of tiny_g2"),
+    (({},), "cudnn_nsa is not timed: cudnn not installed"),
+])
+def test_a_request_of_the_peers_by_hand_that_is_wrong(monkeypatch, arguments, words):
+  monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None if name == "cudnn" else name)
+  right = dict(operations=["selected_attention"], shapes=["headline_g8"], peers=["cudnn_nsa"], patterns=["uniform"],
+               seed=0, calls=1, repeats=1)
+  change = lambda more: json.dumps({name: value for name, value in (right | more).items() if value is not None})
+  arguments = [one if isinstance(one, str) else change(one) for one in arguments]
+  with pytest.raises(ValueError, match=words):
+    peer.request_of(arguments)
+  monkeypatch.setattr(peer, "missing", lambda name: None)
+  assert peer.request_of([json.dumps(right)]) == right
 
 
 def test_wall_time_of_a_study_by_part(tmp_path):
