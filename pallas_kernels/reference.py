@@ -84,7 +84,8 @@ def index_top_k(q_idx, k_idx, *, block_size, num_blocks, num_initial=0, num_loca
 
   def part(keys, q_idx, pos, seg):
     mask = masked.visible_tokens(pos, seg, keys, segment_ids)
-    s = jnp.where(mask[:, None], _index_scores(q_idx, k_idx[:, keys], scale), -jnp.inf)  # [B, K, T, S]
+    s = _index_scores(q_idx, k_idx[:, keys], scale)  # [B, K, T, S]
+    s = jnp.where(mask[:, None] & ~jnp.isnan(s), s, -jnp.inf)
     scores = masked.by_block(s, block_size, -jnp.inf).max(axis=-1).transpose(0, 2, 1, 3)
     visible = masked.by_block(mask, block_size, False).any(axis=-1)
     return _choose(scores, visible, pos, block_size, num_blocks, num_initial, num_local)
@@ -303,6 +304,7 @@ def _choose(scores_BTKj, visible_BTj, pos, block_size, num_blocks, num_initial, 
   big = jnp.finfo(jnp.float32).max
   # Clipped, so that no score passes for forced or invisible. -0 becomes 0: top_k orders them, a tie does not.
   scores = jnp.clip(jnp.where(scores_BTKj == 0, 0.0, scores_BTKj), -big, big)
+  scores = jnp.where(jnp.isnan(scores), big, scores)
   scores = jnp.where(forced[:, :, None], jnp.inf, jnp.where(visible_BTj[:, :, None], scores, -jnp.inf))
   best, indices = lax.top_k(scores, min(num_blocks, scores.shape[-1]))
   indices = jnp.where(best > -jnp.inf, indices, -1).astype(jnp.int32)

@@ -353,6 +353,31 @@ def check_selection(operation, choose, s: Shape, inputs: Inputs, *, whole=False,
                          exact=whole and operation != "compressed_top_k")  # whose scores are probabilities
 
 
+def check_nan_scores(block_top_k=None, index_top_k=None):
+  """What api.py says of NaN, of choices among 10 blocks of 4 tokens that force the own block: others' lists stay."""
+  rng, T, how = np.random.default_rng(0), 40, dict(block_size=4, num_blocks=4, num_initial=0, num_local=1)
+  lists = lambda f, *arrays: np.sort(jax.jit(functools.partial(f, **how, segment_ids=None, query_offset=0))(*arrays))
+  others = np.arange(T) != 30
+  if block_top_k:
+    scores = rng.normal(size=(1, T, 1, 10)).astype(np.float32)
+    scores[0, 30, 0, :3] = (-5, np.nan, -6)
+    plain, got = (lists(functools.partial(block_top_k, keys=T), x) for x in (np.nan_to_num(scores, nan=-7.0), scores))
+    best = 3 + np.argsort(scores[0, 30, 0, 3:7])[-2:]
+    assert got[0, 30, 0].tolist() == [1, *sorted(best), 7]
+    np.testing.assert_array_equal(got[:, others], plain[:, others])
+  if index_top_k:
+    q, k = (rng.normal(size=shape).astype(np.float32) for shape in ((1, T, 1, 8), (1, T, 8)))
+    bad_query, bad_key = q.copy(), k.copy()
+    bad_query[0, 30], bad_key[0, 9] = np.nan, np.nan
+    best = k.copy()
+    best[0, 9] = best[0, 8]  # one of the block's own that is a number
+    got, got_key, want, want_key = (lists(functools.partial(index_top_k, scale=1.0), *arrays) for arrays in (
+        (bad_query, k), (q, bad_key), (q, k), (q, best)))
+    assert got[0, 30, 0].tolist() == [0, 1, 2, 7]  # all are alike: the lower ones, and the own one
+    np.testing.assert_array_equal(got[:, others], want[:, others])
+    np.testing.assert_array_equal(got_key, want_key)
+
+
 def check_on_device(operation, f, s: Shape, situation, *, seed=0, **options):
   """A kernel on the default device, against float32 on the host and the error of XLA in the kernel's dtype there."""
   inputs = draw(operation, s, situation, seed, always=False)

@@ -205,6 +205,10 @@ def test_lightning_kl_is_the_formula(lists):
     assert np.abs(y).max() > 0.01
 
 
+def test_a_score_that_is_no_number():
+  cases.check_nan_scores(reference.block_top_k, reference.index_top_k)
+
+
 def test_ties_go_to_the_lower_block_and_masking_precedes_pooling():
   q_idx = np.ones((1, 32, 1, 1), np.float32)
   k_idx = np.zeros((1, 32, 1), np.float32)

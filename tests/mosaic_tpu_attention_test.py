@@ -99,6 +99,10 @@ def test_no_mass_anywhere_goes_to_the_lower_blocks():
   assert np.asarray(got)[:, 4:].tolist() == [[[[0, 1]] * 2] * 3] * 2
 
 
+def test_a_score_that_is_no_number():
+  cases.check_nan_scores(index_top_k=functools.partial(index_top_k.index_top_k, tiles=(128, 64, 1), interpret=True))
+
+
 # --- races ---------------------------------------------------------------------
 
 

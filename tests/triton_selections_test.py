@@ -306,6 +306,13 @@ def test_interpreted_selections(name, few, monkeypatch):
 
 
 @interprets
+@pytest.mark.parametrize("few", [0, top_k.FEW])
+def test_interpreted_scores_that_are_no_numbers(few, monkeypatch):
+  monkeypatch.setattr(top_k, "FEW", few)
+  cases.check_nan_scores(top_k.block_top_k, top_k.index_top_k)
+
+
+@interprets
 @pytest.mark.parametrize("blocks", [700, 125])
 def test_interpreted_many_slots(blocks):
   check_many_slots(blocks)
