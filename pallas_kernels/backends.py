@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+import numpy as np
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -61,6 +63,12 @@ _recomputed: contextvars.ContextVar[bool] = contextvars.ContextVar("recomputed",
 def attended(results):
   """Arrays under the name `ATTENDED`, as forward rules have to keep and to return them."""
   return checkpoint_name(results, ATTENDED)
+
+
+def no_gradient(tree):
+  """What backward rules give for arrays that get no gradient; None stays."""
+  zeros = lambda x: np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.zeros_like(x)
+  return jax.tree.map(zeros, tree)
 
 
 @contextlib.contextmanager

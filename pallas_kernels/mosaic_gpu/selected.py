@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backends, lists as entry_lists, validate
 from pallas_kernels.mosaic_gpu import backward, forward, merge, shared_attention, shared_blocks
@@ -161,8 +160,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
     return dq.reshape(plan.batch, plan.queries, *q.shape[2:]), None, sums
 
   dq, _, (dk, dv) = entry_lists.in_slices(one, slices, (block_indices,))
-  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-  return (dq, dk.astype(k.dtype), dv.astype(v.dtype), nothing(block_indices), nothing(segment_ids), nothing(offset))
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), *backends.no_gradient((block_indices, segment_ids, offset))
 
 
 def _sums(dk, dv, unit_start, plan, scale, transposed, dtype, interpret):

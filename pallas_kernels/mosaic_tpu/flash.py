@@ -393,8 +393,7 @@ def _backward(static, residuals, cotangents):
       of_keys, "attention_backward_kv", [c.query_tiles, spans.key_tiles(c.query_tiles, c.nk)], grid,
       [bound, wide, key, key, wide, row, row], [key, key], [of_k, of_k], [sums, sums], *args)
   tokens_first = lambda x: x.transpose(0, 2, 1, 3)[:, :c.S]
-  nothing = np.zeros(begin.shape, jax.dtypes.float0)
-  return queries_first(dq, c.T), tokens_first(dk), tokens_first(dv), nothing, nothing
+  return queries_first(dq, c.T), tokens_first(dk), tokens_first(dv), *backends.no_gradient((begin, end))
 
 
 _attend.defvjp(_forward, _backward)

@@ -105,9 +105,8 @@ def _backward(block_size, scale, index_scale, interpret, residuals, dloss):
   at = plan.start if plan.packed else 0  # where the index dims begin among the lanes of `right_keys`
   dq = union.from_rows(plan, dq[:, :, at:at + plan.right])[:, :, :, 0]
   dk = union.from_blocks(plan, dk)[..., at:at + plan.right].sum(axis=2)
-  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-  return ((dq * index_scale).astype(q_idx.dtype), (dk * index_scale).astype(k_idx.dtype), jnp.zeros_like(q),
-          jnp.zeros_like(k), jnp.zeros_like(lse), nothing(block_indices), nothing(segment_ids), nothing(offset))
+  return ((dq * index_scale).astype(q_idx.dtype), (dk * index_scale).astype(k_idx.dtype),
+          *backends.no_gradient((q, k, lse, block_indices, segment_ids, offset)))
 
 
 _index_kl.defvjp(_forward, _backward)

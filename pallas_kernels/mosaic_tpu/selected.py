@@ -17,7 +17,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backends, validate
 from pallas_kernels.mosaic_tpu import union, walk
@@ -119,8 +118,7 @@ def _backward(block_size, scale, interpret, residuals, cotangents):
   dkv = union.from_blocks(plan, dkv)
   dk = (dkv[..., :plan.left] * scale).astype(k.dtype)
   dv = dkv[..., plan.start:plan.start + plan.right].astype(v.dtype)
-  nothing = lambda x: None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-  return dq, dk, dv, nothing(block_indices), nothing(segment_ids), nothing(offset)
+  return dq, dk, dv, *backends.no_gradient((block_indices, segment_ids, offset))
 
 
 _selected_attention.defvjp(_forward, _backward)

@@ -168,6 +168,25 @@ def batched(function, laid_out=()):
   return call
 
 
+def differentiable(forward, backward):
+  """`attend(q, k, v, rest, how)` -> (o, lse), of forward(q, k, v, rest, how) and of backward(q, k, v, rest, o, lse, do,
+  dlse, how) -> (dq, dk, dv), both `batched`; `rest` is a tree without gradient, `how` is hashable."""
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+  def attend(q, k, v, rest, how):
+    return batched(lambda *arrays: forward(*arrays, how))(q, k, v, rest)
+
+  def forward_rule(q, k, v, rest, how):
+    o, lse = backends.attended(attend(q, k, v, rest, how))
+    return (o, lse), (q, k, v, rest, o, lse)
+
+  def backward_rule(how, residuals, cotangents):
+    gradients = batched(lambda *arrays: backward(*arrays, how))(*residuals, *cotangents)
+    return *gradients, backends.no_gradient(residuals[3])
+
+  attend.defvjp(forward_rule, backward_rule)
+  return attend
+
+
 def one_by_one(function):
   """`function` of arrays with a batching rule: mapped calls are made one after the other."""
   @jax.custom_batching.custom_vmap

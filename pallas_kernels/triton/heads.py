@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import backends
 from pallas_kernels.triton import call, heads_kernels
 
 GROUPS = 6  # that the kernels have places for, beside q
@@ -84,9 +85,8 @@ def _backward_rule(eps, parts, saved, do):
   y, taps, gains, cos, sin, first = saved
   do = tuple(x.astype(y.dtype) for x in do)
   dy, dtaps, dgains = _backward(y, _rows(taps), _rows(gains), cos, sin, first, do, eps, parts)
-  zeros = lambda x: None if x is None else jnp.zeros_like(x)
-  return (dy, None if taps is None else dtaps[0], None if gains is None else dgains[0], zeros(cos), zeros(sin),
-          np.zeros(first.shape, jax.dtypes.float0))
+  return (dy, None if taps is None else dtaps[0], None if gains is None else dgains[0],
+          *backends.no_gradient((cos, sin, first)))
 
 
 _heads.defvjp(_forward_rule, _backward_rule)

@@ -78,9 +78,7 @@ def _backward(how, keep, residuals, dloss):
   gradients = call.batched(functools.partial(_gradients, how=how), laid_out=(4,))
   q_idx, k_idx, rest, saved, targets = residuals
   dq, dk = gradients(q_idx, k_idx, rest, saved, targets, dloss)
-  nothing = lambda x: (np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer)
-                       else jnp.zeros_like(x))
-  return dq, dk, jax.tree.map(nothing, rest)
+  return dq, dk, backends.no_gradient(rest)
 
 
 _index_kl.defvjp(_forward, _backward)

@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import backends, lists, masked, spans
 from pallas_kernels.triton import call, kl, lightning_kernels as kernels, ranged, tuning
@@ -118,9 +117,7 @@ def _forward(q_idx, weights, k_idx, rest, how):
 def _backward(how, residuals, dloss):
   q_idx, weights, k_idx, rest, saved = residuals
   gradients = call.batched(functools.partial(_gradients, how=how))(q_idx, weights, k_idx, rest, saved, dloss)
-  nothing = lambda x: (np.zeros(x.shape, jax.dtypes.float0) if jnp.issubdtype(x.dtype, jnp.integer)
-                       else jnp.zeros_like(x))
-  return *gradients, jax.tree.map(nothing, rest)
+  return *gradients, backends.no_gradient(rest)
 
 
 _lightning_kl.defvjp(_forward, _backward)

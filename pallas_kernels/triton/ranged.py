@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backends, spans
+from pallas_kernels import spans
 from pallas_kernels.triton import call, range_kernels, tuning
 
 MIN_ROWS = 16  # the least M of a tensor core product
@@ -105,29 +105,7 @@ def attend(q, k, v, low, high, scale, forward_pass=None):
   B, T, N, H = q.shape
   C, K = k.shape[1:3]
   sizes = Sizes(T, C, K, N // K, H, float(scale), "ieee" if q.dtype == jnp.float32 else "tf32")
-  return _attend(q, k, v, low, high, sizes, forward_pass or forward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, low, high, sizes, forward_pass):
-  return call.batched(functools.partial(forward_pass, sizes=sizes))(q, k, v, low, high)
-
-
-def _attend_forward(q, k, v, low, high, sizes, forward_pass):
-  o, lse = backends.attended(_attend(q, k, v, low, high, sizes, forward_pass))
-  return (o, lse), (q, k, v, low, high, o, lse)
-
-
-def _attend_backward(sizes, forward_pass, residuals, cotangents):
-  del forward_pass
-  q, k, v, low, high, o, lse = residuals
-  do, dlse = cotangents
-  dq, dk, dv = call.batched(functools.partial(backward, sizes=sizes))(q, k, v, low, high, o, lse, do, dlse)
-  nothing = np.zeros(low.shape, jax.dtypes.float0)
-  return dq, dk, dv, nothing, nothing
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+  return _attend(q, k, v, (low, high), (sizes, forward_pass or forward))
 
 
 def forward(q, k, v, low, high, *, sizes):
@@ -198,6 +176,11 @@ def backward(q, k, v, low, high, o, lse, do, dlse, *, sizes):
   if splits == 1:
     return dq, dk[:, 0], dv[:, 0]
   return dq, dk.sum(axis=1).astype(k.dtype), dv.sum(axis=1).astype(v.dtype)
+
+
+_attend = call.differentiable(
+    lambda q, k, v, seen, how: how[1](q, k, v, *seen, sizes=how[0]),
+    lambda q, k, v, seen, o, lse, do, dlse, how: backward(q, k, v, *seen, o, lse, do, dlse, sizes=how[0]))
 
 
 def who_sees(low, high, C, block):

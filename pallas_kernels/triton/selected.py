@@ -5,13 +5,10 @@ nothing is sorted and the slots of a token are split over programs.
 """
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import backends, lists as entry_lists, spans
+from pallas_kernels import lists as entry_lists, spans
 from pallas_kernels.triton import call, kl, ranged, selected_kernels, tuning
 
 MAX_BLOCK = 64 * 256  # numbers of a block of keys: dK and dV of it are sums in registers
@@ -37,25 +34,6 @@ def selected_attention(q, k, v, block_indices, *, block_size, scale, segment_ids
   offset = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (q.shape[0],))
   how = (block_size, float(scale), "ieee" if q.dtype == jnp.float32 else "tf32")
   return _attend(q, k, v, (block_indices, segment_ids, offset), how)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, rest, how):
-  return call.batched(functools.partial(_forward, how=how))(q, k, v, rest)
-
-
-def _attend_forward(q, k, v, rest, how):
-  o, lse = backends.attended(_attend(q, k, v, rest, how))
-  return (o, lse), (q, k, v, rest, o, lse)
-
-
-def _attend_backward(how, residuals, cotangents):
-  q, k, v, rest, o, lse = residuals
-  grads = call.batched(functools.partial(_backward, how=how))(q, k, v, rest, o, lse, *cotangents)
-  return *grads, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), rest)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _plan(q, k, J, block_size):
@@ -85,7 +63,7 @@ def _per_token(constants):
   return dict(constants, GP=max(constants["GP"], ranged.MIN_ROWS))
 
 
-def _forward(q, k, v, rest, *, how):
+def _forward(q, k, v, rest, how):
   B, T, N, H = q.shape
   K, J = k.shape[2], rest[0].shape[3]
   items = B * T * K
@@ -103,7 +81,7 @@ def _forward(q, k, v, rest, *, how):
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 
 
-def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
+def _backward(q, k, v, rest, o, lse, do, dlse, how):
   B, T, N, H = q.shape
   K, J = k.shape[2], rest[0].shape[3]
   do = do.astype(q.dtype)
@@ -131,3 +109,6 @@ def _backward(q, k, v, rest, o, lse, do, dlse, *, how):
 
   dk, dv = kl.sum_keys(dk[:, None], dv[:, None], entries.unit_start, plan, k.dtype)
   return dq, dk, dv
+
+
+_attend = call.differentiable(_forward, _backward)

@@ -12,9 +12,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import backends, lists, spans
+from pallas_kernels import lists, spans
 from pallas_kernels.triton import call, lightning, ranged, token_kernels as kernels, tuning
 
 SCORE_BYTES = 2 ** 30  # of float32 scores alive at a time
@@ -77,25 +76,6 @@ def token_attention(q, k, v, token_sets, *, scale):
   return _attend(q, k, v, token_sets, sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, sets, sizes):
-  return call.batched(functools.partial(_forward, sizes=sizes))(q, k, v, sets)
-
-
-def _attend_forward(q, k, v, sets, sizes):
-  o, lse = backends.attended(_attend(q, k, v, sets, sizes))
-  return (o, lse), (q, k, v, sets, o, lse)
-
-
-def _attend_backward(sizes, residuals, cotangents):
-  q, k, v, sets, o, lse = residuals
-  gradients = call.batched(functools.partial(_backward, sizes=sizes))(q, k, v, sets, o, lse, *cotangents)
-  return *gradients, np.zeros(sets.shape, jax.dtypes.float0)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
 def _tuned(kernel, q, keys):
   """Its shape: a block of keys is some words of a set."""
   tuned = tuning.get(kernel, head_dim=q.shape[3], dtype=q.dtype, length=keys)
@@ -123,7 +103,7 @@ def _walk(occupied):
   return order, occupied.sum(-1, dtype=jnp.int32)
 
 
-def _forward(q, k, v, sets, *, sizes):
+def _forward(q, k, v, sets, sizes):
   """o and lse, not differentiable."""
   B, T, N, H = q.shape
   tuned = _tuned("range_forward", q, sizes.C)
@@ -142,7 +122,7 @@ def _forward(q, k, v, sets, *, sizes):
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 
 
-def _backward(q, k, v, sets, o, lse, do, dlse, *, sizes):
+def _backward(q, k, v, sets, o, lse, do, dlse, sizes):
   """dq, dk, dv."""
   B, T, N, H = q.shape
   C, K = sizes.C, sizes.K
@@ -166,3 +146,6 @@ def _backward(q, k, v, sets, o, lse, do, dlse, *, sizes):
       grid=(B * K * blocks * splits,), name="token_attention_dkv", FACTOR=sizes.scale, SPLITS=splits,
       **_constants(sets, sizes, tuned, rows))
   return dq, dk.sum(axis=1).astype(k.dtype), dv.sum(axis=1).astype(v.dtype)
+
+
+_attend = call.differentiable(_forward, _backward)
