@@ -152,14 +152,10 @@ def _told(error: Exception):
     if isinstance(error, ValueError) and not _ours(error):
       raise error
     end(BAD_INPUT, str(error))
-  if isinstance(error, train.Diverged):
-    end(DIVERGED, str(error))
-  if isinstance(error, checkpoint.CheckpointError):
-    end(CHECKPOINT, str(error))
-  if isinstance(error, processes.ProcessError):
-    end(PROCESSES, str(error))
-  if isinstance(error, train.Preempted):
-    end(PREEMPTED, str(error))
+  for kind, code in ((train.Diverged, DIVERGED), (checkpoint.CheckpointError, CHECKPOINT),
+                     (processes.ProcessError, PROCESSES), (train.Preempted, PREEMPTED)):
+    if isinstance(error, kind):
+      end(code, str(error))
   if isinstance(error, OSError):
     if (error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
         and error.filename):

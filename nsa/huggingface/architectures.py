@@ -66,16 +66,21 @@ def is_size(value) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-class _Needs:
-  """Collects what is wrong with a file's keys."""
+class Needs:
+  """Collects what is wrong with a file's keys; `or_else` stands behind every fix."""
 
-  def __init__(self, path):
-    self.path, self.problems = path, []
+  def __init__(self, path, or_else: str = ""):
+    self.path, self.or_else, self.problems = path, or_else, []
 
   def __call__(self, ok, key, value, fix) -> bool:
     if not ok:
-      self.problems.append((f"{self.path}: {key}", value, fix))
+      self.problems.append((f"{self.path}: {key}", value, fix + self.or_else))
     return bool(ok)
+
+  def end(self) -> None:
+    """Raises ConfigError of what was wrong so far."""
+    if self.problems:
+      raise ConfigError(self.problems)
 
 
 def read_config(folder) -> ModelConfig:
@@ -89,11 +94,11 @@ def read_config(folder) -> ModelConfig:
 
 def model_of(tree: dict, path) -> ModelConfig:
   """The model of a config.json's content; `path` is for messages."""
-  need = _Needs(path)
+  need = Needs(path)
   kind = tree.get("model_type")
-  if not need(isinstance(kind, str) and kind in FAMILIES, "model_type", kind,
-              f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/architectures.py"):
-    raise ConfigError(need.problems)
+  need(isinstance(kind, str) and kind in FAMILIES, "model_type", kind,
+       f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/architectures.py")
+  need.end()
   family = FAMILIES[kind]
   known = _IRRELEVANT | _READ | (_NOPE if family.nope else set())
   for key, value in tree.items():
@@ -108,8 +113,7 @@ def model_of(tree: dict, path) -> ModelConfig:
     need(is_size(tree.get(key)), key, tree.get(key), "a positive integer is needed")
   need(not is_size(tree.get("num_hidden_layers")) or tree["num_hidden_layers"] <= MOST_LAYERS, "num_hidden_layers",
        tree.get("num_hidden_layers"), f"more than {MOST_LAYERS:,}: fetch it again")
-  if need.problems:
-    raise ConfigError(need.problems)
+  need.end()
   for key in ("num_key_value_heads", "head_dim"):
     need(tree.get(key) is None or is_size(tree[key]), key, tree.get(key), "a positive integer, or null")
   eps = 1e-6 if tree.get("rms_norm_eps") is None else tree["rms_norm_eps"]
@@ -120,15 +124,13 @@ def model_of(tree: dict, path) -> ModelConfig:
   dtype = tree.get("dtype") or tree.get("torch_dtype") or "float32"
   need(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
   without = _layers_without_rope(tree, family, need)
-  if need.problems:
-    raise ConfigError(need.problems)
+  need.end()
   heads = tree["num_attention_heads"]
   kv_heads = tree.get("num_key_value_heads") or ("num_key_value_heads" not in tree and family.kv_heads) or heads
   head_dim = tree.get("head_dim") or family.head_dim or tree["hidden_size"] // heads
   need(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"num_attention_heads = {heads} is no multiple of it")
   need(head_dim % 2 == 0, "head_dim", head_dim, "RoPE rotates pairs: an even number is needed")
-  if need.problems:
-    raise ConfigError(need.problems)
+  need.end()
   return ModelConfig(
       vocab_size=tree["vocab_size"], num_layers=tree["num_hidden_layers"], d_model=tree["hidden_size"], num_heads=heads,
       num_kv_heads=kv_heads, head_dim=head_dim, mlp_dim=tree["intermediate_size"], rope_theta=theta,

@@ -76,17 +76,11 @@ class Model:
   # --- metadata -----------------------------------------------------------------
 
   def _read_model(self) -> ModelConfig:
-    meta, problems = self.metadata, []
-
-    def need(ok, key, value, fix):
-      if not ok:
-        problems.append((f"{self.path}: {key}", value, fix))
-      return ok
-
+    meta, need = self.metadata, architectures.Needs(self.path)
     kind = meta.get("general.architecture")
-    if not need(isinstance(kind, str) and kind in FAMILIES, "general.architecture", kind,
-                f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/gguf_model.py"):
-      raise ConfigError(problems)
+    need(isinstance(kind, str) and kind in FAMILIES, "general.architecture", kind,
+         f"known are {', '.join(FAMILIES)}; add its differences to nsa/huggingface/gguf_model.py")
+    need.end()
     need(meta.get("split.count", 1) in (0, 1), "split.count", meta.get("split.count"),
          "one part of a model: join its files")
     own = {key[len(kind) + 1:]: value for key, value in meta.items() if key.startswith(kind + ".")}
@@ -97,8 +91,7 @@ class Model:
       size[ours] = own.pop(key, None)
       need(architectures.is_size(size[ours]) and (ours != "num_layers" or size[ours] <= architectures.MOST_LAYERS),
            f"{kind}.{key}", size[ours], "a positive integer is needed, and a number of layers that a model can have")
-    if problems:
-      raise ConfigError(problems)
+    need.end()
     heads = size["num_heads"]
     kv_heads, eps = own.pop("attention.head_count_kv", heads), own.pop("attention.layer_norm_rms_epsilon", None)
     need(architectures.is_size(kv_heads) and heads % kv_heads == 0, f"{kind}.attention.head_count_kv", kv_heads,
@@ -124,8 +117,7 @@ class Model:
       need(fine is None or value == fine, f"{kind}.{key}", value, "a dense model is needed")
     for key, value in own.items():
       need(False, f"{kind}.{key}", value, "not known here: take another file")
-    if problems:
-      raise ConfigError(problems)
+    need.end()
     family = architectures.FAMILIES[FAMILIES[kind].hugging_face]
     model = ModelConfig(
         vocab_size=rows, **size, num_kv_heads=kv_heads, head_dim=head_dim, rope_theta=float(theta),

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from nsa.config import ConfigError
+from nsa.huggingface import architectures
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -46,13 +47,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> dict[str, str]:
 
   Raises ConfigError, naming the key, for a tokenizer that cannot be made here; ModuleNotFoundError without tokenizers.
   """
-  problems = []
-
-  def need(ok, key, value, fix):
-    if not ok:
-      problems.append((f"{path}: {key}", value, f"{fix}; or give a tokenizer.json by --tokenizer=hf:PATH"))
-    return ok
-
+  need = architectures.Needs(path, or_else="; or give a tokenizer.json by --tokenizer=hf:PATH")
   get = lambda key: metadata.get(_PREFIX + key)
   need(get("model") == "gpt2", _PREFIX + "model", get("model"), "byte-level byte-pair encoding, gpt2, is known")
   need(get("pre") in _CUTS, _PREFIX + "pre", get("pre"), f"known are {', '.join(_CUTS)}")
@@ -79,8 +74,7 @@ def from_gguf(metadata: dict[str, Any], path: Path) -> dict[str, str]:
       lost = [merge for merge in merges
               if merge.replace(" ", "") not in known or not known.issuperset(merge.split(" "))]
       need(not lost, _PREFIX + "merges", _shown(lost), f"merges of what is not in {_PREFIX}tokens")
-  if problems:
-    raise ConfigError(problems)
+  need.end()
   at = lambda name: None if get(f"{name}_token_id") is None else tokens[get(f"{name}_token_id")]
   beside = {"bos_token": at("bos"), "eos_token": at("eos"), "add_bos_token": bool(get("add_bos_token"))}
   if isinstance(metadata.get("tokenizer.chat_template"), str):

@@ -150,11 +150,9 @@ def loss_curves(study: Study, look: Look, size: str) -> Figure | None:
 def held_out(study: Study, look: Look, size: str) -> Figure | None:
   """Held-out bits per byte over the model's training tokens, its trunk's included, and minus the reference at the same
   step."""
-  values = {arm: found for arm in study.arms if (found := endpoints.over_training(study, arm, size))}
-  if all(len({step for _, step in found}) < 2 for found in values.values()):
+  values, tokens = _over_training(study, size, endpoints.over_training)
+  if not values:
     return None
-  data = next(r.config.get("data", {}) for r in study.finished if r.size == size and r.text)
-  tokens = data.get("global_batch", 1) * data.get("context", 1)
   base = values.get(study.reference)
   fig, axes = figure(10.4 if base else 7.6, 4.2, columns=2 if base else 1)
   for arm, found in values.items():
@@ -203,11 +201,9 @@ def positions(study: Study, look: Look, size: str) -> Figure | None:
 
 def recall_over_training(study: Study, look: Look, size: str) -> Figure | None:
   """Exact match over the model's training tokens, its trunk's included."""
-  values = {arm: found for arm in study.arms if (found := endpoints.recall_over_training(study, arm, size))}
-  if all(len({step for _, step in found}) < 2 for found in values.values()):
+  values, tokens = _over_training(study, size, endpoints.recall_over_training)
+  if not values:
     return None
-  data = next(r.config.get("data", {}) for r in study.finished if r.size == size and r.tasks)
-  tokens = data.get("global_batch", 1) * data.get("context", 1)
   fig, (ax,) = figure(7.6, 4.2, columns=1)
   for arm, found in values.items():
     _over_tokens(ax, {at: 100 * value for at, value in found.items()}, tokens, look(arm), arm)
@@ -329,6 +325,15 @@ def far_context(study: Study, look: Look, size: str) -> Figure | None:
     ax.set_title(words[kind][2])
   key(fig, axes[0], look)
   return fig
+
+
+def _over_training(study, size, measured):
+  """{arm: its values}, {} where none was measured twice; and the tokens of a step."""
+  values = {arm: found for arm in study.arms if (found := measured(study, arm, size))}
+  if all(len({step for _, step in found}) < 2 for found in values.values()):
+    return {}, 0
+  data = next(run.config.get("data", {}) for run in study.finished if run.size == size and run.arm in values)
+  return values, data.get("global_batch", 1) * data.get("context", 1)
 
 
 def _over_tokens(ax, points, tokens_per_step, look, label=None):
