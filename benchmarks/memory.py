@@ -62,12 +62,9 @@ def main():
   arms = {config.arm: config for config in study.arms}
   if unknown := [name for name in _STEPS.value if name not in arms]:
     raise ValueError(f"--steps: {unknown[0]!r} is no arm of experiments/titans.py; take some of {', '.join(arms)}")
-  pairs = []
-  for text in _LAYERS.value:
-    tokens, _, chunk = text.partition("/")
-    if not (tokens.isdigit() and chunk.isdigit()):
-      raise ValueError(f"--layers: {text!r}; take TOKENS/CHUNK, as 4096/128")
-    pairs.append((int(tokens) // (16 if _TINY.value else 1), int(chunk) // (4 if _TINY.value else 1)))
+  pairs = [timing.numbers("--layers", text, "TOKENS/CHUNK", "4096/128") for text in _LAYERS.value]
+  if _TINY.value:
+    pairs = [(tokens // 16, chunk // 4) for tokens, chunk in pairs]
   device, began = jax.devices()[0], time.monotonic()
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}", flush=True)
   model, options = arms["native_mag"].model, {}

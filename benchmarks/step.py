@@ -59,12 +59,7 @@ def _line(row) -> str:
 def main():
   import jax
   cli.compilation_cache(flags.FLAGS.compilation_cache)
-  batches = []
-  for text in _BATCH.value:
-    sequences, _, tokens = text.partition("x")
-    if not (sequences.isdigit() and tokens.isdigit()):
-      raise ValueError(f"--batch: {text!r}; take SEQUENCESxTOKENS, as 8x4096")
-    batches.append((int(sequences), int(tokens)))
+  batches = [timing.numbers("--batch", text, "SEQUENCESxTOKENS", "8x4096") for text in _BATCH.value]
   if not set(_ONE_PASS.value) <= {"false", "true"}:
     raise ValueError(f"--one_pass={','.join(_ONE_PASS.value)}: take false, true, or false,true")
   how = _SEEDS.value, _IMPLEMENTATION.value

@@ -32,6 +32,14 @@ def milliseconds(function, argument_sets, calls, repeats):
   return statistics.median(times)
 
 
+def numbers(flag: str, text: str, form: str, example: str) -> tuple[int, ...]:
+  """Those of "8x4096", whose form is "SEQUENCESxTOKENS". Raises ValueError for another one."""
+  found = re.fullmatch(re.sub("[A-Z_]+", r"(\\d+)", form), text)
+  if found is None:
+    raise ValueError(f"{flag}: {text!r}; take {form}, as {example}")
+  return tuple(map(int, found.groups()))
+
+
 def write(path: str | None, rows) -> None:
   """The rows so far as JSON, if there is a path; after each row, so that what was measured stays if a later one
   fails."""

@@ -115,12 +115,9 @@ def main():
   dense = "cudnn" if jax.default_backend() == "gpu" else "reference"
   rows = []
   for text in _HEADS.value:
-    N, _, rest = text.partition("/")
-    K, _, H = rest.partition("x")
-    if not (N.isdigit() and K.isdigit() and H.isdigit()):
-      raise ValueError(f"--heads: {text!r}; take QUERY_HEADS/KV_HEADSxHEAD_DIM, as 16/4x64")
+    heads = timing.numbers("--heads", text, "QUERY_HEADS/KV_HEADSxHEAD_DIM", "16/4x64")
     for T in map(int, _TOKENS.value):
-      for row in measured(T, (int(N), int(K), int(H)), _KEYS.value, _IMPLEMENTATION.value, dense):
+      for row in measured(T, heads, _KEYS.value, _IMPLEMENTATION.value, dense):
         rows.append(row)
         print(f"{T:>7} {text:<9} {row['row']:<18} {row['part']:<19} {row.get('ms', row.get('error'))}", flush=True)
         timing.write(_OUT.value, rows)
