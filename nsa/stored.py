@@ -14,6 +14,7 @@ All use of Orbax is in this file. Every process of a multi-host run must make th
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -166,26 +167,22 @@ def _empty(leaf):
   return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: zeros[index])
 
 
-class _reading:
+@contextlib.contextmanager
+def _reading(path):
   """Turns what Orbax raises for unreadable data into CorruptCheckpointError that names `path`.
 
   Errors that say nothing about the data (no memory, no permission) pass as they are, lest a good
   checkpoint be called damaged.
   """
-
-  def __init__(self, path):
-    self._path = path
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if error is None or not isinstance(error, Exception) or isinstance(error, CheckpointError):
-      return
-    if isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EXHAUSTED" in str(error):
-      return
+  try:
+    yield
+  except (CheckpointError, MemoryError, PermissionError):
+    raise
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise
     raise CorruptCheckpointError(
-        f"checkpoint {self._path} is damaged: {type(error).__name__} when reading it ({shortened(error)}).")
+        f"checkpoint {path} is damaged: {type(error).__name__} when reading it ({shortened(error)}).") from error
 
 
 def _anywhere(failed: bool) -> bool:

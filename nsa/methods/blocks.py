@@ -34,15 +34,9 @@ class BlockMethod(interface.Method):
                 num_local=self.num_local)
 
   def check(self, model, context):
-    problems = []
-    if self.block_size < 1:
-      problems.append(("block_size", self.block_size, "at least 1 token"))
-    elif self.block_size > context:
+    problems = self.too_small(block_size=1, num_blocks=1, num_initial=0)
+    if self.block_size > context:
       problems.append(("block_size", self.block_size, f"longer than the context of {context} tokens"))
-    if self.num_blocks < 1:
-      problems.append(("num_blocks", self.num_blocks, "at least 1"))
-    if self.num_initial < 0:
-      problems.append(("num_initial", self.num_initial, "cannot be negative"))
     if self.num_local < 1:
       problems.append(("num_local", self.num_local, "at least 1: a query must see its own block"))
     if self.num_initial + self.num_local > self.num_blocks:

@@ -62,11 +62,9 @@ class DSA(distillation.Indexed):
     return model.num_kv_heads if self.per_group else 1
 
   def check(self, model, context):
-    problems = super().check(model, context)
+    problems = super().check(model, context) + self.too_small(index_heads=1)
     if self.level not in LEVELS:
       problems.append(("level", self.level, f"one of {', '.join(LEVELS)}"))
-    if self.index_heads < 1:
-      problems.append(("index_heads", self.index_heads, "at least 1"))
     return problems
 
   def layer(self, init, model):

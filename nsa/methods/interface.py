@@ -219,6 +219,11 @@ class Method:
     """Problems as (option, value, fix), for sequences of `context` tokens."""
     return []
 
+  def too_small(self, **least: int) -> list[tuple[str, Any, str]]:
+    """The problems of options that are below the least they may be, for `check`."""
+    return [(name, getattr(self, name), f"at least {n}" if n else "cannot be negative") for name, n in least.items()
+            if getattr(self, name) < n]
+
   def layer(self, init, model) -> Layer:
     """The layer, its parameters created with `init.child(name, group=...)` (nsa.layers.Init)."""
     return Layer()

@@ -27,10 +27,7 @@ class SharedMSA(msa.MSA):
   period: int = 2                 # layers that share one choice, the one that makes it included
 
   def check(self, model, context):
-    problems = super().check(model, context)
-    if self.period < 1:
-      problems.append(("period", self.period, "at least 1 layer"))
-    return problems
+    return super().check(model, context) + self.too_small(period=1)
 
   def layer(self, init, model):
     return SharedMSALayer(init, model, self)

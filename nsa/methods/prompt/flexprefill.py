@@ -35,9 +35,7 @@ class FlexPrefill(base.PromptMethod):
   block_size: int = 128           # tokens, of query-aware heads' blocks
 
   def check(self, model, context):
-    problems = [(name, getattr(self, name), f"at least {least}") for name, least in
-                (("min_budget", 1), ("window", 1), ("sinks", 0), ("local", 1), ("block_size", 1), ("tau", 0))
-                if getattr(self, name) < least]
+    problems = self.too_small(min_budget=1, window=1, sinks=0, local=1, block_size=1, tau=0)
     if not 0 < self.alpha <= 1:
       problems.append(("alpha", self.alpha, "a share of the attention mass, above 0, at most 1"))
     return problems

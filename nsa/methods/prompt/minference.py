@@ -67,9 +67,7 @@ class VerticalSlash(base.PromptMethod):
   local: int = 64                 # forced shortest distances, 0 (the query itself) included
 
   def check(self, model, context):
-    problems = [(name, getattr(self, name), f"at least {least}") for name, least in
-                (("verticals", 0), ("slashes", 1), ("window", 1), ("sinks", 0), ("local", 1))
-                if getattr(self, name) < least]
+    problems = self.too_small(verticals=0, slashes=1, window=1, sinks=0, local=1)
     if self.sinks > self.verticals:
       problems.append(("verticals", self.verticals, f"forced ones take slots: at least sinks = {self.sinks}"))
     if self.local > self.slashes:

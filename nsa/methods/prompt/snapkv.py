@@ -29,9 +29,7 @@ class SnapKV(base.PromptMethod):
   prefix: int = 4                 # first tokens, kept in any case
 
   def check(self, model, context):
-    problems = [(name, getattr(self, name), f"at least {least}") for name, least in
-                (("capacity", 1), ("window", 1), ("kernel", 1), ("local", 0), ("prefix", 0))
-                if getattr(self, name) < least]
+    problems = self.too_small(capacity=1, window=1, kernel=1, local=0, prefix=0)
     if self.kernel % 2 == 0:
       problems.append(("kernel", self.kernel, "an odd number: it lies around its token"))
     if self.local + self.prefix > self.capacity:

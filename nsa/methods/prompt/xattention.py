@@ -29,8 +29,7 @@ class XAttention(base.PromptMethod):
   block_size: int = 128           # tokens, of queries and of keys
 
   def check(self, model, context):
-    problems = [(name, getattr(self, name), "at least 1") for name in ("stride", "block_size")
-                if getattr(self, name) < 1]
+    problems = self.too_small(stride=1, block_size=1)
     if not 0 < self.threshold <= 1:
       problems.append(("threshold", self.threshold, "a share of the attention mass, above 0, at most 1"))
     if not problems and self.block_size % self.stride:

@@ -60,10 +60,7 @@ class Titans(interface.Method):
     return list(zip(edges[:-1], edges[1:]))
 
   def check(self, model, context):
-    problems = []
-    for name in ("chunk", "depth", "expansion"):
-      if getattr(self, name) < 1:
-        problems.append((name, getattr(self, name), "at least 1"))
+    problems = self.too_small(chunk=1, depth=1, expansion=1)
     if self.max_step <= 0:
       problems.append(("max_step", self.max_step, "above 0, or the memory learns nothing"))
     if self.clip < 0:
@@ -76,9 +73,7 @@ class Titans(interface.Method):
     if self.heads < 0 or self.heads and model.num_heads * model.head_dim % self.heads:
       problems.append(("heads", self.heads, f"0 for one per KV head, or a divisor of num_heads * head_dim = "
                        f"{model.num_heads * model.head_dim}"))
-    for name in ("window", "persistent"):
-      if getattr(self, name, 0) < 0:
-        problems.append((name, getattr(self, name), "cannot be negative"))
+    problems += self.too_small(**{name: 0 for name in ("window", "persistent") if hasattr(self, name)})
     if getattr(self, "window", 0) > context:
       problems.append(("window", self.window, f"longer than the context of {context} tokens; 0 is dense attention"))
     return problems
