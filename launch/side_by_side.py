@@ -109,8 +109,8 @@ def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None
 def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, make_command=command) -> bool:
   """Runs `todo`, trunks first, until each is done or failed. Whether a SIGTERM came, which is passed on.
 
-  A run that ends and is neither done nor failed gets a FAILED with the end of its log. A fork whose trunk failed gets
-  one, too. Behind a run that is not done another process takes the place.
+  A run that ends and is neither done nor failed gets a FAILED with the end of its log, unless another process has it. A
+  fork whose trunk failed gets one, too. Behind a run that is not done another process takes the place.
   """
   directory, stopped = Path(directory), []
   before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -143,15 +143,18 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
       for one in [one for one in busy() if one.ended()]:
         job, one.job = one.job, None
         workdir = directory / job.run
-        gone = one.process.poll()
+        gone, elsewhere = one.process.poll(), ""
         if not any((workdir / name).exists() for name in ("DONE", "FAILED")):
           how = "it was left" if gone is None else f"its process ended with {gone}"
-          _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
-        if gone is not None or not (workdir / "DONE").exists():  # a device's error may stay with its process
+          elsewhere = _elsewhere(workdir)  # whoever has it says how it ends
+          if not elsewhere:
+            _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
+        done = (workdir / "DONE").exists()
+        if gone is not None or not (done or elsewhere):  # a device's error may stay with its process
           workers.pop(one.slot).end()
         finished = sum((directory / j.run / "DONE").exists() for j in todo)
-        on_line(f"{job.run}: {'done' if (workdir / 'DONE').exists() else 'FAILED'} in "
-                f"{time.monotonic() - one.began:.0f} s; {finished} of {total} done")
+        what = "done" if done else f"left for later ({elsewhere})" if elsewhere else "FAILED"
+        on_line(f"{job.run}: {what} in {time.monotonic() - one.began:.0f} s; {finished} of {total} done")
     for one in workers.values():
       one.process.terminate()  # who has no run in hand has nothing to save
     for one in workers.values():
@@ -166,6 +169,16 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
 
 def _end(log: Path) -> str:
   return log.read_text(errors="replace").strip()[-500:] if log.exists() else ""
+
+
+def _elsewhere(workdir: Path) -> str:
+  """Who else trains in `workdir`; "" for nobody."""
+  from nsa import lock
+  try:
+    with lock.Lock(workdir) if workdir.exists() else contextlib.nullcontext():
+      return ""
+  except lock.Busy as error:
+    return str(error)
 
 
 def _fail(workdir: Path, error: str) -> None:

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments/README.md"])
@@ -61,6 +62,35 @@ def test_smollm2s_budgets_are_those_of_its_records():
   text = (ROOT / "docs/results.md").read_text().replace("*", "")
   told = re.findall(r"\d\.\d{4}, \d\.\d{4}, \d+\.\d", text)
   assert len(told) > 30 and set(told) <= means
+
+
+def test_the_main_studys_tables_are_those_of_its_records():
+  """Rows of docs/results.md by arm: seeds, novels behind the dense control with its interval, far recall by seed."""
+  values = collections.defaultdict(dict)
+  with (ROOT / "experiments/results/main/results.csv").open() as file:
+    for row in csv.DictReader(file):
+      if row["headline"] == "True" and row["split"] == "val":
+        values[row["arm"], row["size"]][int(row["seed"])] = (float(row["second_half_bits_per_byte:novels"]),
+                                                             100 * float(row["far_exact_match"]))
+  size, told = "", 0
+  for line in (ROOT / "docs/results.md").read_text().splitlines():
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    size = cells[0] if cells and cells[0] in ("M", "S") else size if cells else ""
+    arm = re.sub(r"^within budget, (\d+) %$", r"within_\1", cells[0]) if size else ""
+    arm = re.sub(r"^after the fact, (\d+) %$", r"after_\1", arm)
+    arm = re.sub(r"^selector only, (\d+) % on top$", r"selector_only_\1", arm.replace(" without warm-up", "_cold"))
+    if not (arm and (arm, size) in values):
+      continue
+    mine, control = values[arm, size], values["dense_" + arm if arm.startswith("after") else "dense", size]
+    d = np.array([[x - y for x, y in zip(mine[s], control[s])] for s in sorted(mine)])
+    assert cells[1] == str(len(d))
+    half = stats.t.ppf(0.975, len(d) - 1) * d[:, 0].std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0
+    mean = d[:, 0].mean()
+    assert cells[2] == f"{mean:+.4f}" + (f" ({mean - half:+.4f} to {mean + half:+.4f})" if len(d) > 1 else ""), line
+    assert f"{-d[:, 1].mean():.1f} points" in line, line
+    assert ", ".join(f"{mine[s][1]:.1f}" for s in sorted(mine)) + " %" in line, line
+    told += 1
+  assert told == 21
 
 
 def test_every_registered_method_is_in_the_readme():

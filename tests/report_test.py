@@ -13,7 +13,7 @@ from report_cases import judged, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import ARMS, MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, reading, sections, statistics
+from nsa.report import analyses, archive, endpoints, reading, sections, statistics, verdict as verdict_lib
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,34 @@ def test_report_has_all_sections_in_order(written):
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text
   names = {p.name for p in written.plots}
-  for name in ("budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall",
+  for name in ("against_dense", "budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position", "recall",
                "context", "layers", "learning", "sharing", "blocks",
                "errors_exact_match", "errors_second_half_bits_per_byte"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
 
 
+def test_one_figure_has_every_arm_behind_dense_on_the_same_side_and_fills_those_with_a_word(study):
+  from nsa.report import plots
+  loaded = archive.load([study])
+  found = verdict_lib.verdict(loaded, endpoints.rows(loaded))
+  axes = plots.against_dense(loaded, found).axes
+  admitted = [e for e in loaded.endpoints if e.primary and found.of("A", e.metric, "tiny")[0].admitted]
+  assert len(axes) == len(admitted) > 0
+  for ax, e in zip(axes, admitted):
+    labels = [t.get_text().replace("\n", " ") for t in ax.get_xticklabels()]
+    assert labels == ["1 % within", "5 % within", "25 % within", "native_msa"]
+    means = {round(c.lines[0].get_xdata()[0]): c.lines[0] for c in ax.containers}
+    for x, c in enumerate(found.of("R", e.metric, "tiny") + found.of("A", e.metric, "tiny")):
+      mean = c.judgement.interval.mean * c.metric.scale * (-1 if c.quantity == "A" else 1)
+      assert means[x].get_ydata()[0] == pytest.approx(mean)
+      assert (means[x].get_markerfacecolor() == "white") == (c.word == "undecided")
+
+
 def test_html_needs_no_network(written):
   page = written.html.read_text()
   images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)
-  assert len(images) == 13 and page.count("<img") == 13 and "<table>" in page and "text-align:right" in page
+  assert len(images) == 14 and page.count("<img") == 14 and "<table>" in page and "text-align:right" in page
   assert all(base64.b64decode(i).lstrip().startswith(b"<?xml") for i in images)
   assert "http" not in page and "<script" not in page and "<link" not in page and "@import" not in page
 

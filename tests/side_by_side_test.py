@@ -4,6 +4,7 @@ import time
 from types import SimpleNamespace
 
 from launch import side_by_side
+from nsa import lock
 
 # Takes names and answers; each run takes half a second, notes its device, its share of memory and its process, and is
 # done, is left, or ends its process without a word.
@@ -82,6 +83,15 @@ def test_a_run_that_ends_without_a_word_fails_and_takes_its_forks_along(tmp_path
   assert began["breaks"] != began["other"] == began["left"] != began["last"], "a failure may be the process's own"
   assert any(line.startswith("runs/other: done in") and line.endswith("1 of 5 done") for line in lines)
   assert "it was left: about left" in (tmp_path / "runs/left/FAILED").read_text()
+
+
+def test_a_run_that_another_process_trains_is_no_failure(tmp_path):
+  (tmp_path / "runs/left").mkdir(parents=True)
+  with lock.Lock(tmp_path / "runs/left"):
+    lines, _ = run(jobs(left="", fork="left"), tmp_path, ["0"])
+  assert "runs/left: left for later (" in lines[1] and "trains there" in lines[1] and lines[1].endswith("0 of 2 done")
+  assert lines[-1] == "left for later, their trunks are not done: runs/fork"
+  assert not list(tmp_path.glob("runs/*/FAILED"))
 
 
 def test_a_process_that_cannot_begin_says_why(tmp_path):

@@ -18,6 +18,16 @@ def verdict(found: Verdict) -> list:
   return blocks + ([Bullets(found.lines)] if found.lines else [])
 
 
+def picture(study: Study, found: Verdict, gallery) -> list:
+  """All that was compared with dense attention in one figure, where there is more than one thing to compare."""
+  figure = gallery.plots.against_dense(study, found)
+  return [] if figure is None else [gallery.block(
+      "against_dense", figure, f"Retrofits and {study.reference} minus {study.dense}, paired by seed. Small marks: "
+      "seeds; large: means with 95 % t intervals, filled where there is a word, hollow where undecided. After: on top of "
+      "the finished dense model, against one that goes on alike; within: the last part of the same tokens",
+      "Every arm's distance from dense attention", "")]
+
+
 def missing(study: Study, absent: list[str]) -> list:
   """Runs that are in no comparison, what could not be read or drawn (`absent`), and how what ran departs from the
   plan."""

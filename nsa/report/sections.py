@@ -96,7 +96,7 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
                  opened: Verdict | None = None) -> list:
   """The whole document."""
   blocks = [Text(study.question, "note")] if study.question else []
-  blocks += answer.verdict(verdict) + answer.opened(study, verdict, opened)
+  blocks += answer.verdict(verdict) + answer.picture(study, verdict, gallery) + answer.opened(study, verdict, opened)
   for name in study.sections:
     blocks += FURTHER[name](study, table, gallery) if name in FURTHER else [
         Text(f"The section {name!r} that the study asks for is not known to this version.", "note")]
