@@ -23,8 +23,8 @@ def picture(study: Study, found: Verdict, gallery) -> list:
   figure = gallery.plots.against_dense(study, found)
   return [] if figure is None else [gallery.block(
       "against_dense", figure, f"Retrofits and {study.reference} minus {study.dense}, paired by seed. Small marks: "
-      "seeds; large: means with 95 % t intervals, filled where there is a word, hollow where undecided. After: on top of "
-      "the finished dense model, against one that goes on alike; within: the last part of the same tokens",
+      "seeds; large: means with 95 % t intervals, filled where there is a word, hollow where undecided. After: on top "
+      "of the finished dense model, against one that goes on alike; within: the last part of the same tokens",
       "Every arm's distance from dense attention", "")]
 
 

@@ -101,7 +101,8 @@ def against_dense(study: Study, verdict) -> Figure | None:
       for x, c in ((shown.index(arm) + 0.4 * ((k + 0.5) / len(by_size) - 0.5), c) for arm, c in by_size[size].items()):
         sign = m.scale * (-1 if c.quantity == "A" else 1)
         y = sign * np.array(list(c.differences.values()))
-        ax.plot(x + 0.1 * (np.arange(len(y)) / len(y) - 0.5), y, marker, mfc="none", mec=color, ms=3, mew=0.7, alpha=0.5)
+        beside = x + 0.1 * (np.arange(len(y)) / len(y) - 0.5)
+        ax.plot(beside, y, marker, mfc="none", mec=color, ms=3, mew=0.7, alpha=0.5)
         _with_interval(ax, x, statistics.t_interval(list(y)), 1, marker, color, None,
                        mfc="white" if c.word == "undecided" else color)
       ax.plot([], [], marker, color=color, label=f"size {size}")
