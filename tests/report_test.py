@@ -42,8 +42,8 @@ def test_report_has_all_sections_in_order(written):
   assert "Not drawn" not in text and "nan" not in text.lower().replace("maintenance", "")
   assert "dense -> block_topk" in text and "Holm" in text and "### Which endpoints count" in text
   names = {p.name for p in written.plots}
-  for name in ("against_dense", "budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out", "position",
-               "recall", "context", "layers", "learning", "sharing", "blocks",
+  for name in ("against_dense", "budget_exact_match", "budget_second_half_bits_per_byte", "loss", "held_out",
+               "position", "recall", "context", "layers", "learning", "sharing", "blocks",
                "errors_exact_match", "errors_second_half_bits_per_byte"):
     assert {f"{name}.png", f"{name}.svg"} <= names
   assert all(p.stat().st_size > 3000 for p in written.plots)
