@@ -75,11 +75,6 @@ def visible_keys(indices, spec):
   return float(np.where(indices >= 0, keys, 0).sum(dtype=np.float64))
 
 
-def selected_keys(spec):
-  """The same if J blocks are always visible but at the beginning."""
-  return spec.B * spec.K * causal_pairs(spec.T, spec.J * spec.block_size)
-
-
 def at(operation, spec):
   """The spec of an operation: `pooled_and_top_k` compresses each selection block to one key, what others publish."""
   one = dict(block_len=spec.block_size, block_stride=spec.block_size) if operation == "pooled_and_top_k" else {}
@@ -90,7 +85,8 @@ def make(operation, spec, implementation=None, keys=None):
   """The case of an operation at a shape; `keys` are the `visible_keys` of its pattern."""
   s = at(operation, spec)
   heads = s.B * s.N
-  keys = selected_keys(s) if keys is None else keys
+  if keys is None:  # J blocks are always visible but at the beginning
+    keys = s.B * s.K * causal_pairs(s.T, s.J * s.block_size)
   how = dict(implementation=implementation)
   strides = dict(block_len=s.block_len, block_stride=s.block_stride)
   choice = dict(block_size=s.block_size, num_blocks=s.J, num_initial=s.num_initial, num_local=s.num_local)

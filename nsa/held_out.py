@@ -199,14 +199,11 @@ def _examples(name, count, context, split, texts, data_dir, tokens) -> Examples:
 def check(config, examples: int | None = None) -> dict[str, str]:
   """Reads all that the evaluations of a run will ask, and raises what `load` raises. Returns {split: SHA-256 of its
   documents}. examples: as in `load`."""
-  found = [(config.eval.split, load(config, during, examples)) for during in _occasions(config)]
+  occasions = (True, False) if config.eval.every and config.eval.during else (False,)
+  found = [(config.eval.split, load(config, during, examples)) for during in occasions]
   if config.eval.sealed:
     found.append((config.eval.sealed, load(unsealed(config), examples=examples)))
   return {split: asked.fingerprint for split, asked in found if asked.fingerprint}
-
-
-def _occasions(config) -> tuple[bool, ...]:
-  return (True, False) if config.eval.every and config.eval.during else (False,)
 
 
 def made(config) -> tuple:

@@ -84,7 +84,8 @@ def read_config(workdir, field: str = "--workdir") -> Config:
     raise ConfigError([(field, str(path), f"holds a {type(tree).__name__}, no config of a run")])
   config = config_lib.from_dict(tree)
   if config.data.tokenizer.startswith("hf:") and (workdir / FOLDER / "tokenizer.json").exists():
-    config.data.tokenizer = f"hf:{_absolute(workdir) / FOLDER}"
+    here = os.fspath(workdir)  # a URL such as gs:// is absolute already
+    config.data.tokenizer = f"hf:{epath.Path(here if '://' in here else os.path.abspath(here)) / FOLDER}"
   return config
 
 
@@ -116,8 +117,3 @@ def keep_tokenizer(config: Config, workdir) -> None:
     unfinished = folder / f".{name}.tmp"
     unfinished.write_bytes(content)
     unfinished.replace(folder / name)
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-  """A URL such as gs:// is absolute already."""
-  return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(os.fspath(path)))

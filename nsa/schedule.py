@@ -57,7 +57,8 @@ def at(config: config_lib.Config, step: int) -> Step:
   stage = stages[index]
   mode = stage.mode
   if mode == "mixed":
-    mode = "dense" if _coin(step) < stage.dense_share else "sparse"
+    coin = zlib.crc32(b"mixed %d" % step) / 2 ** 32  # from the step alone: all seeds and all arms mix alike
+    mode = "dense" if coin < stage.dense_share else "sparse"
   groups = GROUPS_OF[mode] if stage.train == "all" else (stage.train,)
   context = stage.context or config.data.context
   rate = learning_rate(config.schedule, step) * stage.learning_rate
@@ -84,11 +85,6 @@ def programs(config: config_lib.Config, first: int = 0) -> list[Step]:
       if len(kinds) == 2 or not mixed:  # a mixed stage may meet its second kind late, or never
         break
   return list(seen.values())
-
-
-def _coin(step: int) -> float:
-  """A number in [0, 1) from the step alone, so that all seeds and all arms mix alike."""
-  return zlib.crc32(b"mixed %d" % step) / 2 ** 32
 
 
 def learning_rate(schedule: ScheduleConfig, step: int) -> float:

@@ -91,7 +91,8 @@ def apply(operation: str, function, arguments: dict):
   def local(arrays):
     arrays = dict(arrays)
     if "t" in cut and "query_offset" in arrays:
-      arrays["query_offset"] += lax.axis_index(partition.axes["t"]) * arrays[_queries(arrays)].shape[1]
+      some = next(name for name in arrays if "t" in _ARGUMENTS.get(name, ""))  # that has the queries' dimension
+      arrays["query_offset"] += lax.axis_index(partition.axes["t"]) * arrays[some].shape[1]
     return function(**{**rest, **arrays})
 
   results = _RESULTS[operation]
@@ -109,8 +110,3 @@ def _cut(partition, arrays) -> set[str]:
     if parts > 1 and sizes and all(size % parts == 0 for size in sizes):
       out.add(letter)
   return out
-
-
-def _queries(arrays) -> str:
-  """The name of an argument that has the dimension of the queries."""
-  return next(name for name in arrays if "t" in _ARGUMENTS.get(name, ""))

@@ -52,7 +52,7 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     _check_devices(config, num_devices, need)
   problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
   if problems:
-    raise ConfigError(dict.fromkeys((n, _hashable(v), f) for n, v, f in problems))
+    raise ConfigError({repr(one): one for one in problems}.values())
   return config
 
 
@@ -407,11 +407,3 @@ def _numbers(tree, name=""):
   elif isinstance(tree, (list, tuple)):
     for i, value in enumerate(tree):
       yield from _numbers(value, f"{name}[{i}]")
-
-
-def _hashable(value):
-  try:
-    hash(value)
-    return value
-  except TypeError:
-    return repr(value)

@@ -17,10 +17,8 @@ class Text:
     self.source, self.documents, self.tokenizer, self.align, self.seed = source, documents, tokenizer, align, seed
     self._lengths = np.array([len(d.tokens) for d in documents], np.int64)
     self._edges: dict[int, tuple[int, ...]] = {}  # context -> number of the first row of each epoch so far
-    self._index = functools.lru_cache(maxsize=4)(self._epoch_index)
-
-  def _epoch_index(self, context, epoch):
-    return packing.epoch_index(self._lengths, context, self.align, self.seed, epoch)
+    self._index = functools.lru_cache(maxsize=4)(
+        lambda context, epoch: packing.epoch_index(self._lengths, context, align, seed, epoch))
 
   def _locate(self, number, context):
     """Row number -> (epoch, row of the epoch). Epochs have slightly different numbers of rows."""

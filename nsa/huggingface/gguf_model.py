@@ -122,8 +122,10 @@ class Model:
     model = ModelConfig(
         vocab_size=rows, **size, num_kv_heads=kv_heads, head_dim=head_dim, rope_theta=float(theta),
         rope_scaling=scaling, no_rope_layers=tuple(range(3, size["num_layers"], 4)) if family.nope else (),
-        norm_eps=_shortest(eps), embedding_multiplier=1.0, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
-        tie_embeddings="output.weight" not in self._file.tensors, dtype=_compute_dtype(embedding.kind.name))
+        norm_eps=float(str(np.float32(eps))),  # 1e-5 and not the float32 next to it
+        embedding_multiplier=1.0, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm,
+        tie_embeddings="output.weight" not in self._file.tensors,
+        dtype={"F32": "float32", "F16": "float16"}.get(embedding.kind.name, "bfloat16"))
     return self._with_factors(model)
 
   def _scaling(self, own, kind, need) -> RopeScaling:
@@ -176,12 +178,3 @@ def _gguf_name(name: str) -> str:
     return top[name]
   _, _, number, *part, what = name.split(".")
   return f"blk.{number}.{block['.'.join(part)]}.{what}"
-
-
-def _shortest(x: float) -> float:
-  """1e-5 and not the float32 next to it."""
-  return float(str(np.float32(x)))
-
-
-def _compute_dtype(kind: str) -> str:
-  return {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")

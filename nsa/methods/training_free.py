@@ -143,8 +143,15 @@ class RandomBlocks(TrainingFree):
   name: ClassVar[str] = "random"
 
   def scores(self, q, k, call):
-    B, T = q.shape[:2]
-    return _random_scores(call, B, T, k.shape[2], self.blocks_of(k))
+    """Numbers that depend on (key, sequence, position, head, block) alone, so that decoding agrees."""
+    if call.key is None:
+      raise ValueError("selector = 'random' needs a random key: pass key= to the model")
+    (B, T), K, count = q.shape[:2], k.shape[2], self.blocks_of(k)
+    bits = jax.random.bits(call.key, (), jnp.uint32)
+    for axis, size, start in ((0, B, 0), (1, T, call.offset), (2, K, 0), (3, count, 0)):
+      index = (start + jnp.arange(size)).astype(jnp.uint32)
+      bits = _mix(bits ^ index.reshape([-1 if a == axis else 1 for a in range(4)]))
+    return (bits >> 8).astype(jnp.float32)
 
 
 @dataclasses.dataclass
@@ -188,18 +195,6 @@ def page_bounds(q, most, least) -> Array:
   above, below = (jnp.einsum("btkh,bckh->btkc", x, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
                   for x, y in parts)
   return above + below
-
-
-def _random_scores(call, B, T, K, count):
-  """Uniform numbers that depend on (key, sequence, position, head, block) alone, so that decoding agrees."""
-  if call.key is None:
-    raise ValueError("selector = 'random' needs a random key: pass key= to the model")
-  seed = jax.random.bits(call.key, (), jnp.uint32)
-  bits = seed
-  for axis, size, start in ((0, B, 0), (1, T, call.offset), (2, K, 0), (3, count, 0)):
-    index = (start + jnp.arange(size)).astype(jnp.uint32)
-    bits = _mix(bits ^ index.reshape([-1 if a == axis else 1 for a in range(4)]))
-  return (bits >> 8).astype(jnp.float32)
 
 
 def _mix(x):

@@ -141,13 +141,14 @@ def quantities(study: Study, table: list[Row], found: Verdict, gallery) -> list:
       if not e.primary or not study.budgets:
         continue
       figure = gallery.plots.budget_curve(study, found, e.metric, size)
+      admission = found.admissions.get((e.metric, size))
       blocks.append(gallery.block(
           "budget_" + e.metric.replace(":", "_"), figure,
           ("R(b) and Delta(b), paired by seed. " if native else "R(b), paired by seed. ")
           + ("Marks: seeds; bars: means; lines: 95 % t intervals" if len({c.budget for c in mine if c.budget}) == 1 else
              "Line: A. " * native + "Small marks: seeds. Large: mean with 95 % t interval")
           + ". Grey band: equivalence margin around 0"
-          + ("" if _admitted(found, e.metric, size) else ". This endpoint is not admitted by its controls"),
+          + ("" if admission is None or admission.admitted else ". This endpoint is not admitted by its controls"),
           "Differences over the retrofit budget", "Not drawn: no budget has a finished seed", size))
   return blocks
 
@@ -286,11 +287,6 @@ def _parts(study, table, metric, size) -> list:
                  "tokens of R's sides", "tokens of A's sides"], lines,
                 f"Delta in its two parts: {m.title}{study.at(size)}, over the seeds that have every run")
           ] if lines else []
-
-
-def _admitted(found, metric, size):
-  one = found.admissions.get((metric, size))
-  return one is None or one.admitted
 
 
 def _percent(share):

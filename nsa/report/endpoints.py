@@ -183,7 +183,8 @@ def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], fl
   for run in study.finished:
     if (run.arm, run.size) == (arm, size):
       for step, records in run.text.items():
-        by_seed = group(own_text(run, records), ("seed",), "second_half_bits_per_byte", "second_half_bytes")
+        own = [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]
+        by_seed = group(own, ("seed",), "second_half_bits_per_byte", "second_half_bytes")
         out.update({(seed, step): value for (seed,), value in by_seed.items() if seed not in run.diverged})
   return out
 
@@ -199,11 +200,6 @@ def recall_over_training(study: Study, arm: str, size: str) -> dict[tuple[int, i
         for seed in {seed for seed, _ in by_task} - set(run.diverged):
           out[seed, step] = float(np.mean([value for (s, _), value in by_task.items() if s == seed]))
   return out
-
-
-def own_text(run: Run, records: list[dict]) -> list[dict]:
-  """Those of the run's own run mode and split."""
-  return [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]
 
 
 def illustrated(study: Study, size: str) -> list[tuple[str, dict]]:

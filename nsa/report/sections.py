@@ -86,7 +86,7 @@ class Gallery:
     if figure is None:
       return Text(missing + at + ".", "note")
     if at:
-      name = f"{name}_{_safe(size)}"
+      name = f"{name}_" + "".join(c if c.isalnum() or c in "-_." else "_" for c in size)
     self.style.save(figure, self.folder, name, self.endings)
     self.names.append(name)
     return Picture(name, caption.rstrip(".") + at, alt)
@@ -328,7 +328,3 @@ def _mean(table, name):
 def _percent(table, name, form):
   value = _mean(table, name)
   return f"{100 * value:{form}}" if math.isfinite(value) else "-"
-
-
-def _safe(name):
-  return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -81,7 +81,7 @@ def _encode(kind, text: bytes):
   Documents may spell a special token ("<filename>"), which stands for no byte, or be in a form of Unicode that the
   tokenizer changes. Question marks take the place of as little as brings the bytes back; other texts stay as they are.
   """
-  text = _valid(text)
+  text = text.decode("utf-8", errors="nsa_question_marks").encode()  # for every byte that is no UTF-8: no place moves
   marks = lambda found: b"?" * len(found[0])
   special = b"|".join(re.escape(name) for name in sorted(kind.special, key=len, reverse=True))
   for pattern in (b"", special, b"[^\x00-\x7f]"):
@@ -95,14 +95,5 @@ def _encode(kind, text: bytes):
                    "ASCII that spells no special token; take a tokenizer that gives back its text")
 
 
-def _question_marks(error):
-  return "?" * (error.end - error.start), error.end
-
-
-codecs.register_error("nsa_question_marks", _question_marks)
-
-
-def _valid(text: bytes) -> bytes:
-  """`text` with a question mark for every byte that is no UTF-8 (a character that was cut), so that no place moves."""
-  return text.decode("utf-8", errors="nsa_question_marks").encode()
+codecs.register_error("nsa_question_marks", lambda error: ("?" * (error.end - error.start), error.end))
 

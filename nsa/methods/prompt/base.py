@@ -123,17 +123,14 @@ class PromptLayer(interface.Layer):
     mine = (lambda t: t < prompt[:, None]) if options.phase == "prefill" else (lambda t: t >= prompt[:, None])  # [B, t]
 
     def visible(t):
-      return _to_keys(chosen(t), S) | ~mine(t)[:, None, :, None]
+      # Masks end with the tokens of this call; a cache may have room for more, which causality hides.
+      ours = jnp.pad(chosen(t), [(0, 0)] * 3 + [(0, S - T)])
+      return ours | ~mine(t)[:, None, :, None]
 
     o, lse, count = attend(q, k, v, visible, call)
     measured = _measure(q, k, lse, count, mine(jnp.arange(T)), call)
     state = None if call.state is None else {"prompt": prompt, **memory}
     return interface.Result(o, {}, state=state, measured=measured)
-
-
-def _to_keys(chosen, keys):
-  """Masks end with the tokens of this call; a cache may have room for more, which causality hides."""
-  return jnp.pad(chosen, [(0, 0)] * 3 + [(0, keys - chosen.shape[3])])
 
 
 def attention_flops(model, visible: float) -> float:
