@@ -30,7 +30,7 @@ that a further fork needs is trained again, to the same bits; with --other_bits 
 records say. `launch.report RUNS experiments/results/main --publish --out=experiments/results/main` adds an archive of
 what is new.
 
-Cost: 28 hours of one H200 are expected for all 453 runs (PLAN.md). Result so far: undecided (docs/results.md).
+Cost: 28 hours of one H200 are expected for all 453 runs (PLAN.md). Results so far: docs/results.md.
 
 Peak rates are one per size, as forks share their trunk's: chosen with experiments/rates.py on val, on seed 0, which is
 in no arm here.

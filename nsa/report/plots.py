@@ -106,6 +106,8 @@ def against_dense(study: Study, verdict) -> Figure | None:
         _with_interval(ax, x, statistics.t_interval(list(y)), 1, marker, color, None,
                        mfc="white" if c.word == "undecided" else color)
       ax.plot([], [], marker, color=color, label=f"size {size}")
+    for fill, what in (("#666666", "matches, better or worse"), ("white", "undecided")):
+      ax.plot([], [], "o", color="#666666", mfc=fill, label=what)
     label = lambda a: a if a == study.reference else (
         f"{100 * study.budgets[a]:g} %\n" + ("within" if study.control(a) == study.dense else "after"))
     ax.set_xticks(range(len(shown)), [label(a) for a in shown])
