@@ -270,12 +270,6 @@ class Way(NamedTuple):
   selector: str                    # "own", or the control that takes its place
 
 
-def geometry(config, run_mode: str):
-  """The attention options that a run mode uses; None if the model has no such mode."""
-  way = how(config, run_mode)
-  return None if way is None else way.config.attention
-
-
 def how(config, run_mode: str) -> Way | None:
   """None where the run mode has no meaning."""
   found = _how(config, run_mode)
