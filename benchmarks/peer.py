@@ -87,6 +87,8 @@ def request_of(arguments):
   if lacking:
     raise ValueError(f"{what}: it lacks {', '.join(lacking)}")
   for kind, known in (("operations", OPERATIONS), ("peers", PEERS), ("shapes", arg_specs.ALL)):
+    if not (isinstance(request[kind], list) and request[kind]):
+      raise ValueError(f"{kind} = {request[kind]!r}: a list of some of {', '.join(known)}")
     for name in request[kind]:
       if name not in known:
         raise ValueError(f"{kind}: {name!r} is unknown; take some of {', '.join(known)}")

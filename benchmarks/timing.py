@@ -34,7 +34,7 @@ def milliseconds(function, argument_sets, calls, repeats):
 
 def numbers(flag: str, text: str, form: str, example: str) -> tuple[int, ...]:
   """Those of "8x4096", whose form is "SEQUENCESxTOKENS". Raises ValueError for another one."""
-  found = re.fullmatch(re.sub("[A-Z_]+", r"(\\d+)", form), text)
+  found = re.fullmatch(re.sub("[A-Z_]+", r"([1-9]\\d*)", form), text)
   if found is None:
     raise ValueError(f"{flag}: {text!r}; take {form}, as {example}")
   return tuple(map(int, found.groups()))

@@ -95,7 +95,10 @@ def _need_opened(config, workdir: str, report: str) -> None:
   from nsa import config as config_lib, metrics
   from nsa.report import archive, plan_file, reading
   study, key = archive.load([Path(report)]) if report else None, f"{config.arm}-{config.size}"
-  if study is None or key not in archive.shown(study):
+  if study is not None and key not in archive.shown(study):
+    raise config_lib.ConfigError([("--opened", report, f"has not opened {key}; name the report that did (launch.report "
+                                   "--open)")])
+  if study is None:
     raise config_lib.ConfigError([("--split", config.eval.split, "is sealed (eval.sealed): the run evaluates it once, "
                                    "at its end. Once launch.report --open has opened the run's tier, name that report "
                                    "with --opened")])
@@ -105,8 +108,8 @@ def _need_opened(config, workdir: str, report: str) -> None:
     other = str(error).partition(": not the same")[0]
     raise config_lib.ConfigError([("--opened", report, f"another experiment, {other}: name the report that opened "
                                    "this run's tier")]) from None
-  remarks = [line for line in plan_file.deviations(study) or () if line.startswith(("plan.json", key))]
-  mine = Path(workdir).absolute().parents[1] / "study.json"
+  remarks = [line for line in plan_file.deviations(study) or () if line.startswith(("plan.json", f"{key}:", f"{key}."))]
+  mine = Path(workdir).absolute().parent.parent / "study.json"
   planned, opened = ((plan or {}).get("hash") for plan in (
       metrics.read_json(mine).get("plan") if mine.is_file() else study.plan, study.plan))
   if planned != opened:

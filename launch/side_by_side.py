@@ -107,7 +107,7 @@ def ready(waiting: list[Job], at_work: list[Job], directory: Path) -> Job | None
 
 
 def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, make_command=command) -> bool:
-  """Runs `todo`, trunks first, until each is done or failed. Whether a SIGTERM came, which is passed on.
+  """Runs `todo`, trunks first, until each is done, failed or left. Whether a SIGTERM came, which is passed on.
 
   A run that ends and is neither done nor failed gets a FAILED with the end of its log, unless another process has it. A
   fork whose trunk failed gets one, too. Behind a run that is not done another process takes the place.
@@ -123,7 +123,8 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
   busy = lambda: [one for one in workers.values() if one.job is not None]
   try:
     while (waiting or busy()) and not stopped:
-      for lost in [j for j in waiting if j.trunk and (directory / j.trunk / "FAILED").exists()]:
+      for lost in [j for j in waiting if j.trunk and (directory / j.trunk / "FAILED").exists()
+                   and not (directory / j.trunk / "DONE").exists()]:
         waiting.remove(lost)
         _fail(directory / lost.run, f"its trunk {lost.trunk} failed")
         on_line(f"{lost.run}: FAILED: its trunk failed")
@@ -136,19 +137,19 @@ def run(todo: list[Job], directory: Path, devices: list[str], on_line=print, mak
           workers[slot] = Worker(make_command(), devices, slot, logs / f"worker{slot}.log")
         workers[slot].begin(job)
         on_line(f"{job.run}: on device {devices[slot]}; {len(waiting)} wait")
-      if not busy():  # their trunks are not among the runs
-        on_line(f"left for later, their trunks are not done: {', '.join(job.run for job in waiting)}")
+      if not busy():  # their trunks are not among the runs, or failed, or others train them
+        if waiting:
+          on_line(f"left for later, their trunks are not done: {', '.join(job.run for job in waiting)}")
         break
       time.sleep(0.2)
       for one in [one for one in busy() if one.ended()]:
         job, one.job = one.job, None
         workdir = directory / job.run
         gone, elsewhere = one.process.poll(), ""
-        if not any((workdir / name).exists() for name in ("DONE", "FAILED")):
+        over = lambda workdir=workdir: any((workdir / name).exists() for name in ("DONE", "FAILED"))
+        if not over() and not (elsewhere := _elsewhere(workdir)) and not over():  # it may have ended meanwhile
           how = "it was left" if gone is None else f"its process ended with {gone}"
-          elsewhere = _elsewhere(workdir)  # whoever has it says how it ends
-          if not elsewhere:
-            _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
+          _fail(workdir, f"{how}: {_end(logs / f'{Path(job.run).name}.log') or _end(one.log)}")
         done = (workdir / "DONE").exists()
         if gone is not None or not (done or elsewhere):  # a device's error may stay with its process
           workers.pop(one.slot).end()
@@ -172,13 +173,15 @@ def _end(log: Path) -> str:
 
 
 def _elsewhere(workdir: Path) -> str:
-  """Who else trains in `workdir`; "" for nobody."""
+  """Who else trains in `workdir`; "" for nobody, or where that cannot be told."""
   from nsa import lock
   try:
-    with lock.Lock(workdir) if workdir.exists() else contextlib.nullcontext():
+    with lock.Lock(workdir):
       return ""
   except lock.Busy as error:
     return str(error)
+  except OSError:
+    return ""
 
 
 def _fail(workdir: Path, error: str) -> None:

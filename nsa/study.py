@@ -127,11 +127,13 @@ def check(study: Study, directory, todo: list[Job]) -> None:
   left = [job for job in todo if not (directory / job.run / "DONE").exists()]
   if left and study.plan and not epath.Path(study.plan).is_dir():
     problems.append(("plan", study.plan, "no such directory: write the plan first (--plan), or name the right one"))
+  elif left and study.plan and not (epath.Path(study.plan) / "plan.json").exists():
+    logging.warning("plan = %s: there is no plan.json, the study has no plan", study.plan)
   for job in left:
     begins = not job.trunk and not (directory / job.run / "checkpoints").exists()
     problems += [(f"arms[*].{name}", value, fix) for name, value, fix in provenance.missing(job.config, begins)]
   if problems:
-    raise ConfigError(dict.fromkeys(problems))
+    raise ConfigError({repr(one): one for one in problems}.values())
 
 
 def _cohort(study, directory, seeds) -> list[Job]:
@@ -228,7 +230,7 @@ def settle(study: Study, directory, todo: list[Job], others: list[Job]) -> None:
   """Gives runs that other processes have ended their status, and writes study.json."""
   for job in todo:
     failed = epath.Path(directory) / job.run / "FAILED"
-    if failed.exists():
+    if failed.exists() and not (failed.parent / "DONE").exists():
       job.status, job.error = "failed", metrics.read_json(failed).get("error", "")
   _save(study, todo + others, epath.Path(directory))
 

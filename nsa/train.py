@@ -112,7 +112,10 @@ def _train(config, workdir: epath.Path, held: lock.Lock | None, progress: bool, 
     with programs.ahead(compilations(config, mesh, forks.first_step(config, workdir))):
       return _run(config, workdir, held, mesh, checkpoints, progress, hang_seconds, until or total, clock)
   except (ValueError, FileNotFoundError, ModuleNotFoundError):
-    if "config.json" not in before and processes.first():  # its input was wrong: a corrected config may begin here
+    # Its input was wrong, and nothing was trained: a corrected config may begin here.
+    log = workdir / "metrics.jsonl"
+    begun = checkpoints.latest() is not None or log.exists() and log.read_text()
+    if "config.json" not in before and not begun and processes.first():
       rundir.clear(workdir, but=before)
     raise
 

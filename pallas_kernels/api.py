@@ -16,7 +16,7 @@ What holds for all of them:
 * Selections rank numbers. A score that is NaN, which finite inputs do not give, changes its own query's list alone:
   `block_top_k` ranks it with the largest (Triton's kernels, where its sign bit is set, with the least), and
   `index_top_k` passes over it where the block has a number. Of a block of nothing else, and in `compressed_top_k`,
-  implementations differ, up to an empty list.
+  `token_top_k` and `lightning_scores`, implementations differ, up to an empty list.
 * `token_sets` is int32[B, T, R, ceil(S / 32)], sets of single tokens: bit s % 32 of word s // 32 says whether token s
   is in it. R is K, a set for each KV head, or 1, one for all.
 * `implementation` is None (the best one for the platform that serves the arguments, logged once on logger

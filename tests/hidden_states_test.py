@@ -141,6 +141,18 @@ def test_a_start_with_a_wrong_trunk_leaves_nothing(run, tmp_path):
   assert not any((tmp_path / "run").iterdir())
 
 
+def test_what_was_trained_stays_when_something_fails_behind_it(run, tmp_path, monkeypatch):
+  config, write = copy.deepcopy(run[0]), train.metrics.write_json
+  def fail(path, what, **options):
+    if path.name == "DONE":
+      raise FileNotFoundError(path)
+    write(path, what, **options)
+  monkeypatch.setattr(train.metrics, "write_json", fail)
+  with pytest.raises(FileNotFoundError):
+    train.train(config, tmp_path / "run", progress=False)
+  assert {"config.json", "metrics.jsonl", "checkpoints", "eval"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
 def test_a_run_measures_at_its_steps(run):
   config, workdir = run
   assert sorted(p.name for p in (workdir / "hidden").iterdir()) == ["0.json", "2.json", "6.json"]

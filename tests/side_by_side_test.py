@@ -94,6 +94,16 @@ def test_a_run_that_another_process_trains_is_no_failure(tmp_path):
   assert not list(tmp_path.glob("runs/*/FAILED"))
 
 
+def test_a_run_that_another_process_ends_meanwhile_is_done(tmp_path, monkeypatch):
+  def ends(workdir):
+    (workdir / "DONE").write_text("")
+    return ""
+  monkeypatch.setattr(side_by_side, "_elsewhere", ends)
+  lines, _ = run(jobs(left="", fork="left"), tmp_path, ["0"])
+  assert lines[1].startswith("runs/left: done in") and lines[-1].endswith("2 of 2 done")
+  assert not list(tmp_path.glob("runs/*/FAILED"))
+
+
 def test_a_process_that_cannot_begin_says_why(tmp_path):
   command = lambda: [sys.executable, "-c", "import nothing_there"]
   assert not side_by_side.run(jobs(one=""), tmp_path, ["0"], print, command)

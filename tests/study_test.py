@@ -23,6 +23,14 @@ def make(**options):
   return study_lib.Study(arms=arms, seeds=(0, 1), reference="native", **{"vmap_seeds": False, **options})
 
 
+def test_what_all_runs_lack_is_told_once(tmp_path, monkeypatch):
+  problem = ("num_layers", [4, 4], "not a number")
+  monkeypatch.setattr(study_lib.provenance, "missing", lambda *_: [problem])
+  with pytest.raises(ConfigError) as error:
+    study_lib.run(make(shortcuts=True), tmp_path / "study", on_job=print)
+  assert str(error.value).count("num_layers") == 1 and not (tmp_path / "study").exists()
+
+
 def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, monkeypatch):
   trained = []
 

@@ -76,31 +76,28 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
 def against_dense(study: Study, verdict) -> Figure | None:
   """Every retrofit and the reference minus dense attention at equal tokens: a panel for each admitted primary endpoint,
   a colour for each size; every seed, mean and t interval. Filled means have a word, hollow ones are undecided."""
-  arms = sorted((a for a in study.budgets if study.arms.count(a)),
-                key=lambda a: (study.control(a) == study.dense, study.budgets[a]))
-  of = lambda quantity, name, size: {(c.arm if quantity == "R" else c.against): c for c in
-                                     verdict.of(quantity, name, size) if c.judgement and c.admitted}
   panels = {}
   for e in study.endpoints:
     for size in study.sizes if e.primary else ():
-      of_size = {**of("R", e.metric, size), **of("A", e.metric, size)}
-      if study.reference in of_size and len(of_size) > 1:
-        panels.setdefault(e.metric, {})[size] = of_size
+      found = _behind_dense(verdict, e.metric, size)
+      if study.reference in found and len(found) > 1:
+        panels.setdefault(e.metric, {})[size] = found
   if not panels:
     return None
+  arms = sorted(study.budgets, key=lambda a: (study.control(a) == study.dense, study.budgets[a])) + [study.reference]
+  sizes = [size for size in study.sizes if any(size in of for of in panels.values())]
   fig, axes = figure(1.6 + 5.2 * len(panels), 3.9, len(panels))
-  sizes = [s for s in study.sizes if any(s in p for p in panels.values())]
   for ax, (name, by_size) in zip(axes, panels.items()):
     m = endpoints.metric(name)
-    shown = [a for a in arms + [study.reference] if any(a in found for found in by_size.values())]
-    margin = next(iter(by_size[next(iter(by_size))].values())).endpoint.margin * m.scale
+    shown = [a for a in arms if any(a in found for found in by_size.values())]
+    margin = next(e.margin for e in study.endpoints if e.metric == name) * m.scale
     ax.axhspan(-margin, margin, color="#888888", alpha=0.16, lw=0, label="equivalence margin")
     ax.axhline(0, color="#888888", lw=1, label=f"{study.dense}, the same tokens")
-    for k, size in enumerate(s for s in sizes if s in by_size):
-      color, marker = ("#c4511f", "#0072b2", "#009e73", "#7b5ea7")[sizes.index(size) % 4], "soD^"[k % 4]
-      for x, c in ((shown.index(arm) + 0.4 * ((k + 0.5) / len(by_size) - 0.5), c) for arm, c in by_size[size].items()):
-        sign = m.scale * (-1 if c.quantity == "A" else 1)
-        y = sign * np.array(list(c.differences.values()))
+    for k, size in enumerate(sizes):
+      color, marker = ("#c4511f", "#0072b2", "#009e73", "#7b5ea7")[k % 4], "soD^"[k % 4]
+      for arm, c in by_size.get(size, {}).items():
+        x = shown.index(arm) + 0.4 * ((k + 0.5) / len(sizes) - 0.5)
+        y = m.scale * (-1 if c.quantity == "A" else 1) * np.array(list(c.differences.values()))
         beside = x + 0.1 * (np.arange(len(y)) / len(y) - 0.5)
         ax.plot(beside, y, marker, mfc="none", mec=color, ms=3, mew=0.7, alpha=0.5)
         _with_interval(ax, x, statistics.t_interval(list(y)), 1, marker, color, None,
@@ -108,14 +105,20 @@ def against_dense(study: Study, verdict) -> Figure | None:
       ax.plot([], [], marker, color=color, label=f"size {size}")
     for fill, what in (("#666666", "matches, better or worse"), ("white", "undecided")):
       ax.plot([], [], "o", color="#666666", mfc=fill, label=what)
-    label = lambda a: a if a == study.reference else (
-        f"{100 * study.budgets[a]:g} %\n" + ("within" if study.control(a) == study.dense else "after"))
-    ax.set_xticks(range(len(shown)), [label(a) for a in shown])
+    ax.set_xticks(range(len(shown)), [
+        a if a == study.reference else
+        f"{100 * study.budgets[a]:g} %\n" + ("within" if study.control(a) == study.dense else "after") for a in shown])
     ax.grid(visible=False, axis="x")
     ax.set_ylabel(f"minus dense ({m.unit})\n{'above' if m.lower_is_better else 'below'} 0 is behind")
     ax.set_title(textwrap.fill(m.title, 44))
   key(fig, axes[0])
   return fig
+
+
+def _behind_dense(verdict, name, size):
+  """{arm: its comparison with dense}, of admitted ones; A, the reference's, is the other way round."""
+  return {(c.arm if quantity == "R" else c.against): c for quantity in "RA" for c in verdict.of(quantity, name, size)
+          if c.judgement and c.admitted}
 
 
 def anchor_over_tokens(found) -> Figure:

@@ -169,8 +169,10 @@ def _measure(q, k, lse, count, mine, call):
   B, T, N = lse.shape
   mass = jnp.exp(lse - dense).reshape(B, T, count.shape[2], -1).mean(-1)
   position = (call.offset + jnp.arange(T))[None]
-  seen = masked.visible_tokens(position, call.query_segments(T), slice(0, k.shape[1]), call.segment_ids)
-  causal = jnp.broadcast_to(seen.sum(-1)[..., None], count.shape).astype(jnp.float32)
+  causal = position + 1  # without a mask of T times S: prompts are long
+  if call.segment_ids is not None:
+    causal = masked.visible_tokens(position, call.query_segments(T), slice(0, k.shape[1]), call.segment_ids).sum(-1)
+  causal = jnp.broadcast_to(causal[..., None], count.shape).astype(jnp.float32)
   weight = mine / jnp.maximum(mine.sum(1, keepdims=True), 1)
   values = {"tokens_visible": count, "tokens_causal": causal, "captured_mass": mass}
   return {name: jnp.einsum("btk,bt->bk", x, weight) for name, x in values.items()}
