@@ -22,6 +22,7 @@ def arguments(tmp_path, monkeypatch):
   source = shared.write("qwen3", tmp_path / "source")
   shared.tiny_tokenizer(source)
   huggingface.import_model(source, tmp_path / "model", context=256)
+  (tmp_path / "plan").mkdir()  # without a plan, as that of the experiment
   for corpus, module in (("novels", json.decoder), ("code", json.encoder)):
     for split in ("train", "val"):
       (tmp_path / corpus / split).mkdir(parents=True)
