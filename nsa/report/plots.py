@@ -15,6 +15,8 @@ from nsa.report import endpoints, statistics
 from nsa.report.runs import Study
 from nsa.report.style import Look, figure, key
 
+OF_SIZES = tuple(zip(("#0072b2", "#c4511f", "#009e73", "#7b5ea7"), "osD^"))  # colour and marker of the first four
+
 
 def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
   """R(b) and Delta(b) of one endpoint: every seed, mean and t interval per budget, A as a line; a row per arm where all
@@ -94,7 +96,7 @@ def against_dense(study: Study, verdict) -> Figure | None:
     ax.axhspan(-margin, margin, color="#888888", alpha=0.16, lw=0, label="equivalence margin")
     ax.axhline(0, color="#888888", lw=1, label=f"{study.dense}, the same tokens")
     for k, size in enumerate(sizes):
-      color, marker = ("#c4511f", "#0072b2", "#009e73", "#7b5ea7")[k % 4], "soD^"[k % 4]
+      color, marker = OF_SIZES[k % 4]
       for arm, c in by_size.get(size, {}).items():
         x = shown.index(arm) + 0.4 * ((k + 0.5) / len(sizes) - 0.5)
         y = m.scale * (-1 if c.quantity == "A" else 1) * np.array(list(c.differences.values()))
@@ -127,7 +129,7 @@ def anchor_over_tokens(found) -> Figure:
   for ax, (m, of) in zip(axes, found.items()):
     ax.axhline(0, color="#888888", lw=1)
     for k, (size, points) in enumerate(of.items()):
-      color, marker, means = ("#0072b2", "#c4511f", "#009e73", "#7b5ea7")[k % 4], "osD^"[k % 4], []
+      (color, marker), means = OF_SIZES[k % 4], []
       for tokens, d in sorted(points.items()):
         i = statistics.t_interval(list(d.values()))
         at = tokens * 1.03 ** (k - len(of) / 2)
