@@ -7,7 +7,7 @@ Chosen on val, before the main study and at its full length. Dense and native ar
 they stand there, one seed, at `rate`, at half and at twice that.
 Choose by text and recall of each arm's own run mode; a best value at the edge asks for another one beyond it.
 
-Result (experiments/results/rates with 20 blocks, rates_24 with 24; 15 minutes of one H200, cut; docs/results.md): 2e-3
+Result (experiments/results/rates, NOTES.md, with 20 blocks, rates_24 with 24; 15 minutes of one H200, cut): 2e-3
 at M and 3e-3 at S, for dense and for native; dense's novels alone are 0.003 better with half of it at S. L was not run.
 
 Arguments: novels=, code=, sizes=M+S, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3 (the middle one of each size),

@@ -66,6 +66,15 @@ def test_one_figure_has_every_arm_behind_dense_on_the_same_side_and_fills_those_
       assert (means[x].get_markerfacecolor() == "white") == (c.word == "undecided")
 
 
+def test_a_mean_of_one_seed_is_hollow(tmp_path):
+  from nsa.report import plots
+  loaded = archive.load([write_study(tmp_path, seeds=(0,))])
+  found = verdict_lib.verdict(loaded, endpoints.rows(loaded))
+  assert {c.word for c in found.of("R", planted.TEXT, "tiny")} == {"cannot be judged"}
+  for ax in plots.against_dense(loaded, found).axes:
+    assert {c.lines[0].get_markerfacecolor() for c in ax.containers} == {"white"}
+
+
 def test_html_needs_no_network(written):
   page = written.html.read_text()
   images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)

@@ -77,7 +77,7 @@ def budget_curve(study: Study, verdict, name: str, size: str) -> Figure | None:
 
 def against_dense(study: Study, verdict) -> Figure | None:
   """Every retrofit and the reference minus dense attention at equal tokens: a panel for each admitted primary endpoint,
-  a colour for each size; every seed, mean and t interval. Filled means have a word, hollow ones are undecided."""
+  a colour for each size; every seed, mean and t interval. Filled means have a word, hollow ones have none."""
   panels = {}
   for e in study.endpoints:
     for size in study.sizes if e.primary else ():
@@ -103,7 +103,7 @@ def against_dense(study: Study, verdict) -> Figure | None:
         beside = x + 0.1 * (np.arange(len(y)) / len(y) - 0.5)
         ax.plot(beside, y, marker, mfc="none", mec=color, ms=3, mew=0.7, alpha=0.5)
         _with_interval(ax, x, statistics.t_interval(list(y)), 1, marker, color, None,
-                       mfc="white" if c.word == "undecided" else color)
+                       mfc=color if c.word in ("matches", "better", "worse") else "white")
       ax.plot([], [], marker, color=color, label=f"size {size}")
     for fill, what in (("#666666", "matches, better or worse"), ("white", "undecided")):
       ax.plot([], [], "o", color="#666666", mfc=fill, label=what)
