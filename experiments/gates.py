@@ -7,7 +7,6 @@ with a sink are not, and the best blocks are (the oracle's).
         --workdir=runs/gates
     python -m launch.study --config=experiments/gates.py:novels=...,code=...,arms=dense+native+native_half \\
         --workdir=runs/gates
-    python -m experiments.gates runs/gates          # the table, and exact match over the steps
 
 One dense model of about 10M non-embedding parameters on 4,096 bytes, novels and code half each, and in every batch of 8
 rows exactly one of tasks, a stated share of the loss: recall with bindings and queries scattered over the whole row, in
@@ -31,8 +30,6 @@ trained on, too; evaluated with a held-out template and the held-out ledger besi
 context=4096, layers=6, width=384, lengths=64+256+1024+4096 (of the packed examples), blocks=0 (visible to a query; 0:
 1/8 of the context, 16).
 """
-import sys
-
 from experiments import arguments
 from nsa import methods, schedule
 from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ForkConfig, ModelConfig, OptimizerConfig
@@ -117,46 +114,3 @@ class Arms:
     stages = schedule.retrofit(steps, RETROFIT, selector_warmup=max(0.1, 1 / (steps * RETROFIT)), **self.plan)
     return self.arm(name, self.msa(), stages, ("sparse", "dense", "oracle", "quest"), ("sparse",),
                     fork=ForkConfig("@dense", step=round(steps * (1 - RETROFIT))), share=RETROFIT)
-
-
-def table(workdir) -> str:
-  """The endpoints of every arm and run mode as they stand in a study's directory, and recall over the steps."""
-  from etils import epath
-  import numpy as np
-
-  from nsa import metrics
-
-  def mean(rows, value, weight=None):
-    rows = [r for r in rows if value in r]
-    weights = [r[weight] if weight else 1 for r in rows]
-    return float(np.average([r[value] for r in rows], weights=weights)) if rows else float("nan")
-
-  lines = []
-  for run in sorted((epath.Path(workdir) / "runs").iterdir()):
-    steps = (sorted(int(f.stem) for f in (run / "eval").glob("*.json") if f.stem.isdigit()) if (run / "eval").exists()
-             else [])
-    for step in steps:
-      records = metrics.read_json(run / "eval" / f"{step}.json")["records"]
-      for mode in dict.fromkeys(r["run_mode"] for r in records):
-        rows = [r for r in records if r["run_mode"] == mode]
-        text = [r for r in rows if r["kind"] == "language"]
-        cells = []
-        for corpus in dict.fromkeys(r.get("corpus", "") for r in text):
-          of = [r for r in text if r.get("corpus", "") == corpus]
-          cells.append(f"{corpus or 'text'} {mean(of, 'second_half_bits_per_byte', 'second_half_bytes'):.4f}")
-          hits = [r for r in rows if r["kind"] == "ar_hit" and r.get("corpus", "") == corpus]
-          if hits:
-            cells.append(f"hits {mean(hits, 'nll', 'hits'):.3f}")
-          cells += [f"gain {r['context']} {r['bits_per_byte']:.4f}" for r in rows
-                    if r["kind"] == "context_gain" and r.get("corpus", "") == corpus]
-        for task in dict.fromkeys(r["task"] for r in rows if r["kind"] == "task"):
-          of = [r for r in rows if r["kind"] == "task" and r["task"] == task]
-          cells.append(f"{task} {100 * mean(of, 'exact_match'):.1f} far "
-                       f"{100 * mean(of, 'far_exact_match', 'far_answers'):.1f} nll "
-                       f"{mean(of, 'far_answer_nll', 'far_answers'):.3f}")
-        lines.append(f"{run.name:24s} {step:6d} {mode:26s} " + " | ".join(cells))
-  return "\n".join(lines)
-
-
-if __name__ == "__main__":
-  print(table(sys.argv[1]))
