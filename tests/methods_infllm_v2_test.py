@@ -1,8 +1,5 @@
 """Tests of nsa/methods/infllm_v2.py against a slow float64 reference written from the paper's formulas."""
-import functools
-
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import methods_oracle as oracle
 import numpy as np
@@ -39,15 +36,7 @@ make_config, segments_of, attention_of, gradient_of, run_layer = one_layer.kit(
 # --- the reference -----------------------------------------------------------------
 
 
-def reference(xp, p, h, mask):
-  q, k = (oracle.rope(xp, oracle.project(xp, p[x], h), np.arange(T)) for x in "qk")
-  o, _ = oracle.attend(xp, q, k, oracle.project(xp, p["v"], h), mask)
-  return xp.einsum("btnh,nhd->btd", o, p["out"])
-
-
-@functools.lru_cache(maxsize=None)
-def slow_gradient():
-  return jax.jit(jax.grad(lambda p, h, mask, weights: jnp.sum(reference(jnp, p, h, mask) * weights), argnums=(0, 1)))
+slow_gradient = oracle.gradients("dense")
 
 
 def pooled(k, segments, t, length, stride):
@@ -78,9 +67,9 @@ def block_scores(options, q, k, segments, t):
 def test_layer_equals_the_masked_reference(name, packed):
   h, weights, (grads, (out, indices)) = run_layer(name, packed)
   params, mask = attention_of(name)[1], oracle.token_mask(indices, 8, segments_of(packed))
-  want = reference(np, oracle.as_float64(params), h.astype(np.float64), mask)
+  want, _ = oracle.layer(np, "dense", oracle.as_float64(params), h.astype(np.float64), None, mask)
   np.testing.assert_allclose(out, want, rtol=1e-4, atol=2e-5)
-  oracle.assert_gradients(grads, slow_gradient()(params, h, mask, weights))
+  oracle.assert_gradients(grads, slow_gradient(params, h, mask, weights))
 
 
 @pytest.mark.parametrize("name,packed", CASES)

@@ -5,6 +5,7 @@ attention is dense and masked. `layer` takes the array module, so that the same 
 and gradients in JAX. Masks are bool[B, T, K, S].
 """
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -187,3 +188,12 @@ def layer(xp, name, p, h, options, mask, stop=lambda x: x):
     gate = 1 / (1 + xp.exp(-(xp.einsum("btd,dng->btng", h, branch["gate"]) + branch["gate_bias"])))
     o = gate[..., 0:1] * o_cmp + gate[..., 1:2] * o + gate[..., 2:3] * o_win
   return xp.einsum("btnh,nhd->btd", o, p["out"]), kl
+
+
+def gradients(name, options=None):
+  """jit: (params, h, mask, weights) -> gradients of <output, weights> + index KL, by the parameters and by h."""
+  def objective(params, h, mask, weights):
+    out, kl = layer(jnp, name, params, h, options, mask, jax.lax.stop_gradient)
+    return jnp.sum(out * weights) + kl
+
+  return jax.jit(jax.grad(objective, argnums=(0, 1)))

@@ -101,14 +101,7 @@ def test_layer_values_equal_the_reference(name, mode, packed):
   np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
 
 
-@functools.lru_cache(maxsize=None)
-def slow_gradient():
-  def slow(params, h, mask, weights):
-    q, k = (oracle.rope(jnp, oracle.project(jnp, params[x], h), np.arange(T)) for x in "qk")
-    o, _ = oracle.attend(jnp, q, k, oracle.project(jnp, params["v"], h), mask)
-    return jnp.sum(jnp.einsum("btnh,nhd->btd", o, params["out"]) * weights)
-
-  return jax.jit(jax.grad(slow, argnums=(0, 1)))
+slow_gradient = oracle.gradients("dense")
 
 
 @pytest.mark.parametrize("name,mode,packed", CASES)
@@ -117,7 +110,7 @@ def test_gradients_equal_the_reference(name, mode, packed):
   h, weights, (grads, (_, _, indices)) = run_layer(name, mode, packed)
   params, mask = attention_of(name)[1], token_mask(packed, indices)
 
-  want, of_h = slow_gradient()(params, h, mask, weights)
+  want, of_h = slow_gradient(params, h, mask, weights)
   close = functools.partial(np.testing.assert_allclose, rtol=2e-3)
   close(grads[1], of_h, atol=2e-4 * np.abs(of_h).max())  # the KL adds nothing to h and to the backbone
   for x in ("q", "k", "v", "out"):

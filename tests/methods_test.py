@@ -29,7 +29,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from nsa import layers, methods, model as model_lib, optim, schedule, sharding, step as step_lib
+from nsa import methods, model as model_lib, optim, schedule, sharding, step as step_lib
 
 # --- one layer against the reference ----------------------------------------------
 
@@ -46,11 +46,8 @@ def run_layer(name, mode):
   rng = np.random.default_rng(5)
   h, weights = rng.standard_normal((2, B, T, 16)).astype(np.float32)
 
-  def rotate(x, offset=0, stride=1):
-    return layers.rope(x, layers.rope_table(T, x.shape[-1], 10_000.0, stride), offset)
-
   def objective(params, h):
-    call = methods.Call(mode=mode, key=KEY, rope=rotate)
+    call = one_layer.call(T, None, mode, KEY)
     seen = lambda q, k, indices, call: {} if indices is None else {"indices": indices}
     out, losses, seen, *_ = nnx.merge(graph, params)(h, call, None, seen)
     return jnp.sum(out * weights) + losses.get("index_kl", 0.0), (out, losses, seen)
@@ -81,20 +78,11 @@ def test_layer_output_equals_the_masked_reference(name, mode):
     assert not losses
 
 
-@functools.lru_cache(maxsize=None)
-def reference_gradients(name):
-  def objective(params, h, mask, weights):
-    out, kl = oracle.layer(jnp, name, params, h, METHODS[name], mask, jax.lax.stop_gradient)
-    return jnp.sum(out * weights) + kl
-
-  return jax.jit(jax.grad(objective, argnums=(0, 1)))
-
-
 @pytest.mark.parametrize("name,mode", LAYERS)
 def test_layer_gradients_equal_those_of_the_masked_reference(name, mode):
   h, weights, (grads, _, _, indices) = run_layer(name, mode)
   plain = name if name in ("msa", "nsa", "gated") else "dense"  # the others differ by their mask alone
-  want = reference_gradients(plain)(attention_of(name)[1], h, mask_of(name, mode, indices), weights)
+  want = oracle.gradients(plain, METHODS[name])(attention_of(name)[1], h, mask_of(name, mode, indices), weights)
   oracle.assert_gradients(grads, want)
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 

@@ -33,10 +33,10 @@ def split(config, size=0.3):
   return graph, random_params(nnx.to_pure_dict(state), size)
 
 
-def call(tokens, segments, mode="sparse"):
+def call(tokens, segments, mode="sparse", key=None):
   table = lambda x, stride: layers.rope_table(tokens, x.shape[-1], 10_000.0, stride)
   rotate = lambda x, offset=0, stride=1: layers.rope(x, table(x, stride), offset)
-  return methods.Call(mode=mode, rope=rotate, segment_ids=segments)
+  return methods.Call(mode=mode, key=key, rope=rotate, segment_ids=segments)
 
 
 def in_chunks(monkeypatch, scores, function, *arguments):
