@@ -15,7 +15,7 @@ from nsa.tasks import frame, needle, recall, tracking
 HERE = pathlib.Path(__file__).parent
 BYTE_TASKS = ("needle", "needle:keys=4", "needle:keys=2,haystack=noise,question=first",
               "needle:haystack=needles", "needle:depth=0.25,digits=5", "phonebook:entries=9",
-              "copy:length=24", "induction", "induction:ngram=2,answer=3")
+              "copy:length=24")
 TOKEN_TASKS = ("mqar:pairs=12", "mqar:pairs=12,updates=6", "mqar:pairs=12,vocab=8192",
                "mqar:pairs=12,updates=6,layout=paper")
 SCATTERED = ("recall:pairs=3,updates=1,distractors=1", "recall:pairs=4,template=held_out", "ledger:entries=5",
@@ -45,16 +45,9 @@ def solve(name, text):
   elif name.startswith("phonebook"):
     who = text.rsplit("\n", 1)[1]
     found = list(re.finditer(rf"\n{who}(\d+)(?=\n)", text))
-  elif name.startswith("copy"):
+  else:
     found = list(re.finditer(r"\nCopy: ([a-z]+)\.\n", text))
     found = [m for m in found if text.endswith("\nAgain: ")]
-  else:
-    body, gram = text.rsplit("\n", 1)
-    found = [m for m in re.finditer(rf"(?=({gram}))", body)]
-    assert len(found) == 1
-    size = 3 if "answer=3" in name else 4
-    end = found[0].start() + len(gram) + size
-    return body[end - size:end], end
   assert len(found) == 1, "evidence must be unique"
   end = found[0].end() - {"copy": 2, "needle": 1}.get(name.partition(":")[0], 0)  # the answer's own end
   return found[0].group(1), end
@@ -74,7 +67,7 @@ def test_answers_are_in_the_context(name, with_text, documents):
     found, evidence_end = solve(name, text[:first - 1])  # text has no BOS: token first is character first - 1
     assert found == answer
     assert 0 <= e.depth <= 1
-    queries = {"needle": " What is the", "phonebook": "\n\n", "copy": "\nAgain: ", "induction": "\n"}
+    queries = {"needle": " What is the", "phonebook": "\n\n", "copy": "\nAgain: "}
     start = text[:first - 1].rindex(queries[name.split(":")[0]])
     assert e.evidence_distance == start - (evidence_end - 1)
     (begin, last), = e.evidence[0]
@@ -232,8 +225,6 @@ def strings_of(name, e):
     return set(sum(re.findall(r"magic numbers for (\S+) is: (\d+)\.", text), ()))
   if name.startswith("phonebook"):
     return set(sum(re.findall(r"\n(\w+ \w+): (\d+)(?=\n)", text), ()))
-  if name.startswith("induction"):
-    return {text.rsplit("\n", 1)[1][:-1 - len(answer)], answer}
   if name.startswith("recall"):
     found = [m for template in recall.TEMPLATES for m in re.finditer(
         pattern(template[0], key="(?P<key>[a-z]+ [a-z]+)", value=r"(?P<value>\d+)"), text)]
@@ -245,7 +236,7 @@ def strings_of(name, e):
   return {answer}
 
 
-@pytest.mark.parametrize("name", ["needle:keys=4", "phonebook:entries=12", "copy:length=5", "induction",
+@pytest.mark.parametrize("name", ["needle:keys=4", "phonebook:entries=12", "copy:length=5",
                                   "recall:pairs=3,updates=1,distractors=1", "ledger", "tracking:chains=3",
                                   *TOKEN_TASKS])
 def test_splits_share_no_strings(name):
@@ -288,7 +279,7 @@ def test_a_fresh_process_gives_the_same_examples():
   assert int(out.stdout) == checksum()
 
 
-@pytest.mark.parametrize("name", ["mqar:pairs=5", "phonebook:entries=5", "induction"])
+@pytest.mark.parametrize("name", ["mqar:pairs=5", "phonebook:entries=5", "copy:length=5"])
 def test_batches_align_answers_with_targets(name, documents):
   b = tasks.batch(name, seed=1, count=3, length=400, split="val", haystack=documents)
   for i in range(3):
@@ -304,8 +295,7 @@ def test_batches_align_answers_with_targets(name, documents):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("nedle", "task 'nedle': unknown; the tasks are common, copy, induction, ledger, mqar, needle, phonebook, recall, "
-              "tracking"),
+    ("nedle", "task 'nedle': unknown; the tasks are common, copy, ledger, mqar, needle, phonebook, recall, tracking"),
     ("needle:kies=4", "'kies=4' is no parameter of needle; .*keys"),
     ("needle:keys", "'keys' is no parameter of needle; write name=value"),
     ("needle:keys=four", "keys = 'four' is no int"),
@@ -325,7 +315,7 @@ def test_unknown_names_and_parameters_are_named(name, message):
 
 @pytest.mark.parametrize("name, parameter", [
     ("needle:keys=9", "keys=9"), ("phonebook:entries=20", "entries=20"), ("copy:length=90", "length=90"),
-    ("induction:ngram=64", "ngram=64"), ("mqar:pairs=60", "pairs=60")])
+    ("mqar:pairs=60", "pairs=60")])
 def test_too_short_contexts_name_the_smallest_that_works(name, parameter):
   with pytest.raises(ValueError, match=rf"data.context = 100: .*{parameter}") as error:
     tasks.get(name).example(0, 0, 101)

@@ -16,7 +16,7 @@ from nsa import origins
 from nsa.data import tokenizer
 from nsa.tasks import rendering
 from nsa.tasks.common import Common
-from nsa.tasks.copy import Copy, Induction
+from nsa.tasks.copy import Copy
 from nsa.tasks.frame import Example, Task
 from nsa.tasks.mqar import MQAR
 from nsa.tasks.needle import Needle
@@ -27,7 +27,7 @@ from nsa.tasks.tracking import Tracking
 __all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "length_of", "register"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.family: cls for cls in (Common, Copy, Induction, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
+    cls.family: cls for cls in (Common, Copy, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
 
 
 def register(cls: type[Task]) -> type[Task]:

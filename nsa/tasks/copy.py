@@ -1,13 +1,10 @@
-"""Copying a string, and completing an n-gram seen before (induction).
-
-After Jelassi et al. 2024, "Repeat After Me" (arXiv:2402.01032), sections 3 and
-4.2 (n-gram lookup), and Olsson et al. 2022, "In-context learning and induction
-heads" (arXiv:2209.11895).
-"""
+"""Copying a string, after Jelassi et al. 2024, "Repeat After Me" (arXiv:2402.01032), section 3."""
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
+
+import numpy as np
 
 from nsa.tasks import frame
 
@@ -40,49 +37,9 @@ class Copy(frame.Task):
     return frame.finish(before, query, answer, end, evidence_end)
 
 
-@dataclasses.dataclass(frozen=True)
-class Induction(frame.Task):
-  """A random string of letters fills the context; an n-gram that occurs once in it is to be continued."""
-  family: ClassVar[str] = "induction"
-  sizes: ClassVar[tuple[str, ...]] = ("ngram", "answer")
-  ngram: int = 6            # letters of the question
-  answer: int = 4           # letters to complete
-
-  def __post_init__(self):
-    frame.check(2 <= self.ngram <= 64, self, "ngram", "between 2 and 64 letters")
-    frame.check(self.answer >= 1, self, "answer", "at least 1 letter")
-
-  @property
-  def min_length(self):
-    return 2 + 2 * (self.ngram + self.answer) + 2  # the line's end before the question and "."
-
-  def example(self, seed, index, length, split="train", haystack=None):
-    draws = self.begin(seed, index, length, split)
-    query_mark, end = b"\n", b"."
-    planted = self.ngram + self.answer
-    room = length - 2 - len(query_mark) - planted - len(end)
-    gram = _letters(draws, self.ngram, split)
-    answer = _letters(draws, self.answer, split)
-    while (gram + answer).rfind(gram):  # such as "aa" + "ab": the n-gram would occur twice
-      gram, answer = _letters(draws, self.ngram, split), _letters(draws, self.answer, split)
-    text = bytearray(frame.letters(draws, room))
-    at = draws.integer(room - planted + 1)
-    text[at:at + planted] = gram + answer
-    # The n-gram may occur elsewhere by chance: change a letter of it there, outside the planted one.
-    found = text.find(gram)
-    while found >= 0:
-      if found != at:
-        place = found if found < at else found + self.ngram - 1
-        text[place] = ord("a") + (text[place] - ord("a") + 1 + draws.integer(25)) % 26
-        found = max(-1, found - self.ngram)  # the new letter may complete another one
-      found = text.find(gram, found + 1)
-    evidence_end = at + planted
-    return frame.finish(bytes(text), query_mark + gram, answer, end, evidence_end)
-
-
 def _letters(draws, count, split):
-  """A string of `split`."""
-  text = frame.letters(draws, count)
-  while not frame.in_bucket(text.decode(), split):
-    text = frame.letters(draws, count)
-  return text
+  """`count` random letters a-z, a string of `split`."""
+  while True:
+    text = (draws.integers(26, count) + ord("a")).astype(np.uint8).tobytes()
+    if frame.in_bucket(text.decode(), split):
+      return text

@@ -158,11 +158,6 @@ def word(number: int, length: int) -> str:
   return "".join(chr(ord("a") + number // 26 ** i % 26) for i in range(length))
 
 
-def letters(draws: counter.Draws, count: int) -> bytes:
-  """`count` random letters a-z."""
-  return (draws.integers(26, count) + ord("a")).astype(np.uint8).tobytes()
-
-
 def filler(draws: counter.Draws, count: int, haystack: list[Document] | None) -> bytes:
   """`count` bytes of text that holds no evidence: from the documents, or noise sentences without any."""
   if not haystack:
