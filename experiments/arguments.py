@@ -1,6 +1,7 @@
 """The typed argument string of an experiment file: `file.py:steps=200,method=nsa`."""
 from __future__ import annotations
 
+import math
 import types
 
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -32,6 +33,18 @@ def choice(arguments: types.SimpleNamespace, name: str, known: dict):
   if value not in known:
     raise ValueError(f"experiment argument {name} = {value!r}: one of {', '.join(known)}")
   return known[value]
+
+
+def numbers(name: str, text: str, kind: type = int, least: int = 1) -> tuple:
+  """"8+32" -> (8, 32), of an argument's text. Raises ValueError for what is no number of at least `least`."""
+  try:
+    found = tuple(kind(one) for one in text.replace("e+", "e").split("+") if one)
+    if all(n >= least and math.isfinite(n) for n in found):
+      return found
+  except ValueError:
+    pass
+  what = "whole numbers" if kind is int else "numbers"
+  raise ValueError(f"experiment argument {name} = {text!r}: {what} of at least {least}, joined by +")
 
 
 def corpora(arguments: types.SimpleNamespace) -> dict[str, str]:

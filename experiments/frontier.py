@@ -97,11 +97,7 @@ class Arms:
     self.parameters = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
 
   def numbers(self, name):
-    text = getattr(self.a, name)
-    parts = [one for one in text.split("+") if one]
-    if not all(one.isdecimal() and int(one) for one in parts):
-      raise ValueError(f"experiment argument {name} = {text!r}: whole numbers of at least 1, joined by +")
-    return tuple(map(int, parts))
+    return arguments.numbers(name, getattr(self.a, name))
 
   def arm(self, name, length, attention, modes, directory, layers=(), others=None, blocks=None):
     a = self.a

@@ -45,7 +45,6 @@ devices, and no time is drawn), plan= (its directory; empty: experiments/results
 """
 import functools
 import json
-import math
 import pathlib
 import sys
 
@@ -87,9 +86,10 @@ def get_config(arg=None):
     if getattr(a, name) < 1:
       raise ValueError(f"experiment argument {name} = {getattr(a, name)}: at least 1")
   make = Arms(a)
-  budgets = numbers("budgets", a.budgets or ("5e14+1.5e15+4.5e15" if a.slice else "5e15+1.5e16+4.5e16"), float)
-  shares = numbers("shares", a.shares or ("32" if a.slice else "8+32"), int)
-  seeds = numbers("seeds", a.seeds, int)
+  budgets = a.budgets or ("5e14+1.5e15+4.5e15" if a.slice else "5e15+1.5e16+4.5e16")
+  budgets = arguments.numbers("budgets", budgets, float)
+  shares = arguments.numbers("shares", a.shares or ("32" if a.slice else "8+32"))
+  seeds = arguments.numbers("seeds", a.seeds, least=0)
   sizes = a.sizes.split("+") if a.sizes else list(LADDER)[:5 if a.slice else 6]
   if unknown := [size for size in sizes if size not in LADDER]:
     raise ValueError(f"experiment argument sizes = {a.sizes!r}: {unknown[0]} is none of {', '.join(LADDER)}")
@@ -97,7 +97,8 @@ def get_config(arg=None):
   if a.context // max(shares) < a.block:
     raise ValueError(f"experiment arguments shares, block = {a.shares or max(shares)}, {a.block}: 1/{max(shares)} of "
                      f"{a.context} tokens has no block; take a smaller share or block")
-  names = ["dense", *(f"msa_{s}" for s in shares), *(f"window_{s}" for s in numbers("windows", a.windows, int))]
+  windows = arguments.numbers("windows", a.windows)
+  names = ["dense", *(f"msa_{s}" for s in shares), *(f"window_{s}" for s in windows)]
   arms = []
   for name in names:
     for budget in budgets:
@@ -117,17 +118,6 @@ def get_config(arg=None):
       sections=("isoflop",), notes=NOTES, speeds={} if a.shared else None,
       plan=a.plan or f"experiments/results/isoflop{'_slice' * a.slice}", flops_per_second=1e14, training_share=0.7,
       tiers={name: tuple(f"{one.arm}-{one.size}" for one in arms if one.arm.startswith(f"{name}_")) for name in names})
-
-
-def numbers(name, text, kind):
-  """The numbers of an argument, joined by +."""
-  try:
-    found = tuple(kind(one) for one in text.replace("e+", "e").split("+"))
-  except ValueError:
-    raise ValueError(f"experiment argument {name} = {text!r}: numbers joined by +") from None
-  if not all(n >= (name != "seeds") and math.isfinite(n) for n in found):
-    raise ValueError(f"experiment argument {name} = {text!r}: at least {int(name != 'seeds')} each")
-  return found
 
 
 class Arms:
@@ -197,23 +187,21 @@ def label(budget: float) -> str:
 # --- 28.4x --------------------------------------------------------------------------
 
 
-def reduction(out, measured=None) -> list[tuple[str, int, float]]:
+def reduction(out) -> list[tuple[str, int, float]]:
   """Draws dense over MSA by context: attention FLOPs by arithmetic, and what one layer takes on an H200.
 
   The shape of arXiv 2606.13392: 64/4 heads of 128, J 16, index width 128, blocks of 128; measured with blocks of 64,
-  too. measured: rows as benchmarks.kernels writes them; None: those of experiments/results/kernels, and
-  from 262,144 tokens on those of benchmarks.long (forward: without the index KL). Returns (what, context, ratio) of
-  every measured point, and of 1M tokens by arithmetic.
+  too: rows of experiments/results/kernels, from 262,144 tokens on those of benchmarks.long (forward: without the index
+  KL). Returns (what, context, ratio) of every measured point, and of 1M tokens by arithmetic.
   """
   import matplotlib
   import numpy as np
 
   from nsa.report import style
   kernels = pathlib.Path(__file__).parent / "results/kernels"
-  read = lambda path: json.loads(pathlib.Path(path).read_text())
-  rows = [r for r in read(measured or kernels / "layers_h200.json") if r["operation"] == "msa_layer" and r["H"] == 128]
-  if measured is None:
-    rows += against_dense(read(kernels / "long_h200.json"))
+  read = lambda name: json.loads((kernels / name).read_text())
+  rows = [r for r in read("layers_h200.json") if r["operation"] == "msa_layer" and r["H"] == 128]
+  rows += against_dense(read("long_h200.json"))
   shape = ModelConfig(d_model=3072, num_heads=64, num_kv_heads=4, head_dim=128)
   with matplotlib.rc_context(style.STYLE):
     fig, (ax,) = style.figure(10, 4.4)

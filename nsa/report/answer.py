@@ -207,8 +207,7 @@ def errors(study: Study, table: list[Row], size: str, gallery) -> list:
       continue
     lines = [[arm] + [endpoints.interval_text(m, values.values()) for values in by_part.values()]
              for arm, by_part in parts.items()]
-    blocks.append(Table(["arm", *next(iter(parts.values()))], lines,
-                        f"{m.title[0].upper()}{m.title[1:]}{study.at(size)}: {m.unit}"))
+    blocks.append(Table(["arm", *next(iter(parts.values()))], lines, f"{m.heading}{study.at(size)}: {m.unit}"))
     if len(parts) > 1:
       blocks.append(
           gallery.block("errors_" + e.metric.replace(":", "_"), gallery.plots.decomposition(e.metric, parts),
@@ -266,7 +265,7 @@ def _comparison_table(study, found, mine, size):
                + ["95 % bootstrap (seed, document)"] * some
                + [f"p, equivalence within ±{m.text(c0.endpoint.margin)}", "p, difference", "p, sign flips",
                   "p, without one seed", "smallest detectable"], lines,
-               f"{m.title[0].upper()}{m.title[1:]}{study.at(size)}"
+               f"{m.heading}{study.at(size)}"
                + (f". Family {tests}; the first two p after Holm, the others as they are (without one seed: of "
                   "equivalence where the word is matches)" if words
                   else ". **Not admitted by its controls: numbers without a verdict**"), left=3)

@@ -42,10 +42,19 @@ class Metric:
   near: float = 0.005
   gated_by: str = ""
 
+  @property
+  def heading(self) -> str:
+    """The title at the beginning of a sentence."""
+    return self.title[0].upper() + self.title[1:]
+
   def text(self, value: float, signed: bool = False) -> str:
     if not math.isfinite(value):
       return "-" if math.isnan(value) else ("+" if value > 0 else "-") + "infinity"
     return f"{value * self.scale:{'+' if signed else ''}.{self.digits}f}"
+
+  def with_interval(self, value: float, low: float, high: float, signed: bool = False) -> str:
+    """A value and the ends of its interval."""
+    return f"{self.text(value, signed)} ({self.text(low, signed)} to {self.text(high, signed)})"
 
   def between(self, interval: statistics.Interval | None) -> str:
     return "-" if interval is None or not interval.bounded else (

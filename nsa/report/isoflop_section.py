@@ -48,8 +48,7 @@ def _verdict(study, fits) -> list:
   lines = []
   for one in judged:
     m = endpoints.metric(one.metric)
-    said = lambda d, low, high: (f"{m.text(d, True)} ({m.text(low, True)} to {m.text(high, True)})"
-                                 + ", less than what matters" * (abs(d) < isoflop.SMALLEST))
+    said = lambda d, *ends: m.with_interval(d, *ends, True) + ", less than what matters" * (abs(d) < isoflop.SMALLEST)
     of = "; ".join(f"minus {name} {said(*found)}" for name, found in one.against.items())
     of += f"; that window minus dense {said(*one.window)}" if one.window else ""
     hidden = min((low for name, (_, low, _) in one.against.items() if name != "dense"), default=0.0)
@@ -94,10 +93,10 @@ def _table(of: dict[str, isoflop.Fit | str], name: str) -> list:
       lines.append([method if not k else "", f"{o.budget:.2g}", str(o.sizes),
                     f"{million(o.parameters)} ({million(o.between[0])} to {million(o.between[1])})",
                     "yes" if o.bracketed else "**no**",
-                    f"{m.text(o.loss)} ({m.text(o.loss_between[0])} to {m.text(o.loss_between[1])})",
+                    m.with_interval(o.loss, *o.loss_between),
                     "-" if math.isnan(o.seconds) else f"{o.seconds:.3g}", e if not k else "",
                     f"{m.text(one.residual)} ({one.df})" if not k else ""])
-  caption = (f"{m.title[0].upper()}{m.title[1:]}: the best size at each budget of training FLOPs, and how it grows "
+  caption = (f"{m.heading}: the best size at each budget of training FLOPs, and how it grows "
              "with the budget. 95 % intervals; SD of the residuals with its degrees of freedom"
              + (". Exploratory" if m.kind != "text" else ""))
   blocks = [Table(["method", "training FLOPs", "sizes", "best parameters", "bracketed", f"loss there ({m.unit})",

@@ -209,8 +209,8 @@ def modes(study, table, size, gallery) -> list:
     if lines:
       at = f"size {size}, " if len(study.sizes) > 1 else ""
       blocks.append(Table(["trained as"] + [f"run {m}" for m in columns], lines,
-                          f"{metric.title[0].upper()}{metric.title[1:]}; {at}mean ± half-width (seeds), "
-                          "bold: the arm's own mode. Exploratory but for that"))
+                          f"{metric.heading}; {at}mean ± half-width (seeds), bold: the arm's own mode. Exploratory "
+                          "but for that"))
   return blocks or [Text("No evaluation yet.", "note")]
 
 
@@ -246,7 +246,7 @@ def spread(study, table, size, gallery) -> list:
         continue
       paired = s.df > 0 and s.sd_difference > 0
       low, high = planning.statistics.standard_deviation_interval(s.sd_difference, s.df)
-      seen = ["{} ({} to {})".format(*map(metric.text, s.detectable(n))) if paired else "-" for n in planning.SEEDS]
+      seen = [metric.with_interval(*s.detectable(n)) if paired else "-" for n in planning.SEEDS]
       least = s.seeds_for_margin if paired else None
       lines.append([s.arm or "**retrofits, pooled**", str(s.n), *map(metric.text, (s.mean, s.sd, s.sd_difference)),
                     f"{metric.text(low)} to {metric.text(high)}" if paired else "-", *seen,
@@ -256,8 +256,7 @@ def spread(study, table, size, gallery) -> list:
           ["arm", "seeds", "mean", "SD over seeds",
            f"SD of paired difference from {study.reference or 'the reference'}", "95 % interval of that SD"]
           + [f"smallest detectable, {n} seeds" for n in planning.SEEDS]
-          + [f"seeds to see {metric.text(margin)}"], lines,
-          f"{metric.title[0].upper()}{metric.title[1:]}{at}"))
+          + [f"seeds to see {metric.text(margin)}"], lines, f"{metric.heading}{at}"))
   return [Text("Arms of two seeds and more, each in its own run mode. Detectable: a mean paired difference found with "
                "80 % power at 5 % two-sided, were the SD the one found (and at the ends of its chi-square interval). "
                "Pooled as if the retrofits' differences were independent; they share the reference's runs, so its "
