@@ -56,11 +56,9 @@ def test_tokenizer_is_lossless(raw):
   assert t.decode_bytes(np.r_[t.bos, tokens, t.eos, t.pad].astype(np.int32)) == raw
 
 
-def test_tokenizer_text_and_unknown_name():
+def test_the_tokenizer_of_bytes_takes_text():
   t = tokenizer.get("bytes")
   assert t.decode(t.encode("naïve ✓")) == "naïve ✓" and t.vocab_size == 259
-  with pytest.raises(ValueError, match="data.tokenizer = 'bpe'"):
-    tokenizer.get("bpe")
 
 
 def test_counter_is_the_published_splitmix64_and_stays_so():
