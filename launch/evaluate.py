@@ -35,7 +35,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import capacity, config as config_lib, evaluate, processes
+  from nsa import capacity, config as config_lib, evaluate, processes, records
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   config.modules = (*config.modules, *_MODULES.value)
   e = config.eval
@@ -60,22 +60,17 @@ def main():
     return
   for run_mode in dict.fromkeys(row["run_mode"] for row in rows):
     for seed in config.seeds:
-      text = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("language", run_mode, seed)]
-      asked = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("task", run_mode, seed)]
+      of_kind = lambda kind: [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == (kind, run_mode, seed)]
+      text, asked, layers = map(of_kind, ("language", "task", "layer"))
       parts = [f"{run_mode:24s} seed {seed}"]
-      for name, weight, unit in (("bits_per_byte", "bytes", "bits/byte"),
-                                 ("second_half_bits_per_byte", "second_half_bytes", "in the second half")):
-        # a method that chooses once per prompt is scored behind the prompt alone
-        scored = [r for r in text if name in r]
-        if scored:
-          parts.append(f"{sum(r[name] * r[weight] for r in scored) / sum(r[weight] for r in scored):.4f} {unit}")
+      for name, unit in (("bits_per_byte", "bits/byte"), ("second_half_bits_per_byte", "in the second half")):
+        if any(name in r for r in text):  # a method that chooses once per prompt is scored behind the prompt alone
+          parts.append(f"{records.mean(text, name):.4f} {unit}")
       if asked:
-        parts.append(f"{100 * sum(r['exact_match'] for r in asked) / len(asked):.1f} % exact match")
-      seen = [r for r in rows if (r["kind"], r["run_mode"], r["seed"]) == ("layer", run_mode, seed) and "tokens_visible"
-              in r]
-      if seen:
+        parts.append(f"{100 * records.mean(asked, 'exact_match'):.1f} % exact match")
+      if any("tokens_visible" in r for r in layers):
         parts.append("{:.0f} of {:.0f} tokens per query".format(
-            *(sum(r[name] for r in seen) / len(seen) for name in ("tokens_visible", "tokens_causal"))))
+            *(records.mean(layers, name) for name in ("tokens_visible", "tokens_causal"))))
       print("  ".join(parts))
       for name in dict.fromkeys(r["task"] for r in asked):
         mine = [r for r in asked if r["task"] == name]
