@@ -47,6 +47,7 @@ def orbax():
 
 
 def is_complete(path: epath.Path) -> bool:
+  """Whether the save of this checkpoint came to its end."""
   return orbax()[1].step.is_path_finalized(path)
 
 
@@ -193,5 +194,6 @@ def _anywhere(failed: bool) -> bool:
 
 
 def shortened(error) -> str:
+  """The error on one line, its first 600 characters."""
   text = " ".join(str(error).split())
   return text if len(text) <= 600 else text[:600] + " ..."

@@ -39,6 +39,7 @@ def check(source: str, path: pathlib.Path, split: str) -> None:
 
 
 def missing_split(source: str, split: str, found) -> FileNotFoundError:
+  """The error to raise where `found`, the folders that are there, lacks the split."""
   return FileNotFoundError(f"data.source = {source!r}: there is no {split}/ folder in it (found: "
                            f"{', '.join(sorted(found)) or 'nothing'}); add one or take another split")
 

@@ -59,10 +59,12 @@ _NOPE = {"no_rope_layers", "no_rope_layer_interval"}
 
 
 def is_number(value) -> bool:
+  """Whether a value of a JSON file is a finite number."""
   return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_size(value) -> bool:
+  """Whether it is a whole number above 0."""
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

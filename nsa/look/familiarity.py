@@ -101,6 +101,7 @@ def values(snapshot: dict, measure: str = MEASURE, point=POINT, variant: str = "
 
 
 def units(snapshot: dict) -> list[tuple]:
+  """(seed, corpus, document) of each passage: those of one unit are not independent."""
   return [(snapshot["seed"], corpus, document) for corpus, document in zip(snapshot["corpus"], snapshot["document"])]
 
 

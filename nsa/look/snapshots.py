@@ -254,6 +254,7 @@ def _seeds(config) -> list[int]:
 
 
 def path_of(workdir, step: int) -> epath.Path:
+  """The file with the snapshots of a step."""
   return epath.Path(workdir) / f"hidden/{step}.json"
 
 

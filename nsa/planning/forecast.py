@@ -49,6 +49,7 @@ class Forecast:
 
 
 def mesh_shape(config, devices: int) -> dict[str, int]:
+  """Devices along each axis; data = -1 takes what the others leave."""
   m = config.mesh
   fixed = m.fsdp * m.context * m.tensor
   return {"data": devices // fixed if m.data == -1 else m.data, "fsdp": m.fsdp, "context": m.context,

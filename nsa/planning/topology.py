@@ -154,6 +154,7 @@ def _abstract_gpu(chip):
 
 
 def lower(config, step: schedule.Step, mesh, platform: str):
+  """The program of a step, lowered for a platform that need not be here."""
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
     function, arguments, options = step_lib.program(config, step, mesh)
     return jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=(platform,))

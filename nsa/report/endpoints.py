@@ -91,6 +91,7 @@ def metric(name: str) -> Metric:
 
 
 def is_metric(name) -> bool:
+  """Whether it names a metric, or a part of one."""
   return isinstance(name, str) and name.partition(":")[0] in METRIC
 
 

@@ -414,10 +414,12 @@ def _headline(study, primary):
 
 
 def percent(b: float) -> str:
+  """A share in words, to three figures."""
   return f"{100 * b:.3g} %"
 
 
 def p_text(p: float) -> str:
+  """A p value in words, to two figures."""
   return "-" if math.isnan(p) else "below 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
