@@ -251,21 +251,6 @@ def test_layers_share_the_choice_of_the_layer_that_has_the_index():
   assert [bool(np.abs(g).max() > 0) for g in grads] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["msa", "nsa", "dsa", "seer"])
-def test_training_sparse_lowers_the_losses(name):
-  """Gradient descent on one batch: signs and weights. Gradients of all are compared with references."""
-  params, gradients = params_of(name), gradients_of(name, "sparse")
-  losses = []
-  for _ in range(12):
-    grads, now = jax.device_get(gradients(params, 1.0, 1.0))
-    losses.append(now)
-    params = jax.tree.map(lambda p, g: p - np.float32(0.1) * g, params, grads)
-  (lm, auxiliary), (first, first_auxiliary) = losses[-1], losses[0]
-  assert lm < first - 0.2, losses
-  if METHODS[name].selector_losses:
-    assert auxiliary < first_auxiliary, losses
-
-
 @pytest.mark.parametrize("name", ["msa", "nsa"])
 def test_remat_changes_neither_losses_nor_gradients(name):
   params = params_of(name)
