@@ -152,6 +152,7 @@ def make(operation, spec, implementation=None, keys=None):
 OPERATIONS = ("attention", "window", "compressed_attention", "compressed_and_top_k", "pooled_and_top_k", "index_top_k",
               "selected_attention", "index_kl", "nsa_layer", "msa_attention", "msa_layer")
 DECODE_STEPS = 8  # of a timed program
+CHAINS = ("fed", "added")  # how each needs the one before: see `decode`
 
 
 def arrays(spec, seed):
@@ -194,8 +195,11 @@ DECODE_KINDS = {  # operation of benchmarks.kernels -> what is timed
 }
 
 
-def decode(operation, spec, batch, implementation=None):
+def decode(operation, spec, batch, implementation=None, chain="fed"):
   """(case, arrays): one new token per sequence against a cache of spec.T tokens, the position traced.
+
+  Each token needs the one before. chain "fed": its result is the next q, means of values, so finite; "added": what
+  rows before had, q + 0 * o, a kernel of its own.
 
   Pages are the blocks of the contiguous cache, under names in random order. `decode_selected` and
   `decode_paged_selected` attend to blocks that are drawn, without choosing them.
@@ -255,16 +259,21 @@ def decode(operation, spec, batch, implementation=None):
 
   def steps(x, blocks):  # several in one program, as a generation loop would launch them; each needs the one before
     for _ in range(DECODE_STEPS):
-      x = dict(x, q=x["q"] + 0 * f(x, blocks))
+      x = dict(x, q=_next(x["q"], f(x, blocks), chain))
     return x["q"]
 
   return Case(steps, (), (), (0.0, None), bytes=float(batch * least)), x
 
 
-def dense_decode(x, blocks):
+def _next(q, o, chain):
+  return {"fed": lambda: o, "added": lambda: q + 0 * o}[chain]()
+
+
+def dense_decode(x, blocks, chain="fed"):
   """cuDNN's attention of one token per sequence over the whole cache."""
   lengths = jnp.full((x["q"].shape[0],), x["position"] + 1, jnp.int32)
   q = x["q"]
   for _ in range(DECODE_STEPS):
-    q = q + 0 * jax.nn.dot_product_attention(q, x["k"], x["v"], key_value_seq_lengths=lengths, implementation="cudnn")
+    o = jax.nn.dot_product_attention(q, x["k"], x["v"], key_value_seq_lengths=lengths, implementation="cudnn")
+    q = _next(q, o, chain)
   return q

@@ -49,6 +49,8 @@ _IMPLEMENTATION = flags.DEFINE_list("implementation", [""], "Names; the empty on
                                     "one if gradients may differ in last bits. mosaic_gpu:union and "
                                     "mosaic_gpu:gather force one of selected_attention's two algorithms.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences of a decoding step.")
+_CHAIN = flags.DEFINE_enum("chain", "fed", cases.CHAINS, "What makes a decoded token wait for the one before: its "
+                           "result is the next q, or 0 times the result is added to q, by a kernel more.")
 _PEERS = flags.DEFINE_boolean("peers", True, "Times other packages too, where they are installed.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture of the speed-up over the length.")
@@ -114,10 +116,11 @@ def _columns(case, times, least):
 
 
 def time_decode(operation, spec, batch, implementation):
-  case, x = cases.decode(operation, spec, batch, implementation)
+  chain = _CHAIN.value
+  case, x = cases.decode(operation, spec, batch, implementation, chain)
   time_of = lambda f: _times([jax.jit(f)], [(x, None)])[0] / cases.DECODE_STEPS
   row = _columns(case, (time_of(case.function), None), (case.bytes, None))
-  return row, _try(f"cudnn decode, {spec.name}", lambda: time_of(cases.dense_decode))
+  return row, _try(f"cudnn decode, {spec.name}", lambda: time_of(functools.partial(cases.dense_decode, chain=chain)))
 
 
 def _line(row):
@@ -253,7 +256,8 @@ def main():
             for batch in map(int, _BATCHES.value):
               timed = _try(f"{kind}, {name}", lambda: time_decode(kind, spec, batch, implementation))
               if timed:
-                record(kind, spec, f"batch {batch}", implementation, timed[0], (timed[1], None), batch=batch)
+                record(kind, spec, f"batch {batch}", implementation, timed[0], (timed[1], None), batch=batch,
+                       chain=_CHAIN.value)
           continue
         for pattern in _PATTERNS.value if cases.make(operation, spec).patterned else ("",):
           columns = _try(f"{operation}, {name}", lambda: time_case(operation, spec, pattern, implementation, seed))

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import cases, kernels, loops, models, peer, timing, wall
 from nsa import config as config_lib, flops, methods, metrics, progress, schedule
 from nsa.look import selections
+import pallas_kernels as pk
 from pallas_kernels import arg_specs
 
 
@@ -98,6 +99,20 @@ def test_decoding_from_pages_is_decoding_from_the_cache(batch):
     assert (blocks[..., 1:] > blocks[..., :-1]).all() and (blocks[..., -1] == 3).all()
     assert case.bytes == batch * 2 * spec.K * spec.H * 4 * (64 if "dense" in kind else 48)
     assert jax.eval_shape(case.function, x, None).shape == x["q"].shape
+
+
+@pytest.mark.parametrize("kind", ["decode_dense", "decode_selected"])
+def test_a_decoded_token_waits_for_the_one_before(kind, monkeypatch):
+  monkeypatch.setattr(cases, "DECODE_STEPS", 2)
+  spec = dataclasses.replace(arg_specs.get("tiny_g2"), J=3)
+  case, x = cases.decode(kind, spec, 2, "reference")
+  one = lambda q: {
+      "decode_dense": lambda: pk.attention(q, x["k"], x["v"], query_offset=63, implementation="reference"),
+      "decode_selected": lambda: pk.selected_attention(q, x["k"], x["v"], x["blocks"], block_size=16, query_offset=63,
+                                                       implementation="reference")}[kind]()[0]
+  np.testing.assert_allclose(case.function(x, None), one(one(x["q"])), rtol=1e-6)
+  case, x = cases.decode(kind, spec, 2, "reference", chain="added")
+  np.testing.assert_array_equal(case.function(x, None), x["q"])
 
 
 def test_the_peer_is_not_handed_the_empty_triton_cache_of_jax_triton(monkeypatch):

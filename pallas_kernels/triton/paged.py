@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import lists as entry_lists, spans
-from pallas_kernels.triton import call, ranged, tuning
+from pallas_kernels.triton import call, one_token, ranged, tuning
 from pallas_kernels.triton.range_kernels import softmax_step, store_softmax
 from pallas_kernels.triton.selected_kernels import head_rows
 
@@ -40,6 +40,10 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices, window, s
     slots, splits = page_table, min(4 * call.processors() // items, most // 4, MAX_SPLITS)
   else:
     J = block_indices.shape[3]
+    way = one_token.way_of(J, size, H)
+    if way is not None:
+      return one_token.attend(q, k_pages, v_pages, block_indices, page_table, low, high, way, block_size=size,
+                              scale=scale)
     slots = jnp.where(entry_lists.chosen(block_indices, blocks), block_indices, -1).astype(jnp.int32)
     splits = min(2 * call.processors() // items, J)
   splits = max(splits, 1)
