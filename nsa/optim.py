@@ -6,6 +6,7 @@ The learning rate comes from the schedule, not from a counter in the optimizer.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -85,12 +86,7 @@ def _match_adam(labels, shapes):
     if labels[path] != "muon":
       return update
     d = shapes[path]
-    rows = 1
-    for axis in d.reduction_axis:
-      rows *= update.shape[axis]
-    columns = 1
-    for axis in d.output_axis:
-      columns *= update.shape[axis]
+    rows, columns = (math.prod(update.shape[axis] for axis in axes) for axes in (d.reduction_axis, d.output_axis))
     return update * (0.2 * max(rows, columns) ** 0.5)
 
   return optax.stateless(lambda updates, params: {path: scale(path, u) for path, u in updates.items()})

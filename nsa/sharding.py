@@ -43,12 +43,18 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(config, devices=None) -> Mesh:
-  """The device mesh (data, fsdp, context, tensor). `config.validate` has checked that it fits."""
-  devices = jax.devices() if devices is None else devices
+def mesh_shape(config, devices: int) -> dict[str, int]:
+  """Devices along each axis; data = -1 takes what the others leave. `config.validate` has checked that it fits."""
   m = config.mesh
-  data = len(devices) // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
-  return jax.make_mesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+  data = devices // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
+  return dict(zip(AXES, (data, m.fsdp, m.context, m.tensor)))
+
+
+def make_mesh(config, devices=None) -> Mesh:
+  """The device mesh."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(tuple(mesh_shape(config, len(devices)).values()), AXES, axis_types=(AxisType.Auto,) * 4,
+                       devices=devices)
 
 
 def abstract_mesh(config, devices: int, device=None) -> AbstractMesh:
@@ -56,9 +62,7 @@ def abstract_mesh(config, devices: int, device=None) -> AbstractMesh:
 
   device: jax.sharding.AbstractDevice, for kernels that ask what they are lowered for.
   """
-  m = config.mesh
-  data = devices // (m.fsdp * m.context * m.tensor) if m.data == -1 else m.data
-  return AbstractMesh((data, m.fsdp, m.context, m.tensor), AXES, axis_types=(AxisType.Auto,) * 4,
+  return AbstractMesh(tuple(mesh_shape(config, devices).values()), AXES, axis_types=(AxisType.Auto,) * 4,
                       abstract_device=device)
 
 

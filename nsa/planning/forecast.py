@@ -48,14 +48,6 @@ class Forecast:
     return max(self.bounds, key=self.bounds.get)
 
 
-def mesh_shape(config, devices: int) -> dict[str, int]:
-  """Devices along each axis; data = -1 takes what the others leave."""
-  m = config.mesh
-  fixed = m.fsdp * m.context * m.tensor
-  return {"data": devices // fixed if m.data == -1 else m.data, "fsdp": m.fsdp, "context": m.context,
-          "tensor": m.tensor}
-
-
 def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inactive: float = 0.0) -> Forecast:
   """The forecast of one step.
 
@@ -67,7 +59,7 @@ def of_step(config, step: schedule.Step, chip: chips.Device, devices: int, inact
       all devices (expert parallelism); the exchange of tokens between experts is counted once each way, forward,
       backward and recomputed.
   """
-  m, mesh = config.model, mesh_shape(config, devices)
+  m, mesh = config.model, sharding.mesh_shape(config, devices)
   rows = step.batch / (mesh["data"] * mesh["fsdp"])
   tokens = rows * step.context / mesh["context"]            # of one device
   width = jax.numpy.dtype(m.dtype).itemsize
@@ -168,7 +160,7 @@ def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int
     for path, value in fields.items():
       where, name = path.split("__")
       setattr(getattr(other, where), name, value)
-    size = mesh_shape(other, devices)
+    size = sharding.mesh_shape(other, devices)
     if size["data"] < 1 or math.prod(size.values()) != devices or step.batch % (size["data"] * size["fsdp"]):
       return
     tries.append((of_step(other, step, chip, devices, inactive).bytes * ratio, text))
@@ -176,7 +168,7 @@ def what_to_change(config, step: schedule.Step, chip: chips.Device, devices: int
   m, mesh = config.model, config.mesh
   if m.remat == "none":
     attempt('model.remat="layer"', model__remat="layer")
-  data = mesh_shape(config, devices)["data"]
+  data = sharding.mesh_shape(config, devices)["data"]
   for factor in (2, 4, 8, 16):
     if data % factor == 0:
       attempt(f"mesh.fsdp={mesh.fsdp * factor} in place of {mesh.fsdp}", mesh__fsdp=mesh.fsdp * factor)

@@ -146,7 +146,7 @@ def ahead(config, topology: topology_lib.Topology, *, compile_steps: bool = True
   counts = flops.parameters(config)
   return {"topology": topology.name, "chips": topology.chips, "devices": topology.devices, "arm": config.arm,
           "size": config.size,
-          "mesh": forecast.mesh_shape(config, topology.devices), "parameters": counts["total"],
+          "mesh": sharding.mesh_shape(config, topology.devices), "parameters": counts["total"],
           "inactive_parameters": inactive,
           "tokens": tokens, "jax": jax.__version__, "steps": rows, "chip_hours": runs}
 
