@@ -133,14 +133,6 @@ def read(workdir, step):
   return found
 
 
-def test_a_start_with_a_wrong_trunk_leaves_nothing(run, tmp_path):
-  config = copy.deepcopy(run[0])
-  config.fork.workdir = str(tmp_path / "nowhere")
-  with pytest.raises(config_lib.ConfigError, match="fork.workdir = '.*nowhere': no run directory"):
-    train.train(config, tmp_path / "run", progress=False)
-  assert not any((tmp_path / "run").iterdir())
-
-
 def test_what_was_trained_stays_when_something_fails_behind_it(run, tmp_path, monkeypatch):
   config, write = copy.deepcopy(run[0]), train.metrics.write_json
   def fail(path, what, **options):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from nsa import (
-  checkpoint,
   config as config_lib,
   evaluate,
   held_out,
@@ -197,14 +196,6 @@ def test_what_evaluations_need_is_read_before_the_first_step(tmp_path, corpus):
     with pytest.raises((FileNotFoundError, ValueError), match=said):
       train(config, tmp_path / "run")
     assert not any((tmp_path / "run").iterdir()), "nothing that would refuse the corrected config"
-
-
-def test_an_error_in_the_middle_keeps_the_checkpoint_and_is_no_wrong_input(tmp_path, corpus, monkeypatch):
-  break_off(monkeypatch, 2, FileNotFoundError("a disk went away"))
-  with pytest.raises(RuntimeError, match="in the middle of training.*FileNotFoundError: a disk went away"):
-    train(make_config(corpus), tmp_path / "run")
-  assert checkpoint.Checkpoints(tmp_path / "run").steps() == [2]
-  assert not (tmp_path / "run/LOCK").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
