@@ -8,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from report_cases import judged, with_retrofit, words
+from report_cases import judged, seal, with_retrofit, words
 
 from benchmarks import planted
 from benchmarks.planted import MODES, write_study
@@ -31,6 +31,17 @@ def test_an_equal_retrofit_matches(tmp_path):
   barely = dataclasses.replace(r, p_tost=r.alpha)
   said = verdict.sentence(types.SimpleNamespace(sizes=["tiny"]), barely)
   assert barely.word == "matches" and "; but without one of the seeds p = " in said
+
+
+def test_a_word_that_the_opened_split_does_not_repeat_is_not_used(tmp_path):
+  root = write_study(tmp_path / "study", with_retrofit(0.0), seeds=range(6), noise=0.0005, match_noise=0.001)
+  seal(root, 0.1)  # on test the retrofit is behind
+  report.write([root], tmp_path / "open", publish=True, opened=True)
+  text = (tmp_path / "open/report.md").read_text()
+  assert "Retrofit against native_msa, 2 comparisons: 1 not repeated, 1 undecided." in text
+  assert ("**retrofit_msa_5 matches native_msa** here, and the sealed evaluations do not repeat it: no word" in text
+          and "**dense matches native_msa**, repeated by the sealed evaluations" in text)
+  assert "| matches | 6 | +0.1" in text and "**worse** |" in text  # before, and on test
 
 
 def test_a_worse_retrofit_is_worse_by_what_was_planted(tmp_path):

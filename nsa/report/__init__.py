@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 import textwrap
 
-from nsa.report import archive, document, endpoints, verdict as verdict_lib
+from nsa.report import archive, document, endpoints, gates, verdict as verdict_lib
 
 __all__ = ["ReportPaths", "verdict_table", "write"]
 
@@ -72,10 +72,7 @@ def _write(study, out, endings) -> ReportPaths:
   folder = out / "plots"
   folder.mkdir(parents=True, exist_ok=True)
   table = endpoints.rows(study)
-  verdict = verdict_lib.verdict(study, table)
-  opened = archive.unsealed(study) if study.opened else None
-  rows = endpoints.rows(opened) if opened else []
-  again = verdict_lib.verdict(opened, rows, verdict.admissions) if opened else None
+  verdict, again, rows = _judged(study, table)
   with matplotlib.rc_context(style.STYLE):
     gallery = sections.Gallery(study, folder, endings)
     blocks = sections.all_sections(study, table, verdict, gallery, again)
@@ -92,6 +89,16 @@ def _write(study, out, endings) -> ReportPaths:
   return result
 
 
+def _judged(study, table):
+  """(verdict, the same by what was sealed and has been opened or None, that one's rows)."""
+  if not study.opened:
+    return verdict_lib.verdict(study, table), None, []
+  opened = archive.unsealed(study)
+  rows, admitted = endpoints.rows(opened), gates.admissions(study, table)
+  again = verdict_lib.verdict(opened, rows, admitted)
+  return verdict_lib.verdict(study, table, admitted, again), again, rows
+
+
 def verdict_table(*paths: Path) -> str:
   """The arms and the verdict as plain text for a terminal, at most 100 columns where names are short.
 
@@ -99,7 +106,7 @@ def verdict_table(*paths: Path) -> str:
   """
   study = archive.load([Path(p) for p in paths])
   table = endpoints.rows(study)
-  verdict = verdict_lib.verdict(study, table)
+  verdict = _judged(study, table)[0]
   shown = [r for r in table if r.status == "done"] or table
   metrics = [e.metric for e in study.endpoints if e.primary and any(math.isfinite(r[e.metric]) for r in shown)]
   many, quantity = len(study.sizes) > 1, "Delta" if {"Delta"} & {*study.asked} & {*study.quantities} else "R"

@@ -63,15 +63,14 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
     return []
   shown = [run.sealed for run in archive.unsealed(study).finished if run.sealed]
   split = next((one["settings"]["split"] for one in shown if one.get("settings")), "")
-  key = lambda c: (c.endpoint.metric, c.size, c.quantity, c.arm)
-  before, lines, many = {key(c): c for c in found.comparisons}, [], len(study.sizes) > 1
+  before, lines, many = {c.key: c for c in found.comparisons}, [], len(study.sizes) > 1
   for c in again.comparisons:
     if c.family in ("", "secondary") or c.judgement is None:
       continue
-    i, old = c.judgement.interval, before[key(c)]
+    i, old = c.judgement.interval, before[c.key]
     lines.append([c.name, f"{c.arm} - {c.against}", c.metric.title] + [c.size] * many + [
-        c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.word, str(i.n),
-        c.metric.text(i.mean, True), c.metric.between(i), c.word if c.word == old.word else f"**{c.word}**"])
+        c.metric.text(old.judgement.interval.mean, True) if old.judgement else "-", old.said, str(i.n),
+        c.metric.text(i.mean, True), c.metric.between(i), c.said if c.said == old.said else f"**{c.said}**"])
   title = f"On {split}, which nothing was chosen by"
   count = f"{len(shown)} of {len(study.finished)} finished runs have a sealed evaluation that was opened"
   if not lines:
@@ -81,7 +80,8 @@ def opened(study: Study, found: Verdict, again: Verdict | None) -> list:
       + ["before", "outcome", "seeds", f"on {split}", "95 % t interval", "outcome"], lines,
       count + (f" (tier {', '.join(study.opened)})" if any(study.opened) else "") + ", each made at the end of its run "
       "and read by no report before all runs of its tier were there. Same tests, families and margins; endpoints are "
-      "admitted by their controls as above. Bold: another outcome", left=3 + many)]
+      "admitted by their controls as above. Bold: another outcome; a word that is not repeated is not used",
+      left=3 + many)]
 
 
 def gates(study: Study, table: list[Row], found: Verdict) -> list:

@@ -29,6 +29,7 @@ from nsa.report.runs import Endpoint, Study
 QUANTITIES = ("R", "A", "Delta")
 # Of Study.sections: what they are called in the report. They have a rule of their own, and what it says is the verdict.
 SECTIONS = {"frontier": "What sparsity is safe?", "isoflop": "Larger and sparse, or smaller and dense?"}
+_FOUND = ("matches", "worse", "better")
 APART = 0.2        # exact match: seeds whose outcomes fall into two groups so far apart are counted, not averaged alone
 
 
@@ -53,6 +54,7 @@ class Comparison:
   reason: str = ""
   p_tost: float = math.nan                 # after Holm
   p_difference: float = math.nan           # after Holm
+  repeated: bool | None = None             # whether the opened evaluations say the same; None: they say nothing
 
   @property
   def metric(self) -> endpoints.Metric:
@@ -65,6 +67,11 @@ class Comparison:
 
   @property
   def word(self) -> str:
+    """What counts: `said`, but "not repeated" for a match or a difference that the opened evaluations do not repeat."""
+    return "not repeated" if self.repeated is False and self.said in _FOUND else self.said
+
+  @property
+  def said(self) -> str:
     """matches | better | worse | undecided, after Holm; cannot be judged; not admitted; "" of an exploratory
     comparison."""
     if not self.family:
@@ -86,6 +93,10 @@ class Comparison:
     return f"{n} of {self.expected} seeds so far" if n < self.expected else f"{n} seeds"
 
   @property
+  def key(self) -> tuple[str, str, str, str]:
+    return self.quantity, self.endpoint.metric, self.size, self.arm
+
+  @property
   def name(self) -> str:
     return self.quantity + (f"({percent(self.budget)})" if self.budget is not None else "")
 
@@ -95,9 +106,9 @@ class Comparison:
 
   @property
   def without_one(self) -> list[float]:
-    """p without each seed in turn, before Holm: of equivalence where the word is "matches", else of the t test."""
+    """p without each seed in turn, before Holm: of equivalence where `said` is "matches", else of the t test."""
     test = statistics.t_test
-    if self.word == "matches":
+    if self.said == "matches":
       test = functools.partial(statistics.tost, margin=self.endpoint.margin)
     return statistics.leave_one_out(list(self.differences.values()), test) if self.differences else []
 
@@ -256,17 +267,20 @@ def sentence(study: Study, c: Comparison) -> str:
   if c.word == "not admitted":
     return f"{c.name}{size}: {c.arm} minus {c.against} is {where} (95 % t interval {m.between(i)}); no verdict."
   verb = {"matches": "matches {}", "worse": "is worse than {}", "better": "is better than {}",
-          "undecided": "against {} is undecided"}[c.word].format(c.against)
-  p = (f"equivalence within ±{m.text(c.endpoint.margin)}, p = {p_text(c.p_tost)}" if c.word == "matches" else
-       f"difference, p = {p_text(c.p_difference)}" if c.word in ("worse", "better") else
+          "undecided": "against {} is undecided"}[c.said].format(c.against)
+  p = (f"equivalence within ±{m.text(c.endpoint.margin)}, p = {p_text(c.p_tost)}" if c.said == "matches" else
+       f"difference, p = {p_text(c.p_difference)}" if c.said in ("worse", "better") else
        f"p = {p_text(c.p_tost)} for equivalence within ±{m.text(c.endpoint.margin)}, {p_text(c.p_difference)} for a "
        "difference")
-  text = f"{c.name}{size}: **{c.arm} {verb}**: {where} (95 % t interval {m.between(i)}, {c.seeds}; after Holm {p})"
-  if c.word == "matches" and i.excludes_zero:
+  stands = {None: "", True: ", repeated by the sealed evaluations", False: " here, and the sealed evaluations do not "
+            "repeat it: no word"}[c.repeated if c.said in _FOUND else None]
+  text = (f"{c.name}{size}: **{c.arm} {verb}**{stands}: {where} (95 % t interval {m.between(i)}, {c.seeds}; after Holm "
+          f"{p})")
+  if c.said == "matches" and i.excludes_zero:
     text += "; a difference is there, and it is smaller than the margin"
-  if c.word == "matches" and (without := max(c.without_one, default=0.0) * c.p_tost / j.p_tost) > c.alpha:
+  if c.said == "matches" and (without := max(c.without_one, default=0.0) * c.p_tost / j.p_tost) > c.alpha:
     text += f"; but without one of the seeds p = {p_text(min(1.0, without))} after Holm"
-  if c.word in ("worse", "better"):
+  if c.said in ("worse", "better"):
     without = max(c.without_one, default=0.0)  # of 2 seeds there is none
     weak = [f"sign flips give p = {p_text(c.sign_flip)}"] * (c.sign_flip > 0.05) + [
         f"without one of the seeds p = {p_text(without)}"] * (without > 0.05)
@@ -289,10 +303,18 @@ def detectable(found: list[Comparison]) -> str:
               if effects[-1] > found[0].endpoint.margin else "."))
 
 
-def verdict(study: Study, table: list[Row], admitted: dict | None = None) -> Verdict:
-  """The first words of the report. admitted: by which controls, where they are not in this table (gates.admissions)."""
+def verdict(study: Study, table: list[Row], admitted: dict | None = None, again: Verdict | None = None) -> Verdict:
+  """The first words of the report.
+
+  admitted: by which controls, where they are not in this table (gates.admissions).
+  again: the same by evaluations that had been sealed; a word that they do not repeat is not used.
+  """
   admitted = gates.admissions(study, table) if admitted is None else admitted
   found = comparisons(study, table, admitted)
+  if again is not None:
+    there = {c.key: c.said for c in again.comparisons if c.judgement is not None}
+    for c in found:
+      c.repeated = there[c.key] == c.said if c.key in there else None
   failed = sum(r.status == "failed" for r in study.runs)
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
   lost = sum(len(r.diverged) for r in study.finished)
@@ -366,8 +388,7 @@ def _of_endpoint(study, table, result, e, size) -> list[str]:
   return lines + ([d] if e.primary and (d := detectable(mine)) else [])
 
 
-_FOUND = ("matches", "worse", "better")
-_WORDS = (*_FOUND, "undecided", "cannot be judged", "not admitted")
+_WORDS = (*_FOUND, "not repeated", "undecided", "cannot be judged", "not admitted")
 
 
 def _tally(group) -> str:
@@ -406,7 +427,7 @@ def _headline(study, primary):
   if words == {"matches"}:
     margins = " and ".join(dict.fromkeys(f"{c.metric.text(c.endpoint.margin)} {c.metric.unit}" for c in judged))
     return f"{who} matches {against} within {margins}{many}{unjudged}{note}."
-  if len(words) == 1:
+  if words in ({"worse"}, {"better"}):
     return f"{who} is {words.pop()} than {against}{many}{unjudged}{note}."
   words = [c.word for c in judged]
   tally = ", ".join(f"{words.count(w)} {w}" for w in _WORDS if w in words)

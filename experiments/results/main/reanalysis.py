@@ -5,7 +5,8 @@
 
 A path is a published archive, what it unpacks to, or a study's own directory; of several, one after the other, runs
 add up and the last one's study.json counts. --sealed: the values of the sealed evaluations, of the tiers that were
-opened (launch.report --open); endpoints are admitted by the controls of the plain ones all the same. Rules: PLAN.md.
+opened (launch.report --open); endpoints are admitted by the controls of the plain ones all the same. Without it words
+say whether those values repeat them. Rules: PLAN.md.
 """
 import collections
 import itertools
@@ -279,10 +280,14 @@ def published(folder):
 def main(arguments):
   sealed = "--sealed" in arguments
   paths = [a for a in arguments if not a.startswith("--")]
-  found, admitted, lines = analyse(paths or published(pathlib.Path(__file__).parent), sealed)
+  where = paths or published(pathlib.Path(__file__).parent)
+  key = lambda c: (c["metric"], c["size"], c["quantity"], c["arm"])
+  found, admitted, lines = analyse(where, sealed)
   for (metric, size), passed in admitted.items():
     failed = [name for name, ok in passed.items() if not ok]
     print(f"{metric} {size}: " + (f"NOT ADMITTED: {', '.join(failed)}" if failed else "admitted"))
+  again = {} if sealed or not read(*where)[0].get("opened") else {
+      key(c): c["word"] for c in analyse(where, sealed=True)[0] if c["n"] > 1}
   for c in found:
     numbers = f"{c['mean']:+.4f}" if c["n"] else "-"
     if "tost" in c:
@@ -290,7 +295,10 @@ def main(arguments):
                   f"{c['difference_holm']:.2g}, flips {c['flips']:.2g}, without one "
                   f"{min(c['without'], default=math.nan):.2g} to "
                   f"{max(c['without'], default=math.nan):.2g}, detectable {c['detectable']:.4f}")
-    print(f"{c['metric']} {c['size']} {c['quantity']} {c['arm']}: {c['word']}, {c['n']} seeds, {numbers}")
+    word = c["word"]
+    if word in ("matches", "worse", "better") and key(c) in again:
+      word += ", repeated" if again[key(c)] == word else ", NOT REPEATED by what was sealed: no word"
+    print(f"{c['metric']} {c['size']} {c['quantity']} {c['arm']}: {word}, {c['n']} seeds, {numbers}")
   print("\n".join(lines))
 
 
