@@ -45,13 +45,19 @@ def place(a, b, c, d, e, f, g, n, NQ: tl.constexpr, NK: tl.constexpr, H: tl.cons
 
 
 @triton.jit
-def gain_of(gain, b, n, B: tl.constexpr, R: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, NT: tl.constexpr,
-            H: tl.constexpr):
-  """Pointer to the gain of head n, of q's or of its group's."""
-  gain += b // (B // R) * ((1 + NT) * H)
-  if NK > 0:
-    gain += tl.where(n < NQ, 0, 1 + (n - NQ) // NK) * H
-  return gain
+def gain_of(gain, b, n, is_turned, B: tl.constexpr, R: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr,
+            NT: tl.constexpr, H2: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+  """The gain of head n, of q's or of its group's, by halves, float32[ROWS, H2]; 0 where there is none."""
+  one = tl.zeros([ROWS, H2], tl.float32)
+  two = one
+  if NORM:
+    gain += b // (B // R) * ((1 + NT) * 2 * H2)
+    if NK > 0:
+      gain += tl.where(n < NQ, 0, 1 + (n - NQ) // NK) * (2 * H2)
+    if is_turned:
+      one += tl.load(gain + tl.arange(0, H2))[None, :]
+      two += tl.load(gain + H2 + tl.arange(0, H2))[None, :]
+  return one, two
 
 
 @triton.jit
@@ -106,13 +112,7 @@ def heads_forward_kernel(y, taps, gain, cos, sin, first, oa, ob, oc, od, oe, of,
   y += (b * T * N + n) * (2 * H2)
   to += b * T * step
   first += b * T
-  gain_one = tl.zeros([ROWS, H2], tl.float32)
-  gain_two = gain_one
-  if NORM:
-    gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
-    if is_turned:
-      gain_one += tl.load(gain + h)[None, :]
-      gain_two += tl.load(gain + H2 + h)[None, :]
+  gain_one, gain_two = gain_of(gain, b, n, is_turned, B, R, NQ, NK, NT, H2, ROWS, NORM)
   REACH: tl.constexpr = W - 1 if W > 0 else 0
   tap_one, tap_two = taps_of(taps, b, n, B, R, N, H2, W)
   before_one, before_two = before_of(y, start, T, N, H2, W)
@@ -196,12 +196,8 @@ def heads_backward_kernel(y, taps, gain, cos, sin, first, da, db, dc, dd, de, df
   of += b * T * step
   first += b * T
   none = tl.zeros([ROWS, H2], tl.float32)
-  gain_one, gain_two, gain_sum_one, gain_sum_two = none, none, none, none
-  if NORM:
-    gain = gain_of(gain, b, n, B, R, NQ, NK, NT, 2 * H2)
-    if is_turned:
-      gain_one += tl.load(gain + h)[None, :]
-      gain_two += tl.load(gain + H2 + h)[None, :]
+  gain_sum_one, gain_sum_two = none, none
+  gain_one, gain_two = gain_of(gain, b, n, is_turned, B, R, NQ, NK, NT, H2, ROWS, NORM)
   REACH: tl.constexpr = W - 1 if W > 0 else 0
   tap_one, tap_two = taps_of(taps, b, n, B, R, N, H2, W)
   before_one, before_two = before_of(y, start, T, N, H2, W)

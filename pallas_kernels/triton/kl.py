@@ -243,8 +243,8 @@ def sum_units(parts, unit_start, plan, heads, dtype):
   shape = (plan.batch, plan.kv_heads // heads, plan.blocks, *parts.shape[1:])
   return call.kernel_call(
       kl_kernels.sum_units_kernel, (parts, unit_start), jax.ShapeDtypeStruct(shape, dtype),
-      grid=(shape[0] * shape[1] * plan.blocks * -(-size // chunk),), name="sum_units", num_warps=4, K=plan.kv_heads,
-      RANGES=plan.ranges, BLOCKS=plan.blocks, HEADS=heads, SIZE=size, CHUNK=chunk)
+      grid=(shape[0] * shape[1] * plan.blocks * -(-size // chunk),), name="sum_units", num_warps=4, RANGES=plan.ranges,
+      BLOCKS=plan.blocks, HEADS=heads, SIZE=size, CHUNK=chunk)
 
 
 def sum_keys(dk, dv, unit_start, plan, dtype, *, scale=1.0, transposed=False):

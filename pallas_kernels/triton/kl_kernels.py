@@ -153,8 +153,8 @@ def selected_backward_kernel(q_idx, k_idx, index_lse, factor, weight, rows, span
 
 
 @triton.jit
-def sum_units_kernel(parts, unit_start, out, K: tl.constexpr, RANGES: tl.constexpr, BLOCKS: tl.constexpr,
-                     HEADS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+def sum_units_kernel(parts, unit_start, out, RANGES: tl.constexpr, BLOCKS: tl.constexpr, HEADS: tl.constexpr,
+                     SIZE: tl.constexpr, CHUNK: tl.constexpr):
   """out[b, head, block, :] = sum of parts [units, SIZE] over the units of a block, in their order.
 
   HEADS neighbouring KV heads are summed into one.

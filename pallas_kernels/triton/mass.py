@@ -15,7 +15,7 @@ import triton.language as tl
 
 from pallas_kernels import masked, spans
 from pallas_kernels.triton import call, ranged, tuning
-from pallas_kernels.triton.score_kernels import columns, max_heads, sum_heads
+from pallas_kernels.triton.score_kernels import columns, over_heads
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -110,13 +110,13 @@ def by_block_kernel(q, k, lse, first, end, chosen, mass, entropy, B: tl.constexp
       x = tl.dot(rows, tl.trans(queries), input_precision=PRECISION) * SCALE - norm[None, :]
       seen = (c[:, None] >= low[None, :]) & (c[:, None] < high[None, :])
       if PEAK:
-        x = tl.where(seen, max_heads(x, GP, BLOCK, ROWS), float("-inf"))
+        x = tl.where(seen, over_heads(tl.max, x, GP, BLOCK, ROWS), float("-inf"))
         total = tl.maximum(total, tl.max(tl.reshape(x, (PER, BLOCK // PER, TOKENS)), axis=1))
       else:
         x = tl.maximum(x, -1e30)  # 0 * -inf is NaN
         p = tl.exp2(x)
-        products = sum_heads(p * x, GP, BLOCK, ROWS)
-        p = tl.where(seen, sum_heads(p, GP, BLOCK, ROWS), 0.0)
+        products = over_heads(tl.sum, p * x, GP, BLOCK, ROWS)
+        p = tl.where(seen, over_heads(tl.sum, p, GP, BLOCK, ROWS), 0.0)
         total += tl.sum(tl.reshape(p, (PER, BLOCK // PER, TOKENS)), axis=1)
         spread -= tl.where(seen, products, 0.0)
     if SELECTED:

@@ -85,7 +85,7 @@ def _unit(x):
 
 
 @triton.jit
-def _moved(a, pair, keys, errors, mixing, tiles, beta, gamma, I: tl.constexpr, O: tl.constexpr, T: tl.constexpr,
+def _moved(a, pair, keys, errors, mixing, tiles, beta, gamma, I: tl.constexpr, O: tl.constexpr,
            PART: tl.constexpr, PRECISION: tl.constexpr):
   """a times its matrix after each token's own write, [rows, O]: of what the chunk began with less what its first
   `tiles` times PART tokens wrote. `mixing`: pointers to rows, [rows, 1]."""
@@ -103,7 +103,7 @@ def _moved(a, pair, keys, errors, mixing, tiles, beta, gamma, I: tl.constexpr, O
 
 @triton.jit
 def _back(a, dz, pair, keys, errors, mixing, dmixing, more, tiles, beta, gamma, I: tl.constexpr, O: tl.constexpr,
-          T: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr):
+          PART: tl.constexpr, PRECISION: tl.constexpr):
   """Gradients of `_moved` for that of its result: of a, beta [rows] and gamma [rows]; that of mixing it stores, or adds
   to what is there where `more` is not 0."""
   i, o = tl.arange(0, I), tl.arange(0, O)
@@ -138,11 +138,11 @@ def read_forward_kernel(q, live, gain, mixing, beta, gamma, k, hidden, errors0, 
   start, new = tl.load(beta + n * T + t)[:, None], tl.load(gamma + n * T + t)[:, None]
   at = ((token * R + memory % R) * G + g)[:, None] * I + i[None, :]
   a0, _, _ = _unit(tl.load(q + at).to(tl.float32))
-  z = _moved(a0, pairs0 + n * 2 * I * H, k + n * T * I, errors0 + n * T * H, mix, tiles, start, new, I, H, T, PART,
+  z = _moved(a0, pairs0 + n * 2 * I * H, k + n * T * I, errors0 + n * T * H, mix, tiles, start, new, I, H, PART,
              PRECISION)
   z = z * _bounding(z)
   z = _moved(z * tl.sigmoid(z) * (1.0 / H ** 0.5), pairs1 + n * 2 * I * H, hidden + n * T * H, errors1 + n * T * I, mix,
-             tiles, start, new, H, I, T, PART, PRECISION)
+             tiles, start, new, H, I, PART, PRECISION)
   on, weight = tl.load(live + token)[:, None], tl.load(gain + memory * I + i)[None, :]
   a0, _, _ = _unit(tl.load(q + at).to(tl.float32))
   tl.store(y + at, (a0 + weight * (z * _bounding(z))) * on)
@@ -173,19 +173,19 @@ def read_rows_kernel(q, live, gain, mixing, beta, gamma, k, hidden, errors0, err
     wide, deep = row[:, None] * I + i[None, :], row[:, None] * H + h[None, :]
     a0, _, _ = _unit(tl.load(q + at).to(tl.float32))
     tl.store(a0s + wide, a0.to(dtype))
-    z0 = _moved(a0, pairs0, k, errors0, mix, tiles, start, new, I, H, T, PART, PRECISION)
+    z0 = _moved(a0, pairs0, k, errors0, mix, tiles, start, new, I, H, PART, PRECISION)
     s0 = _bounding(z0)
     n0 = z0 * s0
     a1 = n0 * tl.sigmoid(n0) * (1.0 / H ** 0.5)
     tl.store(a1s + deep, a1.to(dtype))
-    z1 = _moved(a1, pairs1, hidden, errors1, mix, tiles, start, new, H, I, T, PART, PRECISION)
+    z1 = _moved(a1, pairs1, hidden, errors1, mix, tiles, start, new, H, I, PART, PRECISION)
     s1 = _bounding(z1)
     answer = tl.load(dy + at) * tl.load(live + token)[:, None]
     dweight += tl.sum(answer * (z1 * s1), 0)
     dz1 = _through(z1, s1, answer * tl.load(gain + memory * I + i)[None, :])
     tl.store(dz1s + wide, dz1.to(dtype))
     tl.debug_barrier()  # dmix of the query before
-    da1, one, two = _back(a1, dz1, pairs1, hidden, errors1, mix, dmix, g, tiles, start, new, H, I, T, PART, PRECISION)
+    da1, one, two = _back(a1, dz1, pairs1, hidden, errors1, mix, dmix, g, tiles, start, new, H, I, PART, PRECISION)
     dstart += one
     dnew += two
     open0 = tl.sigmoid(n0)
@@ -194,7 +194,7 @@ def read_rows_kernel(q, live, gain, mixing, beta, gamma, k, hidden, errors0, err
     x = tl.load(q + at).to(tl.float32)
     a0, scale, gate = _unit(x)
     tl.debug_barrier()  # dmix of the other matrix
-    da0, one, two = _back(a0, dz0, pairs0, k, errors0, mix, dmix, 1, tiles, start, new, I, H, T, PART, PRECISION)
+    da0, one, two = _back(a0, dz0, pairs0, k, errors0, mix, dmix, 1, tiles, start, new, I, H, PART, PRECISION)
     dstart += one
     dnew += two
     da0 += tl.load(dy + at) * tl.load(live + token)[:, None]

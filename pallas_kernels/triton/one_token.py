@@ -116,7 +116,7 @@ def parts_kernel(q, k, v, slots, table, low, high, o, lse, ITEMS: tl.constexpr, 
   part = tl.program_id(0) % SPLITS
   column = tl.program_id(0) // SPLITS % COLUMNS
   item = tl.program_id(0) // (SPLITS * COLUMNS)
-  b, r, row, ok = head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP)
   HV: tl.constexpr = H // COLUMNS
   PER: tl.constexpr = (J + SPLITS - 1) // SPLITS
   ROWS: tl.constexpr = SLOTS * SIZE

@@ -68,7 +68,7 @@ def kernel(q, k, v, table, slots, low, high, o, lse, ITEMS: tl.constexpr, T: tl.
   blocks that hold a visible token."""
   part = tl.program_id(0) % SPLITS
   item = tl.program_id(0) // SPLITS
-  b, r, row, ok = head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP)
   first, stop = tl.load(low + item // K), tl.load(high + item // K)
   begin, end = 0, J
   if J == 0:

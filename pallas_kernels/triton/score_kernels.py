@@ -42,25 +42,14 @@ def columns(GP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sum_heads(p, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
-  """[KEYS, ROWS] with columns in the order of `columns` to [KEYS, tokens]."""
+def over_heads(fold: tl.constexpr, x, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
+  """[KEYS, ROWS] with columns in the order of `columns` to [KEYS, tokens], by `fold`: tl.sum or tl.max."""
   TOKENS: tl.constexpr = ROWS // GP
   if 2 <= GP and GP <= ROWS // 4:
-    p = tl.sum(tl.reshape(p, (KEYS, TOKENS // 4, GP // 2, 4, 2)), axis=4)
-    return tl.reshape(tl.sum(p, axis=2), (KEYS, TOKENS))
+    x = fold(tl.reshape(x, (KEYS, TOKENS // 4, GP // 2, 4, 2)), axis=4)
+    return tl.reshape(fold(x, axis=2), (KEYS, TOKENS))
   else:
-    return tl.sum(tl.reshape(p, (KEYS, TOKENS, GP)), axis=2)
-
-
-@triton.jit
-def max_heads(x, GP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr):
-  """As `sum_heads`, the largest of the heads."""
-  TOKENS: tl.constexpr = ROWS // GP
-  if 2 <= GP and GP <= ROWS // 4:
-    x = tl.max(tl.reshape(x, (KEYS, TOKENS // 4, GP // 2, 4, 2)), axis=4)
-    return tl.reshape(tl.max(x, axis=2), (KEYS, TOKENS))
-  else:
-    return tl.max(tl.reshape(x, (KEYS, TOKENS, GP)), axis=2)
+    return fold(tl.reshape(x, (KEYS, TOKENS, GP)), axis=2)
 
 
 @triton.jit
@@ -94,7 +83,7 @@ def _compressed_step(out, q, norm, k, block, low, high, C, K: tl.constexpr, H: t
   c = block * BLOCK + key
   keys = tl.load(at) if WHOLE else tl.load(at, mask=(c < C)[:, None], other=0.0)
   s = tl.dot(keys, tl.trans(q), input_precision=PRECISION)
-  p = sum_heads(tl.exp2(s * SCALE - norm[None, :]), GP, BLOCK, ROWS)
+  p = over_heads(tl.sum, tl.exp2(s * SCALE - norm[None, :]), GP, BLOCK, ROWS)
   p = tl.where((c[:, None] >= low[None, :]) & (c[:, None] < high[None, :]), p, 0.0)
   nth = key % RATIO * STRIDE
   own_weight = (tl.minimum(nth + LEN, SIZE) - nth).to(tl.float32) / STRIDE

@@ -95,8 +95,8 @@ def _backward(q, k, v, rest, o, lse, do, dlse, how):
   constants = _constants(q, k, how, "selected_forward")
   dq = call.kernel_call(
       selected_kernels.dq_kernel, (q, k, v, do, lse, delta, *_slots(q, k, rest, how)),
-      jax.ShapeDtypeStruct(q.shape, q.dtype), grid=(B * T * K,), name="selected_attention_dq", ITEMS=B * T * K, T=T,
-      J=J, FACTOR=how[1], **_per_token(constants))
+      jax.ShapeDtypeStruct(q.shape, q.dtype), grid=(B * T * K,), name="selected_attention_dq", T=T, J=J,
+      FACTOR=how[1], **_per_token(constants))
   plan = _plan(q, k, J, how[0])
   block_indices, segment_ids, offset = rest
   entries = entry_lists.invert(block_indices, plan, segment_ids, offset)

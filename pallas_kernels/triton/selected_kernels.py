@@ -14,7 +14,7 @@ from pallas_kernels.triton.range_kernels import load_block, softmax_step, store_
 
 
 @triton.jit
-def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr):
+def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
   """Of (batch, token, KV head) number `item`: its batch, its KV head, its rows of q, whether there is such a row."""
   b = item // (T * K)
   m = tl.arange(0, GP)
@@ -23,7 +23,7 @@ def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl
 
 
 @triton.jit
-def _slot(indices, item, n, k, b, r, S, K: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
+def _slot(indices, item, n, b, r, S, K: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
           first, stop, JP: tl.constexpr):
   """Of slot n: where its block of k or v begins, and which of its keys are seen, and which are there.
 
@@ -55,7 +55,7 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
   """o [SPLITS, B, T, N, H] and lse [SPLITS, B, T, N], from one of SPLITS parts of the slots."""
   part = tl.program_id(0) % SPLITS
   item = tl.program_id(0) // SPLITS
-  b, r, row, ok = head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP)
   first, stop = tl.load(low + item // K), tl.load(high + item // K)
   queries = tl.load(q + row[:, None] * H + tl.arange(0, H)[None, :], mask=ok[:, None], other=0.0)
   acc = tl.zeros((GP, H), tl.float32)
@@ -63,7 +63,7 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
   total = tl.zeros((GP,), tl.float32)
   PER: tl.constexpr = (J + SPLITS - 1) // SPLITS
   for n in range(part * PER, tl.minimum(part * PER + PER, J)):
-    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop, JP)
+    at, seen, there = _slot(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, JP)
     s = tl.dot(queries, tl.trans(_rows(k + at, there, K * H, H, SIZE)), input_precision=PRECISION)
     s = tl.where(seen[None, :], s, float("-inf"))
     p, decay, top, total = softmax_step(s, top, total, SCALE, True)
@@ -73,12 +73,11 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, ITEMS: tl.constexpr, T: tl.constexpr,
-              S: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr,
-              J: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-              PRECISION: tl.constexpr):
+def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, T: tl.constexpr, S: tl.constexpr,
+              K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
+              SCALE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
   item = tl.program_id(0)
-  b, r, row, ok = head_rows(item, T, K, G, GP, H)
+  b, r, row, ok = head_rows(item, T, K, G, GP)
   first, stop = tl.load(low + item // K), tl.load(high + item // K)
   square = row[:, None] * H + tl.arange(0, H)[None, :]
   queries = tl.load(q + square, mask=ok[:, None], other=0.0)
@@ -87,7 +86,7 @@ def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, ITEMS: tl.constex
   shift = tl.load(delta + row, mask=ok, other=0.0)
   acc = tl.zeros((GP, H), tl.float32)
   for n in range(J):
-    at, seen, there = _slot(indices, item, n, k, b, r, S, K, H, J, SIZE, first, stop, 0)
+    at, seen, there = _slot(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, 0)
     keys = _rows(k + at, there, K * H, H, SIZE)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE - norm[:, None]
     p = tl.exp2(tl.where(seen[None, :], s, float("-inf")))
