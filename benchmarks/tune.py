@@ -17,7 +17,7 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
+from benchmarks import cases, timing
 from launch import cli
 from pallas_kernels import arg_specs, spans
 
@@ -79,6 +79,12 @@ def range_decode(spec):
   f = lambda q, k: ranged.attention(q, k, k, causal=True, window=None, scale=0.1, segment_ids=None,
                                     query_offset=spec.T - 1)
   return f, (q, k)
+
+
+def selected_decode(spec):
+  """Tokens of a batch of 8, as a generation loop launches them."""
+  case, x = cases.decode("decode_selected", spec, 8, "triton")
+  return case.function, (x, None)
 
 
 def compressed_scores(spec):
@@ -152,6 +158,7 @@ KERNELS = {  # kernel -> (what is timed, candidates)
     "range_forward": (range_forward, _grid((128,), (64, 128), (8,), (2, 3)) + _grid((64,), (64, 128), (4,), (3,))),
     "range_decode": (range_decode, _grid((16,), (32, 64, 128), (4,), (3, 4))),
     "selected_forward": (selected_both, _grid((16,), (64,), (1, 2, 4), (2, 3))),
+    "selected_decode": (selected_decode, _grid((16,), (64,), (1, 2, 4), (2, 3))),
     "selected_dkv": (selected_both, _grid((64,), (64,), (4, 8), (1, 2))),
 }
 

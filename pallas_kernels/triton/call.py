@@ -83,7 +83,7 @@ def small_memory():
   return capability() in (86, 89, 120)
 
 
-def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=2, cluster=1, **constants):
+def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=2, **constants):
   """Runs a Triton kernel.
 
   Args:
@@ -95,22 +95,17 @@ def kernel_call(kernel, inputs, outputs, *, grid, name, num_warps=4, num_stages=
     grid: up to three ints; the first may be as large as 2^31 - 1, the others 65,535.
     name: in profiles and in lowered text.
     num_warps, num_stages: of the Triton compiler.
-    cluster: programs, 8 at most, that run at the same time and can wait for each other at the cluster's barrier, on
-      compute capability 9.0, in calls that are `recorded`. Then `grid` counts clusters along its first axis,
-      `tl.program_id` programs.
     **constants: the kernel's constexprs.
 
   Returns:
     Arrays as `outputs`.
   """
-  if cluster > 1 and (INTERPRET or not recorded()):
-    raise NotImplementedError(f"{name}: clusters of {cluster} are for calls that XLA records")
   if INTERPRET:
     return _interpret(kernel, inputs, outputs, grid, constants)
   if recorded():
     single = hasattr(outputs, "shape")
     results = compiled.call(kernel, inputs, [outputs] if single else outputs, grid=grid, name=name, num_warps=num_warps,
-                            num_stages=num_stages, cluster=cluster, capability=capability(), constants=constants)
+                            num_stages=num_stages, capability=capability(), constants=constants)
     return results[0] if single else type(outputs)(results)
   import jax_triton
   results = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"

@@ -32,10 +32,10 @@ def target_is_there() -> bool:
   return TARGET in getattr(gpu_triton._cuda_triton, "registrations", dict)()
 
 
-def call(kernel, inputs, outputs, *, grid, name, num_warps, num_stages, cluster, capability, constants):
+def call(kernel, inputs, outputs, *, grid, name, num_warps, num_stages, capability, constants):
   """Arrays as `outputs`, a list; capability: of the GPU, times ten; all else as in `call.kernel_call`."""
   return _call.bind(*inputs, kernel=kernel, outputs=tuple(outputs), grid=(*grid, 1, 1)[:3], name=name,
-                    num_warps=num_warps, num_stages=num_stages, cluster=cluster, capability=capability,
+                    num_warps=num_warps, num_stages=num_stages, capability=capability,
                     constants=tuple((at, type(x).__name__, x) for at, x in sorted(constants.items())))
 
 
@@ -74,12 +74,11 @@ def compiled(kernel, pointers, constants, num_warps, num_stages, capability):
   return made
 
 
-def _lower(ctx, *operands, kernel, outputs, grid, name, num_warps, num_stages, cluster, capability,
-           constants):
+def _lower(ctx, *operands, kernel, outputs, grid, name, num_warps, num_stages, capability, constants):
   from jaxlib import gpu_triton
   pointers = tuple(_POINTERS[x.dtype.name] for x in (*ctx.avals_in, *outputs))
   made = compiled(kernel, pointers, constants, num_warps, num_stages, capability)
-  code = gpu_triton.TritonKernel(made.name, num_warps, cluster, made.metadata.shared, made.asm["ptx"], "", capability)
+  code = gpu_triton.TritonKernel(made.name, num_warps, 1, made.metadata.shared, made.asm["ptx"], "", capability)
   array = gpu_triton.create_array_parameter(0, 16)  # not zeroed before; begins at a multiple of 16 bytes
   launch = gpu_triton.TritonKernelCall(code, *grid, [array] * len(pointers)).to_proto(name, b"")
   return jax.ffi.ffi_lowering(TARGET)(ctx, *operands, opaque=zlib.compress(launch))

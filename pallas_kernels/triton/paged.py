@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import lists as entry_lists, spans
-from pallas_kernels.triton import call, one_token, ranged, tuning
+from pallas_kernels import spans
+from pallas_kernels.triton import call, ranged, tuning
 from pallas_kernels.triton.range_kernels import softmax_step, store_softmax
-from pallas_kernels.triton.selected_kernels import head_rows
+from pallas_kernels.triton.selected_kernels import head_rows, slot
 
 MAX_SPLITS = 128
 MAX_TILE = 128 * 128  # numbers of a page of one head
@@ -36,15 +36,11 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices, window, s
   low, high = spans.of_tokens(spans.positions(T, query_offset, B), blocks * size, None, window=window)
   items = B * T * K
   if block_indices is None:
-    J, most = 0, blocks if window is None else min(blocks, -(-window // size) + 1)
+    J, JP, most = 0, 0, blocks if window is None else min(blocks, -(-window // size) + 1)
     slots, splits = page_table, min(4 * call.processors() // items, most // 4, MAX_SPLITS)
   else:
     J = block_indices.shape[3]
-    way = one_token.way_of(J, size, H)
-    if way is not None:
-      return one_token.attend(q, k_pages, v_pages, block_indices, page_table, low, high, way, block_size=size,
-                              scale=scale)
-    slots = jnp.where(entry_lists.chosen(block_indices, blocks), block_indices, -1).astype(jnp.int32)
+    slots, JP = block_indices.astype(jnp.int32), call.next_power_of_2(J)
     splits = min(2 * call.processors() // items, J)
   splits = max(splits, 1)
   tuned = tuning.get("range_decode", head_dim=H, dtype=q.dtype)
@@ -55,15 +51,15 @@ def paged_attention(q, k_pages, v_pages, page_table, *, block_indices, window, s
        jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)],
       grid=(items * splits,), name="paged_attention", num_warps=tuned.warps,
       num_stages=stages, ITEMS=items, T=T, BLOCKS=blocks, PAGES=pages, K=K, G=N // K,
-      GP=max(call.next_power_of_2(N // K), ranged.MIN_ROWS), H=H, J=J, SIZE=size, SCALE=float(scale) * call.LOG2E,
-      SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
+      GP=max(call.next_power_of_2(N // K), ranged.MIN_ROWS), H=H, J=J, JP=JP, SIZE=size,
+      SCALE=float(scale) * call.LOG2E, SPLITS=splits, PRECISION="ieee" if q.dtype == jnp.float32 else "tf32")
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 
 
 @triton.jit
 def kernel(q, k, v, table, slots, low, high, o, lse, ITEMS: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr,
            PAGES: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, J: tl.constexpr,
-           SIZE: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
+           JP: tl.constexpr, SIZE: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
   """o [SPLITS, B, T, N, H] and lse [SPLITS, B, T, N], from one of SPLITS parts of an item's J slots; J = 0: of all
   blocks that hold a visible token."""
   part = tl.program_id(0) % SPLITS
@@ -82,17 +78,18 @@ def kernel(q, k, v, table, slots, low, high, o, lse, ITEMS: tl.constexpr, T: tl.
   top = tl.full((GP,), float("-inf"), tl.float32)
   total = tl.zeros((GP,), tl.float32)
   for n in range(begin, end):
-    block = n
+    block, counts = n, True
     if J > 0:
-      block = tl.load(slots + tl.cast(item, tl.int64) * J + n)
+      block, counts = slot(slots, item, n, J, JP)
+      block = tl.where(block < BLOCKS, block, -1)
     page = tl.load(table + tl.cast(b, tl.int64) * BLOCKS + tl.maximum(block, 0))
     c = block * SIZE + tl.arange(0, SIZE)
-    seen = (block >= 0) & (page >= 0) & (page < PAGES) & (c >= first) & (c < stop)
+    there = (block >= 0) & (page >= 0) & (page < PAGES) & (c >= first) & (c < stop)
     at = (tl.cast(page, tl.int64) * (SIZE * K) + r) * H + tl.arange(0, SIZE)[:, None] * (K * H)
     at += tl.arange(0, H)[None, :]
-    s = tl.dot(queries, tl.trans(tl.load(k + at, mask=seen[:, None], other=0.0)), input_precision=PRECISION)
-    s = tl.where(seen[None, :], s, float("-inf"))
+    s = tl.dot(queries, tl.trans(tl.load(k + at, mask=there[:, None], other=0.0)), input_precision=PRECISION)
+    s = tl.where((there & counts)[None, :], s, float("-inf"))
     p, decay, top, total = softmax_step(s, top, total, SCALE, True)
-    values = tl.load(v + at, mask=seen[:, None], other=0.0)
+    values = tl.load(v + at, mask=there[:, None], other=0.0)
     acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
   store_softmax(acc, top, total, row + tl.cast(part, tl.int64) * (ITEMS * G), ok, o, lse, H)

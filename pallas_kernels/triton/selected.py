@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import lists as entry_lists, spans
-from pallas_kernels.triton import call, kl, one_token, ranged, selected_kernels, tuning
+from pallas_kernels.triton import call, kl, ranged, selected_kernels, tuning
 
 MAX_BLOCK = 64 * 256  # numbers of a block of keys: dK and dV of it are sums in registers
 
@@ -66,10 +66,6 @@ def _per_token(constants):
 def _forward(q, k, v, rest, how):
   B, T, N, H = q.shape
   K, J = k.shape[2], rest[0].shape[3]
-  way = one_token.way_of(J, how[0], H) if T == 1 else None
-  if way is not None:
-    seen = spans.visible_keys(B, T, k.shape[1], *rest[1:])
-    return one_token.attend(q, k, v, rest[0], None, *seen, way, block_size=how[0], scale=how[1])
   items = B * T * K
   splits = max(1, min(2 * call.processors() // items, J))
   if T == 1:  # decoding is made of launches: the kernel itself looks for blocks that stand twice
@@ -81,7 +77,7 @@ def _forward(q, k, v, rest, how):
       [jax.ShapeDtypeStruct((splits, B, T, N, H), q.dtype if splits == 1 else jnp.float32),
        jax.ShapeDtypeStruct((splits, B, T, N), jnp.float32)],
       grid=(items * splits,), name="selected_attention_forward", ITEMS=items, T=T, J=J, SPLITS=splits, JP=JP,
-      **_per_token(_constants(q, k, how, "selected_forward")))
+      **_per_token(_constants(q, k, how, "selected_decode" if T == 1 else "selected_forward")))
   return (o[0], lse[0]) if splits == 1 else ranged.combine(o, lse, q.dtype)
 
 

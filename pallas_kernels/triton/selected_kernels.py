@@ -23,18 +23,23 @@ def head_rows(item, T, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def _slot(indices, item, n, b, r, S, K: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
-          first, stop, JP: tl.constexpr):
-  """Of slot n: where its block of k or v begins, and which of its keys are seen, and which are there.
-
-  JP > 0, J rounded up: slots may repeat a block, which counts once."""
+def slot(indices, item, n, J: tl.constexpr, JP: tl.constexpr):
+  """The block of slot n, and whether it counts. JP > 0, J rounded up: slots may repeat a block, which counts once."""
   slots = indices + tl.cast(item, tl.int64) * J
   block = tl.load(slots + n)
-  there = block >= 0
+  counts = block >= 0
   if JP > 0:
     before = tl.arange(0, JP)
     before = tl.load(slots + before, mask=before < n, other=-1)
-    there = there & (tl.sum((before == block).to(tl.int32), axis=0) == 0)
+    counts = counts & (tl.sum((before == block).to(tl.int32), axis=0) == 0)
+  return block, counts
+
+
+@triton.jit
+def _place(indices, item, n, b, r, S, K: tl.constexpr, H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr,
+          first, stop, JP: tl.constexpr):
+  """Of slot n: where its block of k or v begins, and which of its keys are seen, and which are there."""
+  block, there = slot(indices, item, n, J, JP)
   block = tl.maximum(block, 0)
   c = block * SIZE + tl.arange(0, SIZE)
   at = (tl.cast(b, tl.int64) * S * K + r) * H + tl.cast(block, tl.int64) * (SIZE * K * H)
@@ -63,7 +68,7 @@ def forward_kernel(q, k, v, indices, low, high, o, lse, ITEMS: tl.constexpr, T: 
   total = tl.zeros((GP,), tl.float32)
   PER: tl.constexpr = (J + SPLITS - 1) // SPLITS
   for n in range(part * PER, tl.minimum(part * PER + PER, J)):
-    at, seen, there = _slot(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, JP)
+    at, seen, there = _place(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, JP)
     s = tl.dot(queries, tl.trans(_rows(k + at, there, K * H, H, SIZE)), input_precision=PRECISION)
     s = tl.where(seen[None, :], s, float("-inf"))
     p, decay, top, total = softmax_step(s, top, total, SCALE, True)
@@ -86,7 +91,7 @@ def dq_kernel(q, k, v, do, lse, delta, indices, low, high, dq, T: tl.constexpr, 
   shift = tl.load(delta + row, mask=ok, other=0.0)
   acc = tl.zeros((GP, H), tl.float32)
   for n in range(J):
-    at, seen, there = _slot(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, 0)
+    at, seen, there = _place(indices, item, n, b, r, S, K, H, J, SIZE, first, stop, 0)
     keys = _rows(k + at, there, K * H, H, SIZE)
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE - norm[:, None]
     p = tl.exp2(tl.where(seen[None, :], s, float("-inf")))

@@ -37,6 +37,7 @@ DEFAULTS = {
     "compressed_scores": Tuned(128, 64, 4, 2),
     "index_scores": Tuned(64, 128, 4, 3),
     "selected_forward": Tuned(16, 64, 4, 2),
+    "selected_decode": Tuned(16, 64, 4, 2),      # one token
     "selected_dkv": Tuned(64, 64, 4, 2),
     "index_kl": Tuned(64, 64, 4, 2),             # over all tokens
     "index_kl_forward": Tuned(64, 64, 4, 2),     # over selected blocks, whose size takes the place of `block`
