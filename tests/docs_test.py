@@ -65,13 +65,21 @@ def test_smollm2s_budgets_are_those_of_its_records():
 
 
 def test_the_main_studys_tables_are_those_of_its_records():
-  """Rows of docs/results.md by arm: seeds, novels behind the dense control with its interval, far recall by seed."""
-  values = collections.defaultdict(dict)
+  """Rows of docs/results.md by arm: seeds, novels behind the dense control with its interval, far recall by seed; and
+  what each split has in "On test"."""
+  splits = collections.defaultdict(lambda: collections.defaultdict(dict))
   with (ROOT / "experiments/results/main/results.csv").open() as file:
     for row in csv.DictReader(file):
-      if row["headline"] == "True" and row["split"] == "val":
-        values[row["arm"], row["size"]][int(row["seed"])] = (float(row["second_half_bits_per_byte:novels"]),
-                                                             100 * float(row["far_exact_match"]))
+      if row["headline"] == "True":
+        splits[row["split"]][row["arm"], row["size"]][int(row["seed"])] = (
+            float(row["second_half_bits_per_byte:novels"]), 100 * float(row["far_exact_match"]))
+  values = splits["val"]
+
+  def differences(values, arm, size):
+    mine, control = values[arm, size], values["dense_" + arm if arm.startswith("after") else "dense", size]
+    d = np.array([[x - y for x, y in zip(mine[s], control[s])] for s in sorted(mine)])
+    return d, stats.t.ppf(0.975, len(d) - 1) * d[:, 0].std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0
+
   size, told = "", 0
   for line in (ROOT / "docs/results.md").read_text().splitlines():
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -81,16 +89,28 @@ def test_the_main_studys_tables_are_those_of_its_records():
     arm = re.sub(r"^selector only, (\d+) % on top$", r"selector_only_\1", arm.replace(" without warm-up", "_cold"))
     if not (arm and (arm, size) in values):
       continue
-    mine, control = values[arm, size], values["dense_" + arm if arm.startswith("after") else "dense", size]
-    d = np.array([[x - y for x, y in zip(mine[s], control[s])] for s in sorted(mine)])
+    mine, (d, half) = values[arm, size], differences(values, arm, size)
     assert cells[1] == str(len(d))
-    half = stats.t.ppf(0.975, len(d) - 1) * d[:, 0].std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0
     mean = d[:, 0].mean()
     assert cells[2] == f"{mean:+.4f}" + (f" ({mean - half:+.4f} to {mean + half:+.4f})" if len(d) > 1 else ""), line
     assert f"{-d[:, 1].mean():.1f} points" in line, line
     assert ", ".join(f"{mine[s][1]:.1f}" for s in sorted(mine)) + " %" in line, line
     told += 1
-  assert told == 21
+  assert told == 22
+  section = (ROOT / "docs/results.md").read_text().partition("### On test\n")[2].partition("\n### ")[0]
+  rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")][1:]
+  budgets = {"after": (1, 5, 13, 25), "within": (25, 50, 75)}
+  arms = ["native"] + [f"{kind}_{b}" for kind, all_of in budgets.items() for b in all_of]
+  for split, novels, recall in (("val", 1, 3), ("test", 2, 4)):
+    for size in "SM":
+      known = [differences(splits[split], arm, size) for arm in arms]
+      bits = {f"{x:+.4f}" for d, half in known for x in (d[:, 0].mean(), d[:, 0].mean() - half, d[:, 0].mean() + half)}
+      points = {f"{-d[:, 1].mean():.1f}" for d, _ in known}
+      told = [row for row in rows if row[0].startswith(size)]
+      assert len(told) == 4
+      for row in told:
+        assert set(re.findall(r"[+-]\d\.\d{4}", row[novels])) <= bits, row
+        assert set(re.findall(r"\d+\.\d\b(?!\d)", re.sub(r"p = [\d.]+", "", row[recall]))) <= points, row
 
 
 def test_every_registered_method_is_in_the_readme():
