@@ -84,6 +84,28 @@ def test_a_over_tokens_is_of_runs_that_were_decayed_there(study, tmp_path):
   assert answer.sizes_and_tokens(study, table, gallery) == []
 
 
+def test_what_a_difference_is_worth_in_tokens_is_read_off_denses_curve(study, tmp_path, monkeypatch):
+  loss = lambda tokens: 1.2 + 0.5 * (tokens / 100) ** -0.7
+  for arm, tokens, of in (("dense_quarter", 25, loss), ("dense_half", 50, loss), ("dense", 100, loss),
+                          ("native_half", 50, lambda n: loss(0.9 * n)), ("native", 100, lambda n: loss(0.8 * n))):
+    monkeypatch.setitem(ARMS, arm, (tokens, {mode: (of(tokens), 0, 0) for mode in ARMS.get(arm, (0, ["dense"]))[1]}))
+  for seed in SEEDS:
+    monkeypatch.setitem(NOISE, seed, 0.0)
+  study.runs = [run_of(arm, tmp_path) for arm in ARMS]
+  study.arms, study.branches = [*study.arms, "dense_quarter"], {"dense": ["dense_quarter", "dense_half"]}
+  table = endpoints.rows(study)
+  found = analyses.curve(study, table, TEXT, "s")
+  assert (found.floor, found.exponent, found.at(100)) == tuple(map(pytest.approx, (1.2, 0.7, 1.7)))
+  assert found.rho(100, loss(80) - loss(100)) == pytest.approx(0.8) and found.rho(50, 0.0) == pytest.approx(1.0)
+  assert found.rho(100, -0.6) == float("inf")  # below the floor
+  study.branches["native"] = ["native_quarter", "native_half"]
+  page = document.markdown("x", answer.sizes_and_tokens(study, table, sections.Gallery(study, tmp_path, ("png",))))
+  assert f"| s | native | 100 | 3 | {loss(80) - loss(100):+.4f} | 80.0 | 80.0 to 80.0 |" in page
+  assert f"| s | native | 50 | 3 | {loss(45) - loss(50):+.4f} | 90.0 | 90.0 to 90.0 |" in page
+  study.branches["dense"] = ["dense_half"]
+  assert analyses.curve(study, table, TEXT, "s") is None
+
+
 def test_arms_beside_the_family_stand_against_both_ends(study):
   """A curriculum arm says nothing beside native alone: what of native's lead, or lag, does it have?"""
   table = endpoints.rows(study)

@@ -1,10 +1,11 @@
-"""What stands behind the verdict: A at equal cost, and whether the selector or the backbone is at fault."""
+"""What stands behind the verdict: A at equal cost, what a difference is worth in tokens, selector or backbone."""
 from __future__ import annotations
 
 import dataclasses
 import math
 
 import numpy as np
+import scipy
 
 from nsa.report import endpoints, statistics
 from nsa.report.endpoints import Row
@@ -87,6 +88,43 @@ def over_tokens(study: Study, table: list[Row], metric: str, size: str) -> dict[
       out[float(np.mean([tokens[seed] for seed in seeds if seed in tokens] or [math.nan]))] = dict(
           zip(seeds, map(float, differences)))
   return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """loss = floor + scale * tokens^-exponent, through three means of dense attention."""
+  floor: float
+  scale: float
+  exponent: float
+  tokens: float                    # of the longest of the three
+
+  def at(self, tokens: float) -> float:
+    return self.floor + self.scale * tokens ** -self.exponent
+
+  def rho(self, tokens: float, behind: float) -> float:
+    """The share of `tokens` with which dense attention is as far behind; 0 where it is at no number of tokens, inf
+    where the loss lies below its floor."""
+    above = self.at(tokens) + behind - self.floor
+    return math.inf if above <= 0 else (above / self.scale) ** (-1 / self.exponent) / tokens
+
+
+def curve(study: Study, table: list[Row], metric: str, size: str) -> Curve | None:
+  """Dense attention's loss over training tokens, by its two decay branches and its end, means over the seeds that have
+  all three; None where they are not there, or where no such curve goes through them."""
+  arms = [*study.branches.get(study.dense, ()), study.dense]
+  values = [own(study, table, arm, size, metric) for arm in arms]
+  seeds = set.intersection(*map(set, values)) if values else set()
+  if len(arms) != 3 or not seeds or not endpoints.metric(metric).lower_is_better:
+    return None
+  mean = lambda of: float(np.mean([of[seed] for seed in seeds]))
+  points = sorted((mean(own(study, table, arm, size, "tokens")), mean(value)) for arm, value in zip(arms, values))
+  (d1, y1), (d2, y2), (d3, y3) = points
+  power = lambda beta: (d1 ** -beta - d2 ** -beta) / (d2 ** -beta - d3 ** -beta) - (y1 - y2) / (y2 - y3)
+  if not (y1 > y2 > y3 and d1 < d2 < d3) or power(1e-3) * power(8.0) > 0:
+    return None
+  beta = float(scipy.optimize.brentq(power, 1e-3, 8.0))
+  scale = (y2 - y3) / (d2 ** -beta - d3 ** -beta)
+  return Curve(y3 - scale * d3 ** -beta, scale, beta, d3)
 
 
 def errors(study: Study, table: list[Row], metric: str, size: str) -> dict[str, dict[str, dict[int, float]]]:

@@ -194,7 +194,32 @@ def sizes_and_tokens(study: Study, table: list[Row], gallery) -> list:
                 "Points can rest on other seeds. Exploratory", left=2),
           gallery.block("anchor", gallery.plots.anchor_over_tokens(found),
                         f"{what}, over the tokens of training. Small marks: seeds; lines: means with 95 % t intervals",
-                        "Dense minus native over tokens and sizes", "Not drawn")]
+                        "Dense minus native over tokens and sizes", "Not drawn")] + _in_tokens(study, table, found)
+
+
+def _in_tokens(study, table, anchors) -> list:
+  """What differences of text are worth in training tokens, by dense attention's own curve."""
+  lines, curves, within = [], [], [arm for arm in study.retrofits() if study.control(arm) == study.dense]
+  for m, of in anchors.items():
+    for size, points in of.items():
+      if (curve := analyses.curve(study, table, m.name, size)) is None:
+        continue
+      curves.append(f"{m.title}{study.at(size)}: {curve.floor:.4f} + {curve.at(curve.tokens) - curve.floor:.4f} "
+                    f"(tokens / {curve.tokens:.3g})^-{curve.exponent:.2f}")
+      get = lambda arm: own(study, table, arm, size, m.name)
+      behind = [(study.reference, tokens, [-x for x in d.values()]) for tokens, d in points.items()]
+      behind += [(arm, curve.tokens, statistics.paired_differences(get(arm), get(study.dense))[1]) for arm in within]
+      for arm, tokens, d in behind:
+        if len(d):
+          i, share = statistics.t_interval(d), lambda x: f"{100 * curve.rho(tokens, x):.1f}"
+          lines.append([m.title, size, arm, f"{tokens:.3g}", str(i.n), m.text(i.mean, True), share(i.mean),
+                        f"{share(i.high)} to {share(i.low)}" if i.bounded else "-"])
+  header = ["endpoint", "size", "arm", "training tokens", "seeds", f"minus {study.dense}", "worth, % of its tokens",
+            "of the 95 % t interval"]
+  return [Table(header, lines,
+                f"The share of the tokens with which {study.dense} reaches the arm's loss, by the curve through its "
+                f"own decay branches and its end, means over seeds ({'; '.join(curves)}). The curve's own uncertainty "
+                "is not in the intervals. Exploratory", left=3)] if lines else []
 
 
 def errors(study: Study, table: list[Row], size: str, gallery) -> list:
