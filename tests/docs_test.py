@@ -114,6 +114,47 @@ def test_the_main_studys_tables_are_those_of_its_records():
         assert set(re.findall(r"\d+\.\d\b(?!\d)", re.sub(r"p = [\d.]+", "", row[recall]))) <= points, row
 
 
+def test_what_the_words_at_s_hang_on_follows_from_its_records():
+  """p of *worse* on novels in docs/results.md, in the variants that results.csv can tell."""
+  runs = collections.defaultdict(dict)
+  with (ROOT / "experiments/results/main/results.csv").open() as file:
+    for row in csv.DictReader(file):
+      mode = "own" if row["headline"] == "True" else row["run_mode"]
+      for corpus in ("novels", "code"):
+        runs[row["split"], corpus, row["size"], row["arm"], mode][int(row["seed"])] = float(
+            row[f"second_half_bits_per_byte:{corpus}"])
+  arms = ["native", "within_25", "within_50", "within_75", "after_1", "after_5", "after_13", "after_25"]
+
+  def behind(arm, corpus, split="val", size="S", trunk=False, without=0):
+    """By seed; `trunk`: within against the trunk it left, as a selector alone has it, by the oracle's blocks."""
+    get = lambda arm, mode="own": runs[split, corpus, size, arm, mode]
+    mine, control = get(arm), get("dense_" + arm if arm.startswith("after") else "dense")
+    luck = {s: get("selector_only_25", "oracle")[s] - get("dense", "oracle")[s] if trunk and arm.startswith("within")
+            else 0 for s in mine}
+    return np.array([mine[s] - control[s] - luck[s] for s in sorted(mine) if s != without])
+
+  def holm(corpora=("novels", "code"), failed=0, **how):
+    p = np.array([stats.ttest_1samp(behind(arm, c, **how), 0).pvalue for c in corpora for arm in arms] + [1] * failed)
+    order = np.argsort(p)
+    steps = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return dict(zip(arms, steps[np.argsort(order)]))
+
+  margin = {arm: stats.ttest_1samp(behind(arm, "novels"), 0.005, alternative="greater").pvalue for arm in arms}
+  kept = collections.Counter(arm for seed in range(1, 13) for arm, p in holm(without=seed).items()
+                             if p <= 0.025 and (seed <= 6 or arm == "native"))
+  rows = {"by the plan": holm(), "the same by": holm(split="test"), "had code not": holm(("novels",)),
+          "code's eight": holm(("novels",), failed=8), "more than the margin": margin,
+          "within against the end": holm(trunk=True), "without one seed": kept}
+  text = (ROOT / "docs/results.md").read_text().replace("*", "")
+  for name, of in rows.items():
+    line, = (line for line in text.splitlines() if line.startswith(f"| {name}"))
+    told = [float(x) for cell in line.split("|")[2:5] for x in cell.split(",")]
+    assert told == [round(float(of[arm]), 3) for arm in arms], name
+  x = behind("within_75", "novels", size="M", trunk=True)
+  half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
+  assert f"by {x.mean():.4f} ({x.mean() - half:.4f} to {x.mean() + half:.4f})" in text
+
+
 def test_every_registered_method_is_in_the_readme():
   from nsa import methods
   text = (ROOT / "README.md").read_text()
