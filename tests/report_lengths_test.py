@@ -86,6 +86,14 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   assert lengths.compare(study, "s") == []
 
 
+def test_two_seeds_can_differ_and_are_never_alike(study):
+  for run in study.runs:
+    run.records = [r for r in run.records if r["seed"] < 3]
+  short, long = lengths.compare(study, "s")
+  assert (short.word, long.word) == ("differs by enough", "undecided")
+  assert -0.1 < long.interval.low and long.interval.high < 0.1  # within the margin, of the two that there are
+
+
 def test_a_pair_whose_runs_are_missing_counts_as_a_test_that_failed(study, tmp_path):
   short, long = lengths.compare(study, "s")
   study.runs.append(runs.Run(tmp_path / "gone", "gone", "s", SEEDS, {}, {}, {}, [], None, "pending"))

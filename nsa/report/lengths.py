@@ -5,9 +5,9 @@ mean over, this one takes apart. Text at k times the trained length is that of t
 a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
 shortest and the longest length. Three questions are asked of every pair, each of the family under Holm: is there a
 difference (two-sided t test), is it beyond the smallest effect that matters (the same test against that), is it within
-(two one-sided tests)? The family is of all pairs that were planned: one whose runs are missing counts as a test that
-failed. No pair is judged where dense answers less than Study.solved, or ANCHOR where the study states none, at the
-shortest length.
+(two one-sided tests, of LIKENESS seeds at least)? The family is of all pairs that were planned: one whose runs are
+missing counts as a test that failed. No pair is judged where dense answers less than Study.solved, or ANCHOR where the
+study states none, at the shortest length.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ RECALL = "far_exact_match"
 FLOOR = "window"  # the arm whose distance from dense others close, where a study has it
 SMALLEST = 0.1   # of far exact match, where the study states no margin of it
 ANCHOR = 0.9     # what dense has to answer at the shortest length, where the study states nothing (Study.solved)
+LIKENESS = 3     # seeds that a word of likeness takes: two that agree by chance would have a width of next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def compare(study: Study, size: str) -> list[Compared]:
     return np.where(np.isnan(p), np.nan, holm[:len(p)])
 
   different, enough, within = (corrected(*test) for test in (
-      (statistics.t_test,), (_beyond, margin), (statistics.tost, margin)))
+      (statistics.t_test,), (_beyond, margin), (_within, margin)))
   admitted = np.mean(anchor(study, size) or [0.0]) >= (study.solved or ANCHOR)
   out = []
   for k, (arm, against, n, differences) in enumerate(found):
@@ -139,6 +140,11 @@ def _beyond(differences, margin: float) -> float:
   if len(differences) > 1 and abs(mean) <= margin:
     return 1.0
   return statistics.t_test(differences - math.copysign(margin, mean))
+
+
+def _within(differences, margin: float) -> float:
+  """p of "the mean is the margin away, or more"; 1 of fewer than LIKENESS seeds, a test that failed."""
+  return statistics.tost(differences, margin) if len(differences) >= LIKENESS else 1.0
 
 
 def section(study: Study, gallery) -> list:
@@ -220,7 +226,8 @@ def _judged(study, size, trained) -> list:
         [[c.arm, c.against, f"{c.multiple:g}x", exact.text(c.interval.mean, True), exact.between(c.interval),
           f"{c.p:.3f}" if math.isfinite(c.p) else "-", c.word] for c in family],
         f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(_margin(study))} points. "
-        f"Words: t tests under Holm, of {len(whole)} pairs. Everything else in this section is exploratory", left=2))
+        f"Words: t tests under Holm, of {len(whole)} pairs; that two arms are alike takes {LIKENESS} seeds. Everything "
+        "else in this section is exploratory", left=2))
   if missing:
     blocks.append(Text("Not compared, for want of runs or of far answers, and counted as tests that failed: "
                        + ", ".join(missing) + ".", "note"))
