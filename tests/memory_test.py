@@ -167,6 +167,25 @@ def test_calls_may_end_anywhere_in_a_chunk():
     np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_memory_at_its_initial_gates_outlives_a_long_document():
+  """Forgotten towards zero, two matrices have no gradient any more: whatever comes later is neither kept nor learnt."""
+  length, model = 4096, config_lib.ModelConfig(d_model=16, num_heads=1, num_kv_heads=1, head_dim=16, short_conv=0)
+  mem = memory.Memory(layers.Init(jax.random.key(2)), model, methods.LMM(chunk=128), project=False)
+  draw = lambda i, *shape: np.random.default_rng(i).standard_normal((1, length) + shape).astype(np.float32)
+  q, k, gates = draw(0, 1, 16), draw(1, 1, 16), mem.gates_of(draw(3, 16))
+
+  def last(v):
+    y, state = mem(q, k, v, gates, None)
+    return jnp.sum(y[0, -1] * np.arange(16)), state["now"]
+
+  moved, now = jax.jit(jax.grad(last, has_aux=True))(draw(2, 1, 16))
+  for w, first in zip(now, mem.weights()):
+    assert np.linalg.norm(w) > 0.5 * np.linalg.norm(first)
+  by_distance = np.abs(moved[0, :, 0]).mean(1)[::-1]
+  for first, end in ((0, 256), (256, 1024), (1024, length)):
+    assert by_distance[first:end].mean() > 1e-4, (first, end)
+
+
 # --- as layers -------------------------------------------------------------------------
 
 
