@@ -313,8 +313,9 @@ def verdict(study: Study, table: list[Row], admitted: dict | None = None, again:
   found = comparisons(study, table, admitted)
   if again is not None:
     there = {c.key: c.said for c in again.comparisons if c.judgement is not None}
-    for c in found:
-      c.repeated = there[c.key] == c.said if c.key in there else None
+    runs = {(c.quantity, c.size, c.arm) for c in again.comparisons if c.judgement is not None}
+    for c in found:  # of an endpoint that was not sealed nothing is repeated
+      c.repeated = there.get(c.key) == c.said if (c.quantity, c.size, c.arm) in runs else None
   failed = sum(r.status == "failed" for r in study.runs)
   waiting = sum(r.status in ("pending", "unfinished") for r in study.runs)
   lost = sum(len(r.diverged) for r in study.finished)
