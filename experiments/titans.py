@@ -54,8 +54,12 @@ freedom: a difference of 10 points passes Holm's first step only where both seed
 word will be "undecided" for most. What it shows is by seed: whether an arm with a memory answers beyond the window at
 all, and which side of its control both seeds are on. It is no evidence that two arms are alike.
 
-Cost: by the measured steps 0.3 hours of one H200 and 6 minutes for the slice, evaluation and compiling besides; PLAN.md
-counts FLOPs alone. Not run yet.
+Result: the slice decides nothing, it ran with a fault (results/titans_slice/NOTES.md). Gates began with a forgetting of
+0.67 % per token; a memory of two matrices then fades to zero, and after 256 tokens hardly anything can be written into
+it. Since the slice they begin with 0.005 %. native_mag answered all within its window of 256, and nothing beyond.
+
+Cost: by the measured steps 0.3 hours of one H200, evaluation and compiling besides; PLAN.md counts FLOPs alone. The
+slice took 15 minutes of training, 2 of compiling and 6 of evaluation, summed over programs. All arms: not run yet.
 
 Arguments: novels=, code= (archives or folders; none: the standard library's source), slice=false, seeds=0 (0: 3, of a
 slice 2), scale=0.75 (of the main
