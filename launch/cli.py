@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable
+import dataclasses
 import difflib
 import errno
 import logging as python_logging
@@ -80,6 +81,9 @@ def _parse(argv):
   except SyntaxError as error:
     end(BAD_INPUT, f"{error.filename}, line {error.lineno}: {error.msg}: no Python that can be read")
   except (flags.Error, ValueError, TypeError, OSError) as error:
+    missing = re.fullmatch(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", str(error))
+    if missing:
+      end(BAD_INPUT, f"--{missing[1]}: missing; {flags.FLAGS[missing[1]].help}")
     end(BAD_INPUT, _without_traceback(str(error)))
 
 
@@ -122,11 +126,12 @@ def _field_error(error) -> str:
   found = re.search(r"[Ff]ield (\w+) not found on dataclass <class '(?:.*\.)?(\w+)'>", text)
   if not found:
     return text
-  from nsa import config, methods, study  # here: --help needs none of it
+  from nsa import config, study  # here: --help needs none of it
+  from nsa.methods import registry
   name, cls = found.groups()
-  known = {c.__name__: c for c in (*vars(config).values(), *vars(methods).values(), *vars(study).values())
+  known = {c.__name__: c for c in (*vars(config).values(), *registry.METHODS.values(), *vars(study).values())
            if hasattr(c, "__dataclass_fields__") and isinstance(c, type)}
-  fields = list(known[cls].__dataclass_fields__) if cls in known else []
+  fields = [field.name for field in dataclasses.fields(known[cls])] if cls in known else []
   close = difflib.get_close_matches(name, fields, 1)
   hint = f"; did you mean {close[0]}?" if close else ""
   return f"{cls} has no field {name!r}{hint} Its fields: {', '.join(fields)}" if fields else text
@@ -179,6 +184,7 @@ def _ours(error) -> bool:
 
 def _quiet_logs() -> None:
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
   handler = python_logging.StreamHandler(sys.stderr)
   handler.setFormatter(python_logging.Formatter("%(message)s"))
   kernels = python_logging.getLogger("pallas_kernels")

@@ -31,7 +31,8 @@ def main():
                         workdir=None if _DRY_RUN.value else _WORKDIR.value)
   if _DRY_RUN.value:
     from nsa.planning import plan
-    print(plan.describe(config))
+    for line in plan.describe(config):
+      print(line, flush=True)
     return
   cli.begin_early(config.data.texts.values())
   from nsa import processes, start, train

@@ -53,11 +53,11 @@ def open_workdir(config, workdir: epath.Path) -> None:
       if has_tokenizer_of(config, workdir):        # wherever it was read from
         found.data.tokenizer = config.data.tokenizer
       found = config_lib.to_dict(found)
-      changed = [key for key in wanted if key not in _FREE_FIELDS and wanted[key] != found.get(key)]
+      changed = [one for key in wanted if key not in _FREE_FIELDS for one in _changed(key, wanted[key], found.get(key))]
       if changed:
         raise ConfigError(
-            [(key, json.dumps(wanted[key]), f"{workdir} was started with {json.dumps(found.get(key))}: "
-              "take another --workdir, or the old value") for key in changed])
+            [(key, json.dumps(new), f"{workdir} was started with {json.dumps(old)}: take another --workdir, or the old "
+              "value") for key, new, old in changed])
   with processes.together("writing config.json"):
     if processes.first():
       keep_tokenizer(config, workdir)
@@ -70,6 +70,13 @@ def open_workdir(config, workdir: epath.Path) -> None:
       raise ConfigError([("--workdir", str(workdir), fix)])
 
 
+def _changed(name: str, new, old) -> list[tuple]:
+  """(field, new value, old value) of all that differs, as deep as both have the same fields."""
+  if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
+    return [one for key in new for one in _changed(f"{name}.{key}", new[key], old[key])]
+  return [(name, new, old)] if new != old else []
+
+
 def read_config(workdir, field: str = "--workdir") -> Config:
   """The run's config; its tokenizer is the one in the directory.
 
@@ -78,7 +85,8 @@ def read_config(workdir, field: str = "--workdir") -> Config:
   workdir = epath.Path(workdir)
   path = workdir / "config.json"
   if not path.exists():
-    raise ConfigError([(field, str(workdir), "no run directory: config.json is missing")])
+    found = f"its runs are in {workdir / 'runs'}" if (workdir / "study.json").exists() else "config.json is missing"
+    raise ConfigError([(field, str(workdir), f"no run directory: {found}")])
   tree = metrics.read_json(path)
   if not isinstance(tree, dict):
     raise ConfigError([(field, str(path), f"holds a {type(tree).__name__}, no config of a run")])

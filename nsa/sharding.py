@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -53,8 +54,11 @@ def mesh_shape(config, devices: int) -> dict[str, int]:
 def make_mesh(config, devices=None) -> Mesh:
   """The device mesh."""
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh(tuple(mesh_shape(config, len(devices)).values()), AXES, axis_types=(AxisType.Auto,) * 4,
-                       devices=devices)
+  shape, types = tuple(mesh_shape(config, len(devices)).values()), (AxisType.Auto,) * 4
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # no axis of a TPU slice has that size: tensor = 4 of 8 x 8 x 8
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def abstract_mesh(config, devices: int, device=None) -> AbstractMesh:

@@ -262,7 +262,7 @@ def test_answers_called_far_within_what_a_window_sees_are_told():
     changed = copy.deepcopy(config)
     change(changed)
     (told,) = config_lib.remarks(changed)
-    assert told.startswith("eval.near = (): ") and ("(a block, 80)" in told or "63 tokens back" in told)
+    assert told.startswith("eval.near = (): ") and ("(block_size, 80)" in told or "63 tokens back" in told)
     changed.eval.near = (16, 64)
     assert config_lib.remarks(changed) == []
 

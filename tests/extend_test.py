@@ -48,6 +48,8 @@ def test_the_page_does_what_it_says(tmp_path):
   assert versions["modules"] == {"strided.py": hashlib.sha256((tmp_path / "strided.py").read_bytes()).hexdigest()}
   for command in rest:
     run(command)
+  typo = run(f"{train} --config.attention.strid=2", code=2)
+  assert "Strided has no field 'strid'; did you mean stride? Its fields: block_size" in typo
 
   # [layers, windows, T, K, J]: what the method says it takes
   lists = np.load(tmp_path / "strided.npz")["block_indices"]

@@ -192,7 +192,7 @@ def test_what_evaluations_need_is_read_before_the_first_step(tmp_path, corpus):
     config = make_config(corpus)
     config.eval = dataclasses.replace(config.eval, **options)
     with pytest.raises((FileNotFoundError, ValueError), match=said):
-      plan.describe(config)
+      list(plan.describe(config))
     with pytest.raises((FileNotFoundError, ValueError), match=said):
       train(config, tmp_path / "run")
     assert not any((tmp_path / "run").iterdir()), "nothing that would refuse the corrected config"

@@ -2,6 +2,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from nsa import chips, config as config_lib, flops, methods, schedule, sharding, step as step_lib
@@ -125,6 +126,16 @@ def test_a_plan_for_gpus_lowers_every_step_and_prices_both_regimes(monkeypatch):
   text = plan.report(made)
   for words in ("mesh {'data': 1, 'fsdp': 4", "bound by", "chip hours", "warmup: 8 x 512 tokens", "selected"):
     assert words in text
+
+
+def test_a_mesh_may_split_an_axis_of_a_slice():
+  """docs/clusters.md plans for 8 x 8 x 8 chips with tensor = 4."""
+  if aot.missing():
+    pytest.skip(str(aot.missing()))
+  mesh = sharding.make_mesh(make_config(fsdp=64, context=2, tensor=4), topology._tpus("v5p:8x8x8"))
+  coords = np.array([[device.coords for device in row] for row in mesh.devices.reshape(-1, 4)])
+  assert mesh.devices.shape == (1, 64, 2, 4) and len({tuple(c) for row in coords for c in row}) == 512
+  assert (np.abs(np.diff(coords, axis=1)).sum(-1) == 1).all(), "tensor is for neighbours"
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200x4"])

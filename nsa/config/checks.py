@@ -371,9 +371,9 @@ def remarks(config: Config) -> list[str]:
   windows = [getattr(method, "window", 0) for method in config.methods if not isinstance(method, methods.PromptMethod)]
   widest = max([g.num_blocks * g.block_size for g in audit.geometries(config)] + windows, default=0)
   if not e.near and near < widest and e.task_examples and (e.tasks or config.data.tasks):
-    out.append(f"eval.near = (): answers count as far that have their evidence {near} tokens back, context / 8, and a "
-               f"window of as many tokens as are visible here has {widest}: set eval.near = (a block, {widest}) to ask "
-               "what lies behind it")
+    out.append(f"eval.near = (): answers count as far whose evidence is {near} tokens back (context / 8) or more, and "
+               f"a window of as many tokens as are visible here, {widest}, reaches further: set eval.near = "
+               f"(block_size, {widest}) to count what lies behind it")
   return out
 
 

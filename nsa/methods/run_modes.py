@@ -36,7 +36,8 @@ def parse_run_mode(text: str) -> tuple[str, dict[str, int | float]]:
   """"sparse:num_blocks=8" -> ("sparse", {"num_blocks": 8}). Raises ValueError naming what is wrong."""
   name, _, rest = text.partition(":")
   if name not in names():
-    raise ValueError(f"one of {', '.join(names())}, not {name!r}")
+    raise ValueError(f"one of {', '.join(names())}, not {name!r}; a control of your own is known once config.modules "
+                     "(launch.evaluate: --modules) names its file")
   fields = run_mode_fields(name)
   options = {}
   for part in filter(None, rest.split(",")):

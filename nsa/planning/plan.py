@@ -1,6 +1,7 @@
 """What a run will cost, before it is run: here (`--dry_run`), or on a machine that is elsewhere (`launch.compile`)."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 import json
 import time
 
@@ -21,8 +22,8 @@ from nsa.planning import forecast, topology as topology_lib
 from nsa.tasks import audit
 
 
-def describe(config) -> str:
-  """Config, parameters, FLOPs and memory of every stage; compiles every stage's step.
+def describe(config) -> Iterator[str]:
+  """Config, parameters, FLOPs and memory of every stage, each as soon as it is known: compiles every stage's step.
 
   Raises ConfigError where the config does not fit the devices that are here, and what reading the data of training and
   evaluations raises.
@@ -31,31 +32,31 @@ def describe(config) -> str:
   mesh = sharding.make_mesh(config)
   capacity.check_state(config, step_lib.abstract_state(config, mesh))
   corpora = _check_data(config)
-  lines = [json.dumps(config_lib.to_dict(config), indent=2), ""]
+  yield json.dumps(config_lib.to_dict(config), indent=2) + "\n"
   counts = flops.parameters(config)
-  lines.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-  lines.append("corpus: " + ", ".join(f"{split} {sha[:12]}" for split, sha in corpora.items()))
-  lines += [f"note: {remark}" for remark in config_lib.remarks(config)]
-  lines.append(f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
+  yield "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+  yield "corpus: " + ", ".join(f"{split} {sha[:12]}" for split, sha in corpora.items())
+  yield from (f"note: {remark}" for remark in config_lib.remarks(config))
+  yield f"mesh: {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
   for step in schedule.programs(config):
     first, end = config_lib.steps_of(config.schedule)[step.stage]
     parts = flops.training(config, step)
     total = sum(parts.values())
-    lines.append(f"\nstage {step.stage}: steps {first} to {end - 1}, {step.mode}, {step.batch} x {step.context} "
-                 f"tokens, {', '.join(step.groups)} learn")
-    lines.append(f"  training FLOPs per token: {total:,.0f} = "
-                 + " + ".join(f"{name} {100 * cost / total:.1f} %" for name, cost in parts.items()))
+    learn = ", ".join(group for group in step.groups if group in counts)
+    yield (f"\nstage {step.stage}: steps {first} to {end - 1}, {step.mode}, {step.batch} x {step.context} tokens, "
+           f"{learn} learn")
+    yield (f"  training FLOPs per token: {total:,.0f} = "
+           + " + ".join(f"{name} {100 * cost / total:.1f} %" for name, cost in parts.items()))
     with capacity.told(config, "a training step"):
       program = step_lib.compile_step(config, step, mesh)
     capacity.check_step(config, program)
     memory = program.memory_analysis()
     if memory is not None:
-      lines.append(f"  memory per device: state and batch {_mib(memory.argument_size_in_bytes)}, "
-                   f"temporaries {_mib(memory.temp_size_in_bytes)}")
+      yield (f"  memory per device: state and batch {_mib(memory.argument_size_in_bytes)}, "
+             f"temporaries {_mib(memory.temp_size_in_bytes)}")
   total = flops.cumulative(config, config.schedule.steps)
   tokens = config.schedule.steps * config.data.global_batch * config.data.context
-  lines.append(f"\nwhole run, one seed: {tokens:,} tokens, {total:.3e} FLOPs")
-  return "\n".join(lines)
+  yield f"\nwhole run, one seed: {tokens:,} tokens, {total:.3e} FLOPs"
 
 
 def describe_study(study, workdir) -> str:

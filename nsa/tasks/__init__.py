@@ -70,8 +70,8 @@ def get(name: str) -> Task:
   """
   family, _, text = name.partition("@")[0].partition(":")
   if family not in TASKS:
-    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once its "
-                     "file has been imported: name it in config.modules")
+    raise ValueError(f"task {name!r}: unknown; the tasks are {', '.join(TASKS)}. One of your own is known once "
+                     "config.modules (launch.evaluate: --modules) names its file")
   cls = TASKS[family]
   defaults = {f.name: f.default for f in dataclasses.fields(cls)}
   parameters = {}
