@@ -23,16 +23,19 @@ _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Restarts before the j
 _SETUP = flags.DEFINE_string("setup", "", 'Shell command on every node first, e.g. "source /shared/venv/bin/activate".')
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be done; do nothing.")
 _SCRIPTS = flags.DEFINE_string("scripts", "runs/submitted", "Directory that keeps what was submitted.")
+# Name -> the clusters that take it, what it is.
 OPTIONS = {
-    "partition": "Slurm partition.", "time": "Slurm time limit, e.g. 24:00:00.", "account": "Slurm account.",
-    "logs": "Slurm: directory of the logs, on a file system of all nodes.",
-    "accelerator": "TPU type (v5litepod-8) or Kubernetes node label.", "zone": "Google Cloud zone.",
-    "project": "Google Cloud project.", "runtime": "TPU VM runtime version.", "spot": "TPU VM: yes (default) or no.",
-    "repository": "TPU VM: git URL of the project.", "image": "Kubernetes: container image.",
-    "topology": "Kubernetes: TPU topology, e.g. 4x4.", "chips": "Kubernetes: TPU chips per node (4).",
-    "volume": "Kubernetes: a persistent volume claim and where it goes, CLAIM:/path.",
+    "partition": ("slurm", "Slurm partition."), "time": ("slurm", "Slurm time limit, e.g. 24:00:00."),
+    "account": ("slurm", "Slurm account."),
+    "logs": ("slurm", "Slurm: directory of the logs, on a file system of all nodes."),
+    "accelerator": ("tpu_vm gke", "TPU type (v5litepod-8) or Kubernetes node label."),
+    "zone": ("tpu_vm", "Google Cloud zone."), "project": ("tpu_vm", "Google Cloud project."),
+    "runtime": ("tpu_vm", "TPU VM runtime version."), "spot": ("tpu_vm", "TPU VM: yes (default) or no."),
+    "repository": ("tpu_vm", "TPU VM: git URL of the project."), "image": ("gke", "Kubernetes: container image."),
+    "topology": ("gke", "Kubernetes: TPU topology, e.g. 4x4."), "chips": ("gke", "Kubernetes: TPU chips per node (4)."),
+    "volume": ("gke", "Kubernetes: a persistent volume claim and where it goes, CLAIM:/path."),
 }
-for _name, _help in OPTIONS.items():
+for _name, (_, _help) in OPTIONS.items():
   flags.DEFINE_string(_name, "", _help)
 flags.mark_flags_as_required(["cluster", "name"])
 
@@ -40,6 +43,10 @@ flags.mark_flags_as_required(["cluster", "name"])
 def job(name: str, command: list[str]) -> clusters.Job:
   """The job that the flags describe. Raises ValueError naming the flag that is wrong."""
   options = {name: flags.FLAGS[name].value for name in OPTIONS if flags.FLAGS[name].value}
+  for flag, value in options.items():
+    if _CLUSTER.value not in OPTIONS[flag][0].split():
+      raise ValueError(f"--{flag}={value}: nothing that --cluster={_CLUSTER.value} takes, but {OPTIONS[flag][0]}: "
+                       "leave it out")
   return clusters.Job(name, tuple(command), _NODES.value, _GPUS.value, _MAX_RESTARTS.value, _SETUP.value, options)
 
 

@@ -26,7 +26,7 @@ def points(grids: list[str]) -> list[dict[str, str]]:
   axes = []
   for grid in grids:
     field, equals, values = grid.rpartition("=") if not grid.startswith(":") else grid.partition("=")
-    if not equals or not field.strip(":") or not all(values.split(",")):
+    if not equals or not re.fullmatch(r"config\..+|:.+", field) or not all(values.split(",")):
       raise ValueError(f"--grid={grid}: write FIELD=VALUE,VALUE, e.g. config.schedule.steps=1000,2000 or "
                        ":method=msa,nsa")
     axes.append([(field, value) for value in values.split(",")])
@@ -57,6 +57,8 @@ def command(base: list[str], point: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def main(base):
+  if not _GRID.value:
+    raise ValueError("--grid: missing; one FIELD=VALUE,VALUE or more, e.g. --grid=config.seeds=0,1")
   worst = 0
   for number, point in enumerate(points(_GRID.value)):
     name, argv = command(base, point)

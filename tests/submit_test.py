@@ -58,7 +58,9 @@ def test_shellcheck_finds_nothing(tmp_path):
 
 @pytest.mark.parametrize("cluster,fields,words", [
     ("local", dict(nodes=2), "--nodes=2"), ("local", dict(name="Native"), "--name='Native'"),
-    ("slurm", dict(command=("train",)), "after --"), ("slurm", dict(max_restarts=-1), "--max_restarts=-1"),
+    ("slurm", dict(command=("train",)), "after --"),
+    ("slurm", dict(command=("launch.trian", *COMMAND[1:])), "'launch.trian'.*did you mean launch.train"),
+    ("slurm", dict(max_restarts=-1), "--max_restarts=-1"),
     ("slurm", dict(options=dict(time="soon")), "--time=soon: take minutes"),
     ("slurm", dict(options=dict(time="1h")), "--time=1h"),
     ("tpu_vm", dict(options={}), "--accelerator"), ("tpu_vm", dict(command=COMMAND), "--workdir=/shared/runs/a b"),
@@ -83,6 +85,10 @@ def test_dry_run_prints_the_script_and_the_command(tmp_path):
   assert not (tmp_path / "s").exists()
   err = launch("launch.submit", "--cluster=slurm", "--name=N", "--dry_run", "--", *COMMAND, code=2)
   assert "--name='N'" in err and "Traceback" not in err
+  err = launch("launch.submit", "--cluster=slurm", "--name=n", "--zone=a", "--dry_run", "--", *COMMAND, code=2)
+  assert "--zone=a: nothing that --cluster=slurm takes, but tpu_vm" in err
+  err = launch("launch.submit", "--name=n", "--", *COMMAND, code=2)
+  assert "--cluster: missing; <gke|local|slurm|tpu_vm>: Where to run." in err
 
 
 def test_sweep_prints_every_point():
@@ -95,7 +101,8 @@ def test_sweep_prints_every_point():
                "--dry_run", "--", *COMMAND)
   assert (re.findall(r"--job-name=(.*)", out) == ["g-0", "g-1"]
           and "source_files-a-b' --config.data.source=files:/a/b" in out)
-  for wrong, words in ((["--grid=steps"], "--grid=steps"), (["--grid=a=1"], "--workdir")):
+  for wrong, words in ((["--grid=steps"], "--grid=steps"), (["--grid=schedule.steps=1,2"], "e.g. config.schedule."),
+                       ([], "--grid: missing"), (["--grid=config.seeds=1"], "--workdir")):
     command = ["launch.train", "--config=c.py"] + ["--workdir=w"] * (words != "--workdir")
     assert words in launch("launch.sweep", *wrong, "--", *command, code=2)
 

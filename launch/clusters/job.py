@@ -2,8 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib.util
+import pkgutil
 import re
 import shlex
+
+import launch
 
 # Bash that the scripts share. `forward` is theirs: it passes a signal on to what runs.
 WATCH = """\
@@ -42,6 +47,11 @@ class Job:
     if not self.command or not self.command[0].startswith("launch."):
       raise ValueError(f"command = {' '.join(self.command)!r}: name an entry point after --, e.g. "
                        "-- launch.train --config=experiments/native.py --workdir=runs/native")
+    if importlib.util.find_spec(self.command[0]) is None:
+      known = (module.name for module in pkgutil.iter_modules(launch.__path__))
+      close = difflib.get_close_matches(self.command[0].removeprefix("launch."), known, 1)
+      raise ValueError(f"command = {self.command[0]!r}: no such entry point"
+                       + (f"; did you mean launch.{close[0]}?" if close else ""))
     for field, least in (("nodes", 1), ("gpus", 0), ("max_restarts", 0)):
       if getattr(self, field) < least:
         raise ValueError(f"--{field}={getattr(self, field)}: at least {least}")
