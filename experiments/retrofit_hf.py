@@ -16,7 +16,9 @@ Without `trunk=` the model has the shape of Qwen3-0.6B and bytes for tokens: `--
 is fetched. Tried end to end at toy size (tests/huggingface_test.py); of a real model experiments/smollm2.py has
 results.
 
-Arguments: trunk=, method=msa (msa, block_topk or quest), steps=1000, context=8192, batch=8, block_size=64,
+`method=dense` is the control: the same tokens at the same rates, dense to the end.
+
+Arguments: trunk=, method=msa (msa, block_topk, quest or dense), steps=1000, context=8192, batch=8, block_size=64,
 num_blocks=16, dense_layers=0, peak=2e-5.
 """
 import dataclasses
@@ -34,7 +36,8 @@ def get_config(arg=None):
                       dense_layers=0, peak=2e-5)
   geometry = dict(block_size=a.block_size, num_blocks=a.num_blocks)
   attention = arguments.choice(a, "method", {
-      "msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry), "quest": methods.Quest(**geometry)})
+      "msa": methods.MSA(**geometry), "block_topk": methods.BlockTopK(**geometry), "quest": methods.Quest(**geometry),
+      "dense": methods.Dense()})
   model, tokenizer, size = SHAPE, "bytes", "0.6B"
   if a.trunk:
     trunk = rundir.read_config(a.trunk, field="experiment argument trunk")
@@ -42,11 +45,13 @@ def get_config(arg=None):
   if not 0 <= a.dense_layers < model.num_layers:
     raise ValueError(f"experiment argument dense_layers = {a.dense_layers}: 0 to {model.num_layers - 1}")
   layers = ("dense",) * a.dense_layers + ("attention",) * (model.num_layers - a.dense_layers)
-  plan = schedule.native(a.steps, selector_warmup=0.1 if a.method == "msa" else 0.0, peak=a.peak, warmup=0.02,
-                         decay=0.2)
+  rates, dense = dict(peak=a.peak, warmup=0.02, decay=0.2), a.method == "dense"
+  plan = (schedule.dense(a.steps, **rates) if dense else
+          schedule.native(a.steps, selector_warmup=0.1 if a.method == "msa" else 0.0, **rates))
   return Config(
-      arm=f"retrofit_{a.method}", size=size, model=dataclasses.replace(model, remat="layer"), attention=attention,
+      arm="dense_continued" if dense else f"retrofit_{a.method}", size=size,
+      model=dataclasses.replace(model, remat="layer"), attention=attention,
       layers=layers if a.dense_layers else (), schedule=plan,
       data=DataConfig(tokenizer=tokenizer, context=a.context, global_batch=a.batch, align=a.block_size),
-      eval=EvalConfig(run_modes=("dense", "sparse"), batch=1),
+      eval=EvalConfig(run_modes=("dense",) if dense else ("dense", "sparse"), batch=1),
       checkpoint=CheckpointConfig(every=max(1, a.steps // 4)), fork=ForkConfig(a.trunk, reset=bool(a.trunk)))

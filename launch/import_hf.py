@@ -17,8 +17,8 @@ from launch import cli
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json and safetensors, or a GGUF file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to make.")
-_CONTEXT = flags.DEFINE_integer("context", 4096, "Tokens of the windows that launch.evaluate takes by default.",
-                                lower_bound=2)
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of the windows that launch.evaluate takes by default; 0: 4,096, "
+                                "or what the model was made for where that is less.", lower_bound=0)
 _DATA = flags.DEFINE_string("data_source", "stdlib",
                             "Text that launch.evaluate reads by default: stdlib, files:PATH or tfds:NAME.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "",

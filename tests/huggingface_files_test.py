@@ -183,6 +183,9 @@ def test_a_tokenizer_that_is_not_read_is_no_reason_to_count_bytes(tmp_path):
   refused(source, tmp_path, "its tokenizer is in tokenizer.model", "save it with transformers", tokenizer="")
   refused(source, tmp_path, "tokenizer", "unknown", tokenizer="sentencepiece")
   shared.tiny_tokenizer(source)
+  (source / "tokenizer_config.json").unlink()
+  refused(source, tmp_path, f"{source / 'tokenizer_config.json'} names no eos_token", tokenizer="")
+  shared.tiny_tokenizer(source)
   refused(source, tmp_path, "model.vocab_size = 288: the tokenizer has 350 tokens", tokenizer="")
   (source / "tokenizer.json").write_text('{"model": 3}')
   refused(source, tmp_path, "tokenizer.json is no tokenizer of the package tokenizers", tokenizer="")
@@ -237,6 +240,14 @@ def test_a_context_that_the_model_was_not_made_for_is_said(tmp_path, monkeypatch
   assert not said
   huggingface.import_model(source, tmp_path / "longer", tokenizer="bytes", context=513)
   assert said == ["--context = 513: the model was made for 512 tokens (max_position_embeddings)"]
+  assert huggingface.import_model(source, tmp_path / "own", tokenizer="bytes").data.context == 512
+
+
+def test_text_that_is_not_there_is_told_at_once(tmp_path):
+  source = shared.write("qwen3", tmp_path / "source")
+  with pytest.raises(config_lib.ConfigError, match="data.source = 'files:nowhere'.*: nowhere does not exist"):
+    huggingface.import_model(source, tmp_path / "run", tokenizer="bytes", data_source="files:nowhere")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_model_may_be_called_nan(tmp_path):

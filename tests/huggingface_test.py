@@ -315,6 +315,9 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
   before = checkpoint.load_params(tmp_path / "trunk")
 
   small = "steps=10,context=64,batch=2,block_size=8,num_blocks=3,dense_layers=1"
+  control = retrofit_hf.get_config(f"trunk={tmp_path / 'trunk'},method=dense,{small}")
+  assert {stage.mode for stage in control.schedule.stages} == {"dense"} and control.arm == "dense_continued"
+  config_lib.validate(control)
   config = retrofit_hf.get_config(f"trunk={tmp_path / 'trunk'},{small}")
   config.seeds, config.log_every, config.attention.index_dim, config.model.remat = (7,), 1, 8, "none"
   text = Path(json.decoder.__file__).read_text()

@@ -47,16 +47,18 @@ from nsa.huggingface import (
 GENERATION = "generation_config.json"  # what others sample with; kept for the way out
 METHOD, METHOD_WEIGHTS = "method.json", "method.safetensors"
 _FORMAT = 1  # of METHOD
+CONTEXT = 4096
 
 
 # --- in ---------------------------------------------------------------------------
 
 
-def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", data_source: str = "stdlib") -> Config:
+def import_model(source, workdir, *, context: int = 0, tokenizer: str = "", data_source: str = "stdlib") -> Config:
   """Makes a run directory of a model's folder or GGUF file; returns its config.
 
   Args:
-    context: tokens of the windows that launch.evaluate takes by default.
+    context: tokens of the windows that launch.evaluate takes by default; 0 for CONTEXT, or what the model was made
+      for where that is less.
     data_source: the text they are cut from, as in `data.source`.
     tokenizer: "bytes" or "hf:PATH"; "" for the model's own.
 
@@ -70,7 +72,9 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
   _refuse_content(workdir, "--workdir")
   opened = _open_gguf(source) if source.is_file() else _open_folder(source)
   longest = opened.config.get("max_position_embeddings")
-  if architectures.is_size(longest) and context > longest:
+  longest = longest if architectures.is_size(longest) else 0
+  context = context or min(CONTEXT, longest or CONTEXT)
+  if longest and context > longest:
     logging.warning("--context = %d: the model was made for %d tokens (max_position_embeddings)", context, longest)
   config = Config(arm="dense", size=opened.name or "imported", model=opened.model, attention=methods.Dense(),
                   data=DataConfig(data_source, tokenizer="bytes", context=context),
@@ -91,6 +95,8 @@ def import_model(source, workdir, *, context: int = 4096, tokenizer: str = "", d
       raise ConfigError([("--tokenizer", "", f"{source} has none that is read here: give --tokenizer=hf:PATH, or bytes "
                           "for a model that was trained on bytes")])
     config_lib.validate(config)
+    if absent := provenance.missing(config, trunk=False):
+      raise ConfigError(absent)
     params = weights.load_params(opened.weights, opened.model)
     if opened.method:
       params = _with_method(model_lib.restack(params, config), config, source)

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from nsa.config import ConfigError
+from nsa.data import tokenizer
 from nsa.huggingface import architectures
 
 TOKENIZER = "tokenizer.json"
@@ -36,6 +37,11 @@ def copy(source: Path, target: epath.Path) -> bool:
       raise ConfigError([("source", str(source), f"its tokenizer is in {', '.join(others)}, and there is no "
                           f"{TOKENIZER}: save it with transformers (AutoTokenizer, save_pretrained), or give "
                           "--tokenizer")])
+  else:
+    try:  # what is wrong is wrong in these files, not in the copies
+      tokenizer.get(f"hf:{source}")
+    except ValueError as error:
+      raise ConfigError([("source", str(source), str(error).partition("': ")[2])]) from None
   for name in FILES:
     if (source / name).is_file():
       (target / name).write_bytes((source / name).read_bytes())
