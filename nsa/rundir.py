@@ -53,11 +53,12 @@ def open_workdir(config, workdir: epath.Path) -> None:
       if has_tokenizer_of(config, workdir):        # wherever it was read from
         found.data.tokenizer = config.data.tokenizer
       found = config_lib.to_dict(found)
-      changed = [one for key in wanted if key not in _FREE_FIELDS for one in _changed(key, wanted[key], found.get(key))]
-      if changed:
+      different = [one for key in wanted if key not in _FREE_FIELDS
+                   for one in changed(key, wanted[key], found.get(key))]
+      if different:
         raise ConfigError(
             [(key, json.dumps(new), f"{workdir} was started with {json.dumps(old)}: take another --workdir, or the old "
-              "value") for key, new, old in changed])
+              "value") for key, new, old in different])
   with processes.together("writing config.json"):
     if processes.first():
       keep_tokenizer(config, workdir)
@@ -70,10 +71,10 @@ def open_workdir(config, workdir: epath.Path) -> None:
       raise ConfigError([("--workdir", str(workdir), fix)])
 
 
-def _changed(name: str, new, old) -> list[tuple]:
+def changed(name: str, new, old) -> list[tuple]:
   """(field, new value, old value) of all that differs, as deep as both have the same fields."""
   if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
-    return [one for key in new for one in _changed(f"{name}.{key}", new[key], old[key])]
+    return [one for key in new for one in changed(f"{name}.{key}", new[key], old[key])]
   return [(name, new, old)] if new != old else []
 
 

@@ -129,11 +129,29 @@ def check(study: Study, directory, todo: list[Job]) -> None:
     problems.append(("plan", study.plan, "no such directory: write the plan first (--plan), or name the right one"))
   elif left and study.plan and not (epath.Path(study.plan) / "plan.json").exists():
     logging.warning("plan = %s: there is no plan.json, the study has no plan", study.plan)
+  for job in todo:
+    different = [] if job in left else _trained_otherwise(job, directory)
+    if different:
+      name, new, old = different[0]
+      logging.warning("%s was trained with %s = %s and not %s%s: it is taken as it is; delete it, or take another "
+                      "--workdir", job.run, name, old, new, f", and {len(different) - 1} more" * (len(different) > 1))
   for job in left:
     begins = not job.trunk and not (directory / job.run / "checkpoints").exists()
     problems += [(f"arms[*].{name}", value, fix) for name, value, fix in provenance.missing(job.config, begins)]
   if problems:
     raise ConfigError({repr(one): one for one in problems}.values())
+
+
+def _trained_otherwise(job: Job, directory) -> list[tuple]:
+  """(field, value now, value then) of a finished run, of what decides its result. Where it lay and read is left out."""
+  try:
+    then, now = (config_lib.to_dict(c) for c in (rundir.read_config(directory / job.run), job.config))
+  except ConfigError:  # of another version, or no config.json: reports say what they make of it
+    return []
+  for one in (then, now):
+    one["data"] = {k: v for k, v in one["data"].items() if k not in ("source", "corpora", "data_dir", "tokenizer")}
+  return [difference for part in ("model", "attention", "layers", "others", "schedule", "optimizer", "data")
+          for difference in rundir.changed(part, now[part], then[part])]
 
 
 def _cohort(study, directory, seeds) -> list[Job]:

@@ -9,7 +9,7 @@ from etils import epath
 import pytest
 
 from experiments import quickstart
-from nsa import lock, methods, schedule, study as study_lib, train
+from nsa import lock, methods, rundir, schedule, study as study_lib, train
 from nsa.config import Config, ConfigError, ForkConfig
 from nsa.report import archive, endpoints, plan_file, verdict
 
@@ -29,6 +29,22 @@ def test_what_all_runs_lack_is_told_once(tmp_path, monkeypatch):
   with pytest.raises(ConfigError) as error:
     study_lib.run(make(shortcuts=True), tmp_path / "study", on_job=print)
   assert str(error.value).count("num_layers") == 1 and not (tmp_path / "study").exists()
+
+
+def test_a_finished_run_of_another_config_is_told(tmp_path, monkeypatch):
+  said, study = [], make(shortcuts=True)
+  monkeypatch.setattr(study_lib.logging, "warning", lambda text, *args: said.append(text % args))
+  for job in study_lib.jobs(study, tmp_path):
+    rundir.make_workdir(epath.Path(tmp_path / job.run))
+    rundir.open_workdir(job.config, epath.Path(tmp_path / job.run))
+    (tmp_path / job.run / "DONE").touch()
+  todo = study_lib.jobs(make(shortcuts=True), tmp_path)
+  todo[0].config.data.source = "files:elsewhere"  # the same corpus on another machine
+  study_lib.check(study, tmp_path, todo)
+  assert not said
+  todo[0].config.schedule.learning_rate.peak = 0.5
+  study_lib.check(study, tmp_path, todo)
+  assert len(said) == 2 and "schedule.learning_rate.peak = 0.001 and not 0.5: it is taken as it is" in said[0]
 
 
 def test_runs_are_shared_out_and_every_process_writes_the_whole_plan(tmp_path, monkeypatch):

@@ -418,7 +418,8 @@ def _headline(study, primary):
   kept = [c for c in group if c.admitted]
   judged = [c for c in kept if c.word != "cannot be judged"]
   if not judged:
-    return "No verdict: " + "; ".join(dict.fromkeys(c.reason or "there is only 1 seed per arm" for c in kept)) + "."
+    reasons = dict.fromkeys(c.reason or "there is only 1 seed per arm" for c in kept)
+    return f"No verdict: {'; '.join(reasons)}{note}."
   words, count = {c.word for c in judged}, len(judged)
   many = f" in all {count} comparisons" if count > 1 else ""
   unjudged = f" ({len(kept) - count} more cannot be judged)" if count < len(kept) else ""
