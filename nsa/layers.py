@@ -274,10 +274,11 @@ class SwiGLU(nnx.Module):
     self.up = init.normal("up", (d_model, mlp_dim), ("embed", "mlp"), fan_in=d_model)
     self.down = init.normal("down", (mlp_dim, d_model), ("mlp", "embed"), fan_in=mlp_dim, gain=out_gain)
 
-  def __call__(self, x: Float[Array, "B T D"], one_pass: bool = False) -> Float[Array, "B T D"]:
-    """`one_pass`: whether pallas_kernels/fused.py serves the gate."""
-    if one_pass:
+  def __call__(self, x: Float[Array, "B T D"], call) -> Float[Array, "B T D"]:
+    """`call`, a methods.Call, says whether pallas_kernels/fused.py serves the gate and how arrays lie on a mesh."""
+    if call.fused is not None:
       both = jnp.concatenate([self.gate[...], self.up[...]], axis=1).astype(x.dtype)
       return fused.gate(x @ both) @ self.down[...].astype(x.dtype)
-    gate, up = (product("btd,df->btf", x, w[...]) for w in (self.gate, self.up))
+    gate, up = (call.constrain(product("btd,df->btf", x, w[...]), ("batch", "time", "mlp"))
+                for w in (self.gate, self.up))
     return product("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])

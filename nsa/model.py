@@ -55,6 +55,9 @@ class Attention(nnx.Module):
       q, k = call.rope(q_raw, offset=call.offset), call.rope(k_raw, offset=call.offset)
     else:
       q, k = (layers.project(part, h, call, rotated=True) for part in (self.q, self.k))
+    # Left to itself the partitioner gathers hidden states of all positions, and each device makes all K and V of them.
+    q, k, v = (call.constrain(y, ("batch", "time", axis, None)) for y, axis in
+               ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
     gate = None
     if hasattr(self, "gate"):
       gate = jax.nn.sigmoid(layers.product("btd,dn->btn", h, self.gate[...]).astype(jnp.float32))
@@ -82,6 +85,7 @@ class Attention(nnx.Module):
     seen = ({} if observe is None
             else {**observe(x.q, streams["k"], result.block_indices, call), **(result.measured or {})})
     handed = call.handed if result.block_indices is None else result.block_indices
+    o = call.constrain(o, ("batch", "time", "heads", None))
     return layers.product("btnh,nhd->btd", o, self.out[...]), result.losses, seen, streams, handed
 
 
@@ -99,7 +103,11 @@ class Block(nnx.Module):
   def __call__(self, x, call, cache, observe):
     one_pass = call.fused is not None and fused.takes_rows(x)
     norm = functools.partial(fused.norm if one_pass else layers.add_and_norm, eps=self.eps)
+    # Said of every product's operands and results: left to itself the partitioner cuts products along D as their
+    # weights are cut, for which it gathers activations of other devices' rows and positions.
+    activations = "batch", "time", None
     x, h = norm(x, None, self.attention_norm[...])
+    h = call.constrain(h, activations)
     tail = None
     if cache is not None:
       call = dataclasses.replace(call, tail=cache.get("tail"), state=cache.get("state"))
@@ -108,8 +116,8 @@ class Block(nnx.Module):
       reach = cache["tail"].shape[1]
       tail = jnp.concatenate([cache["tail"].astype(h.dtype), h], axis=1)[:, -reach:]
     y, losses, seen, streams, handed = self.attention(h, call, cache, observe)
-    x, h = norm(x, y, self.mlp_norm[...])
-    x = x + self.mlp(h, one_pass=call.fused is not None)
+    x, h = norm(x, call.constrain(y, activations), self.mlp_norm[...])
+    x = x + call.constrain(self.mlp(call.constrain(h, activations), call), activations)
     if tail is not None:
       streams = {**streams, "tail": tail}
     return x, handed, (losses, seen, streams)
@@ -332,7 +340,8 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
     return table
 
   call = methods.Call(mode=mode, offset=offset, segment_ids=segment_ids, selector=selector, losses=losses,
-                      prompt=prompt, counted=counted, implementation=config.implementation or None, rope=rotate)
+                      prompt=prompt, counted=counted, implementation=config.implementation or None, rope=rotate,
+                      constrain=constrain)
   # The table whole: rows looked up in a table cut by columns would all have to change places.
   table = constrain(params["embed"].astype(dtype), ("vocab", None))
   x = constrain(layers.look_up(table, tokens) * (model.embedding_multiplier or model.d_model ** 0.5),

@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 
 # One process with eight devices: for each method the step on one device and on each mesh, as JSON.
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from nsa import config as C, evaluate, methods, schedule, sharding, step as S
 from nsa.planning import topology
@@ -104,6 +104,12 @@ if len(sys.argv) > 2:
   config = make_config("msa", {}, seeds=(3, 4))
   one, _, _, _ = run(config, jax.devices()[:1])
   out["seeds"] = compare(config, dict(context=2, tensor=2), one)
+  config = make_config("dense", dict(fsdp=2, context=2, tensor=2))
+  config.model = dataclasses.replace(config.model, remat="layer", d_model=32, num_heads=2, head_dim=16, mlp_dim=1024)
+  config.data.context, config.data.global_batch = 256, 64
+  text = S.compile_step(config, schedule.at(config, 0), sharding.make_mesh(config)).as_text()
+  found = re.findall("f32[[]([0-9,]+)[]][^ ]* all-gather", text)
+  out["gathered"] = [shape for shape in ([int(n) for n in sizes.split(",")] for sizes in found) if 256 in shape]
   config = make_config("msa", dict(fsdp=2, context=2, tensor=2))
   config.eval = C.EvalConfig(sequences=2, batch=2, run_modes=("sparse",))
   mesh = sharding.make_mesh(config)
@@ -150,6 +156,11 @@ def test_chunks_of_logits_gather_the_output_matrix_once(results):
 
 def test_seeds_trained_together_on_a_mesh(results):
   check(results["seeds"], dict(context=2, tensor=2))
+
+
+def test_of_all_positions_a_device_gathers_keys_and_values_alone(results):
+  # The partitioner would gather hidden states, [32, 256, 32]: at 8B and 128K that took six times the memory.
+  assert results["gathered"] and all(shape == [32, 256, 1, 16] for shape in results["gathered"]), results["gathered"]
 
 
 def test_evaluation_on_a_mesh_is_that_on_one_device(results):

@@ -75,6 +75,7 @@ class Call:
   rope: Callable[..., Array] = lambda x, offset=0, stride=1: x  # (x[B,T,heads,H], offset=0, stride=1) -> x rotated
   fused: Callable[[int], Any] | None = None  # head dim -> cos and sin of these tokens, float32[T, H / 2]:
                                              # pallas_kernels/fused.py serves
+  constrain: Callable[..., Array] = lambda x, axes: x  # (x, logical axes) -> x with a sharding constraint
   prompt: Any = None                  # int32[B] or int: tokens of each prompt, for methods of prompt/
   tail: Any = None                    # decoding: hidden states that the short convolution still reaches
   state: Any = None                   # what `Layer.initial_state` names, after the tokens before these; None = a new
