@@ -64,7 +64,7 @@ class Study:
   # What is judged, and how: metrics of nsa/report/endpoints.py, alone or "metric:corpus", "metric:task family".
   primary: tuple[str, ...] = ("second_half_bits_per_byte", "exact_match")
   secondary: tuple[str, ...] = ()
-  quantities: tuple[str, ...] = ("R", "A", "Delta")  # the declared family of tests (nsa/report/verdict.py)
+  quantities: tuple[str, ...] = ("R", "A", "Delta")  # the declared family of tests (nsa/report/comparisons.py)
   alpha: float = 0.05              # shared by the primary families, text and recall
   margin: float = 0.005            # equivalence margin of bits per byte and of NLL of text
   task_margin: float = 0.02        # of exact match

@@ -8,9 +8,9 @@ import numpy as np
 import scipy
 
 from nsa.report import endpoints, statistics
+from nsa.report.comparisons import own
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import own
 
 BASES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "device time"}
 

@@ -6,10 +6,11 @@ import collections
 import numpy as np
 
 from nsa.report import analyses, archive, endpoints, gates as gate_lib, plan_file, selectors, statistics
+from nsa.report.comparisons import QUANTITIES, own, percent
 from nsa.report.document import Bullets, Heading, Table, Text
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import QUANTITIES, Verdict, own, p_text, percent
+from nsa.report.verdict import Verdict, p_text
 
 
 def verdict(found: Verdict) -> list:

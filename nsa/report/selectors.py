@@ -13,10 +13,10 @@ import dataclasses
 import numpy as np
 
 from nsa.report import endpoints, frontier, statistics
+from nsa.report.comparisons import own
 from nsa.report.document import Table
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
-from nsa.report.verdict import own
 
 
 @dataclasses.dataclass(frozen=True)
