@@ -32,7 +32,8 @@ nothing is tokenized in vain. Methods that choose once per prompt run masked at 
 lengths alone.
 
 Result (experiments/results/frontier; SmolLM2-135M, 7 minutes of one H200): confirmed at 8,192 tokens, where three ways
-were run; undecided at 2,048, where vertical_slash, flexprefill and snapkv lose little.
+were run; undecided at 2,048, where vertical_slash, flexprefill and snapkv lose little. Of the main study's dense M
+there is a plan (experiments/results/frontier_M), not run yet.
 
 Arguments: model= (run directory; none: a shape to be looked at), novels=, code= (archives or folders; none: the
 standard library's source), lengths=2048+8192, prompts=2048, shares=2+4+8+16+32, tasks= (joined by +; empty:

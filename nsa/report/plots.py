@@ -11,7 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from nsa.report import endpoints, statistics
+from nsa.report import comparisons, endpoints, statistics
 from nsa.report.runs import Study
 from nsa.report.style import Look, figure, key
 
@@ -103,7 +103,7 @@ def against_dense(study: Study, verdict) -> Figure | None:
         beside = x + 0.1 * (np.arange(len(y)) / len(y) - 0.5)
         ax.plot(beside, y, marker, mfc="none", mec=color, ms=3, mew=0.7, alpha=0.5)
         _with_interval(ax, x, statistics.t_interval(list(y)), 1, marker, color, None,
-                       mfc=color if c.word in ("matches", "better", "worse") else "white")
+                       mfc=color if c.word in comparisons.FOUND else "white")
       ax.plot([], [], marker, color=color, label=f"size {size}")
     for fill, what in (("#666666", "matches, better or worse"), ("white", "undecided")):
       ax.plot([], [], "o", color="#666666", mfc=fill, label=what)
