@@ -32,8 +32,9 @@ def trouble(step, event):
   read, save = step_lib.Batches.at, checkpoint.Checkpoints.save
   def at(self, now):
     if now == step and event != "kill_saving":
-      {"term": lambda: os.kill(os.getpid(), signal.SIGTERM), "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-       "sleep": lambda: time.sleep(1000)}[event]()
+      # jax looks for a signal once a second only: without the sleep the steps left may be done before it has looked.
+      {"term": lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(3)),
+       "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "sleep": lambda: time.sleep(1000)}[event]()
     return read(self, now)
   def saved(self, now, *args, **kw):
     save(self, now, *args, **kw)
