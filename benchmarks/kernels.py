@@ -6,7 +6,6 @@
   python -m benchmarks.kernels --operation=all --shapes=length,headline_g16,msa --out=results.json --plot=results.png
   python -m benchmarks.kernels --operation=decode,decode_paged --shapes=length_64k,msa_64k --batches=1,8,64
   python -m benchmarks.kernels --operation=decode,decode_paged --shapes=cache --batches=1,8
-  python -m benchmarks.kernels --model --chip=v5p      # every operation, predicted from data sheets: no device
 
 A row is an operation, a shape of `pallas_kernels.arg_specs`, a pattern of block indices where those come from outside
 (benchmarks/cases.py), and an implementation. `file:PATH` or `file:PATH@LAYER` takes the lists of a trained model that
@@ -32,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import cases, peer, predict, timing
+from benchmarks import cases, peer, timing
 from launch import cli
-from pallas_kernels import arg_specs, cost, cudnn
+from pallas_kernels import arg_specs, cudnn
 from pallas_kernels.mosaic_gpu import shared_blocks
 
 ALGORITHMS = {"union": True, "gather": False}  # of mosaic_gpu: common blocks get a pass of their own, or none
@@ -56,8 +55,6 @@ _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.")
 _PLOT = flags.DEFINE_string("plot", None, "Picture of the speed-up over the length.")
 _CALLS = flags.DEFINE_integer("calls", 4, "Calls per timed group.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Groups; the median counts.", lower_bound=1)
-_MODEL = flags.DEFINE_boolean("model", False, "Predict the least times on --chip instead of measuring.")
-_CHIP = flags.DEFINE_enum("chip", "v5p", list(cost.CHIPS), "For --model.")
 _SEED = flags.DEFINE_integer("seed", None, "Of inputs and patterns; None takes the clock.")
 
 
@@ -220,8 +217,6 @@ def main():
   unknown = [name for name in _IMPLEMENTATION.value if ":" in name and name.partition(":")[2] not in ALGORITHMS]
   if unknown:
     raise ValueError(f"--implementation: {unknown[0]!r} is unknown; an algorithm is one of {', '.join(ALGORITHMS)}")
-  if _MODEL.value:
-    return predict.main(names, {name: known[name] for name in _PATTERNS.value}, _CHIP.value, _OUT.value)
   seed = int(time.time()) % 1_000_000 if _SEED.value is None else _SEED.value
   device = jax.devices()[0]
   peers = set(operations) & set(peer.OPERATIONS) if _PEERS.value else ()

@@ -1,17 +1,14 @@
-"""Devices that runs are planned for and measured against: `pallas_kernels.cost` has the peaks of a chip, this table
-adds those of cards without kernels, memory and networks. One row per JAX device.
+"""Devices that runs are planned for and measured against, by their published peaks. One row per JAX device.
 
 Sources: NVIDIA's data sheets of A100, H100 and H200 (their figures "with sparsity", halved; NVLink per direction);
-for TPUs the pages of each version on cloud.google.com/tpu/docs (HBM, interchip interconnect). A TPU's `link` is one
-torus axis in both directions, the ring that one mesh axis gets; a mesh axis that lies over several torus axes gets
-more. `network` is a network card of 400 Gbit/s (A100: 200) per GPU, as in NVIDIA's DGX reference design; within a TPU
-slice all traffic is interconnect. TPU7x shows a chip as two devices: halved.
+for TPUs the pages of each version on cloud.google.com/tpu/docs. A TPU's `link` is one torus axis in both directions,
+the ring that one mesh axis gets; a mesh axis that lies over several torus axes gets more. `network` is a network card
+of 400 Gbit/s (A100: 200) per GPU, as in NVIDIA's DGX reference design; within a TPU slice all traffic is interconnect.
+TPU7x shows a chip as two devices: halved.
 """
 from __future__ import annotations
 
 import dataclasses
-
-from pallas_kernels import cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +22,21 @@ class Device:
   island: int = 0                # devices that `link` joins; 0 = all of a slice
 
 
-def _of(name, kind, *more):
-  chip = cost.CHIPS[name]
-  return Device(kind, chip.flops / 1e12, chip.bandwidth / 1e9, *more)
-
-
 DEVICES = (                      # the first row whose kind fits counts
     Device("NVIDIA H100 PCIe", 756.0, 2000, 80, 64, 50, 1),
     Device("NVIDIA H100 NVL", 835.0, 3900, 94, 300, 50, 2),
-    _of("h100", "NVIDIA H100", 80, 450, 50, 8),                 # SXM5
+    Device("NVIDIA H100", 989.4, 3350, 80, 450, 50, 8),         # SXM5
     Device("NVIDIA H200 NVL", 835.0, 4800, 141, 450, 50, 4),
-    _of("h200", "NVIDIA H200", 141, 450, 50, 8),                # SXM5
+    Device("NVIDIA H200", 989.4, 4800, 141, 450, 50, 8),        # SXM5
     Device("NVIDIA A100", 312.0, 2039, 80, 300, 25, 8),
     Device("TPU v4 lite", None),                                # v4i, for inference
     Device("TPU v4", 275.0, 1228, 32, 100),
-    _of("v5e", "TPU v5 lite", 16, 100),
-    _of("v5e", "TPU v5e", 16, 100),
-    _of("v5p", "TPU v5", 95, 200),                              # by either name
-    _of("v6e", "TPU v6 lite", 32, 224),
-    _of("v6e", "TPU v6e", 32, 224),
-    _of("tpu7x", "TPU7x", 96, 200),
+    Device("TPU v5 lite", 197.0, 819, 16, 100),
+    Device("TPU v5e", 197.0, 819, 16, 100),
+    Device("TPU v5", 459.0, 2765, 95, 200),                     # by either name
+    Device("TPU v6 lite", 918.0, 1638, 32, 224),
+    Device("TPU v6e", 918.0, 1638, 32, 224),
+    Device("TPU7x", 1153.5, 3690, 96, 200),
 )
 
 # Name in --topology -> (device kind, JAX devices per chip).
