@@ -1,8 +1,6 @@
 """benchmarks.kernels: what it counts and what it concludes; times need a device."""
 import dataclasses
-import io
 import json
-import os
 import sys
 import types
 
@@ -12,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, kernels, loops, models, peer, timing, wall
-from nsa import config as config_lib, flops, methods, metrics, progress, schedule
+from benchmarks import cases, kernels, loops, models, peer, timing
+from nsa import config as config_lib, flops, methods, schedule
 from nsa.look import selections
 import pallas_kernels as pk
 from pallas_kernels import arg_specs
@@ -227,52 +225,6 @@ def test_a_request_of_the_peers_by_hand_that_is_wrong(monkeypatch, arguments, wo
     peer.request_of(arguments)
   monkeypatch.setattr(peer, "missing", lambda name: None)
   assert peer.request_of([json.dumps(right)]) == right
-
-
-def test_wall_time_of_a_study_by_part(tmp_path):
-  """Two runs, one after the other, 20 s apart: 100 steps of 8 x 4,096 tokens at 32,768 tokens/s are 100 s."""
-  for number, name in enumerate(("a", "b")):
-    run = tmp_path / "runs" / name
-    run.mkdir(parents=True)
-    config = models.config_of("pilot", "dense", 8, 4096)
-    metrics.write_json(run / "config.json", config_lib.to_dict(config))
-    records = [{"step": step, "seed": 0, "tokens_per_second": 32768.0} for step in (10, 60, 100)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    metrics.write_json(run / "DONE", {"step": 100, "seconds_paused": {"compile": 30.0, "evaluate": 50.0},
-                                         "seconds_evaluated": {"sparse, val": 30.0, f"{name}, val": 15.0}})
-    for file, seconds in (("config.json", 0), ("DONE", 200)):
-      os.utime(run / file, (1e9 + 220 * number + seconds,) * 2)
-  *runs, whole = wall.table(tmp_path)
-  assert [(r["run"], r["wall"], r["steps"], r["rest"], r["share_in_steps"]) for r in runs] == [
-      ("a", 200.0, 100.0, 20.0, 0.5), ("b", 200.0, 100.0, 20.0, 0.5)]
-  assert (whole["wall"], whole["steps"], whole["evaluate"]) == (420.0, 200.0, 100.0)
-  assert whole["evaluated"] == {"sparse, val": 60.0, "a, val": 15.0, "b, val": 15.0}
-  with pytest.raises(ValueError, match="no finished run"):
-    wall.table(tmp_path / "nothing")
-  os.utime(run / "DONE", (1e9 + 220,) * 2)  # as unpacked from an archive
-  with pytest.raises(ValueError, match="runs/b took 0 s, 100 s of them steps: a copy has no times of its own"):
-    wall.table(tmp_path)
-
-
-def test_seconds_in_steps_of_a_run_that_began_slowly_was_evaluated_and_cut():
-  """A speed is a mean over the last seconds, here 5: tokens over each record's own speed count slow steps again and
-  again. An evaluation moves `seconds` alone; after a cut they and the speeds begin anew."""
-  records, now, own = [], 0.0, 0.0
-  for first, paces in ((100, [0.04] * 100 + [0.01] * 400), (600, [0.02] * 500)):
-    began = now
-    bar = progress.Progress("run", 1100, start_step=first, window=5.0, stream=io.StringIO(), clock=lambda: now)
-    for done, pace in enumerate(paces, 1):
-      now += pace
-      bar.update(first + done, tokens=done * 8)
-      if done % 5 == 0:
-        records.append({"step": first + done, "tokens_per_second": bar.tokens_per_second, "seconds": now - began})
-        own += 5 * 8 / bar.tokens_per_second
-      if done == 200:
-        with bar.pause("evaluate"):
-          now += 30.0
-  assert own > 21
-  assert wall.in_steps(records, 100, 8, window=5.0) == pytest.approx(4 + 4 + 10, rel=0.01)
-  assert wall.in_steps([{"step": 10}], 0, 8) == 0.0
 
 
 def test_a_decoded_token_reads_the_weights_and_what_it_sees():
