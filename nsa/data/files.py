@@ -91,11 +91,9 @@ class _Member(tarfile.TarInfo):
 
 @dataclasses.dataclass
 class _Split:
-  """What an archive has of one split, by the document's name: its text, or the path that it links to, or why it is
-  lost."""
+  """What an archive has of one split, by the document's name: its text, or why it is lost."""
   texts: dict[str, bytes] = dataclasses.field(default_factory=dict)
-  links: dict[str, str] = dataclasses.field(default_factory=dict)
-  twice: dict[str, str] = dataclasses.field(default_factory=dict)
+  lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 _archives: dict[tuple, concurrent.futures.Future] = {}  # (path, time, size) -> {split: _Split}, of splits that nobody
@@ -109,15 +107,14 @@ def _archive(source, path, split):
     contents = unpacked(path).result()
     if split in contents and contents[split] is None:  # loaded before, and dropped since
       contents = _read_archive(path)
-    found = contents.get(split)
-    lost = {} if found is None else {**found.twice, **_resolve(path, found.links, found.texts)}
   except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
     raise ValueError(f"data.source = {source!r}: the archive is damaged ({type(error).__name__}: {error}); "
                      "fetch or pack it again") from error
+  found = contents.get(split)
   if found is None:
     raise missing_split(source, split, contents)
-  if lost:
-    raise _lost(source, split, lost)
+  if found.lost:
+    raise _lost(source, split, found.lost)
   contents[split] = None  # the documents are kept, not the text beside them
   return found.texts
 
@@ -140,42 +137,55 @@ def unpacked(path) -> concurrent.futures.Future:
 
 
 def _read_archive(path) -> dict[str, _Split]:
-  splits = {}
+  splits: dict[str, _Split] = {}
   origin = {}                            # (split, document) -> the member that it came from
-  for member, read in _members(path):
-    parts = _inside(member.name)
-    if not parts:
-      continue
-    split = splits.setdefault(parts[0], _Split())
-    name = "/".join(parts[1:])
-    if any(part.startswith(".") for part in parts) or member.isdir():
-      continue
-    if member.isfile() or member.islnk() or member.issym():
+  members, links = {}, {}                # by path; (split, document) -> the path that it links to
+  with _opened(path) as archive:
+    read = lambda member: archive.extractfile(member).read()
+    for member in archive:
       where = _plain(member.name)
+      members[where] = member            # of two members of one path the later counts, as when it is unpacked
+      parts = _inside(member.name)
+      if not parts:
+        continue
+      split, name = splits.setdefault(parts[0], _Split()), "/".join(parts[1:])
+      if any(part.startswith(".") for part in parts) or not (member.isfile() or _is_link(member)):
+        continue
       if origin.setdefault((parts[0], name), where) != where:
-        split.twice[name] = f"{origin[parts[0], name]} and {where} would have one name"
-      split.links.pop(name, None)        # of two members of one path the later counts, as when it is unpacked
+        split.lost[name] = f"{origin[parts[0], name]} and {where} would have one name"
+      links.pop((parts[0], name), None)
       split.texts.pop(name, None)
       if member.isfile():
-        split.texts[name] = read()
+        split.texts[name] = read(member)
       else:
-        split.links[name] = _target(member)
+        links[parts[0], name] = _target(member)
+    while rest := archive.fileobj.read(1 << 16):
+      if rest.strip(b"\0"):
+        raise tarfile.ReadError("there is more behind its end, as where two archives were joined")
+    for (split, name), target in links.items():
+      seen = set()
+      while target in members and _is_link(members[target]) and target not in seen:
+        seen.add(target)
+        target = _target(members[target])
+      if target in members and members[target].isfile():
+        splits[split].texts[name] = read(members[target])
+      else:
+        splits[split].lost[name] = f"a link to {target}, which is no file of the archive"
   return splits
 
 
-def _members(path):
-  """(member, a function that reads it) of a whole archive, in order, in memory.
+def _opened(path) -> tarfile.TarFile:
+  """The archive, in memory.
 
   Unpacked by one call: of one for each block each would wait for Python's lock, which a thread that traces and compiles
   a program holds most of the time.
   """
   unpack = {".xz": lzma.decompress, ".gz": gzip.decompress, ".tgz": gzip.decompress}.get(path.suffix, lambda raw: raw)
-  with tarfile.open(fileobj=io.BytesIO(unpack(path.read_bytes())), mode="r:", tarinfo=_Member) as archive:
-    for member in archive:
-      yield member, lambda: archive.extractfile(member).read()
-    while rest := archive.fileobj.read(1 << 16):
-      if rest.strip(b"\0"):
-        raise tarfile.ReadError("there is more behind its end, as where two archives were joined")
+  return tarfile.open(fileobj=io.BytesIO(unpack(path.read_bytes())), mode="r:", tarinfo=_Member)
+
+
+def _is_link(member) -> bool:
+  return member.islnk() or member.issym()
 
 
 def _plain(name):
@@ -192,31 +202,3 @@ def _inside(name) -> tuple[str, ...]:
   if len(parts) > 1 and parts[0] not in SPLITS and parts[1] in SPLITS:
     parts = parts[1:]
   return parts if parts and parts[0] in SPLITS else ()
-
-
-def _resolve(path, links, texts) -> dict[str, str]:
-  """Reads what `links`, {document: path inside the archive}, point to into `texts`; {document: why not} of the
-  others."""
-  if not links:
-    return {}
-  files, chain = set(), {}
-  for member, _ in _members(path):
-    where = _plain(member.name)
-    if member.isfile():
-      files.add(where)
-    elif member.islnk() or member.issym():
-      chain[where] = _target(member)
-  ends, lost = {}, {}
-  for name, target in links.items():
-    seen = set()
-    while target in chain and target not in seen:
-      seen.add(target)
-      target = chain[target]
-    if target in files:
-      ends.setdefault(target, []).append(name)
-    else:
-      lost[name] = f"a link to {target}, which is no file of the archive"
-  for member, read in _members(path):
-    if member.isfile() and _plain(member.name) in ends:
-      texts.update(dict.fromkeys(ends[_plain(member.name)], read()))
-  return lost
