@@ -91,6 +91,8 @@ WRONG = [
     ("eval.sequences", -2, "eval.sequences", "-1 for all"),
     ("data.source", "wiki", "data.source", "files:PATH"),
     ("data.tasks", ("nosuch",), "data.tasks", "mqar"),
+    ("data.tasks", ("recall", "ledger"), "data.tasks", "held out of training"),
+    ("data.tasks", ("needle@512",), "data.tasks", "name it without @"),
     ("eval.tasks", ("needle:kees=1",), "eval.tasks", "keys"),
     ("schedule.steps", 0, "schedule.steps", "at least 1"),
     ("schedule.stages", [], "schedule.stages", "at least one stage"),

@@ -260,8 +260,6 @@ def test_every_batch_has_its_rows_of_tasks(corpus):
   with pytest.raises(ValueError,
                      match="context = 512: data.task_rows = 2 of 8 rows are no whole number of a batch of 1"):
     pipeline.check_context(512)
-  with pytest.raises(ValueError, match="data.task_rows = 1: data.tasks is empty"):
-    data.make(config_of(corpus, task_rows=1), seed=0)
 
 
 def test_corpora_are_mixed_by_weight(corpus, tmp_path):
@@ -304,12 +302,8 @@ def test_describe_names_the_document(corpus):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(align=-1), "data.align = -1"),
-    (dict(task_share=0.5), "data.tasks is empty"),
-    (dict(task_share=2.0, tasks=("mqar",)), "data.task_share = 2.0"),
     (dict(task_share=0.5, tasks=("copy:length=60",)), "data.context = 64: task copy with length=60"),
     (dict(tokenizer="bpe"), "data.tokenizer = 'bpe'"),
-    (dict(source="tasks"), "data.source = 'tasks': no text"),
     (dict(source="web"), "data.source = 'web': unknown"),
 ])
 def test_wrong_fields_are_named(corpus, change, message):

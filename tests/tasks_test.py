@@ -142,10 +142,9 @@ def test_the_end_of_the_text_misleads_who_counts_there_alone():
 
 
 def test_what_is_held_out_is_not_trained_on():
-  tasks.check_trainable(("recall", "tracking", "common", "mqar"))
-  for name in ("ledger", "recall:template=held_out", "tracking:template=held_out"):
-    with pytest.raises(ValueError, match=f"task '{name}': is held out"):
-      tasks.check_trainable(("recall", name))
+  assert all(tasks.get(name).trainable for name in ("recall", "tracking", "common", "mqar"))
+  assert not any(tasks.get(name).trainable
+                 for name in ("ledger", "recall:template=held_out", "tracking:template=held_out"))
   texts = [text_of(tasks.get("recall").example(0, i, 2000))[0] for i in range(40)]
   assert not any("belongs number" in text or "What number has" in text for text in texts)
   seen = [[template[0].split(b"{")[0].decode() in text for text in texts] for template in recall.TEMPLATES[:4]]

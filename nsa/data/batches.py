@@ -27,12 +27,13 @@ def make(config: DataConfig, seed: int) -> Data:
   """The training data of a run.
 
   Args:
-    config: which text, tasks, context and batch.
+    config: which text, tasks, context and batch; of a config that `nsa.config.validate` takes.
     seed: chooses cuts, order and tasks.
 
   Raises:
-    ValueError, FileNotFoundError, ModuleNotFoundError: naming the field of
-      `data` that is wrong, its value and the fix.
+    ValueError, FileNotFoundError, ModuleNotFoundError: of texts that are not
+      there, or tasks that do not fit, naming the field of `data`, its value
+      and the fix.
   """
   return Data(config, seed)
 
@@ -57,23 +58,10 @@ class Data:
     self.config, self.seed = config, int(seed)
     self.tokenizer = tokenizer.get(config.tokenizer)
     self.align = config.align
-    if self.align < 1:
-      raise ValueError(f"data.align = {config.align}: tokens, at least 1")
-    if not 0 <= config.task_share <= 1:
-      raise ValueError(f"data.task_share = {config.task_share}: a share between 0 and 1")
     self.tasks = [tasks.get(name) for name in config.tasks]
-    tasks.check_trainable(config.tasks)
     self._render = tasks.rendering.example
-    if config.task_share > 0 and not self.tasks:
-      raise ValueError(f"data.task_share = {config.task_share}: data.tasks is empty; "
-                       "name a task or set the share to 0")
-    if config.task_rows and not self.tasks:
-      raise ValueError(f"data.task_rows = {config.task_rows}: data.tasks is empty; name a task or set it to 0")
     loaded = {name: sources.load(source, "train", data_dir=config.data_dir, tokens=config.tokenizer)
               for name, source in config.texts.items()}
-    if config.task_share < 1 and not any(loaded.values()):
-      raise ValueError(f"data.source = {config.source!r}: no text, so data.task_share must be 1 "
-                       f"(it is {config.task_share})")
     self.planting = None
     if config.planted:
       parts = {name: planting.set_aside(documents) for name, documents in loaded.items()}

@@ -24,7 +24,7 @@ from nsa.tasks.phonebook import Phonebook
 from nsa.tasks.recall import Ledger, Recall
 from nsa.tasks.tracking import Tracking
 
-__all__ = ["Example", "TASKS", "Task", "batch", "check_trainable", "get", "length_of", "register"]
+__all__ = ["Example", "TASKS", "Task", "batch", "get", "length_of", "register"]
 
 TASKS: dict[str, type[Task]] = {
     cls.family: cls for cls in (Common, Copy, Ledger, MQAR, Needle, Phonebook, Recall, Tracking)}
@@ -100,17 +100,6 @@ def length_of(name: str, context: int) -> int:
   if not text.isdecimal() or not 0 < int(text) <= context:
     raise ValueError(f"task {name!r}: @{text} is no length; take 1 to {context} tokens")
   return int(text)
-
-
-def check_trainable(names: tuple[str, ...]) -> None:
-  """Raises ValueError for a task that is held out of training, or has a length of its own."""
-  for name in names:
-    if "@" in name:
-      raise ValueError(f"task {name!r}: data.task_lengths says how long the examples of training are; name it without "
-                       "@ there")
-    if not get(name).trainable:
-      raise ValueError(f"task {name!r}: is held out, to be evaluated by models that never trained on it; name it in "
-                       "eval.tasks alone")
 
 
 def batch(task_name: str, seed: int, count: int, length: int, split: str, haystack=None, *,
