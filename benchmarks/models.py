@@ -1,6 +1,9 @@
-"""The model shapes and methods whose train steps benchmarks.step times and benchmarks.decode decodes with, and how."""
+"""The model shapes and methods whose train steps benchmarks.step times and benchmarks.decode decodes with, and how; the
+memory of one layer alone, which benchmarks.memory times."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+import concurrent.futures
 import dataclasses
 import statistics
 import tempfile
@@ -70,6 +73,24 @@ def floor_ms(config, what, device_kind: str) -> float | None:
   return len(config.seeds) * (flops.per_step(config, what) / flop_rate + LEARNING_BYTES * learning / byte_rate) * 1e3
 
 
+def compiled(makers: Iterable[Callable], threads: int) -> list[Callable]:
+  """Functions that return what each of `makers` makes and what its `compile` gave, or raise what one of both raised.
+
+  One thread traces while others compile; all is compiled once this returns, so that nothing is while something is
+  timed.
+  """
+  pool, futures = concurrent.futures.ThreadPoolExecutor(threads), []
+  for make in makers:
+    try:
+      one = make()
+      futures.append(pool.submit(lambda one=one: (one, one.compile())))
+    except Exception as error:  # a shape that an implementation refuses
+      futures.append(concurrent.futures.Future())
+      futures[-1].set_exception(error)
+  concurrent.futures.wait(futures)
+  return [future.result for future in futures]
+
+
 class Row:
   """One row: traced when it is made, compiled by whoever calls `compile`, timed by `measure`."""
 
@@ -85,20 +106,17 @@ class Row:
     self.lowered = jax.jit(function, **options).lower(*arguments)
     self.seconds = time.perf_counter() - began
 
-  def compile(self, options: dict | None = None):
-    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python.
-
-    options: of the compiler.
-    """
+  def compile(self):
+    """(the program, the same with a time for each kernel or None, seconds); any thread may: XLA needs no Python."""
     import jax
 
     from nsa import step as step_lib
     step_lib.compile_init(self.config, self.mesh)
     began = time.perf_counter()
-    program = self.lowered.compile(compiler_options=options)
+    program = self.lowered.compile()
     seconds, apart = time.perf_counter() - began, program if self.profile else None
     if self.profile and jax.default_backend() == "gpu":  # kernels in a command buffer have no times of their own
-      apart = self.lowered.compile(compiler_options={**(options or {}), "xla_gpu_graph_min_graph_size": 2 ** 30})
+      apart = self.lowered.compile(compiler_options={"xla_gpu_graph_min_graph_size": 2 ** 30})
     return program, apart, self.seconds + seconds
 
   def measure(self, compiled, *, steps: int, repeats: int) -> dict:
@@ -138,6 +156,59 @@ class Row:
         with jax.profiler.trace(directory):
           run(apart, state, 3)
         row["kinds_ms"] = {kind: total / 3 for kind, total in timing.by_kind(directory).items()}
+    return row
+
+
+class MemoryLayer:
+  """Titans' memory of one layer, alone: traced when it is made, compiled by whoever calls `compile`, timed by
+  `measure`."""
+
+  def __init__(self, model, options, batch: int, tokens: int, implementation: str | None = None):
+    from flax import nnx
+    import jax
+    import jax.numpy as jnp
+
+    from nsa import layers
+    from nsa.methods.titans import memory
+    self.model, self.options, self.batch, self.tokens = model, options, batch, tokens
+    self.implementation = implementation
+    net = memory.Memory(layers.Init(jax.random.key(0)), model, options, project=False)
+    graph, self.state = nnx.split(net)
+    dtype, shape = jnp.dtype(model.dtype), (batch, tokens)
+    N, K, H = model.num_heads, model.num_kv_heads, model.head_dim
+    sizes = (shape + (N, H), shape + (K, H), shape + (K, H), shape + (model.d_model,))
+    self.inputs = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+
+    def run(state, q, k, v, h):
+      net = nnx.merge(graph, state)
+      segments = jnp.ones(shape, jnp.int32)  # as in training, where documents are packed
+      return net(q, k, v, net.gates_of(h), None, segment_ids=segments, implementation=implementation)[0].astype(dtype)
+
+    def both(state, *inputs):
+      return jax.value_and_grad(lambda *a: jnp.sum(run(*a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4))(
+          state, *inputs)
+
+    self.lowered = {"forward": jax.jit(run).lower(self.state, *self.inputs),
+                    "both": jax.jit(both).lower(self.state, *self.inputs)}
+
+  def compile(self):
+    """(programs, seconds)."""
+    began = time.perf_counter()
+    return {name: lowered.compile() for name, lowered in self.lowered.items()}, time.perf_counter() - began
+
+  def measure(self, compiled, repeats: int) -> dict:
+    """The columns of a row."""
+    import jax
+    programs, seconds = compiled
+    keys = jax.random.split(jax.random.key(1), len(self.inputs))
+    inputs = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, self.inputs)]
+    useful = self.batch * self.tokens * sum(c.flops for c in self.options.memory_costs(self.model).values())
+    row = dict(tokens=self.tokens, sequences=self.batch, chunk=self.options.chunk,
+               chunks=-(-self.tokens // self.options.chunk), products=self.options.products,
+               recompute=self.options.recompute, implementation=self.implementation, compile_seconds=seconds)
+    for name, passes in (("forward", 1), ("both", 3)):
+      ms = timing.milliseconds(programs[name], [(self.state, *inputs)], 3, repeats)
+      row |= {f"{name}_ms": ms, f"{name}_tflops": passes * useful / ms / 1e9}
     return row
 
 

@@ -20,7 +20,7 @@ this one's.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import functools
 
 from absl import flags
 
@@ -70,22 +70,14 @@ def main():
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, seeds in a program: {_SEEDS.value}")
   print(f"{'model':<8} {'method':<20} {'batch':<9} {'ms':>9} {'ktok/s':>9} {'MFU':>6} {'of floor':>8} {'vs dense':>8} "
         f"{'compile':>8}")
-  rows, dense, traced = [], collections.defaultdict(lambda: None), []
-  compilers = concurrent.futures.ThreadPoolExecutor(_THREADS.value)
-  for *_, config in plan:  # all compile while others are traced; none is timed meanwhile
-    try:
-      one = models.Row(config, _PROFILE.value)
-      traced.append((one, compilers.submit(one.compile)))
-    except Exception as error:  # a shape that an implementation refuses
-      traced.append(error)
-  concurrent.futures.wait([pair[1] for pair in traced if isinstance(pair, tuple)])
-  for (model, (sequences, tokens), method, one_pass, _), made in zip(plan, traced):
+  rows, dense = [], collections.defaultdict(lambda: None)
+  made = models.compiled((functools.partial(models.Row, config, _PROFILE.value) for *_, config in plan), _THREADS.value)
+  for (model, (sequences, tokens), method, one_pass, _), of in zip(plan, made):
     row = dict(model=model, method=method, batch=f"{sequences}x{tokens}", seeds=_SEEDS.value, one_pass=one_pass)
     try:
-      if isinstance(made, Exception):
-        raise made
-      row.update(made[0].measure(made[1].result(), steps=_STEPS.value, repeats=_REPEATS.value))
-    except Exception as error:  # memory, a compiler that gives up; other rows go on
+      one, programs = of()
+      row.update(one.measure(programs, steps=_STEPS.value, repeats=_REPEATS.value))
+    except Exception as error:  # a shape that is refused, memory, a compiler that gives up; other rows go on
       row["error"] = timing.of_error(error)
       print(f"{_name(row)} {row['error']}", flush=True)
     else:

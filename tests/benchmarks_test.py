@@ -6,11 +6,10 @@ import types
 
 import commands
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, kernels, loops, models, peer, timing
+from benchmarks import cases, kernels, models, peer, timing
 from nsa import config as config_lib, flops, methods, schedule
 from nsa.look import selections
 import pallas_kernels as pk
@@ -248,46 +247,18 @@ def test_decoding_is_timed_from_a_cache_that_is_full_in_the_end():
   assert row["tokens_per_second"] == pytest.approx(3 / row["ms"] * 1e3) and row["floor_ms"] is None
 
 
-def test_kernels_of_a_loop_are_those_of_its_body():
-  def chunk(x, w):
-    return jnp.tanh(x @ w), None
-
-  run = jax.jit(lambda x, ws: jax.lax.scan(chunk, x, ws)[0])
-  text = run.lower(jnp.ones((64, 64)), jnp.ones((5, 64, 64))).compile().as_text()
-  (count,) = loops.kernels(text)
-  assert 2 <= count <= 6 and loops.kernels("") == []  # the product, tanh, taking w, counting turns
-  two = """
-%inner (p: f32[4]) -> f32[4] {
-  %p = f32[4]{0} parameter(0)
-  %a = f32[4]{0} fusion(%p), kind=kLoop, calls=%fused
-  ROOT %b = f32[4]{0} custom-call(%a), custom_call_target="gemm"
-}
-
-%body (s: (f32[4])) -> (f32[4]) {
-  %s = (f32[4]{0}) parameter(0)
-  %x = f32[4]{0} get-tuple-element(%s), index=0
-  %y = f32[4]{0} call(%x), to_apply=%inner
-  %z = f32[4]{0} copy(%y)
-  ROOT %t = (f32[4]{0}) tuple(%z)
-}
-
-ENTRY %main (x: f32[4]) -> (f32[4]) {
-  %x = f32[4]{0} parameter(0)
-  %t = (f32[4]{0}) tuple(%x)
-  ROOT %w = (f32[4]{0}) while(%t), condition=%cond, body=%body
-}
-"""
-  assert loops.kernels(two) == [3]  # a command buffer's two, and the copy
-
-
 def test_the_memory_alone_is_timed_and_counted():
-  model = config_lib.ModelConfig(d_model=16, num_heads=2, num_kv_heads=1, head_dim=8)
-  row = loops.MemoryLayer(model, methods.MAG(chunk=8, depth=1), batch=2, tokens=32)
-  got = row.measure(row.compile(), repeats=1)
-  assert (got["chunks"], got["sequences"], len(got["both_kernels"])) == (4, 2, 2)
-  assert got["both_ms"] > 0 and got["both_kernels"][0] >= got["forward_kernels"][0] > 0
-  # One matrix of 8 x 8 and its surprise for each sequence, read and written once a chunk.
-  assert got["forward_state_gbs"] * got["forward_ms"] == pytest.approx(2 * 4 * 2 * 2 * 64 * 4 / 1e6)
+  model, options = config_lib.ModelConfig(d_model=16, num_heads=2, num_kv_heads=1, head_dim=8), methods.MAG(chunk=8)
+  makers = [lambda: models.MemoryLayer(model, options, 2, 32), lambda: models.config_of("gpt5", "msa", 1, 64)]
+  good, bad = models.compiled(makers, threads=2)
+  layer, programs = good()
+  got = layer.measure(programs, repeats=1)
+  assert (got["chunks"], got["sequences"], got["implementation"]) == (4, 2, None)
+  count = 2 * 32 * sum(cost.flops for cost in options.memory_costs(model).values())
+  assert got["forward_tflops"] * got["forward_ms"] == pytest.approx(count / 1e9)
+  assert got["both_tflops"] * got["both_ms"] == pytest.approx(3 * count / 1e9)
+  with pytest.raises(ValueError, match="gpt5.* is unknown"):
+    bad()
 
 
 @pytest.mark.parametrize("module", ["tune", "support"])
