@@ -82,12 +82,11 @@ def rows_of(keys: int, implementation: str, dense: str) -> list:
   return out
 
 
-def measured(T: int, heads: tuple, keys: int, implementation: str, dense: str, compiled=lambda: None, only=None):
-  """Rows one by one; all are compiled before the first is timed, when `compiled` is called."""
+def measured(T: int, heads: tuple, keys: int, implementation: str, dense: str):
+  """Rows one by one; all are compiled before the first is timed."""
   N, K, H = heads
   x = draw(T, N, K, H)
-  programs = [(name, part, jax.jit(f)) for name, part, f in rows_of(keys, implementation, dense)
-              if only is None or name in only]
+  programs = [(name, part, jax.jit(f)) for name, part, f in rows_of(keys, implementation, dense)]
   choose = jax.jit(lambda x: pk.token_top_k(x["q_idx"], x["w"], x["k_idx"], num_tokens=keys,
                                             implementation=implementation))
   sets = dict(random=choose(x), latest=latest(T, keys))
@@ -97,7 +96,6 @@ def measured(T: int, heads: tuple, keys: int, implementation: str, dense: str, c
       ready.append((name, part, f.lower(x, sets).compile()))
     except Exception as error:  # a shape that an implementation refuses
       ready.append((name, part, timing.of_error(error)))
-  compiled()
   for name, part, f in ready:
     row = dict(row=name, part=part, T=T, N=N, K=K, H=H, keys=keys, device=jax.devices()[0].device_kind,
                implementation=dense if name == "dense" else implementation, jax=jax.__version__)
