@@ -2,8 +2,10 @@
 
     python -m launch.study --workdir=runs/frontier \
         --config=experiments/frontier.py:model=runs/smollm2,novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz
-    python -m launch.study --workdir=runs/frontier-M --config=experiments/frontier.py:model=runs/main/runs/dense-M-s1,\
-    lengths=4096,prompts=4096,tasks=mqar:pairs=16+mqar:pairs=64,block=32,novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz
+    GRID=lengths=4096,prompts=4096,tasks=mqar:pairs=4+mqar:pairs=16+mqar:pairs=64,block=32,text_tokens=65536
+    TEXTS=novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz,plan=experiments/results/frontier_M
+    python -m launch.study --workdir=runs/frontier-M \
+        --config=experiments/frontier.py:model=runs/main/runs/dense-M-s1,$GRID,$TEXTS
 
 The grid of Sparse Frontier (arXiv 2504.17768) at inference: method x budget x task x length. One dense model, an
 imported one (experiments/smollm2.py says how) or one trained here, evaluated as it is; each length is a size of the

@@ -119,6 +119,17 @@ def test_a_study_in_slices_gets_an_archive_for_what_each_slice_adds(whole, live,
   assert found.curves[2]["loss"][-1] == 7.5
 
 
+def test_sizes_stand_in_their_order_whatever_ran_last(tmp_path):
+  root = planted.write_study(tmp_path, seeds=(0,), sizes=("M", "S", "M8K"), rich=False)
+  wide = {"S": {}, "M": {"d_model": 999}, "M8K": {"d_model": 999}}
+  for file in root.glob("runs/*/config.json"):
+    config = json.loads(file.read_text())
+    config["model"] |= wide[config["size"]]
+    config["data"]["context"] *= 1 + (config["size"] == "M8K")
+    file.write_text(json.dumps(config))
+  assert archive.load([root]).sizes == ["S", "M", "M8K"]
+
+
 def test_the_autotuners_choices_go_along_and_come_back(whole, live, tmp_path):
   """Of all slices, in the order in which they unpack; XLA's files may be binary and lie in folders."""
   choices = {"a=.textproto": b"gemm {\n  algorithm: 5\n}\n", "H200/b.pb": b"\x0a\xff"}

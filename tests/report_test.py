@@ -279,7 +279,7 @@ def test_recall_is_followed_over_training_in_the_arms_own_mode():
   task = lambda mode, task, seed, value: dict(kind="task", run_mode=mode, task=task, seed=seed, exact_match=value)
   records = lambda a, b: [task("sparse", "x", 0, a), task("sparse", "y", 0, b), task("dense", "x", 0, 1.0),
                           task("sparse", "x", 1, 0.0)]
-  run = SimpleNamespace(arm="a", size="s", headline_mode="sparse", diverged={},
+  run = SimpleNamespace(arm="a", size="s", mode_at=lambda step: "sparse", diverged={},
                         tasks={10: records(0.0, 0.2), 20: [], 30: records(0.9, 0.5)})
   study = SimpleNamespace(arms=["a"], finished=[run])
   assert endpoints.recall_over_training(study, "a", "s") == {(0, 10): 0.1, (1, 10): 0.0, (0, 30): 0.7, (1, 30): 0.0}

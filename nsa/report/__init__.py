@@ -8,7 +8,8 @@ endpoints.py reduces records (nsa/records.py) to one number per arm, seed, run m
 endpoints count, comparisons.py tests, verdict.py has the words, analyses.py splits, plan_file.py compares with what was
 planned; answer.py, sections.py and plots.py say and show it, document.py writes it down; planning.py looks ahead.
 lengths.py, frontier.py and isoflop_section.py are sections of studies that ask for them, statistics included (the last
-one's in isoflop.py); selectors.py is the one on trained and training-free selectors.
+one's in isoflop.py); selectors.py is the one on trained and training-free selectors,
+curricula.py the one on arms that begin otherwise than they end.
 A NOTES.md in the report's directory, or else in the study's, becomes a section: the report is written anew, the notes
 stay.
 """

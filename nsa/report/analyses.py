@@ -58,7 +58,7 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
         if at < points[0][0] * (1 - 0.005):
           reasons[seed] = (f"needs a decay branch of {arm} that ends at {endpoints.quantity(at)} "
                            f"{'s of ' * (basis == 'seconds')}{words}, {at / points[-1][0]:.2f} of its own")
-        values.append(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])))
+        values.append(on_line(points, max(at, points[0][0])))
         above = next((n for n, (x, _) in enumerate(points) if x >= at * (1 - 1e-9)), len(points) - 1)
         if above and points[above][0] > 1.005 * at and points[above - 1][0] < at / 1.005:
           ends.setdefault(arm, []).append((points[above - 1][1], points[above][1]))
@@ -73,6 +73,14 @@ def equal_cost(study: Study, table: list[Row], metric: str, size: str) -> list[E
     between = {arm: tuple(np.mean(pairs, axis=0).tolist()) for arm, pairs in ends.items()} if differences else {}
     out.append(EqualCost(basis, differences, float(np.mean(costs)) if differences else math.nan, reason, between))
   return out
+
+
+def on_line(points: list[tuple[float, float]], cost: float) -> float:
+  """The value at `cost` on the line through (cost, value), linear in its logarithm; NaN beyond its ends, by more than
+  half a percent."""
+  x, y = zip(*sorted(points))
+  inside = x[0] * (1 - 0.005) <= cost <= x[-1] * (1 + 0.005)
+  return float(np.interp(math.log(cost), np.log(x), y)) if inside else math.nan
 
 
 def over_tokens(study: Study, table: list[Row], metric: str, size: str) -> dict[float, dict[int, float]]:

@@ -5,7 +5,7 @@ import collections
 
 import numpy as np
 
-from nsa.report import analyses, archive, endpoints, gates as gate_lib, plan_file, selectors, statistics
+from nsa.report import analyses, archive, curricula, endpoints, gates as gate_lib, plan_file, selectors, statistics
 from nsa.report.comparisons import QUANTITIES, own, percent
 from nsa.report.document import Bullets, Heading, Table, Text
 from nsa.report.endpoints import Row
@@ -249,9 +249,9 @@ def exploratory(study: Study, table: list[Row], found: Verdict) -> list:
   blocks = []
   for size in study.sizes:
     # Of the dense arm's run modes the section on selectors has more.
-    modes = not selectors.ways(study, table, size)
+    modes, elsewhere = not selectors.ways(study, table, size), curricula.arms(study, size)
     mine = [c for c in found.comparisons if not c.family and c.judgement and c.size == size
-            and (modes or c.run_mode == study.headline_mode(c.arm))]
+            and c.arm not in elsewhere and (modes or c.run_mode == study.headline_mode(c.arm))]
     metrics = [endpoints.metric(e.metric) for e in study.endpoints if e.primary]
     against = list(dict.fromkeys((study.reference, study.dense)))
     lines = []

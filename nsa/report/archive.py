@@ -245,7 +245,15 @@ def load(paths: list[Path]) -> Study:
     study.problems += [f"`{run.name}`: seed {seed} diverged (its last loss is not finite), left out"
                        for seed in run.diverged]
   study.problems += comparable_lib.problems(study)
+  study.sizes.sort(key=lambda size: _scale(next((r.config for r in study.runs if r.size == size and r.config), {})))
   return study
+
+
+def _scale(config: dict) -> tuple[int, int]:
+  """By which sizes are ordered, smallest first, whatever ran last: weights of the layers, tokens of context."""
+  model = config.get("model", {})
+  return (model.get("num_layers", 0) * model.get("d_model", 0) * (model.get("d_model", 0) + model.get("mlp_dim", 0)),
+          config.get("data", {}).get("context", 0))
 
 
 def merge(study: Study, other: Study, path: Path) -> None:

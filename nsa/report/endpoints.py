@@ -187,25 +187,26 @@ def select(study: Study, kind: str, arm: str, size: str, run_mode: str | None = 
 
 
 def over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
-  """{(seed, step): bits per byte of the second half of held-out windows} of the arm's own run mode, at every
+  """{(seed, step): bits per byte of the second half of held-out windows} as the arm attends at that step, at every
   evaluation."""
   out = {}
   for run in study.finished:
     if (run.arm, run.size) == (arm, size):
       for step, records in run.text.items():
-        own = [r for r in records if r.get("run_mode") == run.headline_mode and r.get("split", "val") == run.split]
+        own = [r for r in records if r.get("run_mode") == run.mode_at(step) and r.get("split", "val") == run.split]
         by_seed = group(own, ("seed",), "second_half_bits_per_byte", "second_half_bytes")
         out.update({(seed, step): value for (seed,), value in by_seed.items() if seed not in run.diverged})
   return out
 
 
 def recall_over_training(study: Study, arm: str, size: str) -> dict[tuple[int, int], float]:
-  """{(seed, step): exact match, a mean over tasks} of the arm's own run mode, at every evaluation that asked tasks."""
+  """{(seed, step): exact match, a mean over tasks} as the arm attends at that step, at every evaluation that asked
+  tasks."""
   out = {}
   for run in study.finished:
     if (run.arm, run.size) == (arm, size):
       for step, records in run.tasks.items():
-        own = [r for r in records if r.get("run_mode") == run.headline_mode]
+        own = [r for r in records if r.get("run_mode") == run.mode_at(step)]
         by_task = group(own, ("seed", "task"), "exact_match")
         for seed in {seed for seed, _ in by_task} - set(run.diverged):
           out[seed, step] = float(np.mean([value for (s, _), value in by_task.items() if s == seed]))

@@ -47,6 +47,14 @@ class Run:
     """How the arm's own number is taken: dense where it ends dense, else sparse."""
     return "dense" if self.stages and self.stages[-1].get("mode") == "dense" else "sparse"
 
+  def mode_at(self, step: int) -> str:
+    """How its number is taken after so many steps: of an arm that ends dense, as it attended until then."""
+    curve = next((c for c in self.curves.values() if np.isfinite(c["stage"]).any()), None)
+    if self.headline_mode == "sparse" or curve is None:
+      return self.headline_mode
+    stage = int(curve["stage"][max(0, int(np.searchsorted(curve["step"], step, "right")) - 1)])
+    return "sparse" if self.stages[stage].get("mode") in ("sparse", "mixed") else "dense"
+
   @functools.cached_property
   def split(self) -> str:
     """The split whose windows count: val where there is one."""

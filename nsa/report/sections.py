@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from nsa.report import answer, endpoints, frontier, isoflop_section, lengths, planning, selectors
+from nsa.report import answer, curricula, endpoints, frontier, isoflop_section, lengths, planning, selectors
 from nsa.report.document import Bullets, Heading, Picture, Table, Text, Written
 from nsa.report.endpoints import Row
 from nsa.report.runs import Study
@@ -111,7 +111,8 @@ def all_sections(study: Study, table: list[Row], verdict: Verdict, gallery: Gall
   blocks += answer.quantities(study, table, verdict, gallery) + answer.costs_of_anchor(study, table)
   blocks += answer.sizes_and_tokens(study, table, gallery)
   blocks += answer.exploratory(study, table, verdict) + by_length * (not judges)
-  for title, part in (("Selector or backbone?", answer.errors), ("Trained, or free of training?", selectors.section),
+  for title, part in ((curricula.TITLE, lambda *a: curricula.section(*a[:3], verdict.admissions, gallery)),
+                      ("Selector or backbone?", answer.errors), ("Trained, or free of training?", selectors.section),
                       ("Loss curves", "loss"),
                       ("Held-out loss over training", "held_out"),
                       ("Loss by position", "position"), ("Recall by task", "recall"), ("Far context", "context"),

@@ -1,4 +1,4 @@
-"""Every number of the study's verdict once more, from its records alone, by other code: NumPy and SciPy.
+"""Every number of the study's verdict, and of its curricula, once more, from its records alone: NumPy and SciPy.
 
     python experiments/results/main/reanalysis.py                     # all study*.tar.xz beside this file
     python experiments/results/main/reanalysis.py runs/main [--sealed]
@@ -55,16 +55,19 @@ def read(*paths):
 
 
 class Values:
-  """value[arm, size, run mode, metric] = {seed: number} of the finished runs; own[arm]; tokens[arm, size]."""
+  """value[arm, size, run mode, metric] = {seed: number} of the finished runs; own[arm]; tokens[arm, size]; config[arm,
+  size], log[arm, size] = {seed: lines} of what was logged."""
 
   def __init__(self, runs, metrics, sealed=False):
     self.value, self.own, self.tokens, self.asked = collections.defaultdict(dict), {}, {}, collections.defaultdict(set)
+    self.config, self.log = {}, collections.defaultdict(dict)
     for files in runs.values():
       if "config.json" not in files:
         continue
       config = json.loads(files["config.json"])
       arm, size = config["arm"], config["size"]
       self.own.setdefault(arm, "dense" if config["schedule"]["stages"][-1]["mode"] == "dense" else "sparse")
+      self.config.setdefault((arm, size), config)
       if "DONE" not in files or "FAILED" in files:
         continue
       steps = [int(n[5:-5]) for n in files if n.startswith("eval/") and n[5:-5].isdigit()]
@@ -76,6 +79,7 @@ class Values:
       for line in files.get("metrics.jsonl", "").splitlines():
         one = json.loads(line)
         last[one["seed"]] = one
+        self.log[arm, size].setdefault(one["seed"], []).append(one)
         once |= {one["seed"]} if finite(one) else set()
       lost = {seed for seed in once if not finite(last[seed])}  # diverged
       tokens = [one.get("tokens", 0.) for one in last.values()]
@@ -249,6 +253,70 @@ def analyse(paths, sealed=False):
   return found, admitted, remarks(plan, runs, found, v, sizes)
 
 
+def curricula(plan, runs):
+  """What ends dense and did not leave a dense trunk, on its seeds: differences from dense attention as both end, with
+  as many FLOPs or as much time, and from what goes on as it begins: [dict]. No family, no word."""
+  metrics = [e["metric"] for e in plan["endpoints"] if e["primary"]]
+  v, dense, out = Values(runs, metrics), plan["dense_arm"], []
+  sizes = dict.fromkeys(size for _, size in v.config)
+  stages = lambda c: c["schedule"]["stages"]
+  length = lambda c: (c["schedule"]["steps"], c["data"]["global_batch"], c["data"]["context"])
+  alike = lambda a, b: all(a[k] == b[k] for k in a.keys() & b.keys())
+  for size in sizes:
+    whole = {arm: c for (arm, s), c in v.config.items() if s == size and not c["fork"]["workdir"]}
+    mine = {arm: c for arm, c in whole.items() if arm != dense and dense in whole and stages(c)[-1]["mode"] == "dense"
+            and (len(stages(c)) > 1 or length(c) != length(whole[dense]))}
+    if not any(len(stages(c)) > 1 for c in mine.values()):
+      continue
+    goes_on = {arm: next((a for a, o in whole.items() if stages(c)[0]["mode"] != "dense" and len(stages(o)) == 1
+                          and stages(o)[0]["mode"] == stages(c)[0]["mode"] and length(o) == length(c)
+                          and alike(o["attention"], c["attention"])), None) for arm, c in mine.items()}
+    more = [arm for arm, c in mine.items() if len(stages(c)) == 1]
+    last = lambda arm, name: {seed: lines[-1][name] for seed, lines in v.log[arm, size].items()}
+    shown = [a for a in dict.fromkeys([plan["reference_arm"], *goes_on.values(), *mine]) if v.log.get((a, size))]
+    seeds = {seed for arm in mine for seed in v.log[arm, size]}
+    for metric, arm in itertools.product(metrics, shown):
+      ours, theirs = v.of(arm, size, metric), v.of(dense, size, metric)
+      found = {"as they end": paired(ours, theirs), "for its FLOPs": {}, "for its time": {},
+               f"minus {goes_on.get(arm)}": paired(ours, v.of(goes_on.get(arm), size, metric))}
+      paces = slowness(plan, v, size, arm, mine, goes_on)
+      for words, name in (("for its FLOPs", "flops"), ("for its time", "tokens")) if arm not in more else ():
+        for seed in set(ours) & set(theirs):
+          line = sorted((last(a, name)[seed], v.of(a, size, metric)[seed])
+                        for a in (*plan["branches"].get(dense, ()), dense, *more) if seed in v.of(a, size, metric))
+          at = last(arm, name)[seed] if name == "flops" else paces * last(dense, name)[seed]
+          x, y = np.array(line).T
+          if x[0] * .995 <= at <= x[-1] * 1.005:
+            found[words][seed] = ours[seed] - float(np.interp(math.log(at), np.log(x), y))
+      for words, d in found.items():
+        d = [d[seed] for seed in sorted(d) if seed in seeds]
+        if d:
+          half = stats.t.ppf(.975, len(d) - 1) * np.std(d, ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+          out.append({"metric": metric, "size": size, "arm": arm, "what": words, "n": len(d), "mean": float(np.mean(d)),
+                      "low": float(np.mean(d) - half), "high": float(np.mean(d) + half)})
+  return out
+
+
+def slowness(plan, v, size, arm, mine, goes_on):
+  """Time of an arm's steps over that of dense attention's: both alone, where known; else by its own log."""
+  speeds, dense = plan.get("speeds") or {}, plan["dense_arm"]
+  total = lambda a: max(lines[-1]["tokens"] for lines in v.log[a, size].values())
+  if f"{arm}-{size}" in speeds and f"{dense}-{size}" in speeds:
+    return speeds[f"{dense}-{size}"] / speeds[f"{arm}-{size}"] * total(arm) / total(dense)
+  out = []
+  for one in [arm] if arm in mine else [a for a in mine if goes_on[a] == arm]:
+    for lines in v.log[one, size].values():
+      of = collections.defaultdict(list)
+      for line in lines:
+        of[line["stage"]].append(line)
+      speed = {stage: np.median([x["tokens_per_second"] for x in lines if "tokens_per_second" in x])
+               for stage, lines in of.items()}
+      ends = [0., *(lines[-1]["tokens"] for _, lines in sorted(of.items()))]
+      ratio = [speed[max(of)] / speed[stage] for stage in sorted(of)]
+      out.append(float(np.dot(np.diff(ends), ratio)) / ends[-1] if arm in mine else ratio[0])
+  return float(np.mean(out)) * total(arm) / total(dense) if out else math.nan
+
+
 def remarks(plan, runs, found, v, sizes):
   """What else the verdict says: whether R levels off, outcomes in two groups, failed runs."""
   lines = []
@@ -300,6 +368,9 @@ def main(arguments):
       word += ", repeated" if again.get(key(c)) == word else ", NOT REPEATED by what was sealed: no word"
     print(f"{c['metric']} {c['size']} {c['quantity']} {c['arm']}: {word}, {c['n']} seeds, {numbers}")
   print("\n".join(lines))
+  for c in [] if sealed else curricula(*read(*where)):
+    print(f"exploratory: {c['metric']} {c['size']} {c['arm']} {c['what']}: {c['n']} seeds, {c['mean']:+.4f} "
+          f"({c['low']:+.4f} to {c['high']:+.4f})")
 
 
 if __name__ == "__main__":
