@@ -45,7 +45,7 @@ def time_share(study: Study, size: str, arm: str, found: dict[str, str]) -> floa
   """
   speeds, each = study.speeds or {}, []
   done = lambda one: [c for run in study.arm_runs(one, size) if run.status == "done" for c in run.curves.values()
-                      if len(c["step"])]
+                      if len(c["step"]) and np.isfinite(c["stage"]).all()]
   if {f"{one}-{size}" for one in (arm, study.dense)} <= set(speeds):
     each = [speeds[f"{study.dense}-{size}"] / speeds[f"{arm}-{size}"]]
   elif arm in found:
@@ -146,8 +146,8 @@ def _ratio(ours, theirs):
 
 def _beside(study, table, size, found, pairs) -> str:
   """What a reader has to know of the numbers, and what dense attention's curve said of more tokens."""
-  text = (f"Exploratory: intervals and no word. With {pairs} pairs an exact test of signs cannot go below p = "
-          f"{2.0 ** (1 - pairs):.2g}. ")
+  text = "Exploratory: intervals and no word. " + (f"With {pairs} pairs an exact test of signs cannot go below p = "
+                                                   f"{2.0 ** (1 - pairs):.2g}. ") * (pairs > 1)
   if any(run.sealed and f"{run.arm}-{size}" not in archive.shown(study) for arm in found
          for run in study.arm_runs(arm, size)):
     text += "What is sealed of these arms is in no number: it is opened when all runs of their tier are there. "
