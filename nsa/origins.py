@@ -64,6 +64,8 @@ def load(module: str) -> None:
   why = "it defines methods, tasks or controls that this config needs"
   if not module.endswith(".py"):
     try:
+      if not module or module.startswith("."):
+        raise ModuleNotFoundError(name=module)
       importlib.import_module(module)
     except ModuleNotFoundError as error:
       if error.name and not (module + ".").startswith(error.name + "."):

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 import fnmatch
+import math
 import time
 import traceback
 
@@ -33,7 +34,7 @@ from nsa import (
   start,
   train,
 )
-from nsa.config import Config, ConfigError
+from nsa.config import Config, ConfigError, kinds
 from nsa.tasks import audit
 
 
@@ -96,14 +97,9 @@ class Job:
 
 
 def jobs(study: Study, directory) -> list[Job]:
-  """All runs, trunks first. Raises ConfigError for an arm that cannot run or forks from nowhere."""
-  unknown = [f"few[{arm!r}]" for arm in study.few
-             if arm not in {n for one in study.arms for n in (one.arm, f"{one.arm}-{one.size}")}]
-  if unknown or study.vmap_seeds and study.few:
-    raise ConfigError([(name, "", f"no arm has that name; there are {sorted({one.arm for one in study.arms})}")
-                       for name in unknown]
-                      or [("few", study.few, "seeds that train as one program are the same for all arms: set "
-                                             "vmap_seeds = False")])
+  """All runs, trunks first. Raises ConfigError for a question that no report could answer, an arm that cannot run or
+  forks from nowhere."""
+  _check_question(study)
   cohorts = [tuple(study.seeds)] if study.vmap_seeds else [(seed,) for seed in study.seeds]
   out = [job for seeds in cohorts for job in _cohort(study, directory, seeds)]
   names = [job.run for job in out]
@@ -188,6 +184,45 @@ def _cohort(study, directory, seeds) -> list[Job]:
 def seeds_of(study: Study, arm: Config) -> tuple[int, ...]:
   """The seeds that an arm is run with."""
   return study.few.get(f"{arm.arm}-{arm.size}", study.few.get(arm.arm, study.seeds))
+
+
+def _check_question(study: Study) -> None:
+  """Raises ConfigError that lists what reports would refuse once everything has run, or judge by in silence."""
+  if wrong := [*kinds.problems(Study, study)]:
+    raise ConfigError(wrong)
+  problems = []
+
+  def need(ok, name, value, fix):
+    if not ok:
+      problems.append((name, value, fix))
+
+  of_size = {f"{one.arm}-{one.size}" for one in study.arms}
+  arms = {one.arm for one in study.arms}
+  need(arms, "arms", study.arms, "at least one")
+  need(study.seeds and len(set(study.seeds)) == len(study.seeds), "seeds", study.seeds, "one or more different seeds")
+  need(not (study.vmap_seeds and study.few), "few", study.few,
+       "seeds that train as one program are the same for all arms: set vmap_seeds = False")
+  named = {"dense": [study.dense], "reference": [study.reference], "budgets": study.budgets, "controls": study.controls,
+           "controls[*]": study.controls.values(), "branches": study.branches,
+           "branches[*]": [arm for shorter in study.branches.values() for arm in shorter]}
+  both = {"few": study.few, "now": study.now}  # speeds and tiers may name arms of other slices
+  for known, fields in ((arms, named), (arms | of_size, both)) if arms else ():
+    for name, used in fields.items():
+      for arm in used:
+        need(arm in known, name, arm, f"no arm has that name; there are {', '.join(sorted(arms))}")
+  for arm, share in study.budgets.items():
+    need(0 < share <= 1, f"budgets[{arm!r}]", share, "a share of the tokens, above 0, at most 1")
+  for name in ("margin", "task_margin", "nll_margin", "flops_per_second"):
+    need(0 < getattr(study, name) < math.inf, name, getattr(study, name), "a number above 0")
+  need(0 < study.alpha < 1, "alpha", study.alpha, "between 0 and 1, such as 0.05")
+  need(0 < study.training_share <= 1, "training_share", study.training_share, "a share above 0, at most 1")
+  need(0 <= study.solved <= 1, "solved", study.solved, "a share of the answers, 0 to 1")
+  for name, scatter in study.expected_sd.items():
+    need(0 < scatter < math.inf, f"expected_sd[{name!r}]", scatter, "a standard deviation above 0")
+  for quantity in study.quantities:
+    need(quantity in ("R", "A", "Delta"), "quantities", quantity, "R, A or Delta")
+  if problems:
+    raise ConfigError(problems)
 
 
 def asked(study: Study) -> dict:

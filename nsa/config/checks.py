@@ -8,6 +8,7 @@ from typing import Any, Callable
 
 from nsa import methods, origins, tasks
 from nsa.architecture import ModelConfig
+from nsa.config import kinds
 from nsa.config.fields import Config, ConfigError, DataConfig, OptimizerConfig, ScheduleConfig, steps_of
 from nsa.data import planting, tokenizer
 from nsa.tasks import audit
@@ -26,7 +27,12 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   Raises ConfigError listing all problems. `num_devices` adds the check of the
   mesh against the devices that are there.
   """
-  problems = []
+  problems = [*kinds.problems(Config, config)]
+  for where, method in {"attention": config.attention, **config.others}.items() if not problems else ():
+    named = where if where == "attention" else f"others.{where}"
+    problems += kinds.problems(type(method) if isinstance(method, methods.Method) else methods.Method, method, named)
+  if problems:
+    raise ConfigError(problems)  # what follows compares and iterates
   for module in config.modules:
     origins.load(module)
 
@@ -50,7 +56,9 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
   _check_mesh(config, need)
   if num_devices is not None and min(config.mesh.fsdp, config.mesh.context, config.mesh.tensor) >= 1:
     _check_devices(config, num_devices, need)
-  problems += [(name, value, "must be a finite number") for name, value in _numbers(config) if not math.isfinite(value)]
+  for name, value in _numbers(config):
+    need(math.isfinite(value), name, value, "must be a finite number")
+    need(isinstance(value, float) or value < 2 ** 32, name, value, "must be below 2**32")
   if problems:
     raise ConfigError({repr(one): one for one in problems}.values())
   return config
@@ -68,6 +76,7 @@ def _check_model(m: ModelConfig, need: Need) -> None:
        'take "" (none), linear, dynamic, llama3, yarn or longrope')
   need(scaling.factor > 0, "model.rope_scaling.factor", scaling.factor, "frequencies are divided by it: above 0")
   need(scaling.context > 0, "model.rope_scaling.context", scaling.context, "tokens, at least 1")
+  need(scaling.low_frequency > 0, "model.rope_scaling.low_frequency", scaling.low_frequency, "turns, above 0")
   need(scaling.high_frequency > scaling.low_frequency, "model.rope_scaling.high_frequency", scaling.high_frequency,
        f"above model.rope_scaling.low_frequency = {scaling.low_frequency}")
   need(scaling.attention_factor >= 0, "model.rope_scaling.attention_factor", scaling.attention_factor,
@@ -77,9 +86,8 @@ def _check_model(m: ModelConfig, need: Need) -> None:
     need(len(found) == m.head_dim // 2 * (scaling.kind == "longrope") and all(x > 0 for x in found),
          f"model.rope_scaling.{name}", found, f"longrope has {m.head_dim // 2} numbers above 0, half of "
          "model.head_dim; others have none")
-  strange = sorted(set(m.no_rope_layers) - set(range(m.num_layers)))
-  need(not strange and len(set(m.no_rope_layers)) == len(m.no_rope_layers), "model.no_rope_layers", m.no_rope_layers,
-       f"different layers of 0 to {m.num_layers - 1}")
+  need(all(0 <= n < m.num_layers for n in m.no_rope_layers) and len(set(m.no_rope_layers)) == len(m.no_rope_layers),
+       "model.no_rope_layers", m.no_rope_layers, f"different layers of 0 to {m.num_layers - 1}")
   need(m.norm_eps > 0, "model.norm_eps", m.norm_eps, "above 0")
   need(m.embedding_multiplier >= 0, "model.embedding_multiplier", m.embedding_multiplier,
        "above 0, or 0 for sqrt(d_model)")
@@ -98,6 +106,8 @@ def _check_data(d: DataConfig, need: Need) -> None:
          f"lengths of 1 to data.context = {d.context} tokens")
   for name in ("answer_weight", "filler_weight"):
     need(getattr(d, name) >= 0, f"data.{name}", getattr(d, name), "a loss weight, 0 or more")
+  need(not d.has_tasks or d.answer_weight or d.filler_weight, "data.answer_weight", d.answer_weight,
+       "above 0, or data.filler_weight: tasks would teach nothing")
   need(d.task_share == 0 or d.tasks, "data.tasks", d.tasks, "data.task_share is above 0: name at least one task")
   need(not d.task_rows or d.tasks, "data.tasks", d.tasks, "data.task_rows is above 0: name at least one task")
   need(0 <= d.task_rows < d.global_batch, "data.task_rows", d.task_rows,
@@ -138,17 +148,21 @@ def _check_tokenizer(config: Config, need: Need) -> None:
 
 def _check_tasks(config: Config, need: Need) -> None:
   m, d, e = config.model, config.data, config.eval
+  shortest = min((stage.context or d.context for stage in config.schedule.stages), default=d.context)
   for where, names in (("data.tasks", d.tasks), ("eval.tasks", e.tasks)):
     for name in names:
       try:
         task = tasks.get(name)
+        length = shortest if d.has_tasks else e.context or d.context
         if where == "eval.tasks":
-          tasks.length_of(name, e.context or d.context)
+          length = tasks.length_of(name, e.context or d.context)
         else:
           need("@" not in name, where, name,
                "data.task_lengths says how long the examples of training are: name it without @")
         need(task.trainable or where != "data.tasks", where, name,
              "is held out of training: name it in eval.tasks alone")
+        if d.tokenizer == "bytes":
+          task.check_length(length + 1)
         need(task.in_words or d.tokenizer == "bytes", where, name,
              f"has token ids of its own, data.tokenizer is {d.tokenizer}: take a task in words, such as recall")
         need(d.tokenizer != "bytes" or m.vocab_size >= task.vocab_size, "model.vocab_size", m.vocab_size,
@@ -191,7 +205,8 @@ def _check_stages(config: Config, need: Need) -> None:
     if stage.train == "memory":
       need(any("memory" in method.groups for method in config.methods), f"{at}.train", stage.train,
            f"{config.attention.name} has no memory")
-    if stage.context:
+    need(stage.context >= 0, f"{at}.context", stage.context, "tokens, 0 for data.context")
+    if stage.context > 0:
       need(d.context * d.global_batch % stage.context == 0, f"{at}.context", stage.context,
            f"must divide data.context * data.global_batch = {d.context * d.global_batch} so that tokens per step stay "
            "the same")
@@ -249,6 +264,7 @@ def _check_evaluation(config: Config, need: Need) -> None:
   need(e.split in ("val", "test", "ood"), "eval.split", e.split, "val, test or ood")
   need(e.sealed in {"", "val", "test", "ood"} - {e.split}, "eval.sealed", e.sealed,
        "val, test or ood, but not eval.split; or none")
+  need(e.context >= 0, "eval.context", e.context, "tokens, 0 for data.context")
   need(e.batch >= 1, "eval.batch", e.batch, "at least 1 sequence")
   need(e.sequences >= -1, "eval.sequences", e.sequences, "0 for none, -1 for all of the split")
   need(e.during_examples >= 0, "eval.during_examples", e.during_examples, "0 for none")
@@ -294,7 +310,13 @@ def _check_run_modes(config: Config, need: Need) -> None:
 def _check_run(config: Config, need: Need) -> None:
   """Seeds, checkpoints and what else is of the run as a whole."""
   s = config.schedule
-  need(all(0 <= seed < 2 ** 32 for seed in config.seeds), "seeds", config.seeds, "between 0 and 2**32 - 1")
+  for name in ("arm", "size"):
+    value = getattr(config, name)
+    need(value and "/" not in value, name, value, "names run directories: a word without /")
+  e = config.eval
+  named = {"seeds": config.seeds, "eval.more_seeds": e.more_seeds, "eval.hidden_seeds": e.hidden_seeds}
+  for name, seeds in named.items():
+    need(all(0 <= seed < 2 ** 32 for seed in seeds), name, seeds, "between 0 and 2**32 - 1")
   need(len(set(config.seeds)) == len(config.seeds) and config.seeds, "seeds", config.seeds,
        "one or more different seeds")
   need(not config.profile or len(config.profile) == 2 and 0 <= config.profile[0] <= config.profile[1], "profile",
@@ -305,6 +327,7 @@ def _check_run(config: Config, need: Need) -> None:
   need(config.unroll >= 0, "unroll", config.unroll,
        "layers per turn of the loop over layers, 0 for the measured default")
   need(config.peak_tflops >= 0, "peak_tflops", config.peak_tflops, "TFLOP/s of one device, or 0 to look it up")
+  need(config.fork.step >= -1, "fork.step", config.fork.step, "a step of the trunk, -1 for its newest checkpoint")
   need(not config.fork.step >= s.steps or config.fork.reset, "fork.step", config.fork.step,
        f"must lie before schedule.steps = {s.steps}")
   need(config.checkpoint.every >= 0, "checkpoint.every", config.checkpoint.every, "steps, 0 for the last only")
@@ -395,8 +418,8 @@ def _check_layers(config: Config) -> list[tuple[str, Any, str]]:
 
 
 def _numbers(tree, name=""):
-  """(field, value) of every float of a config, however deep."""
-  if isinstance(tree, float):
+  """(field, value) of every number of a config, however deep."""
+  if isinstance(tree, (int, float)):
     yield name, tree
   elif dataclasses.is_dataclass(tree):
     for field in dataclasses.fields(tree):

@@ -2,11 +2,10 @@
 import dataclasses
 import json
 import re
-import types
 import typing
-from typing import Any
 
 from nsa import methods, origins, tasks
+from nsa.config import kinds
 from nsa.config.fields import Config, ConfigError
 
 
@@ -57,7 +56,7 @@ def _method(options: dict, where: str) -> methods.Method:
 
 
 def _build(cls, tree, prefix):
-  hints = typing.get_type_hints(cls)
+  hints = kinds.hints(cls)
   names = {f.name for f in dataclasses.fields(cls)}
   kwargs = {}
   for name, value in tree.items():
@@ -67,24 +66,20 @@ def _build(cls, tree, prefix):
   return cls(**kwargs)
 
 
-_HELD_BY = {int: int, float: (int, float), bool: bool, str: str, list: list, tuple: (list, tuple), dict: dict}
-
-
 def _convert(hint, value, where):
   """The value as its field holds it. Raises ConfigError if it is of another type: files may be others'."""
-  kind = typing.get_origin(hint) or (dict if dataclasses.is_dataclass(hint) else hint)
-  if kind in _HELD_BY and (not isinstance(value, _HELD_BY[kind]) or kind in (int, float) and isinstance(value, bool)):
-    raise ConfigError([(where, value, f"of the type {type(value).__name__}, {kind.__name__} is needed")])
   origin = typing.get_origin(hint)
+  if origin is tuple and isinstance(value, list):  # JSON has no tuples
+    value = tuple(value)
+  if wrong := kinds.problem(dict if dataclasses.is_dataclass(hint) else hint, value, where):
+    raise ConfigError([wrong])
   if dataclasses.is_dataclass(hint):
     return _build(hint, value, where + ".")
   if origin is list:
     (item,) = typing.get_args(hint)
     return [_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
   if origin is tuple:
-    return tuple(value)
-  if origin in (typing.Union, types.UnionType) or hint is Any:
-    return value
+    return tuple(_convert(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
   if hint is float and isinstance(value, int):
     return float(value)
   return value

@@ -50,7 +50,7 @@ class NSA(blocks.BlockMethod):
   window: int = 512               # tokens of the sliding window, the query's own included
 
   def check(self, model, context):
-    problems = super().check(model, context)
+    problems = super().check(model, context) + self.too_small(compress_len=1)
     if self.compress_stride < 1 or self.compress_len % self.compress_stride:
       problems.append(("compress_len", self.compress_len,
                        f"must be a multiple of compress_stride = {self.compress_stride}"))
