@@ -7,10 +7,13 @@ import types
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def parse(text: str | None, **defaults) -> types.SimpleNamespace:
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}
+
+
+def parse(text: str | None, above_0: tuple[str, ...] = (), **defaults) -> types.SimpleNamespace:
   """"steps=200,method=nsa" -> a namespace with the types of `defaults`.
 
-  Raises ValueError naming an unknown key, or a value of the wrong type.
+  Raises ValueError naming an unknown key, a value of the wrong type, or one of `above_0` that is not.
   """
   values = dict(defaults)
   for part in filter(None, (text or "").split(",")):
@@ -21,9 +24,13 @@ def parse(text: str | None, **defaults) -> types.SimpleNamespace:
     kind = type(defaults[key])
     try:
       values[key] = _TRUTH[value.lower()] if kind is bool else kind(value)
+      wrong = kind is float and not math.isfinite(values[key])
     except (ValueError, KeyError):
-      raise ValueError(
-          f"experiment argument {key} = {value!r}: takes a {kind.__name__}, e.g. {defaults[key]}") from None
+      wrong = True
+    if wrong:
+      raise ValueError(f"experiment argument {key} = {value!r}: takes {_WORDS[kind]}, e.g. {defaults[key]}")
+    if key in above_0 and values[key] <= 0:
+      raise ValueError(f"experiment argument {key} = {value}: above 0, e.g. {defaults[key]}")
   return types.SimpleNamespace(**values)
 
 

@@ -45,7 +45,8 @@ RETROFIT = 0.25
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", arms="dense", steps=3000, rate=1.5e-3, batch=8, words=False,
                       task_loss=0.15, windows=320, examples=256, looks=10, context=4096, layers=6, width=384,
-                      lengths="64+256+1024+4096", blocks=0)
+                      lengths="64+256+1024+4096", blocks=0,
+                      above_0=("steps", "looks", "context", "width"))
   make = Arms(a)
   known = {"dense": make.dense, "dense_noconv": lambda name: make.dense(name, short_conv=0), "native": make.native,
            "native_half": lambda name: make.native(name, blocks=make.count // 2),
@@ -68,7 +69,7 @@ class Arms:
   def __init__(self, a):
     self.a = a
     self.plan = dict(peak=a.rate, warmup=0.02, decay=0.2)
-    self.block = min(32, a.context // 64)
+    self.block = max(1, min(32, a.context // 64))
     self.count = a.blocks or a.context // 8 // self.block
     self.corpora = arguments.corpora(a)
 
@@ -82,7 +83,7 @@ class Arms:
                           dtype="bfloat16"),
         data=DataConfig(corpora=self.corpora, context=a.context, global_batch=a.batch, task_rows=1,
                         task_loss=a.task_loss, tasks=TASKS + WORDS * a.words, filler_weight=0.0,
-                        task_lengths=tuple(n for n in map(int, a.lengths.split("+")) if n <= a.context)),
+                        task_lengths=tuple(n for n in arguments.numbers("lengths", a.lengths) if n <= a.context)),
         optimizer=OptimizerConfig(selector_learning_rate=5.0 * rate),
         eval=EvalConfig(sequences=a.windows, task_examples=a.examples, batch=16, run_modes=run_modes,
                         tasks=TASKS[1:] + (WORDS + NEVER_TRAINED) * a.words,

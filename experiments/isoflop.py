@@ -81,10 +81,7 @@ NOTES = (
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", slice=False, budgets="", shares="", windows="32", sizes="", least=0,
                       most=0.0, seeds="0", context=16384, batch=2, block=64, windows_of_text=24, examples=32, view=True,
-                      shared=False, plan="")
-  for name in ("context", "batch", "block"):
-    if getattr(a, name) < 1:
-      raise ValueError(f"experiment argument {name} = {getattr(a, name)}: at least 1")
+                      shared=False, plan="", above_0=("context", "batch", "block"))
   make = Arms(a)
   budgets = a.budgets or ("5e14+1.5e15+4.5e15" if a.slice else "5e15+1.5e16+4.5e16")
   budgets = arguments.numbers("budgets", budgets, float)

@@ -20,7 +20,7 @@ from nsa.config import CheckpointConfig, Config, DataConfig, EvalConfig, ModelCo
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, arm="dense", steps=1500)
+  a = arguments.parse(arg, arm="dense", steps=1500, above_0=("steps",))
   rate = dict(peak=1e-3, warmup=0.05, decay=0.3)
   arms = {
       "dense": (methods.Dense(), schedule.dense(a.steps, **rate)),

@@ -39,7 +39,8 @@ FEW = {"native_msa_cold": 1, "native_nsa": 1, "mixed_msa": 1, "native_window": 3
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, corpus="", part="main", steps=3000, seeds=5, rate=1.5e-3, batch=8, arms="")
+  a = arguments.parse(arg, corpus="", part="main", steps=3000, seeds=5, rate=1.5e-3, batch=8, arms="",
+                      above_0=("steps", "seeds"))
   if a.part not in ("main", "rates"):
     raise ValueError(f"experiment argument part = {a.part!r}: main or rates")
   study = rates(a) if a.part == "rates" else main(a)

@@ -24,7 +24,7 @@ CONTROLS = ("dense", "oracle", "quest", "block_topk", "sink_window", "random")
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, steps=400, seeds=3)
+  a = arguments.parse(arg, steps=400, seeds=3, above_0=("steps", "seeds"))
   plan = dict(peak=4e-3, warmup=0.05, decay=0.2)
   warmup = max(1, a.steps // 20)  # steps in which the selector learns and the output stays dense
 

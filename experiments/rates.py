@@ -21,13 +21,13 @@ from nsa.study import Study
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", sizes="M+S", rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, factors="0.5+1+2",
-                      scale=1.0, blocks=24)
+                      scale=1.0, blocks=24, above_0=("scale", "blocks"))
   sizes = a.sizes.split("+")
   if not set(sizes) <= {"S", "M", "L"}:
     raise ValueError(f"experiment argument sizes = {a.sizes!r}: S, M and L, joined by +")
   arms = []
   for size in sizes:
-    for factor in map(float, a.factors.split("+")):
+    for factor in arguments.numbers("factors", a.factors, float, least=1e-3):
       rate = factor * {"S": a.rate_s, "M": a.rate_m, "L": a.rate_l}[size]
       main = types.SimpleNamespace(novels=a.novels, code=a.code, blocks=a.blocks, scale=a.scale, rate_m=rate,
                                    rate_s=rate, rate_l=rate)

@@ -29,7 +29,8 @@ BUDGET = 0.25
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, novels="", code="", size="M", scale=1.0, blocks=24)
+  a = arguments.parse(arg, novels="", code="", size="M", scale=1.0, blocks=24,
+                      above_0=("scale", "blocks"))
   arguments.choice(a, "size", main_study.SIZES)
   main = types.SimpleNamespace(**vars(a), rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, selector_steps=60)
   make = main_study.Arms(main, a.size)

@@ -34,12 +34,13 @@ METHODS = {"dense": methods.Dense, "msa": methods.MSA, "nsa": methods.NSA}
 def mesh_of(context: int, devices: int, tensor: int) -> MeshConfig:
   """As many rows at a time as a step has, each cut over what is left."""
   rows = TOKENS_PER_STEP // context
-  fsdp = min(rows, devices // tensor)
+  fsdp = max(1, min(rows, devices // tensor))
   return MeshConfig(data=1, fsdp=fsdp, context=devices // (tensor * fsdp), tensor=tensor)
 
 
 def get_config(arg=None):
-  a = arguments.parse(arg, size="8b", context=131072, method="msa", devices=512, tokens=0.0, budget=0.13, tensor=0)
+  a = arguments.parse(arg, size="8b", context=131072, method="msa", devices=512, tokens=0.0, budget=0.13, tensor=0,
+                      above_0=("context", "devices"))
   shape, method = arguments.choice(a, "size", MODELS), arguments.choice(a, "method", METHODS)
   steps = max(100, round((a.tokens or TOKENS[a.size]) / TOKENS_PER_STEP))
   if a.method == "dense":

@@ -111,7 +111,8 @@ TRAINED = ("recall:pairs={}", "tracking:chains={},hops=1")
 def get_config(arg=None):
   a = arguments.parse(arg, model="", novels="", code="", tier="1", rate=1e-3, selector_steps=60, budgets="0.5+2+8+32",
                       seeds=3, context=8192, batch=8, block=64, blocks=16, tasks="", lengths="1024+2048+4096+8192",
-                      windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="")
+                      windows=48, examples=32, decoded=8, eval_batch=4, once=True, remat="layer", plan="",
+                      above_0=("context", "batch", "block", "eval_batch", "seeds"))
   make = Arms(a)
   tiers = {str(number): make.tier(number) for number in range(1, 11)}
   if a.tier == "0":
@@ -151,7 +152,9 @@ class Arms:
 
   def __init__(self, a):
     self.a, self.controls, self.budgets = a, {}, {}
-    self.millions = tuple(float(x) for x in a.budgets.split("+"))
+    self.millions = arguments.numbers("budgets", a.budgets, float, least=1e-3)
+    if len(self.millions) < 2:
+      raise ValueError(f"experiment argument budgets = {a.budgets!r}: two or more, joined by +")
     self.main = self.millions[1:3]
     self.geometry = dict(block_size=a.block, num_blocks=a.blocks)
     self.corpora = arguments.corpora(a)
@@ -160,7 +163,7 @@ class Arms:
     self.size = f"{flops.parameters(Config(model=self.model))['total'] / 1e6:.3g}M"
 
   def at_lengths(self, names):
-    return tuple(f"{name}@{length}" for name in names for length in self.a.lengths.split("+"))
+    return tuple(f"{name}@{length}" for name in names for length in arguments.numbers("lengths", self.a.lengths))
 
   def method(self, name, blocks=0):
     geometry = dict(self.geometry, num_blocks=blocks or self.a.blocks)

@@ -71,7 +71,10 @@ def test_arguments_are_typed_and_named():
   with pytest.raises(ValueError, match="'step=2'.*steps=1"):
     arguments.parse("step=2", steps=1)
   assert arguments.parse("fast=No", fast=True).fast is False
-  with pytest.raises(ValueError, match="fast = 'ture'.*bool"):
+  with pytest.raises(ValueError, match="fast = 'ture': takes true or false"):
     arguments.parse("fast=ture", fast=False)
-  with pytest.raises(ValueError, match="steps = 'two'.*int"):
+  with pytest.raises(ValueError, match="steps = 'two': takes a whole number"):
     arguments.parse("steps=two", steps=1)
+  for text, said in (("steps=0", "steps = 0: above 0"), ("rate=inf", "rate = 'inf': takes a finite number")):
+    with pytest.raises(ValueError, match=said):
+      arguments.parse(text, steps=1, rate=0.5, above_0=("steps",))

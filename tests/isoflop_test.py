@@ -154,7 +154,7 @@ def test_the_experiment_spends_its_budgets_and_its_report_says_so(tmp_path, requ
   assert top["msa_32_9e13"] == ("sparse", "sparse:num_blocks=2", "dense")
   assert top["msa_32_1e13"] == ("sparse",)
   for wrong, said in (("sizes=M+Q", "sizes = 'M.Q': Q is none of 2XS, XS"), ("shares=0", "shares = '0': whole numbers"),
-                      ("budgets=nan", "budgets = 'nan': numbers of at least 1"), ("batch=0", "batch = 0: at least 1"),
+                      ("budgets=nan", "budgets = 'nan': numbers of at least 1"), ("batch=0", "batch = 0: above 0"),
                       ("block=4096", "shares, block = 32, 4096: 1/32 of 16384 tokens has no block")):
     with pytest.raises(ValueError, match=said):
       experiment.get_config(wrong)
