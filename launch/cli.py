@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import errno
 import logging as python_logging
+import math
 import os
 import re
 import signal
@@ -73,6 +74,10 @@ def _parse(argv):
       if not os.path.isfile(path):
         end(BAD_INPUT, f"--config={path}: {'a folder, and no' if os.path.isdir(path) else 'no such'} experiment file")
       overrides.apply_entries(flags.FLAGS["config"].value, taken)
+    for name in flags.FLAGS:
+      value = flags.FLAGS[name].value
+      if isinstance(value, float) and not math.isfinite(value) and not name.startswith("config."):
+        raise ValueError(f"--{name}={value}: takes a finite number")
     return rest
   except (KeyError, AttributeError) as error:  # a dotted override of a field that is not there
     end(BAD_INPUT, f"override: {_field_error(error)}")
@@ -81,9 +86,13 @@ def _parse(argv):
   except SyntaxError as error:
     end(BAD_INPUT, f"{error.filename}, line {error.lineno}: {error.msg}: no Python that can be read")
   except (flags.Error, ValueError, TypeError, OSError) as error:
-    missing = re.fullmatch(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.", str(error))
+    missing = re.findall(r"^flag --(\w+)=None: Flag --\1 must have a value other than None\.$", str(error), re.M)
     if missing:
-      end(BAD_INPUT, f"--{missing[1]}: missing; {flags.FLAGS[missing[1]].help}")
+      end(BAD_INPUT, "\n".join(f"--{name}: missing; {flags.FLAGS[name].help}" for name in missing))
+    whole = re.match(r"Type .* of field (config\.\S+) is not supported for overriding", str(error))
+    if whole:
+      end(BAD_INPUT, f"override: {whole[1]}: cannot be replaced as a whole: set its fields (--{whole[1]}.NAME=, of a "
+                     f"list --{whole[1]}[0].NAME=), or choose by an argument of the experiment file")
     end(BAD_INPUT, _without_traceback(str(error)))
 
 
@@ -286,9 +295,13 @@ def define_common() -> None:
   flags.DEFINE_string("coordinator", "", "host:port of process 0 of a run of several processes; empty: from "
                       "JAX_COORDINATOR_ADDRESS, Slurm or the TPU environment, or a single process; auto: jax asks the "
                       "cluster (Cloud TPU VMs, Open MPI).")
-  flags.DEFINE_integer("num_processes", 0, "How many processes the run has; 0: from JAX_NUM_PROCESSES or the cluster.")
-  flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: from JAX_PROCESS_ID or the cluster.")
-  flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.")
-  flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead and all end.")
+  flags.DEFINE_integer("num_processes", 0, "How many processes the run has; 0: from JAX_NUM_PROCESSES or the cluster.",
+                       lower_bound=0)
+  flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: from JAX_PROCESS_ID or the cluster.",
+                       lower_bound=-1)
+  flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.",
+                       lower_bound=1)
+  flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead and all end.",
+                       lower_bound=1)
   flags.DEFINE_integer("hang_timeout", 1800, "Seconds that a step, save or evaluation may take in a run of several "
-                       "processes before it counts as hung; 0: for ever.")
+                       "processes before it counts as hung; 0: for ever.", lower_bound=0)

@@ -18,7 +18,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, 'Where: "v5p:8x8x8" (a TPU sli
 _COMPILE = flags.DEFINE_bool("compile", True, "False: arithmetic alone.")
 _INACTIVE = flags.DEFINE_float("inactive_parameters",
                                0.0, "Parameters of experts that a token does not visit: memory and "
-                               "traffic alone (nsa/planning/forecast.py).")
+                               "traffic alone (nsa/planning/forecast.py).", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the plan.")
 flags.mark_flags_as_required(["config", "topology"])
 

@@ -8,11 +8,11 @@ from absl import flags
 from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
-_SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 takes its first.")
+_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.", lower_bound=-1)
+_SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 takes its first.", lower_bound=-1)
 _LAYERS = flags.DEFINE_list("layers", ["0"], "Layers whose lists are kept.")
 _WINDOWS = flags.DEFINE_integer("windows", 8, "Windows of text.", lower_bound=1)
-_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of a window; 0: the run's own.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens of a window; 0: the run's own.", lower_bound=0)
 _RUN_MODE = flags.DEFINE_string("run_mode", "sparse", "As in launch.evaluate.")
 _OUT = flags.DEFINE_string("out", None, "File to write, .npz.")
 flags.mark_flags_as_required(["workdir", "out"])

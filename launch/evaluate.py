@@ -9,11 +9,12 @@ own, eval/<step>-<what differs>.json, which reports leave out.
         --tasks="needle:digits=4 phonebook"
 """
 from absl import flags
+from etils import epath
 
 from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
+_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.", lower_bound=-1)
 _RUN_MODES = flags.DEFINE_string("run_modes", "",
                                  "Separated by spaces, e.g. 'dense sparse sparse:num_blocks=8'; empty: the run's own.")
 _MODULES = flags.DEFINE_list("modules", [],
@@ -21,7 +22,7 @@ _MODULES = flags.DEFINE_list("modules", [],
 _SPLIT = flags.DEFINE_string("split", "", "val, test or ood; empty: the run's own.")
 _OPENED = flags.DEFINE_string("opened", "", "For the split that the run has sealed (eval.sealed): the published report "
                               "in which launch.report --open opened the run's tier.")
-_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens; 0: the run's own.", lower_bound=0)
 _SEQUENCES = flags.DEFINE_integer("sequences", None,
                                   "Windows of text, -1 for all of the split; left out: the run's own.")
 _TASKS = flags.DEFINE_string("tasks", "", "Recall tasks, separated by spaces, e.g. 'needle:digits=4 phonebook@2048'; "
@@ -35,7 +36,7 @@ cli.define_common()
 
 
 def main():
-  from nsa import capacity, config as config_lib, evaluate, processes, records
+  from nsa import capacity, config as config_lib, evaluate, processes, records, rundir
   config, params, step = evaluate.open_run(_WORKDIR.value, _STEP.value)
   config.modules = (*config.modules, *_MODULES.value)
   e = config.eval
@@ -54,6 +55,7 @@ def main():
   evaluate.refuse_absent(config, _RUN_MODES.value.split(), "--run_modes")
   cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   mesh, params = evaluate.place_here(config, params)
+  rundir.make_workdir(epath.Path(_WORKDIR.value))  # raises before anything is computed for it
   with capacity.told(config, "evaluating", evaluation=True):
     rows, path = evaluate.write(config, params, _WORKDIR.value, step, mesh)
   if not processes.first():

@@ -12,8 +12,8 @@ from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _OUT = flags.DEFINE_string("out", None, "Folder to make; one that is there has to be empty.")
-_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.")
-_SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 for its first.")
+_STEP = flags.DEFINE_integer("step", -1, "Checkpoint; -1 for the newest.", lower_bound=-1)
+_SEED = flags.DEFINE_integer("seed", -1, "Of a run with several; -1 for its first.", lower_bound=-1)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"],
                            "Of the weights; empty: the imported model's, or float32.")
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "GB (10^9 bytes) of a file at most.", lower_bound=1e-6)

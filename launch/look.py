@@ -18,11 +18,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Study, published study, or run 
 _HIDDEN = flags.DEFINE_bool("hidden_states", False, "What to look at; there is nothing else yet.")
 _OUT = flags.DEFINE_string("out", "", "Directory of the report; empty: hidden_report/ inside the workdir.")
 _SIZE = flags.DEFINE_string("size", "", "Of a study with several; empty: the first that has snapshots.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a single run to measure now; -1 for the newest.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a single run to measure now; -1 for the newest.",
+                             lower_bound=-1)
 _PASSAGES = flags.DEFINE_integer("passages", 12, "Of each corpus and kind of text, where a checkpoint is measured now.",
                                  lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 0, "Of a passage measured now; 0: 2,048, or the context.", lower_bound=0)
-_BATCH = flags.DEFINE_integer("batch", 0, "Passages per device call; 0: the run's eval.batch.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Passages per device call; 0: the run's eval.batch.", lower_bound=0)
 flags.mark_flags_as_required(["workdir"])
 cli.define_common()
 

@@ -21,6 +21,8 @@ def main():
   from experiments import scale
   from nsa.planning import plan, topology
   steps, runs = [], []
+  out = pathlib.Path(_OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
   for size in scale.MODELS:
     for context in (131_072, 1_048_576):
       hours = {}
@@ -48,8 +50,6 @@ def main():
             runs.append({**where, "regime": regime, "tokens": made["tokens"], "chip_hours": round(cost),
                          "of_dense": round(cost / hours[name, "dense", "dense"], 3)})
         print(f"{size} {context} {name}", flush=True)
-  out = pathlib.Path(_OUT.value)
-  out.mkdir(parents=True, exist_ok=True)
   for file, rows in (("plans.csv", steps), ("runs.csv", runs)):
     with open(out / file, "w", newline="") as f:
       writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n",

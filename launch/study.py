@@ -9,6 +9,7 @@ runs alone; the report is written by the call that finds all runs done. With --d
 in a process on each device (launch/side_by_side.py).
 """
 from pathlib import Path
+import re
 import time
 
 from absl import flags
@@ -58,6 +59,9 @@ def main():
   began = time.monotonic()
   say = lambda line: print(line, flush=True)
   only = tuple(_ONLY.value)
+  for device in _DEVICES.value:
+    if not re.fullmatch(r"\d+|(GPU|MIG)-.+", device):  # CUDA would see none, and the runs would train on the CPU
+      raise config_lib.ConfigError([("--devices", device, "numbers or UUIDs of GPUs, such as 0,0,1,1")])
   if _DEVICES.value:
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the others need the devices' memory
     jobs, others = study_lib.wanted(study, workdir, only)

@@ -17,9 +17,10 @@ from launch import cli, clusters
 
 _CLUSTER = flags.DEFINE_enum("cluster", None, sorted(clusters.CLUSTERS), "Where to run.")
 _NAME = flags.DEFINE_string("name", None, "Name of the job: lower-case letters, digits and dashes.")
-_NODES = flags.DEFINE_integer("nodes", 1, "Machines; one process each.")
-_GPUS = flags.DEFINE_integer("gpus", 0, "GPUs per machine (Slurm, GKE).")
-_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Restarts before the job is given up.")
+_NODES = flags.DEFINE_integer("nodes", 1, "Machines; one process each.", lower_bound=1)
+_GPUS = flags.DEFINE_integer("gpus", 0, "GPUs per machine (Slurm, GKE).", lower_bound=0)
+_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Restarts before the job is given up.",
+                                     lower_bound=0)
 _SETUP = flags.DEFINE_string("setup", "", 'Shell command on every node first, e.g. "source /shared/venv/bin/activate".')
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be done; do nothing.")
 _SCRIPTS = flags.DEFINE_string("scripts", "runs/submitted", "Directory that keeps what was submitted.")

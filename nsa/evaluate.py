@@ -150,7 +150,13 @@ def is_there(config, workdir, step: int, during: bool = False) -> bool:
   """Whether workdir/eval/<step>.json holds the run's own evaluation, asked as it would ask now."""
   path = epath.Path(workdir) / f"eval/{step}.json"
   return (path.exists()
-          and metrics.read_json(path).get("settings") == held_out.load(config, during).settings(config, during))
+          and _settings(path) == held_out.load(config, during).settings(config, during))
+
+
+def _settings(path) -> dict | None:
+  """What the evaluation in a file asked; None where it says nothing of it."""
+  found = metrics.read_json(path)
+  return found.get("settings") if isinstance(found, dict) else None
 
 
 def _by_hand(workdir, step, settings) -> str:
@@ -161,7 +167,7 @@ def _by_hand(workdir, step, settings) -> str:
   own = held_out.declared(run, during=step < run.schedule.steps)
   path, versions = workdir / f"eval/{step}.json", workdir / "versions.json"
   if path.exists():
-    own |= metrics.read_json(path).get("settings") or {"settings": "unknown"}  # written before there were any
+    own |= _settings(path) or {"settings": "unknown"}  # written before there were any
   elif versions.exists():
     read = metrics.read_json(versions).get("held_out_sha256", {})
     own |= {"corpus_sha256": read.get(settings["split"], settings["corpus_sha256"])}

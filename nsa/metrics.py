@@ -357,7 +357,7 @@ def read_json(path: str | os.PathLike) -> Any:
   try:
     return _decode(json.loads(epath.Path(path).read_text()))
   except ValueError as error:
-    raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+    raise ValueError(f"{os.fspath(path)} is not JSON: {error}; restore it, or move it away") from error
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:

@@ -104,6 +104,10 @@ def test_dry_run_prints_and_touches_nothing(tmp_path):
     (["--config.data.tokenizer=hf:/no.json"], ["  data.tokenizer = 'hf:/no.json': there is no /no.json"]),
     (["--config.fork.workdir=/no/such/trunk"], ["fork.workdir", "/no/such/trunk"]),
     (["stray"], ["unexpected arguments ['stray']"]),
+    (["--config.attention=nsa"], ["config.attention: cannot be replaced as a whole", "--config.attention.NAME="]),
+    (["--config.data.tasks=('mqar:pairs=60',)"], ["data.tasks = 'mqar:pairs=60'", "needs at least 239 tokens"]),
+    (["--config.eval.tasks=('mqar:pairs=8@20',)"], ["eval.tasks = 'mqar:pairs=8@20'", "needs at least 31 tokens"]),
+    (["--hang_timeout=-1"], ["--hang_timeout=-1"]),
 ])
 def test_wrong_input_exits_with_2_and_says_what_to_do(tmp_path, args, said):
   _, err = run("train", *mqar("--workdir", tmp_path / "run", *args), code=2)
@@ -120,6 +124,14 @@ def test_wrong_experiment_argument(tmp_path):
   assert "experiments/nothing.py" in err
   _, err = run("train", "--config=experiments/retrofit_hf.py:trunk=/no/such/run", "--dry_run", code=2)
   assert "experiment argument trunk = '/no/such/run': no run directory" in err and "Traceback" not in err
+  for argument, said in (("mqar.py:steps=0", "steps = 0: above 0"), ("gates.py:lengths=x", "lengths = 'x': whole"),
+                         ("rates.py:scale=nan", "scale = 'nan': takes a finite number")):
+    _, err = run("train", f"--config=experiments/{argument}", "--dry_run", code=2)
+    assert f"experiment argument {said}" in err and "Traceback" not in err
+  _, err = run("compile", code=2)
+  assert "--config: missing; " in err and "--topology: missing; " in err
+  _, err = run("export_hf", "--workdir=x", "--out=y", "--shard_gb=nan", code=2)
+  assert "--shard_gb=nan: takes a finite number" in err
   other = tmp_path / "nsa/other.py"  # somebody else's: where it went wrong is told
   other.parent.mkdir()
   other.write_text("def get_config(arg=None):\n  raise ValueError('an error of theirs')")
@@ -139,6 +151,9 @@ def test_wrong_experiment_argument(tmp_path):
         "arms[*].data.corpora[novels] = 'files:docs': there is no train/ folder in it",
         "arms[*].data.corpora[code] = 'files:README.md': not a folder and not an archive"]),
     ("titans.py:tiny=true,plan=no/plan", [], ["plan = 'no/plan': no such directory: write the plan first (--plan)"]),
+    ("quickstart.py", ["--devices=x"], ["--devices = 'x': numbers or UUIDs of GPUs"]),
+    ("quickstart.py", ["--config.margin=nan", "--config.reference=nativ"], [
+        "margin = nan: a number above 0", "reference = 'nativ': no arm has that name; there are dense, native_msa, "]),
     ("smollm2.py:model=no/model", [], ["experiment argument model = 'no/model': no run directory"]),
     ("quickstart.py", ["--config.arms[0].fork.workdir=no/trunk"], ["arms[*].fork.workdir = 'no/trunk': no run"]),
 ])

@@ -107,6 +107,8 @@ def test_an_evaluation_by_hand_leaves_the_runs_own_alone(tmp_path, corpus, monke
   assert by_hand(tmp_path / "run").startswith("4-corpus_sha256=")
   after = files(tmp_path / "run")
   assert len(after) == 9 and {name: after[name] for name in before} == before
+  (tmp_path / "run/eval/4.json").write_text("[]")  # somebody else's
+  assert by_hand(tmp_path / "run") != "4.json" and files(tmp_path / "run")["4.json"] == "[]"
 
 
 def test_the_sealed_split_is_evaluated_once_at_the_end_in_the_arms_own_mode(tmp_path, corpus, monkeypatch):

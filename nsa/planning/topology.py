@@ -34,8 +34,8 @@ class Topology:
 
 def parse(name: str) -> Topology:
   """Raises ConfigError for a name that is none."""
-  tpu = re.fullmatch(r"(v\d\w*|tpu7x):(\d+(?:x\d+)*)", name)
-  gpu = re.fullmatch(r"([ah]\d00)x(\d+)", name)
+  tpu = re.fullmatch(r"(v\d\w*|tpu7x):([1-9]\d*(?:x[1-9]\d*)*)", name)
+  gpu = re.fullmatch(r"([ah]\d00)x([1-9]\d*)", name)
   found = tpu or gpu
   if not found or found[1] not in chips.NAMES:
     raise config_lib.ConfigError([("--topology", name, 'a TPU slice such as "v5p:4x4x4", or GPUs such as "h100x64"; '
