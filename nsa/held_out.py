@@ -13,7 +13,7 @@ import json
 
 import numpy as np
 
-from nsa import config as config_lib, data, programs, tasks
+from nsa import config as config_lib, data, origins, programs, tasks
 from nsa.data import recurrence, tokenizer
 
 TASK_SEED = 20_26  # all arms and seeds are tested on the same examples
@@ -155,7 +155,8 @@ def _load(config, asked):
                        f"the split {e.split!r} hold special tokens alone, no byte to score; take text that does not "
                        "spell them")
   haystack = read("bytes") if asked["tasks"] else []
-  same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer)
+  same = (e.split, tuple(config.data.texts.values()), config.data.data_dir, config.data.tokenizer,
+          origins.registered())
   examples = {name: _examples(name, asked["task_examples"], context, *same) for name in asked["tasks"]}
 
   def back(corpus):
@@ -190,8 +191,8 @@ def counted_ahead(config):
 
 
 @functools.lru_cache(maxsize=64)
-def _examples(name, count, context, split, texts, data_dir, tokens) -> Examples:
-  """The examples of a task, made once for all evaluations of a process."""
+def _examples(name, count, context, split, texts, data_dir, tokens, registered) -> Examples:
+  """The examples of a task, made once for all evaluations of a process, or since another task was registered."""
   haystack = [document for source in texts for document in data.load(source, split, data_dir=data_dir)]
   return Examples(tasks.batch(name, TASK_SEED, count, context, split, haystack, tokens=tokens))
 

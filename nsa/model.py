@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from nsa import layers, methods
+from nsa import layers, methods, origins
 from pallas_kernels import backends, fused
 
 
@@ -212,11 +212,11 @@ class Output(NamedTuple):
 
 
 class Static:
-  """A config as a static argument: compared and hashed by its printed form."""
+  """A config as a static argument: compared and hashed by its printed form and by what was registered until then."""
 
   def __init__(self, value):
     self.value = value
-    self._key = repr(value)
+    self._key = f"{origins.registered()}: {value!r}"
 
   def __repr__(self):
     return f"Static({self._key})"

@@ -14,10 +14,13 @@ import sys
 import types
 
 _ORIGINS: dict[type, tuple[str, str]] = {}  # class -> (what a new process has to import, the file); "" = none can
+_count = 0  # see `registered`
 
 
 def remember(cls: type, depth: int = 2) -> type:
   """Notes where a class is defined, by its module or by the file that called `depth` frames up; returns it."""
+  global _count
+  _count += 1
   module = sys.modules.get(cls.__module__)
   path = getattr(module, "__file__", None) or sys._getframe(depth).f_globals.get("__file__")
   if not path or not os.path.exists(path):  # a notebook or a prompt: no other process can import that
@@ -37,6 +40,12 @@ def _importable(name: str, path: str) -> bool:
     return False
   spec = importlib.machinery.PathFinder.find_spec(name, where)
   return spec is not None and spec.origin is not None and os.path.realpath(spec.origin) == os.path.realpath(path)
+
+
+def registered() -> int:
+  """How often a class was registered in this process. What is kept by name or printed form is made anew after that: a
+  notebook's cell may be run again with other code under the same name."""
+  return _count
 
 
 def any_registered() -> bool:

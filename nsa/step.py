@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from nsa import data, model as model_lib, optim, programs, schedule, sharding
+from nsa import data, model as model_lib, optim, origins, programs, schedule, sharding
 from pallas_kernels import backends, fused
 
 LN2 = float(np.log(2.0))
@@ -220,7 +220,8 @@ def make_step(config, step: schedule.Step, mesh):
 
 def _key(config, mesh):
   """Of programs that runs share which differ in seeds, data or schedule alone."""
-  return (repr((model_lib.architecture(config), config.optimizer, config.unroll)), len(config.seeds), mesh)
+  return (repr((model_lib.architecture(config), config.optimizer, config.unroll)), origins.registered(),
+          len(config.seeds), mesh)
 
 
 def compile_init(config, mesh):

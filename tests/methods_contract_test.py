@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import one_layer
 import pytest
 
-from nsa import config as config_lib, flops, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, flops, methods, metrics, model as model_lib, optim, origins, schedule, train
 from nsa.methods import blocks, contract, interface, registry
 from nsa.planning import forecast
 import pallas_kernels as pk
@@ -34,6 +34,9 @@ class Leaking(interface.Layer):
 class Base(interface.Method):
   name: ClassVar[str] = "broken"
 
+  def layer(self, init, model):
+    return interface.Layer()
+
   def costs(self, model, context, mode):
     return {"scores": interface.Cost(1.0)}
 
@@ -54,6 +57,7 @@ def broken(**members):
     (broken(grid="blocks"), "grid", "names one of its options"),
     (broken(options={"width": int}), "width", "default"),
     (broken(options={"width": tuple}, width=()), "width", "int, float, bool or str"),
+    (broken(layer=interface.Method.layer), "layer", "the base's is dense attention"),
     (broken(layer=lambda self, init, model: LaterLayer(self)), "layer", "not defined yet"),  # noqa: F821
     (broken(layer=lambda self, init, model: Leaking(init, None)), "groups", "selectr.*group ''"),
     (broken(layer=lambda self, init, model: Leaking(init, "selectr")), "groups", "selectr.*group 'selectr'"),
@@ -179,3 +183,56 @@ def test_a_typo_in_an_attribute_does_not_move_a_parameter():
   groups = optim.groups_of(config)
   assert [path for path, group in groups.items() if group == "selector"] == ["stacks.stack0.attention.method.selectr"]
   assert set(optim.make(config).transforms) == {"backbone", "selector"}
+
+
+def test_a_method_that_is_registered_again_is_compiled_again(tmp_path, monkeypatch):
+  """As a notebook's cell that was changed and run again: same name, same options, other code."""
+  monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+  monkeypatch.setattr(origins, "_ORIGINS", dict(origins._ORIGINS))
+
+  def first_loss(sign):
+    class Layer(blocks.BlockLayer):
+      def select(self, index, x, streams, call):
+        (B, T), (S, K), count = x.q.shape[:2], streams["k"].shape[1:3], -(-streams["k"].shape[1] // 8)
+        scores = jnp.broadcast_to(sign * jnp.arange(count, dtype=jnp.float32), (B, T, K, count))
+        return pk.block_top_k(scores, **self.options.geometry, keys=S, **call.ops)
+
+    @methods.register
+    @dataclasses.dataclass
+    class Again(blocks.BlockMethod):
+      name: ClassVar[str] = "again"
+
+      def layer(self, init, model):
+        return Layer(self)
+
+    config = config_lib.Config(
+        model=dataclasses.replace(MODEL, num_layers=1), attention=Again(block_size=8, num_blocks=2),
+        schedule=schedule.native(1, selector_warmup=0), log_every=1,
+        data=config_lib.DataConfig("tasks", task_share=1.0, tasks=("copy:length=4",), context=64, global_batch=2),
+        eval=config_lib.EvalConfig(sequences=0, run_modes=()))
+    workdir = tmp_path / str(origins.registered())
+    train.train(config, workdir)
+    return metrics.read_jsonl(workdir / "metrics.jsonl")[0]["loss"]
+
+  late, early = first_loss(1), first_loss(-1)
+  assert late != early and first_loss(1) == late
+
+
+def test_a_choice_that_is_missing_and_a_method_that_nobody_finds_are_named():
+  class Forgetful(blocks.BlockLayer):
+    def select(self, index, x, streams, call):
+      """Nothing: the return is forgotten."""
+
+  @dataclasses.dataclass
+  class Unknown(blocks.BlockMethod):
+    name: ClassVar[str] = "unknown"
+
+    def layer(self, init, model):
+      return Forgetful(self)
+
+  config = config_lib.Config(model=MODEL, attention=Unknown(block_size=8, num_blocks=2))
+  with pytest.raises(config_lib.ConfigError, match=r"attention = .*Unknown\(.*: .*put @methods.register above it"):
+    config_lib.validate(config)
+  with pytest.raises(NotImplementedError, match=r"Forgetful.select: .* the chosen blocks, int32\[B, T, R, J\]"):
+    jax.eval_shape(lambda params, tokens: model_lib.forward(config, params, tokens, mode="sparse"),
+                   model_lib.abstract_params(config), jax.ShapeDtypeStruct((1, 32), jnp.int32))

@@ -35,6 +35,8 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
     raise ConfigError(problems)  # what follows compares and iterates
   for module in config.modules:
     origins.load(module)
+  if config.attention.name not in methods.registry.METHODS:
+    problems.append(("attention", config.attention, "no other process would find it: put @methods.register above it"))
 
   def need(ok, name, value, fix):
     if not ok:

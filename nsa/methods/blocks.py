@@ -88,9 +88,9 @@ class BlockLayer(interface.Layer):
     """What both the choice and the losses are computed of."""
     return None
 
-  def select(self, index, x, streams, call) -> Int[Array, "B T R J"]:
+  def select(self, index, x, streams, call) -> Int[Array, "B T R J"] | None:
     """The layer's own choice, -1 padded, no gradient: R sets per query, 1, K or N."""
-    raise NotImplementedError
+    return None
 
   def losses(self, index, x, streams, lse, lists, call) -> dict[str, Float[Array, ""]]:
     """Auxiliary losses; `lists` None in warm-up, whose `lse` is that of dense attention."""
@@ -100,7 +100,10 @@ class BlockLayer(interface.Layer):
     """The chosen lists and the tokens of an entry: the layer's own, or those of the control that `call.selector`
     names."""
     if call.selector == "own":
-      return checkpoint_name(self.select(index, x, streams, call), interface.CHOSEN), self.unit
+      lists = self.select(index, x, streams, call)
+      if lists is None:
+        raise NotImplementedError(f"{type(self).__name__}.select: has to return the chosen blocks, int32[B, T, R, J]")
+      return checkpoint_name(lists, interface.CHOSEN), self.unit
     control = registry.get(call.selector)
     if not issubclass(control, BlockMethod):
       raise ValueError(f"selector = {call.selector!r}: it chooses no blocks")

@@ -38,6 +38,8 @@ def check(cls: type) -> None:
   need("__dataclass_fields__" in vars(cls), "class", cls, "put @dataclasses.dataclass under @methods.register")
   need(isinstance(cls.name, str) and cls.name.isidentifier(), "name", cls.name,
        "a name of its own: letters, digits and _")
+  need(not cls.has_sparse or cls.layer is not interface.Method.layer, "layer", cls.layer,
+       "define layer(), which returns the method's own: the base's is dense attention")
   need(cls.name not in RESERVED, "name", cls.name, "means something else in configs")
   hints = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
