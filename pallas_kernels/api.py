@@ -127,7 +127,7 @@ def compressed_top_k(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"],
     block_indices int32[B, T, K, J], -1 where fewer blocks are visible.
   """
   name = "compressed_top_k"
-  validate.attention(name, q, k_cmp, None, k_name="k_cmp")
+  validate.attention(name, q, k_cmp, k_name="k_cmp")
   validate.lse(name, lse, q)
   validate.common(name, q, None, segment_ids, query_offset)
   validate.integer(name, "block_len", block_len, 1, "tokens")
@@ -255,7 +255,7 @@ def index_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Float[
     loss float32[B, T, K] in nats, 0 for rows that see nothing.
   """
   name = "index_kl"
-  validate.attention(name, q, k, None)
+  validate.attention(name, q, k)
   validate.lse(name, lse, q)
   validate.index(name, q_idx, k_idx)
   if q_idx.shape[:3] != q.shape[:2] + (k.shape[2],) or k_idx.shape[:2] != k.shape[:2]:
@@ -318,7 +318,7 @@ def block_mass(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
     1, and entropy float32[B, T, K] in nats, the mean over the heads of the token distribution's. No gradient.
   """
   name = "block_mass"
-  validate.attention(name, q, k, None)
+  validate.attention(name, q, k)
   validate.lse(name, lse, q)
   validate.common(name, q, k.shape[1], segment_ids, query_offset)
   validate.integer(name, "block_size", block_size, 1, "tokens")
@@ -346,7 +346,7 @@ def block_peak(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Floa
     heads; 0 where there is none, and in blocks that are not selected. No gradient.
   """
   name = "block_peak"
-  validate.attention(name, q, k, None)
+  validate.attention(name, q, k)
   validate.lse(name, lse, q)
   if block_indices is not None:
     validate.indices(name, block_indices, q, k.shape[2])

@@ -108,7 +108,7 @@ def lightning_kl(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], lse: Fl
     loss float32[B, T, R] in nats, 0 for rows that see nothing.
   """
   name = "lightning_kl"
-  validate.attention(name, q, k, None)
+  validate.attention(name, q, k)
   validate.lse(name, lse, q)
   validate.lightning(name, q_idx, index_weights, k_idx)
   R, K = q_idx.shape[2], k.shape[2]

@@ -15,17 +15,19 @@ def array(operation, name, x, ndim, letters, kind=jnp.floating):
     raise ValueError(f"{operation}: {name} has the dtype {x.dtype}; it must be {kind.__name__}")
 
 
-def attention(operation, q, k, v, k_name="k", v_name="v"):
+def attention(operation, q, k, *values, k_name="k", v_name="v"):
   S = "C" if k_name == "k_cmp" else "S"
   array(operation, "q", q, 4, "[B, T, N, H]")
   array(operation, k_name, k, 4, f"[B, {S}, K, H]")
-  if v is not None:
+  for v in values:
     array(operation, v_name, v, 4, f"[B, {S}, K, H]")
     if v.shape != k.shape:
       raise ValueError(f"{operation}: {v_name} has the shape {v.shape}; it must be that of {k_name}, "
                        f"{k.shape}")
   if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
     raise ValueError(f"{operation}: {k_name} has the shape {k.shape}; B and H must be those of q, {q.shape}")
+  if q.shape[3] == 0:
+    raise ValueError(f"{operation}: q has the shape {q.shape}; H must be at least 1")
   if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
     raise ValueError(f"{operation}: q has N = {q.shape[2]} heads; it must be a multiple of the "
                      f"K = {k.shape[2]} heads of {k_name}")

@@ -405,6 +405,8 @@ BAD = {
     "B and H must be those of q": lambda q, k, v, i: pk.attention(q[:1], k, v),
     "v has the shape": lambda q, k, v, i: pk.attention(q, k, v[:, :-1]),
     "q has the shape.*B, T, N, H": lambda q, k, v, i: pk.attention(q[0], k, v),
+    "v is a NoneType": lambda q, k, v, i: pk.selected_attention(q, k, None, i, block_size=4),
+    "H must be at least 1": lambda q, k, v, i: pk.attention(q[..., :0], k[..., :0], v[..., :0]),
     "q has the dtype int32": lambda q, k, v, i: pk.attention(q.astype(np.int32), k, v),
     "window = 0": lambda q, k, v, i: pk.attention(q, k, v, window=0),
     "window = 3 needs causal": lambda q, k, v, i: pk.attention(q, k, v, window=3, causal=False),
