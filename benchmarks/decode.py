@@ -52,7 +52,7 @@ def main():
   print(f"{'model':<12} {'method':<16} {'batch':>5} {'ms':>9} {'tokens/s':>9} {'of floor':>8} {'vs dense':>8}")
   rows, dense = [], collections.defaultdict(lambda: None)
   for model, method, config, params, mode in runs():
-    for batch in map(int, _BATCHES.value):
+    for batch in timing.counts("--batches", _BATCHES.value):
       row = dict(model=model, method=method, batch=batch, context=_CONTEXT.value)
       try:
         row |= models.measure_decoding(config, params, mode, batch, _CONTEXT.value, _STEPS.value, _REPEATS.value)

@@ -248,7 +248,7 @@ def main():
       for implementation in (i or None for i in _IMPLEMENTATION.value):
         if operation in cases.DECODE_KINDS:
           for kind in cases.DECODE_KINDS[operation](spec):
-            for batch in map(int, _BATCHES.value):
+            for batch in timing.counts("--batches", _BATCHES.value):
               timed = _try(f"{kind}, {name}", lambda: time_decode(kind, spec, batch, implementation))
               if timed:
                 record(kind, spec, f"batch {batch}", implementation, timed[0], (timed[1], None), batch=batch,

@@ -79,7 +79,7 @@ def main():
                             implementation=None if _TINY.value else "cudnn")
   base = arg_specs.get("tiny_g2" if _TINY.value else "msa_64k")
   print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}")
-  for T in map(int, _TOKENS.value):
+  for T in timing.counts("--tokens", _TOKENS.value):
     spec = dataclasses.replace(base, B=1, T=T, num_initial=0, num_local=1)
     for name, case, gradients, once in rows_of(spec, dense):
       row = dict(operation=name, T=T, part="forward + backward" if gradients else "forward",

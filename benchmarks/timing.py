@@ -40,6 +40,11 @@ def numbers(flag: str, text: str, form: str, example: str) -> tuple[int, ...]:
   return tuple(map(int, found.groups()))
 
 
+def counts(flag: str, texts: list[str]) -> list[int]:
+  """What a list flag of whole numbers above 0 holds."""
+  return [numbers(flag, text, "NUMBER", "8")[0] for text in texts]
+
+
 def write(path: str | None, rows) -> None:
   """The rows so far as JSON, if there is a path; after each row, so that what was measured stays if a later one
   fails."""

@@ -114,7 +114,7 @@ def main():
   rows = []
   for text in _HEADS.value:
     heads = timing.numbers("--heads", text, "QUERY_HEADS/KV_HEADSxHEAD_DIM", "16/4x64")
-    for T in map(int, _TOKENS.value):
+    for T in timing.counts("--tokens", _TOKENS.value):
       for row in measured(T, heads, _KEYS.value, _IMPLEMENTATION.value, dense):
         rows.append(row)
         print(f"{T:>7} {text:<9} {row['row']:<18} {row['part']:<19} {row.get('ms', row.get('error'))}", flush=True)

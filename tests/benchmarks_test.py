@@ -266,3 +266,10 @@ def test_without_triton_a_line_says_what_to_install(tmp_path, module):
   (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no Triton here')")
   out, err = commands.run(f"benchmarks.{module}", code=2, directory=tmp_path)
   assert err.startswith("error: no Triton here: ") and "pip install" in err and not out
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "1.5", ""])
+def test_what_is_no_count_is_named(text):
+  assert timing.counts("--batches", ["1", "32"]) == [1, 32]
+  with pytest.raises(ValueError, match=f"--batches: '{text}'; take NUMBER"):
+    timing.counts("--batches", ["1", text])
