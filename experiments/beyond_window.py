@@ -24,6 +24,16 @@ So a memory can. It learns to after attention has learnt within the window, and 
 document begins with is halved in three tokens, with 0.67 % in 103. Three are to this window what 103 are to one of 256,
 that of experiments/titans.py, whose slice had 0.67 %: nothing is learnt beyond the next window. One seed.
 
+What keeps gradients from growing in longer chunks (nsa/methods/titans/memory.py): does it still learn? Peak 3e-3, 1,000
+steps, other versions of the libraries than above: the first row is the fourth one above, made again.
+
+| memory | seed | up to 8 | 9 to 16 | 17 to 63 | largest gradient norm of the memory |
+|---|---|---|---|---|---|
+| full backprop | 0 | 84.4 | 87.3 | 92.1 | 1.6 |
+| backprop="local" | 0 | 82.5 | 84.9 | 87.7 | 2.2 |
+| backprop="local" | 1 | 84.4 | 89.9 | 91.3 | 2.4 |
+| max_step=1/8, full | 0 | 22.8 | 21.4 | 40.1 | 0.1 |
+
 Arguments: arm=mag (mag, window or dense), steps=1000, peak=3e-3 (learning rate). Cost: minutes; mag eight, if busy.
 """
 from experiments import arguments

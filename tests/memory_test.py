@@ -17,6 +17,7 @@ import methods_models as shared
 import numpy as np
 import pytest
 
+from experiments import titans
 from nsa import (
   config as config_lib,
   evaluate,
@@ -184,6 +185,28 @@ def test_a_memory_at_its_initial_gates_outlives_a_long_document():
   by_distance = np.abs(moved[0, :, 0]).mean(1)[::-1]
   for first, end in ((0, 256), (256, 1024), (1024, length)):
     assert by_distance[first:end].mean() > 1e-4, (first, end)
+
+
+def test_the_plans_gradient_through_many_chunks_stays_bounded():
+  """All gradients of a chunk are taken at one memory: those of similar tokens add up, a step past 2 / curvature
+  overshoots, and with full backprop 32 of them multiply. Gates half open, and a forgetting of 0.67 % a token."""
+  planned = titans.get_config("tiny=true").arms[1].attention
+  draws, length, width = 8, 32 * planned.chunk, 16
+  model = config_lib.ModelConfig(d_model=width, num_heads=1, num_kv_heads=1, head_dim=width, short_conv=0)
+  rng = np.random.default_rng(0)
+  shared, own = (rng.standard_normal((3, draws, n, 1, width)) for n in (1, length))
+  q, k, v = np.float32(0.9 ** 0.5 * shared + 0.1 ** 0.5 * own)
+  gate = lambda value: jnp.full((draws, length, 1), value, jnp.float32)
+
+  def largest_gradient(**options):
+    options = methods.LMM(chunk=planned.chunk, expansion=planned.expansion, **options)
+    mem = memory.Memory(layers.Init(jax.random.key(2)), model, options, project=False)
+    gates = memory.Gates(gate(np.log1p(-0.0067)), gate(np.log(0.5)), gate(options.max_step / 4))
+    last = lambda v: jnp.vdot(mem(q, k, v, gates, None)[0][:, -planned.chunk:], v[:, :planned.chunk])
+    return np.linalg.norm(jax.jit(jax.grad(last))(v).reshape(draws, -1), axis=1).max()
+
+  assert largest_gradient(max_step=planned.max_step, backprop=planned.backprop) < 100
+  assert largest_gradient(backprop="full") > 1e4, "these tokens would not show a gradient that grows"
 
 
 # --- as layers -------------------------------------------------------------------------
