@@ -351,8 +351,9 @@ def test_what_a_method_added_goes_out_beside_the_backbone_and_comes_back_bit_for
     (dict(num_blocks=2.5), "attention.num_blocks = 2.5: of the type float"),
     (dict(num_blocks=True), "attention.num_blocks = True: of the type bool"),
     (dict(method=["msa"]), "attention = {'method': ['msa']"), (dict(more=1), "attention.more = 1: no such field"),
+    (dict(index_dim=10 ** 13), "method.json: attention.index_dim = 10000000000000: must be below 2**32"),
     # As much memory is not asked for.
-    (dict(index_dim=10 ** 13), "layers.1.selector.k.norm = ('float32', (4,)): method.json makes it")])
+    (dict(index_dim=2 ** 31), "layers.1.selector.k.norm = ('float32', (4,)): method.json makes it")])
 def test_a_damaged_method_is_named_with_its_field(change, said, tmp_path):
   sparse_run(tmp_path, methods.MSA(index_dim=4, block_size=8, num_blocks=3), ("dense", "attention", "dense"))
   huggingface.export_model(tmp_path / "run", tmp_path / "out")

@@ -94,7 +94,12 @@ def import_model(source, workdir, *, context: int = 0, tokenizer: str = "", data
     else:
       raise ConfigError([("--tokenizer", "", f"{source} has none that is read here: give --tokenizer=hf:PATH, or bytes "
                           "for a model that was trained on bytes")])
-    config_lib.validate(config)
+    try:
+      config_lib.validate(config)
+    except ConfigError as error:
+      of = f"source: {source / METHOD}: " if opened.method else ""
+      raise ConfigError([(of * name.startswith(("attention", "layers")) + name, *rest)
+                         for name, *rest in error.problems]) from None
     if absent := provenance.missing(config, trunk=False):
       raise ConfigError(absent)
     params = weights.load_params(opened.weights, opened.model)
