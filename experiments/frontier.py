@@ -66,10 +66,8 @@ MASSES = (0.95, 0.9, 0.8, 0.6)   # of the methods whose sets follow the attentio
 
 def get_config(arg=None):
   a = arguments.parse(arg, model="", novels="", code="", lengths="2048+8192", prompts="2048", shares="2+4+8+16+32",
-                      tasks="", examples=128, text_tokens=131072, block=64, eval_tokens=16384, trained="", plan="")
-  for name in ("block", "eval_tokens", "text_tokens"):
-    if getattr(a, name) < 1:
-      raise ValueError(f"experiment argument {name} = {getattr(a, name)}: at least 1")
+                      tasks="", examples=128, text_tokens=131072, block=64, eval_tokens=16384, trained="", plan="",
+                      above_0=("block", "eval_tokens", "text_tokens", "examples"))
   make = Arms(a)
   lengths, trained = make.numbers("lengths"), [one.partition(":")[::2] for one in a.trained.split("+") if one]
   if not lengths:

@@ -100,7 +100,7 @@ EXPECTED_SD = {"text A": 0.008, "text R": 0.002, "text Delta": 0.008, "recall A"
 
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", tier="1", blocks=24, rate_m=2e-3, rate_s=3e-3, rate_l=1.5e-3, scale=1.0,
-                      selector_steps=60, seeds=0, plan="")
+                      selector_steps=60, seeds=0, plan="", above_0=("blocks", "scale", "selector_steps"))
   if a.tier not in ("1", "2", "3", "all"):
     raise ValueError(f"experiment argument tier = {a.tier!r}: 1, 2, 3 or all")
   wanted = ("1", "2", "3") if a.tier == "all" else (a.tier,)

@@ -102,7 +102,8 @@ OF_A_SLICE = ("A first look: two seeds leave one degree of freedom, and six test
 def get_config(arg=None):
   a = arguments.parse(arg, novels="", code="", slice=False, seeds=0, scale=0.75, context=4096, batch=8, window=256,
                       chunk=128, expansion=2, backprop="local", blocks=24, budget=0.25, rate=3e-3, examples=64,
-                      windows=64, unroll=1, tiny=False, plan="")
+                      windows=64, unroll=1, tiny=False, plan="",
+                      above_0=("scale", "context", "batch", "window", "chunk", "expansion", "blocks", "examples"))
   make = Arms(a)
   arms = [arm for arm in make.all() if not a.slice or arm.arm in SLICE]
   named = {arm.arm for arm in arms}

@@ -208,6 +208,6 @@ def test_the_experiment_runs_from_a_model_to_its_section(tmp_path, quick):
   assert all(0 < r["tokens_visible"] < r["tokens_causal"] < 128 for r in once) and len(once) == 4
   assert "no verdict" in report.write([tmp_path / "study"], tmp_path / "report").markdown.read_text()
   for wrong, said in (("lengths=2x", "lengths = '2x': whole numbers of at least 1"), ("shares=0", "shares = '0'"),
-                      ("block=0", "block = 0: at least 1"), ("trained=x", "'x' names no run; take name:run directory")):
+                      ("block=0", "block = 0: above 0"), ("trained=x", "'x' names no run; take name:run directory")):
     with pytest.raises(ValueError, match=said):
       experiment.get_config(wrong)
