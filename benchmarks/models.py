@@ -219,12 +219,12 @@ def decoding_floor_ms(config, mode: str, batch: int, context: int, device_kind: 
   """The least milliseconds of a token of all sequences: see benchmarks/decode.py."""
   import jax.numpy as jnp
 
-  from nsa import flops, methods, model as model_lib
+  from nsa import flops, methods, stacking
   if device_kind not in timing.CEILINGS:
     return None
   m, width = config.model, jnp.dtype(config.model.dtype).itemsize
   read = float(flops.parameters(config)["total"])
-  for method, count in model_lib.layout(config):
+  for method, count in stacking.layout(config):
     visible = sum((methods.Dense() if mode == "dense" else method).reads(m, context).values())
     read += batch * count * visible * 2 * m.num_kv_heads * m.head_dim
   return width * read / timing.CEILINGS[device_kind][1] * 1e3

@@ -24,7 +24,7 @@ So a memory can. It learns to after attention has learnt within the window, and 
 document begins with is halved in three tokens, with 0.67 % in 103. Three are to this window what 103 are to one of 256,
 that of experiments/titans.py, whose slice had 0.67 %: nothing is learnt beyond the next window. One seed.
 
-What keeps gradients from growing in longer chunks (nsa/methods/titans/memory.py): does it still learn? Peak 3e-3, 1,000
+What keeps gradients from growing in longer chunks (docs/memory.md): does it still learn? Peak 3e-3, 1,000
 steps, other versions of the libraries than above: the first row is the fourth one above, made again.
 
 | memory | seed | up to 8 | 9 to 16 | 17 to 63 | largest gradient norm of the memory |

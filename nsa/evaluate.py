@@ -57,6 +57,7 @@ from nsa import (
   rundir,
   scores,
   sharding,
+  stacking,
   step as step_lib,
 )
 from nsa.methods import blocks
@@ -248,7 +249,7 @@ def _of_mode(it: _Evaluation, run_mode: str, way: Way) -> list[dict]:
       continue
     params = it.params if len(config.seeds) == 1 else jax.tree.map(lambda x: x[replica], it.params)
     if once:
-      params = model_lib.backbone(params)
+      params = stacking.backbone(params)
     decode = functools.partial(_decoder(way), params) if own and not it.short and it.mesh is None else None
 
     def of_text(corpus):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from nsa import config as config_lib, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, methods, model as model_lib, optim, schedule, stacking
 
 
 def costs(config, context: int, mode: str, losses: bool = False) -> list[tuple[str, methods.Cost]]:
@@ -20,7 +20,7 @@ def costs(config, context: int, mode: str, losses: bool = False) -> list[tuple[s
   weights = sum(_projections(config, group) for group in schedule.GROUPS_OF[mode])
   out = [("projections", methods.Cost(weights, kind="projections")),
          ("unembedding", methods.Cost(2.0 * config.model.vocab_size * config.model.d_model, kind="projections"))]
-  for method, count in model_lib.layout(config):
+  for method, count in stacking.layout(config):
     parts = list(method.costs(config.model, context, mode).items())
     parts += method.loss_costs(config.model, context, mode).items() if losses else ()
     out += [(part, cost._replace(flops=count * cost.flops)) for part, cost in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 from absl import logging
 import jax
 
-from nsa import checkpoint, config as config_lib, model as model_lib, optim, rundir, step as step_lib
+from nsa import checkpoint, config as config_lib, optim, rundir, stacking, step as step_lib
 
 
 def first_step(config, workdir) -> int:
@@ -50,7 +50,7 @@ def fork(config, mesh, fresh: step_lib.TrainState) -> step_lib.TrainState:
   trunk = step_lib.pick_seeds(trunk, trunk_config.seeds, seeds)
   theirs = trunk.params
   if config.fork.reset and not set(optim.groups_of(trunk_config).values()) - {"backbone"}:
-    theirs = model_lib.restack(theirs, config)
+    theirs = stacking.restack(theirs, config)
   params = _overlay(fresh.params, theirs, config)
   if config.fork.reset:
     return fresh._replace(params=params)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from nsa import layers, methods, origins
+from nsa import layers, methods, origins, stacking
 from pallas_kernels import backends, fused
 
 
@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
     self.embed = init.normal("embed", (model.vocab_size, model.d_model), ("vocab", "embed"), fan_in=model.d_model,
                              matrix=())
     stacks, first = [], 0  # all layers draw their keys by their own number, whatever the layout
-    for method, count in layout(config):
+    for method, count in stacking.layout(config):
       keys = jax.vmap(lambda i: jax.random.fold_in(init.child("layers").key, i))(jnp.arange(first, first + count))
       build = functools.partial(Block, model=model, method=method)
       stacks.append(nnx.vmap(lambda key: build(layers.Init(key)))(keys))
@@ -144,62 +144,10 @@ class Transformer(nnx.Module):
                               matrix=())
 
 
-def in_order(stacks) -> list:
-  """The stacks as the layers follow one another. Trees of parameters sort their names, and "stack10" comes before
-  "stack2"."""
-  return [stacks[f"stack{i}"] for i in range(len(stacks))]
-
-
-def layout(config) -> list[tuple[methods.Method, int]]:
-  """Runs of consecutive layers with one method, as `config.layers` says."""
-  runs = []
-  for name in config.layers or ("attention",) * config.model.num_layers:
-    if runs and runs[-1][0] == name:
-      runs[-1][1] += 1
-    else:
-      runs.append([name, 1])
-  return [(config.method_of(name), count) for name, count in runs]
-
-
 def architecture(config):
   """The part of the config that says which parameters there are and what a forward pass computes."""
   return type(config)(model=config.model, attention=config.attention, layers=config.layers, others=config.others,
                       implementation=config.implementation, one_pass=config.one_pass)
-
-
-def backbone(params: dict, axis: int = 0) -> dict:
-  """The parameters of the model without its methods' own: those of the same model with dense attention in every layer.
-
-  Layers of different methods are joined to one stack. Nothing is copied where there is nothing to drop or join.
-  axis: of the layers; 1 if several seeds come before them.
-  """
-  def strip(tree):
-    return {name: strip(x) if isinstance(x, dict) else x for name, x in tree.items() if name != "method"}
-
-  stacks = [strip(stack) for stack in in_order(params["stacks"])]
-  whole = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *stacks)
-  return {**params, "stacks": {"stack0": whole}}
-
-
-def enter(config, params: dict, surgery: str) -> dict:
-  """`Stage.enter`: the surgery on the attention parameters of all layers whose method knows it (`Method.enter`)."""
-  stacks = {f"stack{i}": stack for i, stack in enumerate(in_order(params["stacks"]))}
-  for (name, stack), (method, _) in zip(stacks.items(), layout(config)):
-    if surgery in method.enters:
-      stacks[name] = {**stack, "attention": method.enter(surgery, stack["attention"])}
-  return {**params, "stacks": stacks}
-
-
-def restack(params: dict, config) -> dict:
-  """A backbone's parameters, its layers in the stacks that the config's model has."""
-  if len(params["stacks"]) == len(layout(config)) == 1:
-    return params
-  axis = 0 if len(config.seeds) == 1 else 1
-  whole = backbone(params, axis)["stacks"]["stack0"]
-  edges = np.cumsum([0] + [count for _, count in layout(config)])
-  stacks = {f"stack{i}": jax.tree.map(lambda x: jax.lax.slice_in_dim(x, first, end, axis=axis), whole)
-            for i, (first, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist()))}
-  return {**params, "stacks": stacks}
 
 
 class Output(NamedTuple):
@@ -236,7 +184,7 @@ def _graph(static):
 
 @functools.lru_cache(maxsize=32)
 def _blocks(static):
-  return [nnx.split(stack)[0] for stack in in_order(nnx.merge(*_graph(static)).stacks)]
+  return [nnx.split(stack)[0] for stack in stacking.in_order(nnx.merge(*_graph(static)).stacks)]
 
 
 def graph(config):
@@ -350,7 +298,7 @@ def forward(config, params: dict, tokens: Int[Array, "B T"], segment_ids: Int[Ar
   all_losses, seen, new_cache, first = [], [], [], 0
   one_by_one = cache is not None and tokens.shape[1] == 1
   blocks = _blocks(Static(architecture(config)))
-  for stack, stack_def, (method, count) in zip(in_order(params["stacks"]), blocks, layout(config)):
+  for stack, stack_def, (method, count) in zip(stacking.in_order(params["stacks"]), blocks, stacking.layout(config)):
     watch = None if observe is None else functools.partial(observe, method)
     hands = method.handed_up(model, *tokens.shape)
 
@@ -412,7 +360,7 @@ def by_layer(config, params: dict) -> dict:
   params = jax.tree.map(cast, params, param_metadata(config, "group"), param_metadata(config, "matrix"))
   tables = {name: params[name].astype(dtype) for name in ("embed", "head") if name in params}
   stacks = {f"stack{i}": _unstack(stack, count)
-            for i, (stack, (_, count)) in enumerate(zip(in_order(params["stacks"]), layout(config)))}
+            for i, (stack, (_, count)) in enumerate(zip(stacking.in_order(params["stacks"]), stacking.layout(config)))}
   return {**params, **tables, "stacks": stacks}
 
 
@@ -432,7 +380,7 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
 
   def layers_of(params):
     """Of every stack the first layer's attention, and how its state begins in each of its layers."""
-    for stack in in_order(nnx.merge(graphdef, params).stacks):
+    for stack in stacking.in_order(nnx.merge(graphdef, params).stacks):
       stack_def, state = nnx.split(stack)
       first = nnx.merge(stack_def, jax.tree.map(lambda x: x[0], state)).attention
       begin = lambda layer: nnx.merge(stack_def, layer).attention.method.initial_state(batch, dtype)
@@ -448,7 +396,7 @@ def init_cache(config, params: dict, batch: int, capacity: int) -> list[dict]:
   cache = []
   states = [state for _, state in layers_of(params)]
   stacks = jax.eval_shape(lambda params: list(shapes(params)), params)
-  for (_, count), arrays, state in zip(layout(config), stacks, states):
+  for (_, count), arrays, state in zip(stacking.layout(config), stacks, states):
     for n in range(count):
       entry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arrays)
       if state:

@@ -35,13 +35,13 @@ from nsa import (
   held_out,
   lock,
   metrics,
-  model as model_lib,
   processes,
   programs,
   provenance,
   rundir,
   schedule,
   sharding,
+  stacking,
   start as start_lib,
   step as step_lib,
 )
@@ -185,7 +185,7 @@ def _run(config, workdir, held: lock.Lock | None, mesh, checkpoints, progress: b
       if step.program not in compiled:
         make_ready(step)
       if step.enter:
-        state = state._replace(params=model_lib.enter(config, state.params, step.enter))  # the optimizer's state stays
+        state = state._replace(params=stacking.enter(config, state.params, step.enter))  # the optimizer's state stays
       if config.profile and index == config.profile[0]:
         jax.profiler.start_trace(os.fspath(workdir / "profile"))
       state, device_metrics = compiled[step.program](state, batch, step.rates, seeds)

@@ -19,6 +19,7 @@ from nsa import (
   metrics,
   model as model_lib,
   rundir,
+  stacking,
   step as step_lib,
   train,
 )
@@ -310,7 +311,7 @@ def sparse_run(tmp_path, attention, layers=()):
   config.fork = config_lib.ForkConfig(str(tmp_path / "trunk"), reset=True)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), model_lib.abstract_params(config))
-  backbone = model_lib.restack(checkpoint.load_params(tmp_path / "trunk"), config)
+  backbone = stacking.restack(checkpoint.load_params(tmp_path / "trunk"), config)
   for name, stack in params["stacks"].items():
     method = {"method": stack["attention"]["method"]} if "method" in stack["attention"] else {}
     params["stacks"][name] = {**backbone["stacks"][name],

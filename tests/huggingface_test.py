@@ -23,6 +23,7 @@ from nsa import (
   metrics,
   model as model_lib,
   rundir,
+  stacking,
   train,
 )
 
@@ -343,14 +344,14 @@ def test_import_retrofit_evaluate_export(tmp_path, monkeypatch):
       config, train.sharding.make_mesh(config))(train.step_lib.seeds_of(config)))
   stacks = fresh.params["stacks"]
   assert [x["attention_norm"].shape[0] for x in stacks.values()] == [1, 2] and "method" in stacks["stack1"]["attention"]
-  jax.tree.map(np.testing.assert_array_equal, model_lib.backbone(fresh.params), before)
+  jax.tree.map(np.testing.assert_array_equal, stacking.backbone(fresh.params), before)
   with pytest.raises(config_lib.ConfigError, match="fork.reset = False.*no optimizer state"):
     forks.fork(dataclasses.replace(config, seeds=(0,), fork=config_lib.ForkConfig(str(tmp_path / "trunk"))),
                train.sharding.make_mesh(config), fresh)
 
   assert huggingface.export_model(tmp_path / "run", tmp_path / "out") == ["msa"]
   assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-  after = model_lib.backbone(checkpoint.load_params(tmp_path / "run"))
+  after = stacking.backbone(checkpoint.load_params(tmp_path / "run"))
   exported = huggingface.load_params(tmp_path / "out", huggingface.read_config(tmp_path / "out"))
   round_to = lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, round_to(np.asarray(b))), exported, after)

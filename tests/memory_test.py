@@ -4,7 +4,7 @@ retrofit and hybrid layers.
     PYTHONPATH=. python tests/memory_test.py [steps]
 
 trains a memory of depth 4 for 10,000 steps as it is, with local backprop, and without any guard, and prints
-what came of it (numbers in nsa/methods/titans/memory.py).
+what came of it (numbers in docs/memory.md).
 """
 import dataclasses
 import functools
@@ -28,6 +28,7 @@ from nsa import (
   optim,
   schedule,
   sharding,
+  stacking,
   step as step_lib,
 )
 from nsa.methods.titans import memory
@@ -275,7 +276,7 @@ def test_a_hybrid_stack_decodes_and_packs_as_its_layers_do():
   config.others = others
   config.data.context, config.data.align = 64, 8
   config_lib.validate(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=320)))
-  assert [(m.name, n) for m, n in model_lib.layout(config)] == [
+  assert [(m.name, n) for m, n in stacking.layout(config)] == [
       ("dense", 1), ("window", 1), ("msa", 1), ("mag", 1), ("window", 1)]
   params, tokens = as_float32(shared.random_params(model_lib.abstract_params(config))), shared.tokens_of()
   run = jax.jit(

@@ -29,7 +29,7 @@ import numpy as np
 import one_layer
 import pytest
 
-from nsa import methods, model as model_lib, optim, schedule, sharding, step as step_lib
+from nsa import methods, model as model_lib, optim, schedule, sharding, stacking, step as step_lib
 
 # --- one layer against the reference ----------------------------------------------
 
@@ -355,7 +355,7 @@ def test_more_than_ten_stacks_are_run_in_their_order():
   tokens = tokens_of()[:1, :12]
   run = lambda config: jax.jit(functools.partial(model_lib.forward, config, mode="dense", losses=False))
   want = run(plain)(params, tokens).logits
-  params = model_lib.restack(params, turns)
+  params = stacking.restack(params, turns)
   assert len(params["stacks"]) == 12
   np.testing.assert_allclose(run(turns)(params, tokens).logits, want, rtol=1e-4, atol=1e-4)
   cache, step = model_lib.init_cache(turns, params, 1, 12), run(turns)

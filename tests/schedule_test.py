@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nsa import config as config_lib, methods, model as model_lib, optim, schedule
+from nsa import config as config_lib, methods, model as model_lib, optim, schedule, stacking
 from nsa.config import LearningRate, ScheduleConfig, Stage
 
 ALL = ("backbone", "selector", "branch", "memory")
@@ -268,7 +268,7 @@ def test_muon_updates_are_orthogonal_with_the_rms_of_adam(name):
 
 def test_copy_kv_copies_into_every_branch_and_nothing_else():
   config, params, _, _ = setup("nsa")
-  new = model_lib.enter(config, params, "copy_kv")
+  new = stacking.enter(config, params, "copy_kv")
   attention, old = new["stacks"]["stack0"]["attention"], params["stacks"]["stack0"]["attention"]
   branch = attention["method"]["branch"]
   for x in "kv":
@@ -280,4 +280,4 @@ def test_copy_kv_copies_into_every_branch_and_nothing_else():
   assert changed == {path for path in flat(params) if any(f".{x}_{t}" in path for x in "kv" for t in ("cmp", "win"))}
   moba = make_config(schedule.dense(1), methods.MoBA(key_conv=3))  # has a group "branch" too, and no such surgery
   params = model_lib.abstract_params(moba)
-  assert model_lib.enter(moba, params, "copy_kv") == params
+  assert stacking.enter(moba, params, "copy_kv") == params

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments import smollm2
-from nsa import checkpoint, huggingface, metrics, model as model_lib, report, study as study_lib
+from nsa import checkpoint, huggingface, metrics, report, stacking, study as study_lib
 from nsa.report import archive, endpoints, verdict
 
 pytest.importorskip("safetensors.numpy")
@@ -86,7 +86,7 @@ def test_the_first_tier_runs_from_an_imported_model_to_a_report(arguments, tmp_p
   jobs = study_lib.run(study, tmp_path / "study", on_job=lambda line: None)
   assert len(jobs) == 9 and all(job.status == "done" for job in jobs), [job.error for job in jobs]
 
-  params = lambda run: model_lib.backbone(checkpoint.load_params(tmp_path / run))
+  params = lambda run: stacking.backbone(checkpoint.load_params(tmp_path / run))
   runs = f"study/runs/{{}}-{study.arms[0].size}-s0"
   same = lambda a, b: all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
   imported = params("model")

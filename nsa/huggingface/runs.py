@@ -31,6 +31,7 @@ from nsa import (
   provenance,
   rundir,
   sharding,
+  stacking,
   step as step_lib,
 )
 from nsa.config import Config, ConfigError, DataConfig, EvalConfig
@@ -104,7 +105,7 @@ def import_model(source, workdir, *, context: int = 0, tokenizer: str = "", data
       raise ConfigError(absent)
     params = weights.load_params(opened.weights, opened.model)
     if opened.method:
-      params = _with_method(model_lib.restack(params, config), config, source)
+      params = _with_method(stacking.restack(params, config), config, source)
     (workdir / rundir.FOLDER / "config.json").write_text(json.dumps(opened.config, indent=2) + "\n")
     if source.is_dir() and (source / GENERATION).is_file():
       (workdir / rundir.FOLDER / GENERATION).write_bytes((source / GENERATION).read_bytes())
@@ -200,7 +201,7 @@ def export_model(workdir, folder, *, step: int = -1, seed: int = -1, dtype: str 
     params = jax.tree.map(lambda x: x[config.seeds.index(seed) if seed >= 0 else 0], params)
   added = sorted({method.name for method in config.methods} - {"dense"})
   with _whole(folder) as unfinished:
-    weights.save_params(model_lib.backbone(params), config.model, unfinished, dtype, shard_bytes)
+    weights.save_params(stacking.backbone(params), config.model, unfinished, dtype, shard_bytes)
     if added:
       _write_method(params, config, unfinished)
     for name in (GENERATION, *tokenizer_files.FILES) if origin else ():
@@ -252,7 +253,7 @@ def _method_leaves(params: dict, config):
   """(name of layer i's tensor, its stack's leaf, number of the layer in it, a way to set it) of all that methods
   added."""
   first = 0
-  for i, (_, count) in enumerate(model_lib.layout(config)):
+  for i, (_, count) in enumerate(stacking.layout(config)):
     def walk(node, path):
       for key, value in sorted(node.items()):
         if isinstance(value, dict):

@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from nsa import chips, flops, model as model_lib, schedule, sharding, step as step_lib
+from nsa import chips, flops, schedule, sharding, stacking, step as step_lib
 
 # Share of a chip's peak that each part of the work reaches. Projections and unembedding: what large training runs
 # report. Dense: cuDNN on one H200, forward and backward at 32K tokens. Selected: this project's kernel on one H200
@@ -143,7 +143,7 @@ def _streams(config, mode: str, copies: bool = False) -> float:
   """Arrays of [S, K, H] that attention reads per layer: k, v and the method's `streams`; or what it makes `copies`
   of."""
   extra = 0.0
-  for method, count in model_lib.layout(config) if mode != "dense" else ():
+  for method, count in stacking.layout(config) if mode != "dense" else ():
     extra += count * sum(s.heads * s.width for s in method.streams(config.model).values() if s.cached != copies)
   return ((0.0 if copies else 2.0)
           + extra / (config.model.num_layers * config.model.num_kv_heads * config.model.head_dim))

@@ -27,7 +27,7 @@ at a time: a scan (`_write`), or the kernels of pallas_kernels/memory.py where t
 begins with; decays, C and all reading (`_read_chunks`) are then products for all chunks at a time, or kernels as well.
 A prompt that goes on from a state (`_one_by_one`) reads a chunk when it was written: it needs the last state alone.
 `products` = "bfloat16" rounds their operands, and those of their gradients; sums, state, decays and all else stay
-float32. What bounds it on a GPU: benchmarks/memory.py, docs/kernels.md.
+float32. What bounds it on a GPU: docs/kernels.md.
 
 What keeps it finite, by construction and for any weights and any length:
 * theta_t = max_step * sigmoid(.) * (1 - eta_t): S is a weighted mean of single steps, so
@@ -39,53 +39,13 @@ What keeps it finite, by construction and for any weights and any length:
 * every matrix acts on its input divided by sqrt(fan in), so that all matrices get gradients of one size;
 * log(1 - alpha) and log(eta) are log-sigmoids, and decays are exponentials of their sums: nothing is divided by;
 * backprop = "full" differentiates everything when the model is trained, as the paper and public code do: a chain of
-  chunks is then a chain of factors (I - theta * Hessian), bounded by small steps alone (below). "local" takes M' as a
+  chunks is then a chain of factors (I - theta * Hessian), bounded by small steps alone. "local" takes M' as a
   constant of the inner gradients; the past is reached through the linear recurrence alone, with factors of at most one.
 All of it is float32, with full-precision products unless `products` says otherwise.
 
-Measured, depth 4. (a) Forward alone: 512 tokens of 20 repeated keys, width 16, theta about 1/4: the plain MLP without
-clipping is NaN between tokens 128 and 256; with clipping it stays finite, but there a plain RMS norm in place of
-`bounded` let a difference of 1e-4 grow to order one. (b) 10,000 AdamW steps at 3e-3 on recall of 8 pairs in 64 tokens
-(the set-up of tests/memory_test.py's program, one seed, CPU): as it is finite, loss 0.121 nats, largest gradient norm
-of the memory 7.7; local finite, 0.166, 7.5; plain without clipping finite as well, 0.121, 24.
-So at that length the guards cost nothing and are not yet needed; public code is known to fail at 8,000 steps and
-longer sequences. Local backprop learns later (1.24 against 0.64 at step 2,000): it is no default.
-
-What forgetting must not do: eq. 14 decays the memory towards zero, what a document begins with included. There a memory
-of several matrices can be written no more, as the gradient of each is a product with the others. Hence gates begin with
-next to no forgetting, 0.005 % per token, and learn it. Until the slice of experiments/titans.py had run they began with
-0.67 %; (b) above is of then. Measured at the initial gates, depth 2, width 64, chunks of 128, float32, CPU: 16 random
-pairs written eight times after so many random tokens, how many of them the memory gives back (the nearest of the 16
-values; two heads), the norm of its matrices then, the slope (gradient) of the last read by one of the last 128 values:
-
-| tokens before | 0 | 256 | 1,024 | 4,096 | 16,384 |
-|---|---|---|---|---|---|
-| 0.67 %: given back, norm, slope | 78 %, 54, 3e-2 | 19 %, 10, 2e-3 | 19 %, 0.1, 3e-6 | 19 %, 2e-6, 5e-16 | 19 %, 0, 0 |
-| 0.005 %: the same | 100 %, 130, 8e-2 | 100 %, 120, 6e-2 | 97 %, 120, 6e-2 | 97 %, 99, 4e-2 | 91 %, 59, 3e-2 |
-
-A memory of depth 1 has no such point. Nothing forbids gates to learn their way back there.
-
-What full backprop costs in long chunks. All gradients of a chunk are taken at one memory, and those of similar tokens
-add up. Where steps times curvature pass 2 the memory overshoots: `bounded` keeps it finite, but each chunk multiplies
-the gradient. Curvature grows with the gain's square, and as forgetting makes matrices small. Measured at the initial
-memory, depth 2, width 64, 32 chunks of 128, momentum 1/2, float32, CPU: the largest norm of 12 gradients by matrices,
-gain, keys, values and gates (3 seeds; keys and values that share 0, 50, 90 or 100 % of their variance):
-
-| steps, of max_step | gain | forgetting | max_step = 1 | 1/8 | 1, local backprop |
-|---|---|---|---|---|---|
-| 12 %, as they begin | 1 | 0.005 % | 8 | 12 | 24 |
-| 12 % | 2 | 0.005 % | 66 | 20 | 36 |
-| 50 % | 1 | 0.005 % | 3e5 | 9 | 31 |
-| 50 % | 2 | 0.005 % | 3e4 | 13 | 87 |
-| 95 % | 2 | 0.005 % | 6e3 | 170 | 120 |
-| 12 % | 1 | 0.67 % | 410 | 0.2 | 1.4 |
-| 50 % | 1 | 0.67 % | 1e8 | 0.7 | 2.6 |
-| 95 % | 2 | 0.67 % | 1e9 | 1e4 | 5 |
-
-So experiments/titans.py, with chunks of 128, has local backprop. Steps of at most 1/8 bound all but the last row as
-well, but write too little (experiments/beyond_window.py). Of chunks of 16, steps of 3 to 100 % at gain 1 and 0.005 %
-gave no gradient above 0.5 (of the last chunk by the matrices, one seed). The paper leaves the range of theta open;
-public code divides the loss by the width, or steps by the chunk's length.
+A memory of several matrices that forgetting has brought to zero can be written no more: hence gates begin with next to
+no forgetting. In long chunks full backprop can multiply the gradient from chunk to chunk. docs/memory.md has what was
+measured of both, and of the guards above.
 
 Documents: a chunk belongs to the document of its first token. Where that changes, the memory begins anew, so packed
 documents that begin at chunk boundaries (`data.align`, checked) equal documents on their own. A document, or padding,
