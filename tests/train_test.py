@@ -23,6 +23,7 @@ from nsa import (
   checkpoint,
   config as config_lib,
   methods,
+  model as model_lib,
   provenance,
   schedule,
   sharding,
@@ -199,7 +200,7 @@ def test_a_workdir_that_can_be_none_is_named(tmp_path):
 def test_what_does_not_fit_says_what_to_change_before_the_first_step(tmp_path, monkeypatch):
   config = make_config("msa", schedule.native(4, 0))
   # Adam's moments, and steps
-  state = 4 * (4 + 3 * sum(x.size for x in jax.tree.leaves(train_lib.model_lib.abstract_params(config))))
+  state = 4 * (4 + 3 * sum(x.size for x in jax.tree.leaves(model_lib.abstract_params(config))))
   for room, what in ((state // 2, "parameters and optimizer state"), (2 * state, "a training step")):
     monkeypatch.setattr(train_lib.capacity, "available", lambda room=room: room)
     with pytest.raises(config_lib.ConfigError,
