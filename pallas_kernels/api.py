@@ -90,8 +90,7 @@ def compressed_attention(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K 
   name = "compressed_attention"
   validate.attention(name, q, k_cmp, v_cmp, k_name="k_cmp", v_name="v_cmp")
   validate.common(name, q, None, segment_ids, query_offset)
-  validate.integer(name, "block_len", block_len, 1, "tokens")
-  validate.integer(name, "block_stride", block_stride, 1, "tokens")
+  validate.compressed(name, k_cmp, block_len, block_stride)
   return run(name, implementation, q=q, k_cmp=k_cmp, v_cmp=v_cmp, block_len=block_len,
              block_stride=block_stride, scale=scale_of(scale, q), segment_ids=segment_ids,
              query_offset=query_offset)
@@ -130,8 +129,7 @@ def compressed_top_k(q: Float[Array, "B T N H"], k_cmp: Float[Array, "B C K H"],
   validate.attention(name, q, k_cmp, k_name="k_cmp")
   validate.lse(name, lse, q)
   validate.common(name, q, None, segment_ids, query_offset)
-  validate.integer(name, "block_len", block_len, 1, "tokens")
-  validate.integer(name, "block_stride", block_stride, 1, "tokens")
+  validate.compressed(name, k_cmp, block_len, block_stride)
   validate.selection(name, block_size, num_blocks, num_initial, num_local)
   indices = run(name, implementation, q=lax.stop_gradient(q), k_cmp=lax.stop_gradient(k_cmp),
                 lse=lax.stop_gradient(lse), block_len=block_len, block_stride=block_stride,
@@ -290,8 +288,9 @@ def block_top_k(scores: Float[Array, "B T K blocks"], *, block_size: int, num_bl
   validate.array(name, "scores", scores, 4, "[B, T, K, blocks]")
   validate.selection(name, block_size, num_blocks, num_initial, num_local)
   if keys is None:
-    keys = scores.shape[3] * block_size if segment_ids is None else segment_ids.shape[1]
-  if -(-keys // block_size) != scores.shape[3]:
+    keys = scores.shape[3] * int(block_size) if segment_ids is None else segment_ids.shape[1]
+  validate.integer(name, "keys", keys, 0, "tokens; None is blocks * block_size")
+  if -(-int(keys) // int(block_size)) != scores.shape[3]:
     raise ValueError(f"{name}: scores has {scores.shape[3]} blocks; {keys} keys in blocks of {block_size} "
                      f"make {-(-keys // block_size)}")
   validate.common(name, scores, keys, segment_ids, query_offset)

@@ -15,6 +15,9 @@ Scale = float | Float[Array, ""]
 
 def run(operation: str, implementation: str | None, **arguments: Any) -> Any:
   """The operation by the implementation that serves these validated arguments, cut as `partition` says."""
+  # NumPy's integers wrap round in sums, and int8 at 127.
+  arguments = {name: int(value) if isinstance(value, np.integer) else value for name, value in arguments.items()}
+
   def call(**arguments):
     chosen = backends.choose(operation, implementation, arguments)
     with jax.named_scope(f"{operation}_{chosen.name}"):

@@ -54,13 +54,14 @@ def selected_tokens(block_indices: Int[Array, "B T K J"], block_size: int, keys:
   chosen = jnp.zeros((B, K, T, blocks), bool).at[b, r, t, at].set(True, mode="drop")
   if block_size == 1:
     return chosen
-  tokens = jnp.broadcast_to(chosen[..., None], (*chosen.shape, block_size))
-  return tokens.reshape(B, K, T, blocks * block_size)[..., :keys]
+  size = min(block_size, keys)
+  return jnp.broadcast_to(chosen[..., None], (*chosen.shape, size)).reshape(B, K, T, blocks * size)[..., :keys]
 
 
 def packed(mask: Bool[Array, "... S"]) -> Int[Array, "... words"]:
   """int32[..., ceil(S / 32)] of sets of tokens: bit s % 32 of word s // 32 says whether token s is in it."""
-  bits = by_block(mask, 32, False).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+  bits = by_block(mask, 32, False).astype(jnp.uint32)
+  bits = bits << jnp.arange(bits.shape[-1], dtype=jnp.uint32)
   return lax.bitcast_convert_type(bits.sum(axis=-1, dtype=jnp.uint32), jnp.int32)
 
 
@@ -76,9 +77,11 @@ def membership(block_indices: Int[Array, "B T K J"], blocks: int) -> Bool[Array,
 
 
 def by_block(x: Array, block_size: int, fill) -> Array:
-  """[..., S] -> [..., blocks, block_size], the last block padded with `fill`."""
+  """[..., S] -> [..., blocks, block_size], the last block padded with `fill`; [..., 1, S] where one block holds all."""
   S = x.shape[-1]
   blocks = -(-S // block_size)
+  if blocks == 1:
+    return x[..., None, :]
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block_size - S)], constant_values=fill)
   return x.reshape(x.shape[:-1] + (blocks, block_size))
 

@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import masked
+from pallas_kernels import masked, spans
 
 PART_QUERIES = 128  # least queries of a part, and the most parts: each is compiled on its own
 MAX_PARTS = 4
@@ -59,10 +59,9 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   T, C = q.shape[1], k_cmp.shape[1]
   pos, seg = _query_positions(T, query_offset, segment_ids)
-  # An upper bound of the tokens there are, for the argument list has no S: with one more there would be another
-  # compressed key. Blocks past the end are invisible, so that too many change nothing.
-  last = T + query_offset if isinstance(query_offset, (int, np.integer)) else T
-  S = max(last, C * block_stride + block_len - 1) if segment_ids is None else segment_ids.shape[1]
+  S = spans.compressed_tokens(T, C, segment_ids, query_offset, block_len=block_len, block_stride=block_stride)
+  if isinstance(query_offset, int):
+    S = min(S, T + query_offset + min(block_stride, block_size))  # what lies past the queries is invisible
   weights = overlap_weights(C, -(-S // block_size), block_len, block_stride, block_size)
 
   def part(keys, q, lse, pos, seg):
@@ -164,7 +163,7 @@ def token_top_k(q_idx, index_weights, k_idx, *, num_tokens, segment_ids=None, qu
   def part(keys, q_idx, weights, pos, seg):
     scores = masked.weighted_scores(q_idx, weights, k_idx).transpose(0, 2, 1, 3)
     visible = masked.visible_tokens(pos, seg, keys, segment_ids)
-    tokens = _choose(scores, visible, pos, 1, num_tokens, 0, 0)
+    tokens = _choose(scores, visible, pos, 1, min(num_tokens, S), 0, 0)
     return masked.packed(masked.selected_tokens(tokens, 1, S)).swapaxes(1, 2)
 
   return _over_queries(part, S, None, None, q_idx, index_weights, pos, seg, heads=q_idx.shape[2] * q_idx.shape[3])
@@ -280,7 +279,7 @@ def _visible_compressed(pos, seg, C, segment_ids, block_len, block_stride):
   start = jnp.arange(C, dtype=jnp.int32) * block_stride
   mask = start + (block_len - 1) <= pos[:, :, None]
   if segment_ids is not None:
-    tokens = start[:, None] + jnp.arange(block_len, dtype=jnp.int32)
+    tokens = start[:, None] + jnp.arange(min(block_len, segment_ids.shape[1]), dtype=jnp.int32)
     ids = jnp.take(segment_ids, tokens, axis=1, mode="clip")  # [B, C, block_len]
     alike = (ids == ids[..., :1]).all(axis=-1)
     mask &= (seg[:, :, None] == ids[:, None, :, 0]) & alike[:, None]

@@ -50,6 +50,15 @@ def of_compressed(pos, num_compressed, segment_ids, *, block_len, block_stride):
   return first, end
 
 
+def compressed_tokens(queries, num_compressed, segment_ids, query_offset, *, block_len, block_stride):
+  """An upper bound of the tokens there are where arguments have no S: with one more there would be another compressed
+  key. Blocks past the end are invisible, so that too many change nothing."""
+  if segment_ids is not None:
+    return segment_ids.shape[1]
+  last = queries + query_offset if isinstance(query_offset, int) else queries
+  return max(last, num_compressed * block_stride + block_len - 1)
+
+
 def visible_keys(batch, queries, keys, segment_ids, query_offset):
   """`of_tokens` of causal queries from `query_offset` on."""
   return of_tokens(positions(queries, query_offset, batch), keys, segment_ids)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.spans import FAR
+
 
 def array(operation, name, x, ndim, letters, kind=jnp.floating):
   if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -128,9 +130,9 @@ def common(operation, q, S, segment_ids, query_offset):
                        f"[B, S] = {want}")
     S = segment_ids.shape[1]
   if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
-    if query_offset < 0:
-      raise ValueError(f"{operation}: query_offset = {query_offset}; positions begin at 0")
-    if segment_ids is not None and query_offset + T > S:
+    if not 0 <= query_offset <= FAR - T:
+      raise ValueError(f"{operation}: query_offset = {query_offset}; positions begin at 0 and end at {FAR}")
+    if segment_ids is not None and int(query_offset) + T > S:
       raise ValueError(f"{operation}: query_offset = {query_offset} puts the last of {T} queries past the "
                        f"{S} segment_ids; they cover all key positions")
     return
@@ -147,8 +149,18 @@ def _offset(operation, query_offset, B):
 
 
 def integer(operation, name, value, least, unit):
-  if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-    raise ValueError(f"{operation}: {name} = {value!r}; it must be an int of at least {least} ({unit})")
+  """Numbers of tokens and blocks: sums of two of them are int32 in every implementation."""
+  if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= FAR:
+    raise ValueError(f"{operation}: {name} = {value!r}; it must be an int from {least} to {FAR} ({unit})")
+
+
+def compressed(operation, k_cmp, block_len, block_stride):
+  integer(operation, "block_len", block_len, 1, "tokens")
+  integer(operation, "block_stride", block_stride, 1, "tokens")
+  end = (k_cmp.shape[1] - 1) * int(block_stride) + int(block_len)
+  if end > FAR:
+    raise ValueError(f"{operation}: block_stride = {block_stride}, block_len = {block_len}: the last of "
+                     f"{k_cmp.shape[1]} compressed blocks ends at {end}; positions end at {FAR}")
 
 
 def selection(operation, block_size, num_blocks, num_initial, num_local):

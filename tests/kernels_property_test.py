@@ -1,5 +1,6 @@
 """Properties that every implementation of the operations must have, on inputs that hypothesis draws."""
 import functools
+import inspect
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import kernels_cases as cases
 import kernels_oracle as oracle
 import numpy as np
+import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import backends, spans
 
 H, HI, BLOCK = 8, 4, 8
 few = functools.partial(settings, deadline=None, database=None, derandomize=True)
@@ -200,3 +203,61 @@ def kl_and_grads(q, k, v, blocks):
   f = lambda q_idx, k_idx: pk.index_kl(q, k, lse, q_idx, k_idx, blocks, block_size=BLOCK)
   loss, vjp = jax.vjp(f, q[:, :, :1], k[:, :, 0])
   return loss, vjp(jnp.ones_like(loss)), f(-q[:, :, :1], k[:, :, 0])
+
+
+# --- integers that no array has -----------------------------------------------
+
+
+def ones(*shape):
+  return np.ones(shape, np.float32)
+
+
+def tiny(operation):
+  """Arrays of the operation: 3 queries, 6 keys or 3 blocks of 2, by the shapes in its annotations."""
+  axes = dict(B=1, T=3, S=6, N=2, K=1, H=8, C=3, J=2, R=1, HI=2, Hi=4, dI=4, blocks=3, words=1, pages=3, page_size=2,
+              table=3)
+  out = {}
+  for name, parameter in inspect.signature(getattr(pk, operation)).parameters.items():
+    kind, _, names = parameter.annotation.split(" | ")[0].rstrip(")]\"'").partition("[Array, ")
+    if names and name not in ("query_offset", "segment_ids", "token_sets"):
+      shape = [axes[axis] for axis in names.strip("'\"").split()]
+      out[name] = ones(*shape) if kind == "Float" else jnp.zeros(shape, jnp.int32)
+  return out
+
+
+OPTIONAL = dict(block_size=2, num_blocks=2, num_initial=0, num_local=1, num_tokens=2, block_len=2, block_stride=2)
+INTEGERS = {operation: [name for name, p in inspect.signature(getattr(pk, operation)).parameters.items()
+                        if p.annotation in ("int", "int | None", "Offset")] for operation in backends.OPERATIONS}
+
+
+def call(operation, **integers):
+  """The operation of its tiny arrays, with these integers."""
+  arrays = tiny(operation)
+  if "window" in integers:
+    arrays.pop("block_indices", None)
+  given = {name: OPTIONAL[name] for name in INTEGERS[operation] if name in OPTIONAL}
+  return getattr(pk, operation)(**arrays, **{**given, **integers})
+
+
+@pytest.mark.parametrize("operation, name", [(operation, name) for operation, names in INTEGERS.items()
+                                             for name in names])
+def test_integers_beyond_every_array_are_named(operation, name):
+  @few(max_examples=20)
+  @given(st.one_of(st.integers(spans.FAR + 1, 2 ** 70), st.integers(-2 ** 70, -1), st.sampled_from([1.0, True]),
+                   st.integers(spans.FAR + 1, 2 ** 63 - 1).map(np.int64)))
+  def refused(value):
+    with pytest.raises(ValueError, match=f"^{operation}: .*{name}"):
+      call(operation, **{name: value})
+
+  refused()
+
+
+@pytest.mark.parametrize("operation, name", [
+    (operation, name) for operation, names in INTEGERS.items() for name in names
+    if name in ("window", "block_len", "block_stride", "block_size", "num_tokens") and operation != "block_top_k"])
+def test_integers_past_the_arrays_are_all_one(operation, name):
+  """As many tokens as an int32 allows, and no memory for them; in NumPy's integers too."""
+  most = spans.FAR // 4  # there are C compressed blocks
+  want = call(operation, **{name: 64})
+  assert_same(call(operation, **{name: most}), want)
+  assert_same(call(operation, **{name: np.int8(64)}), want)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import spans
 from pallas_kernels.mosaic_tpu import flash, selection
@@ -25,15 +24,6 @@ def tile_sizes(queries, group, per_block, blocks):
   return selection.queries_of(queries, blocks, max(1, 4 // group) * LANES), keys
 
 
-def tokens_of(q, k_cmp, block_len, block_stride, segment_ids, query_offset):
-  """An upper bound of the tokens there are, the reference's: there is no S among the arguments."""
-  T, C = q.shape[1], k_cmp.shape[1]
-  if segment_ids is not None:
-    return segment_ids.shape[1]
-  last = T + int(query_offset) if isinstance(query_offset, (int, np.integer)) else T
-  return max(last, C * block_stride + block_len - 1)
-
-
 def supports(q, k_cmp, *, block_len, block_stride, block_size, num_blocks, scale=None, segment_ids=None, query_offset=0,
              **_):
   """None, or why these arguments need another implementation; begins with the argument's name."""
@@ -47,7 +37,9 @@ def supports(q, k_cmp, *, block_len, block_stride, block_size, num_blocks, scale
             "together")
   if num_blocks > selection.MAX_SLOTS:
     return f"num_blocks = {num_blocks}: the kernel takes up to {selection.MAX_SLOTS}"
-  blocks = -(-tokens_of(q, k_cmp, block_len, block_stride, segment_ids, query_offset) // block_size)
+  S = spans.compressed_tokens(q.shape[1], k_cmp.shape[1], segment_ids, query_offset, block_len=block_len,
+                              block_stride=block_stride)
+  blocks = -(-S // block_size)
   tile, _ = tile_sizes(q.shape[1], q.shape[2] // k_cmp.shape[2], block_size // block_stride, blocks)
   return selection.refuses(blocks, *q.shape[:2], tile)
 
@@ -64,7 +56,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   C, K = k_cmp.shape[1:3]
   G, per_block = N // K, block_size // block_stride
   factor = (H ** -0.5 if scale is None else float(scale)) * LOG2E
-  S = tokens_of(q, k_cmp, block_len, block_stride, segment_ids, query_offset)
+  S = spans.compressed_tokens(T, C, segment_ids, query_offset, block_len=block_len, block_stride=block_stride)
   blocks = -(-S // block_size)
   bt, bk = tiles or tile_sizes(T, G, per_block, blocks)
   pos = spans.positions(T, query_offset, B)

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import lists, spans
 from pallas_kernels.triton import call, choose_kernel, ranged, score_kernels, tuning
@@ -56,8 +55,7 @@ def compressed_top_k(q, k_cmp, lse, *, block_len, block_stride, block_size, num_
   (B, T), (C, K) = q.shape[:2], k_cmp.shape[1:3]
   position = spans.positions(T, query_offset, B)
   first, _ = spans.of_segments(segment_ids, position)
-  last = T + query_offset if isinstance(query_offset, (int, np.integer)) else T
-  S = max(last, C * block_stride + block_len - 1) if segment_ids is None else segment_ids.shape[1]
+  S = spans.compressed_tokens(T, C, segment_ids, query_offset, block_len=block_len, block_stride=block_stride)
   f = functools.partial(
       _compressed_top_k, LEN=block_len, STRIDE=block_stride, SIZE=block_size, BLOCKS=max(1, -(-S // block_size)),
       choice=(num_blocks, num_initial, num_local), scale=float(scale))
