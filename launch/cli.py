@@ -176,8 +176,8 @@ def _told(error: Exception):
       end(BAD_INPUT, f"{os.fspath(error.filename)}: {error.strerror}: take another path, or mend this one")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise error
-    end(CHECKPOINT, f"the disk is full ({error}): free some space; the same command goes on from the newest "
-                      "checkpoint")
+    again = "goes on from the newest checkpoint" if "config" in flags.FLAGS else "writes it all anew"
+    end(CHECKPOINT, f"the disk is full ({error}): free some space; the same command {again}")
   raise error
 
 

@@ -31,7 +31,7 @@ def corpora(config, workdir: epath.Path, batches: step_lib.Batches, resumed: boo
     return {**read, "held_out_sha256": {**before.get("held_out_sha256", {}), **read["held_out_sha256"]}}
   trunk = epath.Path(config.fork.workdir)
   if config.fork.workdir and not config.fork.reset and (trunk / "config.json").exists():
-    theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json")).data
+    theirs = config_lib.from_dict(metrics.read_json(trunk / "config.json"), f"{trunk}/config.json").data
     alike = theirs.tokenizer == config.data.tokenizer or rundir.has_tokenizer_of(config, trunk)
     if alike and theirs.texts == config.data.texts:
       _same_corpora(config, read, _recorded(trunk), trunk,

@@ -91,7 +91,7 @@ def read_config(workdir, field: str = "--workdir") -> Config:
   tree = metrics.read_json(path)
   if not isinstance(tree, dict):
     raise ConfigError([(field, str(path), f"holds a {type(tree).__name__}, no config of a run")])
-  config = config_lib.from_dict(tree)
+  config = config_lib.from_dict(tree, os.fspath(path))
   if config.data.tokenizer.startswith("hf:") and (workdir / FOLDER / "tokenizer.json").exists():
     here = os.fspath(workdir)  # a URL such as gs:// is absolute already
     config.data.tokenizer = f"hf:{epath.Path(here if '://' in here else os.path.abspath(here)) / FOLDER}"

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from launch import overrides
-from nsa import config as config_lib, methods
+from nsa import config as config_lib, methods, rundir
 from nsa.config import ConfigError, Restart, Stage
 
 METHODS = ("dense", "msa", "nsa", "block_topk", "sink_window", "random", "oracle")
@@ -55,6 +55,13 @@ def test_unknown_fields_and_methods_are_named():
   tree["attention"]["method"] = "moe"
   with pytest.raises(ConfigError, match="attention.*moe.*msa"):
     config_lib.from_dict(tree)
+
+
+def test_an_unknown_field_of_a_run_is_named_with_its_file(tmp_path):
+  tree = {**config_lib.to_dict(make_config()), "widht": 3}
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  with pytest.raises(ConfigError, match=f"  {tmp_path}/config.json: widht = 3: no such field"):
+    rundir.read_config(tmp_path)
 
 
 # (field to set, wrong value, field that the error names, words of the fix)

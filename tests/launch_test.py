@@ -84,6 +84,10 @@ def test_train_evaluate_report(tmp_path):
 
   out, _ = run("report", work)
   assert (work / "report/report.html").exists()
+  (work / "full").mkdir()
+  (work / "full/results.csv").symlink_to("/dev/full")
+  _, err = run("report", work, "--out", work / "full", code=4)
+  assert "disk is full" in err and "the same command writes it all anew" in err and "checkpoint" not in err
 
 
 def test_dry_run_prints_and_touches_nothing(tmp_path):

@@ -18,12 +18,21 @@ def to_dict(config: Config) -> dict:
   return json.loads(json.dumps(out))
 
 
-def from_dict(tree: dict) -> Config:
+def from_dict(tree: dict, file: str = "") -> Config:
   """The inverse of `to_dict`: imports its modules first.
 
-  Raises ConfigError for an unknown field or method, FileNotFoundError or ModuleNotFoundError for a module that is gone.
+  Raises ConfigError for an unknown field or method, with the name of the `file` that it is in; FileNotFoundError or
+  ModuleNotFoundError for a module that is gone.
   """
-  tree = dict(tree)
+  try:
+    return _config(dict(tree))
+  except ConfigError as error:
+    if not file:
+      raise
+    raise ConfigError([(f"{file}: {name}", *rest) for name, *rest in error.problems]) from None
+
+
+def _config(tree: dict) -> Config:
   for module in tree.get("modules", ()):
     origins.load(module)
   attention = _method(tree.pop("attention", {"method": "dense"}), "attention")

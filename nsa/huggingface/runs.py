@@ -281,10 +281,7 @@ def _read_method(folder: Path) -> tuple:
   tree = safetensors_files.read_object(folder / METHOD)
   if tree.pop("format", None) != _FORMAT or not tree.keys() <= {"attention", "layers", "others"}:
     raise ConfigError([("source", str(folder / METHOD), f"not of the format {_FORMAT}: export it again")])
-  try:
-    config = config_lib.from_dict(tree)
-  except ConfigError as error:
-    raise ConfigError([(f"source: {folder / METHOD}: {name}", *rest) for name, *rest in error.problems]) from None
+  config = config_lib.from_dict(tree, f"source: {folder / METHOD}")
   return config.attention, config.layers, config.others
 
 
