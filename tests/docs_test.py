@@ -1,13 +1,19 @@
 """Tests of the pages: their links lead somewhere, their commands name what is there, nothing is left out."""
+import ast
 import collections
 import csv
+import functools
 import importlib.util
 import pathlib
 import re
+import runpy
+import shlex
 
 import numpy as np
 import pytest
 from scipy import stats
+
+from launch import overrides
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments/README.md"])
@@ -29,10 +35,47 @@ def test_links_and_commands_lead_somewhere(page):
       found = page.parent / path if path else page
       assert found.exists(), target
       assert not anchor or found.suffix != ".md" or anchor in anchors(found), target
-  for module in re.findall(r"python -m ((?:launch|benchmarks|experiments)\.\w+)", text):
-    assert importlib.util.find_spec(module), module
-  for path in re.findall(r"--config=(experiments/\w+\.py)", text):
-    assert (ROOT / path).exists(), path
+
+def written_commands():
+  """(file, module, words) of every command that a page or a docstring has, that of another command among them."""
+  code = [path for room in ("launch", "benchmarks", "experiments") for path in sorted(ROOT.glob(f"{room}/**/*.py"))]
+  for path in [*PAGES, *code]:
+    text = path.read_text() if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text())) or ""
+    for line in re.sub(r" *\\\n *", " ", text).splitlines():
+      for found in re.findall(r"python -m ((?:launch|benchmarks|experiments)\.\w+[^`]*)", line):
+        if found.count("'") % 2 == 0:
+          for command in " ".join(shlex.split(found, comments=True)).split(" -- "):
+            yield path, *command.partition(" ")[::2]
+
+
+def flags_of(module):
+  """Names of the flags that a module defines, or one that it takes them from."""
+  text = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
+  names = re.findall(r"""(?:DEFINE_\w+\(\s*|add_argument\(|[{ ](?="\w+": \("))"(?:--)?(\w+)\"""", text)
+  taken = re.findall(r"\w+", " ".join(re.findall(r"^from launch import (.+)", text, re.M)))
+  return {*names}.union(*(flags_of(f"launch.{name}") for name in taken if name in ("cli", "submit")))
+
+
+def test_written_commands_name_what_there_is():
+  """The module, its flags, the experiment, its arguments and fields of its config. What is left open (..., $X) may be
+  anything."""
+  commands, told, get_config = [*written_commands()], 0, functools.cache(lambda path: runpy.run_path(path)["get_config"])
+  assert len(commands) > 150
+  for path, module, words in commands:
+    assert importlib.util.find_spec(module), (path, module)
+    known, config = flags_of(module), None
+    for flag, value in re.findall(r"(?<!\S)--(\w\S*?)(?:=(\S*)|(?!\S))", words):
+      assert flag in known or flag.startswith("config."), (path, module, flag)
+      name, _, arguments = value.partition(":")
+      if flag == "config" and (ROOT / name).parent == ROOT / "experiments":
+        arguments = ",".join(one for one in arguments.split(",") if "..." not in one and "$" not in one)
+        try:
+          config = get_config(name)(arguments)
+        except ValueError as error:  # what is on no disk but the user's may be missing, or not go together
+          assert "no run directory" in str(error) or "argument" not in str(error), (path, words, error)
+      elif flag.startswith("config.") and config:
+        told += overrides.walk(config, flag.removeprefix("config.")) is not None
+  assert told >= 3
 
 
 def test_the_readme_is_short_and_the_index_whole():
