@@ -59,7 +59,8 @@ def flags_of(module):
 def test_written_commands_name_what_there_is():
   """The module, its flags, the experiment, its arguments and fields of its config. What is left open (..., $X) may be
   anything."""
-  commands, told, get_config = [*written_commands()], 0, functools.cache(lambda path: runpy.run_path(path)["get_config"])
+  get_config = functools.cache(lambda path: runpy.run_path(path)["get_config"])
+  commands, told = [*written_commands()], 0
   assert len(commands) > 150
   for path, module, words in commands:
     assert importlib.util.find_spec(module), (path, module)
