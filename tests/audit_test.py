@@ -57,7 +57,7 @@ def test_all_answers_at_once_are_the_answers_one_by_one(name):
 
 
 def test_a_study_that_needs_no_selection_is_refused():
-  study = pilot.get_config("arms=dense+native_msa")
+  study = pilot.get_config()
   assert study.shortcuts and audit.problems(study) == []
   study.shortcuts = False
   study.arms = [dataclasses.replace(
