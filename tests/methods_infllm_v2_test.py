@@ -84,11 +84,7 @@ def test_selected_sets_are_those_of_the_slow_scores(name, packed):
     forced = (set(visible[:options.num_initial])
               | set(range(max(visible[0], t // 8 - options.num_local + 1), t // 8 + 1)))
     for r in range(K):
-      rest = sorted(set(visible) - forced, key=lambda j: (-scores[r, j], j))
-      want = forced | set(rest[:4 - len(forced)])
-      got = {j for j in indices[b, t, r].tolist() if j >= 0}
-      assert len(got) == len(want) and forced <= got <= set(visible)
-      assert got == want or np.ptp([scores[r, j] for j in got ^ want]) < 1e-6, (b, t, r)
+      got = oracle.assert_chosen(indices[b, t, r].tolist(), visible, forced, scores[r], 4, 1e-6)
       swapped += set(visible[-4:]) != got
   assert swapped > 20 or packed
 

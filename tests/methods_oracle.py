@@ -99,12 +99,15 @@ def token_mask(block_indices, block_size, segments=None):
   return out & causal_mask(B, T, K, segments)
 
 
-def choose(scores, t, options, initial):
-  """The set of blocks of the query at t: forced ones, then the best by score."""
-  own = t // options.block_size
-  forced = set(range(min(initial, own + 1))) | set(range(max(0, own - options.num_local + 1), own + 1))
-  rest = sorted(set(range(own + 1)) - forced, key=lambda j: (-scores[j], j))
-  return forced | set(rest[:max(0, options.num_blocks - len(forced))])
+def assert_chosen(listed, visible, forced, value, budget, tie=1e-5):
+  """That a list (-1 pads) has the forced blocks and the visible ones of the largest `value`, `budget` in all; what ties
+  to rounding may be swapped. Gives the list's set."""
+  listed = [j for j in listed if j >= 0]
+  rest = sorted(set(visible) - forced, key=lambda j: (-value[j], j))
+  got, want = set(listed), forced | set(rest[:budget - len(forced)])
+  assert len(got) == len(listed) == len(want) and forced <= got <= set(visible)
+  assert got == want or np.ptp([value[j] for j in got ^ want]) < tie, (got, want)
+  return got
 
 
 def block_scores(name, p, h, options):
