@@ -7,7 +7,7 @@ from reanalysis_test import reanalysis
 
 from benchmarks import planted
 from nsa import config as config_lib, report
-from nsa.report import archive, curricula, endpoints
+from nsa.report import archive, curricula, document, endpoints, sections
 
 TEXT = planted.TEXT
 MSA = {"method": "msa", "block_size": 32, "num_blocks": 8}
@@ -131,6 +131,7 @@ def test_the_report_says_all_of_it_and_no_word(root, tmp_path):
   of = {row[1]: row for row in rows if row[0].startswith(title)}
   assert of["native_to_dense"][2:5] == ["4", "81", "175"]
   assert of["native_to_dense"][8].startswith("native_cold: +0.0010")
+  assert of["window_to_dense_75"][8].endswith(", 3 seeds") and "Of other code" not in mine
   assert of["native_window"][2:5] == ["3 of 4", "62", "50"] and of["dense_double"][3:5] == ["200", "200"]
   assert of["native_to_dense"][5].startswith("-0.0160 (") and of["native_msa"][5].startswith("-0.0200 (")
   assert "no word" in mine and "cannot go below p = 0.12" in mine
@@ -140,6 +141,31 @@ def test_the_report_says_all_of_it_and_no_word(root, tmp_path):
   assert not any(line.startswith("| native_to_dense | 4 | ") and "-0.0160" in line for line in others.splitlines())
   names = {path.stem for path in written.plots}
   assert {"curricula_second_half_bits_per_byte", "curricula_recall_over_training"} <= names
+
+
+def test_of_some_seeds_all_stand_on_those_and_another_code_is_named(root, tmp_path):
+  """Half of the seeds are in, made by a later commit; of native_window one."""
+  study = archive.load([root])
+  late = {"native_to_dense": (0, 1), "window_to_dense_75": (0, 1), "native_window": (1,), "native_cold": (0, 1)}
+  study.runs = [run for run in study.runs if run.arm not in ("context_512", "dense_double")
+                and run.seeds[0] in late.get(run.arm, range(4))]
+  for run in study.runs:
+    run.versions["commit"] = "b" * 40 if run.arm in late and run.arm != "native_cold" else "a" * 40
+  drawn = {}
+
+  class Gallery(sections.Gallery):
+    def block(self, name, figure, *words):
+      drawn[name.removesuffix("_tiny")] = figure
+      return super().block(name, figure, *words)
+
+  table = endpoints.rows(study)
+  blocks = curricula.section(study, table, "tiny", {}, Gallery(study, tmp_path, ("png",)))
+  page = document.markdown("x", blocks)
+  assert (f"Of other code than dense, which may end elsewhere by itself: native_window ({'b' * 12}), "
+          f"native_to_dense ({'b' * 12}), window_to_dense_75 ({'b' * 12}).") in page
+  assert ", 1 seed |" in page and "1 seeds" not in page and "With 2 pairs" in page
+  seeds = [line for line in drawn["curricula_held_out"].axes[0].lines if line.get_linewidth() < 1]
+  assert len(seeds) == 2 + 2 + 2 + 2 + 1  # dense and native have four
 
 
 def test_on_the_way_each_is_taken_as_it_attends_then(root):

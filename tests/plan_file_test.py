@@ -51,6 +51,10 @@ def test_what_ran_as_planned_has_no_deviation_and_every_other_thing_is_named(pla
   found = lines(root, lambda t: t["plan"]["seeds"].update({"dense-tiny": [0, 1, 2, 3], "late-tiny": [0]}))
   assert found[0].startswith("plan.json was changed after it was written: it gives the hash")
   assert found[1:] == ["Not run, or not yet, of size tiny: dense (seeds 3), late."]
+  dashed = lambda plan: (plan["seeds"].update({"late-2M-64": [0]}), plan["configs"].update(
+      {"late-2M-64": {**plan["configs"]["dense-tiny"], "arm": "late", "size": "2M-64"}}))
+  found = lines(root, lambda t: dashed(t["plan"]))
+  assert found[1:] == ["Not run, or not yet, of size 2M-64: late."]
   key = "retrofit_msa_5-tiny"
   found = lines(root, lambda t: t["plan"]["configs"][key]["attention"].update(num_blocks=9)
                 or t["plan"]["configs"].pop("dense-tiny"))

@@ -86,6 +86,19 @@ def test_arms_with_a_control_are_judged_at_the_shortest_and_the_longest_length(s
   assert lengths.compare(study, "s") == []
 
 
+def test_two_that_answer_nothing_are_not_alike(study, tmp_path):
+  """Apart by less than what matters, whatever they are: neither has as much to lose."""
+  for run in study.runs:
+    for r in run.records if run.arm != "dense" else ():
+      if r["kind"] == "task":
+        r["far_exact_match"] *= 0.1
+  short, long = lengths.compare(study, "s")
+  assert (short.word, long.word) == ("both answer too little",) * 2
+  assert short.levels == pytest.approx((0.085, 0.035)) and short.interval.high < 0.1
+  page = document.markdown("x", lengths.section(study, sections.Gallery(study, tmp_path, ("png",))))
+  assert "| with_memory | window | 1x | 8.5, 3.5 | +5.0 |" in page and "no more than that apart" not in page
+
+
 def test_two_seeds_can_differ_and_are_never_alike(study):
   for run in study.runs:
     run.records = [r for r in run.records if r["seed"] < 3]

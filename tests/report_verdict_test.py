@@ -13,7 +13,7 @@ from report_cases import judged, seal, with_retrofit, words
 from benchmarks import planted
 from benchmarks.planted import MODES, write_study
 from nsa import report
-from nsa.report import analyses, archive, endpoints, runs, statistics, verdict
+from nsa.report import analyses, archive, endpoints, gates, runs, statistics, verdict
 
 
 def test_an_equal_retrofit_matches(tmp_path):
@@ -62,7 +62,7 @@ def test_one_seed_gives_no_verdict(tmp_path, quick):
   assert "cannot be judged: 1 seed gives a difference of +0.0" in text and "no interval over seeds" in text
   assert "matches" not in text and "worse" not in text
   paths = report.write([root], root / "report")
-  assert "With one seed nothing can be said about arms" in paths.markdown.read_text()
+  assert "**Seeds.** 1 per arm and size. With one seed nothing can be said about arms" in paths.markdown.read_text()
 
 
 def test_noise_that_hides_the_answer_is_undecided(tmp_path):
@@ -182,6 +182,19 @@ def test_an_arm_of_more_tokens_does_not_measure_dense(tmp_path):
   log.write_text("".join(json.dumps({**line, "tokens": 2 * line["tokens"]}) + "\n" for line in lines))
   (gate, *_) = judged(root).admissions[planted.TEXT, "tiny"].gates
   assert gate.passed and abs(gate.found) < 0.01
+
+
+def test_where_no_other_arm_has_as_few_tokens_the_gate_of_the_best_arm_says_so(tmp_path):
+  """Of a finished model whose arms all go on from it dense is compared with itself: that gate asks nothing."""
+  root = write_study(tmp_path, with_retrofit(0.0))
+  study = archive.load([root])
+  table = endpoints.rows(study)
+  needs = lambda name: gates.admission(study, table, name, "tiny").gates[0].needs
+  assert needs("exact_match") == "at least 95.0 % or within 2.0 of the best arm"
+  for row in table:
+    row.values["tokens"] *= 2 if row.arm != "dense" else 1
+  assert needs("exact_match").endswith("of the best arm, and none but dense has as few tokens")
+  assert needs(planted.TEXT) == "within 2 % of the best arm, and none but dense has as few tokens"
 
 
 def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):

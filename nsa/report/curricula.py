@@ -114,7 +114,7 @@ def section(study: Study, table: list[Row], size: str, admissions: dict, gallery
     for arm, minus in parts.items():
       n, start = len(minus["as they end"]), found.get(arm)
       cell = lambda d: "-" if not d else m.text((i := statistics.t_interval(list(d.values()))).mean, True) + (
-          f" ({m.between(i)})" * i.bounded + f", {len(d)} seeds" * (len(d) != n))
+          f" ({m.between(i)})" * i.bounded + f", {len(d)} seed{'s' * (len(d) > 1)}" * (len(d) != n))
       before = dict(zip(*map(list, statistics.paired_differences(
           *(own(study, mine, one, size, m.name) for one in (arm, start)))))) if start else {}
       lines.append([m.title + " (not admitted)" * (one is not None and not one.admitted), arm,
@@ -128,7 +128,8 @@ def section(study: Study, table: list[Row], size: str, admissions: dict, gallery
           f"Minus {dense}, paired by seed: as both end, and {dense} with as many FLOPs, or as much time, as the arm. "
           "Marks: seeds; bars: means; lines: 95 % t intervals. Exploratory", f"Curricula minus {dense}", "Not drawn",
           size))
-  return [Text(_beside(study, table, size, found, min(len(there[arm]) for arm in shown if arm in found))), Table(
+  pairs = min(len(there[arm]) for arm in shown if arm in found)
+  return [Text(_beside(study, table, size, found, shown, pairs)), Table(
       ["endpoint", "arm", "seeds", f"FLOPs, % of {dense}'s", f"time, % of {dense}'s", f"minus {dense}",
        "for its FLOPs", "for its time", "minus the arm that goes on as it begins"], lines,
       f"Mean (95 % t interval){study.at(size)}, paired by seed. For its FLOPs or time: minus {dense} with as many, on "
@@ -136,7 +137,7 @@ def section(study: Study, table: list[Row], size: str, admissions: dict, gallery
       "Time: alone on a device where that is known, else by logs, steps of other stages over those of the same run's "
       "dense one; runs share devices. A window selects nothing: as far as dense after a window does what "
       f"{study.reference} does, that is no merit of selection", left=2), *pictures,
-          *_training(study, [dense, *shown], size, gallery)]
+          *_training(study, [dense, *shown], size, seeds, gallery)]
 
 
 def _ratio(ours, theirs):
@@ -144,13 +145,20 @@ def _ratio(ours, theirs):
   return float(np.mean([ours[s] / theirs[s] for s in common])) if common else math.nan
 
 
-def _beside(study, table, size, found, pairs) -> str:
+def _beside(study, table, size, found, shown, pairs) -> str:
   """What a reader has to know of the numbers, and what dense attention's curve said of more tokens."""
   text = "Exploratory: intervals and no word. " + (f"With {pairs} pairs an exact test of signs cannot go below p = "
                                                    f"{2.0 ** (1 - pairs):.2g}. ") * (pairs > 1)
   if any(run.sealed and f"{run.arm}-{size}" not in archive.shown(study) for arm in found
          for run in study.arm_runs(arm, size)):
     text += "What is sealed of these arms is in no number: it is opened when all runs of their tier are there. "
+  judged = [study.dense, study.reference, *study.retrofits()]
+  commits = lambda of: {str(run.versions["commit"])[:12] for arm in of for run in study.arm_runs(arm, size)
+                        if run.status == "done" and run.versions.get("commit")}
+  if known := commits(judged):
+    later = {arm: new for arm in shown if arm not in judged and (new := commits([arm]) - known)}
+    text += (f"Of other code than {study.dense}, which may end elsewhere by itself: " + ", ".join(
+        f"{arm} ({', '.join(sorted(new))})" for arm, new in later.items()) + ". ") * bool(later)
   for m in (endpoints.metric(e.metric) for e in study.endpoints if e.primary):
     curve = analyses.curve(study, table, m.name, size)
     for arm in (arm for arm in found if curve and len(_stages(study, arm, size)) == 1):
@@ -165,17 +173,19 @@ def _beside(study, table, size, found, pairs) -> str:
   return text.strip()
 
 
-def _training(study, shown, size, gallery) -> list:
-  """Recall and text over training, without what attends as the reference does."""
+def _training(study, shown, size, seeds, gallery) -> list:
+  """Recall and text over training, of these seeds, without what attends as the reference does."""
   attention = lambda arm: next(run.config.get("attention") for run in study.arm_runs(arm, size) if run.config)
   method = lambda arm: (attention(arm) or {}).get("method")
   like = {arm for arm in shown if len(_stages(study, arm, size)) == 1 and study.headline_mode(arm) == "sparse"
           and arm != study.reference and study.reference in shown and method(arm) == method(study.reference)}
-  part = dataclasses.replace(study, arms=[arm for arm in study.arms if arm in shown and arm not in like])
+  part = dataclasses.replace(study, arms=[arm for arm in study.arms if arm in shown and arm not in like],
+                             runs=[run for run in study.runs if seeds & set(run.seeds)])
   look, of = gallery.style.Look(part), dataclasses.replace(part, reference=study.dense)
+  later = f"; right: minus {study.dense} at the same step, where an arm with more tokens has not decayed yet"
   return [gallery.block(
       f"curricula_{name}", getattr(gallery.plots, name)(of, look, size),
       f"{words} over training, each arm as it attends at that step, rows of full length{more}. Thin: seeds; thick: "
       "means. Exploratory", f"{words} over training, curricula", "Not drawn: no evaluations on the way", size)
       for name, words, more in (("recall_over_training", "Exact match", ""),
-                                ("held_out", "Held-out bits per byte", f"; right: minus {study.dense}"))]
+                                ("held_out", "Held-out bits per byte", later))]

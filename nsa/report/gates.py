@@ -64,9 +64,10 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
   level = lambda values: float(np.mean(list(values.values()))) if values else math.nan
   sign = 1 if m.lower_is_better else -1
   lost = lambda values: sign * level({s: values[s] - dense[s] for s in values if s in dense})
-  ahead, allowed = _best(study, table, m, size, dense)
+  ahead, allowed, others = _best(study, table, m, size, dense)
+  best = "the best arm" if others else f"the best arm, and none but {study.dense} has as few tokens"
   if m.kind == "recall":
-    gates = [Gate(study.dense, f"at least {m.text(SOLVED)} % or within {m.text(BEST)} of the best arm", level(dense),
+    gates = [Gate(study.dense, f"at least {m.text(SOLVED)} % or within {m.text(BEST)} of {best}", level(dense),
                   level(dense) >= SOLVED or ahead <= BEST)]
     for mode in FORCED:
       found = level(get(mode))
@@ -75,7 +76,7 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
     gates.append(Gate(f"{study.dense} -> oracle", f"at most {m.text(m.near)} points below {study.dense}", level(oracle),
                       lost(oracle) <= m.near + 1e-12))
   else:
-    gates = [Gate(study.dense, f"within {100 * BEST:g} % of the best arm", ahead, ahead <= allowed)]
+    gates = [Gate(study.dense, f"within {100 * BEST:g} % of {best}", ahead, ahead <= allowed)]
     for mode in FORCED:
       gates.append(Gate(f"{study.dense} -> {mode}", f"at least {m.text(m.behind, True)} {m.unit} from {study.dense}",
                         lost(get(mode)), lost(get(mode)) >= m.behind - 1e-12))
@@ -84,20 +85,22 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
   return Admission(name, size, tuple(gates))
 
 
-def _best(study, table, m, size, dense) -> tuple[float, float]:
-  """(how far the best arm is ahead of dense, how far it may be), over the seeds that both have; NaN without dense.
+def _best(study, table, m, size, dense) -> tuple[float, float, bool]:
+  """(how far the best arm is ahead of dense, how far it may be), over the seeds that both have, and whether there is
+  another arm than dense to be the best; NaN without dense.
 
   Arms that saw more tokens than dense are no measure of it: twice the bytes are better without any selection.
   """
   tokens = {arm: [r["tokens"] for r in table if (r.arm, r.size) == (arm, size) and r.headline] for arm in study.arms}
   limit = 1.005 * max(tokens.get(study.dense) or [math.nan])
-  found = [(math.nan, math.nan)]
+  found, others = [(math.nan, math.nan)], False
   for arm in study.arms:
     values = endpoints.series(table, arm, size, study.headline_mode(arm), m.name)
     if (common := sorted(set(values) & set(dense))) and not max(tokens[arm], default=math.nan) > limit:
+      others |= arm != study.dense
       gap = float(np.mean([dense[s] - values[s] for s in common])) * (1 if m.lower_is_better else -1)
       found.append((gap, BEST * float(np.mean([values[s] for s in common])) if m.lower_is_better else BEST))
-  return max(found[1:] or found, key=lambda pair: pair[0] - pair[1])
+  return *max(found[1:] or found, key=lambda pair: pair[0] - pair[1]), others
 
 
 def admissions(study: Study, table: list[Row]) -> dict[tuple[str, str], Admission]:

@@ -5,7 +5,8 @@ mean over, this one takes apart. Text at k times the trained length is that of t
 a window. Judged are the arms that the study compares with a control (Study.controls), minus it, paired by seed, at the
 shortest and the longest length. Three questions are asked of every pair, each of the family under Holm: is there a
 difference (two-sided t test), is it beyond the smallest effect that matters (the same test against that), is it within
-(two one-sided tests, of LIKENESS seeds at least)? The family is of all pairs that were planned: one whose runs are
+(two one-sided tests, of LIKENESS seeds at least)? Where both answer less than that effect they are alike
+whatever they are, and no such word is said. The family is of all pairs that were planned: one whose runs are
 missing counts as a test that failed. No pair is judged where dense answers less than Study.solved, or ANCHOR where the
 study states none, at the shortest length.
 """
@@ -33,14 +34,16 @@ class Compared:
   """An arm minus its control at one length, in shares of the answers. interval: of 95 %, of the mean over seeds, for
   itself. p: of a difference, by Holm over the family.
 
-  word: "differs by enough", "no more than that apart", "differs", "undecided"; "one seed"; "no scatter" where all
-  seeds differ by the same, or not at all, as few answers do by chance: no test, and p is NaN; "not judged" where the
-  anchor fails.
+  levels: what both answer, means over these seeds. word: "differs by enough", "no more than that apart", "differs",
+  "undecided"; "both answer too little" in place of the second where they could not be farther apart; "one seed"; "no
+  scatter" where all seeds differ by the same, or not at all, as few answers do by chance: no test, and p is NaN; "not
+  judged" where the anchor fails.
   """
   arm: str
   against: str
   multiple: float
   interval: statistics.Interval
+  levels: tuple[float, float]
   p: float
   word: str
 
@@ -109,9 +112,11 @@ def compare(study: Study, size: str) -> list[Compared]:
   family, found = planned(study, size), []
   for arm, against, n in family:
     at = lambda values: {seed: value for (tokens, seed), value in values.items() if tokens == n}
-    seeds, differences = statistics.paired_differences(*(at(recall(study, one, size)) for one in (arm, against)))
+    ours, theirs = (at(recall(study, one, size)) for one in (arm, against))
+    seeds, differences = statistics.paired_differences(ours, theirs)
     if seeds:
-      found.append((arm, against, n, differences))
+      levels = tuple(float(np.mean([of[seed] for seed in seeds])) for of in (ours, theirs))
+      found.append((arm, against, n, levels, differences))
   tests = [differences for *_, differences in found]
 
   def corrected(test, *options):
@@ -123,14 +128,15 @@ def compare(study: Study, size: str) -> list[Compared]:
       (statistics.t_test,), (_beyond, margin), (_within, margin)))
   admitted = np.mean(anchor(study, size) or [0.0]) >= (study.solved or ANCHOR)
   out = []
-  for k, (arm, against, n, differences) in enumerate(found):
+  for k, (arm, against, n, levels, differences) in enumerate(found):
     i = statistics.t_interval(differences)
     word = ("not judged" if not admitted else "one seed" if not i.bounded else
             "no scatter" if statistics.flat(differences) else
             "differs by enough" if enough[k] <= study.alpha else
-            "no more than that apart" if within[k] <= study.alpha else
+            ("no more than that apart" if max(levels) >= margin else "both answer too little")
+            if within[k] <= study.alpha else
             "differs" if different[k] <= study.alpha else "undecided")
-    out.append(Compared(arm, against, n / trained, i, float(different[k]), word))
+    out.append(Compared(arm, against, n / trained, i, levels, float(different[k]), word))
   return out
 
 
@@ -187,7 +193,7 @@ def _recall_and_cost(study, runs, values, trained, asked, times, speed) -> Table
                 + [endpoints.interval_text(exact, of(arm, n), False) for n in asked]
                 + [f"{c:.2f}" if math.isfinite(c) else "-" for c in cost]
                 + ([f"{1e9 / speed(arm):.0f}" if math.isfinite(speed(arm)) else "-"] if speed else [])
-                + ([f"{100 * (level[arm] - level[FLOOR]) / gap:.0f}"] if math.isfinite(gap) else []))
+                + ([f"{round(100 * (level[arm] - level[FLOOR]) / gap) + 0}"] if math.isfinite(gap) else []))
   return Table(
       ["arm", "seeds"] + [f"recall, {t} (%)" for t in times] + [f"MFLOPs per token, {t}" for t in times]
       + ["training step, ns per token"] * bool(speed)
@@ -222,12 +228,13 @@ def _judged(study, size, trained) -> list:
     blocks.append(Text(f"Far exact match, an arm against its control{study.at(size)}: {words}."
                        + f" {len(missing)} of {len(whole)} planned pairs are missing." * bool(missing), "verdict"))
     blocks.append(Table(
-        ["arm", "minus", "at", "points", "95 % interval", "p (Holm)", "word"],
-        [[c.arm, c.against, f"{c.multiple:g}x", exact.text(c.interval.mean, True), exact.between(c.interval),
+        ["arm", "minus", "at", "both answer (%)", "points", "95 % interval", "p (Holm)", "word"],
+        [[c.arm, c.against, f"{c.multiple:g}x", ", ".join(map(exact.text, c.levels)),
+          exact.text(c.interval.mean, True), exact.between(c.interval),
           f"{c.p:.3f}" if math.isfinite(c.p) else "-", c.word] for c in family],
         f"Far exact match, paired by seed. The smallest effect that matters: {exact.text(_margin(study))} points. "
-        f"Words: t tests under Holm, of {len(whole)} pairs; that two arms are alike takes {LIKENESS} seeds. Everything "
-        "else in this section is exploratory", left=2))
+        f"Words: t tests under Holm, of {len(whole)} pairs; that two arms are alike takes {LIKENESS} seeds, and one "
+        "that answers as much as that effect. Everything else in this section is exploratory", left=2))
   if missing:
     blocks.append(Text("Not compared, for want of runs or of far answers, and counted as tests that failed: "
                        + ", ".join(missing) + ".", "note"))

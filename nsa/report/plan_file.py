@@ -151,7 +151,7 @@ def _power(study, plan, kinds, tests):
           continue
         of = {plan["dense_arm"], plan["reference_arm"]} if q == "A" else set(plan["budgets"])
         n = min((len(plan["seeds"][k]) for k in plan["seeds"]
-                 if k.rpartition("-")[2] == size and k.rpartition("-")[0] in of), default=0)
+                 if plan["configs"][k]["size"] == size and plan["configs"][k]["arm"] in of), default=0)
         if n < 2:
           continue
         alpha = plan["alpha"] / len(kinds)
@@ -233,7 +233,8 @@ def deviations(study: Study) -> list[str] | None:
     seen.add(key)
   planned, later = {}, {}
   for key, asked in plan.get("seeds", {}).items():
-    arm, _, size = key.rpartition("-")
+    config = plan.get("configs", {}).get(key)  # a size can have a - in its name
+    arm, size = (config["arm"], config["size"]) if config else key.rpartition("-")[::2]
     got, planned[arm, size] = seeds.get(key, {}), set(asked)
     if more := sorted(set(got) - set(asked)):
       out.append(f"{key}: seeds {', '.join(map(str, more))} ran and were not planned.")

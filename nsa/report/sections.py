@@ -287,9 +287,10 @@ def limits(study: Study, table: list[Row], verdict: Verdict) -> list:
     items.append("No run has finished; nothing is concluded.")
   else:
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    items.append(f"**Seeds.** {n} per arm and size." + (
-        " With one seed nothing can be said about arms, only about checkpoints." if seeds[0] == 1 else
-        " The t interval takes differences between seeds as normal; with so few that cannot be checked."))
+    items.append(f"**Seeds.** {n} per arm and size."
+                 + " With one seed nothing can be said about arms, only about checkpoints." * (seeds[0] == 1)
+                 + (" The t interval takes differences between seeds as normal; with so few that cannot be checked."
+                    * (seeds[-1] > 1)))
   tokens = endpoints.finite(table, "tokens")
   items.append(f"**Scale.** Sizes run: {', '.join(study.sizes) or 'none'}"
                + (f", at most {endpoints.quantity(max(tokens))} training tokens per run" if tokens else "")
