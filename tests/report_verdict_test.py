@@ -184,6 +184,17 @@ def test_an_arm_of_more_tokens_does_not_measure_dense(tmp_path):
   assert gate.passed and abs(gate.found) < 0.01
 
 
+def test_an_arm_of_a_later_tier_does_not_measure_dense(tmp_path):
+  root = write_study(tmp_path, {**with_retrofit(0.0), "curriculum": (-0.1, 0.0, None)}, rich=False)
+  of = lambda: judged(root).admissions[planted.TEXT, "tiny"].gates[0]
+  assert not of().passed
+  plan = json.loads((root / "study.json").read_text())
+  keys = [f"{arm}-tiny" for arm in plan["arms"]]
+  for first, passed in ((keys[:-1], True), (keys, False)):  # in the later tier, in both
+    (root / "study.json").write_text(json.dumps({**plan, "plan": {"tiers": {"1": first, "2": keys[-1:]}, "seeds": {}}}))
+    assert of().passed == passed and of().needs == "within 2 % of the best arm" + " of its tier" * passed
+
+
 def test_where_no_other_arm_has_as_few_tokens_the_gate_of_the_best_arm_says_so(tmp_path):
   """Of a finished model whose arms all go on from it dense is compared with itself: that gate asks nothing."""
   root = write_study(tmp_path, with_retrofit(0.0))

@@ -65,7 +65,8 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
   sign = 1 if m.lower_is_better else -1
   lost = lambda values: sign * level({s: values[s] - dense[s] for s in values if s in dense})
   ahead, allowed, others = _best(study, table, m, size, dense)
-  best = "the best arm" if others else f"the best arm, and none but {study.dense} has as few tokens"
+  best = "the best arm" + (" of its tier" if _later(study, size) else "")
+  best = best if others else f"{best}, and none but {study.dense} has as few tokens"
   if m.kind == "recall":
     gates = [Gate(study.dense, f"at least {m.text(SOLVED)} % or within {m.text(BEST)} of {best}", level(dense),
                   level(dense) >= SOLVED or ahead <= BEST)]
@@ -89,18 +90,29 @@ def _best(study, table, m, size, dense) -> tuple[float, float, bool]:
   """(how far the best arm is ahead of dense, how far it may be), over the seeds that both have, and whether there is
   another arm than dense to be the best; NaN without dense.
 
-  Arms that saw more tokens than dense are no measure of it: twice the bytes are better without any selection.
+  Arms that saw more tokens than dense are no measure of it: twice the bytes are better without any selection. Nor are
+  those of a later tier of the plan: they answer other questions (is it the curriculum?), and what was said of a tier
+  whose test was opened does not change with runs that are made afterwards.
   """
   tokens = {arm: [r["tokens"] for r in table if (r.arm, r.size) == (arm, size) and r.headline] for arm in study.arms}
   limit = 1.005 * max(tokens.get(study.dense) or [math.nan])
   found, others = [(math.nan, math.nan)], False
+  later = _later(study, size)
   for arm in study.arms:
-    values = endpoints.series(table, arm, size, study.headline_mode(arm), m.name)
+    values = endpoints.series(table, arm, size, study.headline_mode(arm), m.name) if arm not in later else {}
     if (common := sorted(set(values) & set(dense))) and not max(tokens[arm], default=math.nan) > limit:
       others |= arm != study.dense
       gap = float(np.mean([dense[s] - values[s] for s in common])) * (1 if m.lower_is_better else -1)
       found.append((gap, BEST * float(np.mean([values[s] for s in common])) if m.lower_is_better else BEST))
   return *max(found[1:] or found, key=lambda pair: pair[0] - pair[1]), others
+
+
+def _later(study, size) -> set[str]:
+  """The arms of one size that the plan has in no tier up to the one that has dense; none without tiers."""
+  tiers, so_far = [set(keys) for keys in ((study.plan or {}).get("tiers") or {}).values()], set()
+  while tiers and f"{study.dense}-{size}" not in so_far:
+    so_far |= tiers.pop(0)
+  return {arm for arm in study.arms if any(f"{arm}-{size}" in keys for keys in tiers) and f"{arm}-{size}" not in so_far}
 
 
 def admissions(study: Study, table: list[Row]) -> dict[tuple[str, str], Admission]:

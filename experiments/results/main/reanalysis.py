@@ -121,7 +121,7 @@ def average(x):
 
 
 def gates(plan, v, metric, size, arms):
-  """{control: passed} of an endpoint."""
+  """{control: passed} of an endpoint. Arms of a later tier than dense's measure nothing (amendment 5)."""
   base = metric.partition(":")[0]
   metric = GATED_BY[base] + metric[len(base):] if base in GATED_BY else metric
   _, _, _, kind, less, behind, near = METRICS[metric.partition(":")[0]]
@@ -129,7 +129,12 @@ def gates(plan, v, metric, size, arms):
   get = lambda mode: v.of(dense, size, metric, mode)
   level, lost = average(get("dense")), lambda mode: sign * average(paired(get(mode), get("dense")))
   close = []  # to every arm that saw no more tokens
-  for arm in arms:
+  tier = {}
+  for number, keys in enumerate(((plan.get("plan") or {}).get("tiers") or {}).values()):
+    for key in keys:
+      tier.setdefault(key, number)
+  last = tier.get(f"{dense}-{size}", math.inf)
+  for arm in [arm for arm in arms if tier.get(f"{arm}-{size}", -1) <= last]:
     ours = v.of(arm, size, metric)
     common = sorted(set(ours) & set(get("dense")))
     if common and not v.tokens.get((arm, size), 0.) > 1.005 * v.tokens.get((dense, size), math.inf):
