@@ -151,6 +151,9 @@ def test_the_section_shows_both_costs_and_is_left_out_where_one_length_was_asked
   for r in study.runs[0].records:
     r["far_exact_match"] = 0.5
   assert "dense answers 50.0 % at 1x, less than 90 %" in document.markdown("x", lengths.section(study, gallery))
+  study.runs[0].status = "unfinished"
+  assert "dense was not asked for far answers at 1x, or has not finished: recall says" in document.markdown(
+      "x", lengths.section(study, gallery))
   for run in study.runs:
     run.records = [r for r in run.records if "@256" not in r.get("task", "")]
   assert lengths.section(study, gallery) == []

@@ -206,6 +206,8 @@ def test_where_no_other_arm_has_as_few_tokens_the_gate_of_the_best_arm_says_so(t
     row.values["tokens"] *= 2 if row.arm != "dense" else 1
   assert needs("exact_match").endswith("of the best arm, and none but dense has as few tokens")
   assert needs(planted.TEXT) == "within 2 % of the best arm, and none but dense has as few tokens"
+  table = [row for row in table if row.arm != "dense"]
+  assert needs(planted.TEXT) == "within 2 % of the best arm"  # nothing is known of it
 
 
 def test_a_planned_test_that_was_not_run_counts_in_its_family(tmp_path):

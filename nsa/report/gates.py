@@ -88,7 +88,7 @@ def admission(study: Study, table: list[Row], name: str, size: str) -> Admission
 
 def _best(study, table, m, size, dense) -> tuple[float, float, bool]:
   """(how far the best arm is ahead of dense, how far it may be), over the seeds that both have, and whether there is
-  another arm than dense to be the best; NaN without dense.
+  another arm than dense to be the best; NaN and True without dense.
 
   Arms that saw more tokens than dense are no measure of it: twice the bytes are better without any selection. Nor are
   those of a later tier of the plan: they answer other questions (is it the curriculum?), and what was said of a tier
@@ -96,7 +96,7 @@ def _best(study, table, m, size, dense) -> tuple[float, float, bool]:
   """
   tokens = {arm: [r["tokens"] for r in table if (r.arm, r.size) == (arm, size) and r.headline] for arm in study.arms}
   limit = 1.005 * max(tokens.get(study.dense) or [math.nan])
-  found, others = [(math.nan, math.nan)], False
+  found, others = [(math.nan, math.nan)], not dense
   later = _later(study, size)
   for arm in study.arms:
     values = endpoints.series(table, arm, size, study.headline_mode(arm), m.name) if arm not in later else {}

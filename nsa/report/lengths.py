@@ -169,9 +169,9 @@ def _of_size(study, size, gallery):
   speed = speed if any(math.isfinite(speed(arm)) for arm in runs) else None
   blocks, found, least = [], anchor(study, size), study.solved or ANCHOR
   if not found or np.mean(found) < least:
-    said = f"answers {100 * np.mean(found):.1f} %" if found else "has no far answer"
-    blocks.append(Text(f"**{study.dense} {said} at {times[0]}, less than {100 * least:.0f} %: recall says nothing of "
-                       "what the others lack.**", "note"))
+    said = (f"answers {100 * np.mean(found):.1f} % at {times[0]}, less than {100 * least:.0f} %" if found else
+            f"was not asked for far answers at {times[0]}, or has not finished")
+    blocks.append(Text(f"**{study.dense} {said}: recall says nothing of what the others lack.**", "note"))
   blocks.append(_recall_and_cost(study, runs, values, trained, asked, times, speed))
   blocks += _text_by_position(study, size, runs, asked, times) + _judged(study, size, trained)
   caption = ("Recall of far evidence against what a token costs, at each length. Pale marks: seeds; full ones: their "
