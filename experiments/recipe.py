@@ -1,6 +1,7 @@
 """Is a retrofit behind dense because its selector warms up for too short a time, or at the wrong rates?
 
-    python -m launch.study --config=experiments/recipe.py:novels=A.tar.xz,code=B.tar.xz --workdir=runs/recipe
+    python -m launch.study --config=experiments/recipe.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz \\
+        --workdir=runs/recipe
 
 In the first seeds of `experiments/main_study.py` retrofits of 25 % end behind dense, also when they are run dense: the
 backbone moved while the selector was still learning. Here the same retrofits, on seed 0, which is in no arm of that

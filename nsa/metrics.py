@@ -1,4 +1,4 @@
-"""Numbers of a run on disk and on the terminal: JSONL records, JSON files, one progress line, MFU.
+"""Numbers of a run on disk: JSONL records, JSON files, MFU.
 
 Needs neither JAX nor TensorFlow; anything that numpy can convert, jax.Array included, may be written.
 """
@@ -14,8 +14,6 @@ from typing import Any
 
 from etils import epath
 import numpy as np
-
-from nsa.progress import Progress  # noqa: F401, part of this module's interface
 
 # JSON has no word for these; as strings they stay readable by every JSON parser.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nsa import metrics
+from nsa.progress import Progress
 
 
 def test_every_value_comes_back(tmp_path):
@@ -198,7 +199,7 @@ class Terminal(io.StringIO):
 
 def test_progress_line_and_pauses():
   clock, out = Clock(), io.StringIO()
-  progress = metrics.Progress("native_msa s0", 400, every=10, stream=out, clock=clock)
+  progress = Progress("native_msa s0", 400, every=10, stream=out, clock=clock)
   with progress.pause("compile"):
     clock.now += 1000
   for step in range(1, 121):
@@ -222,7 +223,7 @@ def test_progress_line_and_pauses():
 
 def test_progress_plain_lines_come_every_n_seconds_and_at_the_end():
   clock, out = Clock(), io.StringIO()
-  progress = metrics.Progress("run", 100, start_step=40, every=10, stream=out, clock=clock)
+  progress = Progress("run", 100, start_step=40, every=10, stream=out, clock=clock)
   for step in range(41, 101):
     clock.now += 1
     progress.update(step, tokens=(step - 40) * 1_000_000)
@@ -234,7 +235,7 @@ def test_progress_plain_lines_come_every_n_seconds_and_at_the_end():
 
 def test_progress_window_follows_a_slower_stage():
   clock = Clock()
-  progress = metrics.Progress("run", 1000, window=20, stream=io.StringIO(), clock=clock)
+  progress = Progress("run", 1000, window=20, stream=io.StringIO(), clock=clock)
   for step in range(1, 201):
     clock.now += 1 if step <= 100 else 4
     progress.update(step, tokens=step)
@@ -246,7 +247,7 @@ def test_progress_window_follows_a_slower_stage():
 def test_progress_on_a_terminal(monkeypatch):
   monkeypatch.setenv("COLUMNS", "30")
   clock, out = Clock(), Terminal()
-  progress = metrics.Progress("a_long_name_of_a_run", 10, stream=out, clock=clock)
+  progress = Progress("a_long_name_of_a_run", 10, stream=out, clock=clock)
   for step in range(1, 11):
     clock.now += 0.02
     progress.update(step, tokens=step, loss=1.0)
