@@ -1,11 +1,11 @@
 """Writes the report of one study, or of one or several runs.
 
     python -m launch.report RUN_OR_STUDY... [--out=DIR]
-    python -m launch.report runs/pilot --out=experiments/results/pilot --publish
-    python -m launch.report experiments/results/pilot --out=DIR        # the same report, from what was published
-    python -m launch.report runs/pilot experiments/results/pilot --out=experiments/results/pilot --publish
+    python -m launch.report runs/gates --out=experiments/results/gates --publish
+    python -m launch.report experiments/results/gates --out=DIR        # the same report, from what was published
+    python -m launch.report runs/gates experiments/results/gates --out=experiments/results/gates --publish
 
-The last takes the runs that runs/pilot has not finished from what was published before. With --open --publish the
+The last takes the runs that runs/gates has not finished from what was published before. With --open --publish the
 report has what the sealed evaluations (eval.sealed) say, too: of each tier of the plan, or the whole study, once all
 its runs are there, not before and not a second time; a published report that was opened stays so. What people have to
 say of it goes into a NOTES.md, in DIR or beside study.json: it becomes a section.

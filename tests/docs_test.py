@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from launch import overrides
+from nsa.report import archive
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments/README.md"])
@@ -57,13 +58,15 @@ def flags_of(module):
 
 
 def test_written_commands_name_what_there_is():
-  """The module, its flags, the experiment, its arguments and fields of its config. What is left open (..., $X) may be
-  anything."""
+  """The module, its flags, the experiment, its arguments and fields of its config, a published report that has records.
+  What is left open (..., $X) may be anything."""
   get_config = functools.cache(lambda path: runpy.run_path(path)["get_config"])
   commands, told = [*written_commands()], 0
   assert len(commands) > 150
   for path, module, words in commands:
     assert importlib.util.find_spec(module), (path, module)
+    if module == "launch.report":
+      assert all(archive.archives(ROOT / word) for word in words.split() if (ROOT / word).is_dir()), (path, words)
     known, config = flags_of(module), None
     for flag, value in re.findall(r"(?<!\S)--(\w\S*?)(?:=(\S*)|(?!\S))", words):
       assert flag in known or flag.startswith("config."), (path, module, flag)
