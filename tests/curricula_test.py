@@ -136,6 +136,8 @@ def test_the_report_says_all_of_it_and_no_word(root, tmp_path):
   assert of["native_to_dense"][5].startswith("-0.0160 (") and of["native_msa"][5].startswith("-0.0200 (")
   assert "no word" in mine and "cannot go below p = 0.12" in mine
   assert "What is sealed of these arms is in no number" in mine
+  assert "Rows of 512 tokens are cut and ordered anew: with them a step of context_512 reads 4 times as many" in mine
+  assert mine.count("ordered anew") == 1
   assert not any(word in mine for word in ("matches", "better", "worse"))
   others = text[:text.index(f"## {curricula.TITLE}")]
   assert not any(line.startswith("| native_to_dense | 4 | ") and "-0.0160" in line for line in others.splitlines())

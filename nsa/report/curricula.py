@@ -152,6 +152,13 @@ def _beside(study, table, size, found, shown, pairs) -> str:
   if any(run.sealed and f"{run.arm}-{size}" not in archive.shown(study) for arm in found
          for run in study.arm_runs(arm, size)):
     text += "What is sealed of these arms is in no number: it is opened when all runs of their tier are there. "
+  for arm in found:
+    config = next((run.config for run in study.arm_runs(arm, size) if run.stages), {})
+    whole = config.get("data", {}).get("context", 0)
+    short = min((n for one in config["schedule"]["stages"] if 0 < (n := one.get("context", 0)) < whole), default=0)
+    if short:
+      text += (f"Rows of {short:,} tokens are cut and ordered anew: with them a step of {arm} reads {whole / short:g} "
+               f"times as many pieces of text as one of {study.dense}, so that more than their length differs. ")
   judged = [study.dense, study.reference, *study.retrofits()]
   commits = lambda of: {str(run.versions["commit"])[:12] for arm in of for run in study.arm_runs(arm, size)
                         if run.status == "done" and run.versions.get("commit")}
