@@ -1,6 +1,7 @@
-"""Does sparse attention put onto a dense-trained model reach dense attention, and does native go beyond it?
+r"""Does sparse attention put onto a dense-trained model reach dense attention, and does native go beyond it?
 
-    python -m launch.study --config=experiments/main_study.py:novels=A.tar.xz,code=B.tar.xz,tier=all --plan
+    python -m launch.study --plan \
+        --config=experiments/main_study.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz,tier=all
     python -m launch.study --config=experiments/main_study.py:novels=...,code=... --workdir=runs/main --only='*-M-s1'
 
 The first writes results/main/PLAN.md and plan.json, to be committed before the first run that counts; the study puts
@@ -67,7 +68,7 @@ MORE_SEEDS = (1, 2, 3)                       # of these seeds alone: each costs 
 PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code", "far_exact_match")
 # "dense-M", "native-M", ... -> tokens per second alone on one H200, where measured: the study's runs share their GPUs
 SPEEDS = {"dense-M": 1_939_763, "native-M": 1_386_685, "dense-S": 4_600_796, "native-S": 2_819_030,
-          "native_window-M": 2_639_345}  # the last one with later kernels, times what dense lacks to its speed with them
+          "native_window-M": 2_639_345}  # by later kernels, with which dense and it are 1.03 times as fast
 SPEEDS["native_cold-M"] = SPEEDS["native-M"]  # the same steps but for 2 %
 for _arm, _first, _share in (("native_to_dense", "native", 0.75), ("window_to_dense_25", "native_window", 0.75),
                              ("window_to_dense_75", "native_window", 0.25)):  # of both kinds of their steps

@@ -1,6 +1,7 @@
-"""Does a neural memory close more of what a window lacks than a longer window, or a selector, of the same cost?
+r"""Does a neural memory close more of what a window lacks than a longer window, or a selector, of the same cost?
 
-    python -m launch.study --config=experiments/titans.py:novels=A.tar.xz,code=B.tar.xz --workdir=runs/titans
+    python -m launch.study --workdir=runs/titans \
+        --config=experiments/titans.py:novels=longdoc-v1.tar.xz,code=longcode-v1.tar.xz
     python -m launch.study --config=experiments/titans.py:slice=true,novels=...,code=... --workdir=runs/titans_slice
     python -m benchmarks.memory                     # step times of the arms alone, and of the memory: `SPEEDS`
 

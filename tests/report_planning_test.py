@@ -1,7 +1,9 @@
 """What a report says for the study that comes next, and what of it goes into a repository."""
 import csv
+import errno
 import lzma
 import math
+import os
 
 import numpy as np
 import pytest
@@ -73,6 +75,17 @@ def test_a_published_picture_is_one_small_file(study, tmp_path):
   for arm in loaded.arms:  # a palette must not turn one arm's colour into another's
     wanted = [int(look(arm)[0][i:i + 2], 16) for i in (1, 3, 5)]
     assert np.abs(colors - wanted).max(1).min() <= 4, arm
+
+
+def test_a_figure_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", full)
+  for endings in (("png",), ("svg", "png")):
+    with pytest.raises(OSError, match="No space"):
+      style.save(style.figure(2, 2)[0], tmp_path, "loss", endings)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_published_report_knows_no_paths_and_keeps_notes(study, tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image  # matplotlib's own
 
+from nsa import metrics
 from nsa.report.runs import Study
 
 STYLE = {
@@ -67,11 +68,13 @@ def save(fig: Figure, folder, name: str, endings=("svg", "png")) -> None:
     fig.savefig(data, dpi=130)
     # An octree keeps the arms' colours (to 3 of 255); median cut turned blue lines green where there were few of them.
     palette = Image.open(data).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    palette.save(folder / f"{name}.png", optimize=True)
+    palette.save(data := io.BytesIO(), "png", optimize=True)
+    metrics.write_bytes(folder / f"{name}.png", data.getvalue())  # whole or not at all, on a full disk too
     return
   for ending in endings:
-    fig.savefig(folder / f"{name}.{ending}",
+    fig.savefig(data := io.BytesIO(), format=ending,
                 metadata={"Date": None, "Creator": None} if ending == "svg" else {"Software": None})
+    metrics.write_bytes(folder / f"{name}.{ending}", data.getvalue())
     fig.set_layout_engine("none")  # keep the layout just found: finding it again would double the time
 
 
