@@ -1,8 +1,9 @@
-"""What a step with Titans' memory costs, and what the memory alone costs.
+r"""What a step with Titans' memory costs, and what the memory alone costs.
 
   python -m benchmarks.memory --out=memory.jsonl                                   # minutes of one GPU
   python -m benchmarks.memory --steps= --layers=4096/128,4096/16 --products=bfloat16
-  python -m benchmarks.memory --tiny                                               # on a CPU, to see that it runs
+  JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+      python -m benchmarks.memory --tiny --steps=native_mag --layers=4096/128      # on a CPU, to see that it runs
 
 --steps names arms of experiments/titans.py: the train step of their last stage, their size, one seed. --layers
 names TOKENS/CHUNK pairs: the memory of one layer alone (writing and reading with q, k, v and gates given), as many
@@ -46,7 +47,7 @@ def main():
   from nsa import flops
   from nsa.config import ForkConfig
   cli.compilation_cache(flags.FLAGS.compilation_cache)
-  tiny = "context=256,batch=2,chunk=32" if _TINY.value else ""
+  tiny = "tiny=true,context=256,batch=2,chunk=32" if _TINY.value else ""
   study = titans.get_config(",".join(filter(None, (tiny, _ARGUMENTS.value))))
   arms = {config.arm: config for config in study.arms}
   if unknown := [name for name in _STEPS.value if name not in arms]:
