@@ -36,8 +36,8 @@ are parabolas of curvature .03, residuals with an SD of .003, .006, .012 bits pe
 A pilot that can bracket: budgets=5e15+8e15,shares=32,sizes=2XS+XS+S+M+L,least=150,most=5e8,view=false,shared=true,
 plan=experiments/results/isoflop_pilot. Its plan stands there, older than any of its 28 runs (seed 0).
 By the losses just named, with noise of .003 and .006 (30 studies each, MSA as good as dense at equal tokens or .01
-behind), both optima are bracketed at the larger budget in 29 or 30; with .012 in 26 to 30. Budgets of 3e15 and 6e15
-bracket dense's in half. By the slice's speed it takes 25 minutes of one H200.
+behind), each of the three optima is bracketed at the larger budget in 29 or 30; with .012 in 26 to 30. Budgets of 3e15
+and 6e15 bracket dense's in half. By the slice's speed it takes 25 minutes of one H200.
 
 Result of the slice (experiments/results/isoflop_slice; 5 minutes of one H200, 30 of its 38 runs, one seed): undecided,
 as the smallest model is the best one of every method at every budget. The whole grid has not been run.

@@ -69,10 +69,16 @@ PRIMARY = ("second_half_bits_per_byte:novels", "second_half_bits_per_byte:code",
 # "dense-M", "native-M", ... -> tokens per second alone on one H200, where measured: the study's runs share their GPUs
 SPEEDS = {"dense-M": 1_939_763, "native-M": 1_386_685, "dense-S": 4_600_796, "native-S": 2_819_030,
           "native_window-M": 2_639_345}  # by later kernels, with which dense and it are 1.03 times as fast
-SPEEDS["native_cold-M"] = SPEEDS["native-M"]  # the same steps but for 2 %
-for _arm, _first, _share in (("native_to_dense", "native", 0.75), ("window_to_dense_25", "native_window", 0.75),
-                             ("window_to_dense_75", "native_window", 0.25)):  # of both kinds of their steps
-  SPEEDS[f"{_arm}-M"] = 1 / (_share / SPEEDS[f"{_first}-M"] + (1 - _share) / SPEEDS["dense-M"])
+
+
+def _then_dense(arm, share):
+  return 1 / (share / SPEEDS[f"{arm}-M"] + (1 - share) / SPEEDS["dense-M"])
+
+
+# By arithmetic from these: arms of the same steps, or of two kinds of them.
+SPEEDS |= {"native_cold-M": SPEEDS["native-M"], "native_to_dense-M": _then_dense("native", 0.75),
+           "window_to_dense_25-M": _then_dense("native_window", 0.75),
+           "window_to_dense_75-M": _then_dense("native_window", 0.25)}
 # SDs of paired differences over seeds, from the pilots: text after 98 MB scaled by (bytes)^-0.45, recall of retrofits
 # of 13 and 25 %.
 QUESTION = ("Does sparse attention put onto a dense-trained model reach dense attention, does native go beyond it, "

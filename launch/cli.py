@@ -259,13 +259,14 @@ def _connect() -> None:
                      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), one process needs none")
 
 
-def compilation_cache(directory: str | None, workdir: str | None = None) -> None:
+def compilation_cache(directory: str | None, programs: bool = False, workdir: str | None = None) -> None:
   """Keeps compiled programs between processes. Before the first computation.
 
   workdir: of a run or a study, which keeps what XLA's autotuner chose for them (nsa/autotune.py).
 
   A program is found by its text, the kind of device and the versions of jax and XLA: the directory may be carried to
-  another machine, under another name.
+  another machine, under another name. programs: a GPU finds those of `nsa.programs` before they are traced, too
+  (nsa/kept.py). Steps were compared there, and evaluations' programs loaded but not run: nobody gets it without asking.
   """
   import jax
   if directory:
@@ -279,6 +280,9 @@ def compilation_cache(directory: str | None, workdir: str | None = None) -> None
     jax.config.update("jax_compilation_cache_dir", directory)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if programs and jax.config.jax_enable_compilation_cache:
+      from nsa import programs as nsa_programs  # --help needs none of it
+      nsa_programs.keep(os.path.join(directory, "programs"))
 
 
 def define_common() -> None:
@@ -286,6 +290,8 @@ def define_common() -> None:
   flags.DEFINE_string("compilation_cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/nsa/compiled"),
                       "Directory of compiled programs, kept between processes; empty for none. It may be "
                       "copied to other machines of the same devices and versions.")
+  flags.DEFINE_boolean("keep_programs", False, "With a compilation cache, on one GPU: launch.train, study and evaluate "
+                       "find their programs before they trace them, and start sooner (experimental).")
   flags.DEFINE_string("coordinator", "", "host:port of process 0 of a run of several processes; empty: from "
                       "JAX_COORDINATOR_ADDRESS, Slurm or the TPU environment, or a single process; auto: jax asks the "
                       "cluster (Cloud TPU VMs, Open MPI).")

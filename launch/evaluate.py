@@ -53,7 +53,7 @@ def main():
     e.batch = max(1, min(e.batch, max(e.sequences, e.task_examples if e.tasks or config.data.tasks else 0)))
   config_lib.validate(config)
   evaluate.refuse_absent(config, _RUN_MODES.value.split(), "--run_modes")
-  cli.compilation_cache(flags.FLAGS.compilation_cache)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs)
   mesh, params = evaluate.place_here(config, params)
   rundir.make_workdir(epath.Path(_WORKDIR.value))  # raises before anything is computed for it
   with capacity.told(config, "evaluating", evaluation=True):

@@ -55,7 +55,7 @@ def main():
     study_lib.jobs(study, workdir)  # raises for what cannot run
     print(plan_file.write(study, study.plan or workdir))
     return
-  cli.compilation_cache(flags.FLAGS.compilation_cache, workdir)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs, workdir=workdir)
   began = time.monotonic()
   say = lambda line: print(line, flush=True)
   only = tuple(_ONLY.value)

@@ -27,7 +27,8 @@ def main():
   config_lib.validate(config)
   if not _DRY_RUN.value and not _WORKDIR.value:
     raise config_lib.ConfigError([("--workdir", "", "name the run directory, or take --dry_run")])
-  cli.compilation_cache(flags.FLAGS.compilation_cache, None if _DRY_RUN.value else _WORKDIR.value)
+  cli.compilation_cache(flags.FLAGS.compilation_cache, programs=flags.FLAGS.keep_programs,
+                        workdir=None if _DRY_RUN.value else _WORKDIR.value)
   if _DRY_RUN.value:
     from nsa.planning import plan
     for line in plan.describe(config):

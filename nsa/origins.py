@@ -48,6 +48,11 @@ def registered() -> int:
   return _count
 
 
+def any_registered() -> bool:
+  """Whether this process knows a class from outside of this package."""
+  return bool(_ORIGINS)
+
+
 def modules_of(classes) -> list[str]:
   """What a new process has to import for these classes; nothing for those of this package."""
   return sorted({_ORIGINS[cls][0] for cls in classes if cls in _ORIGINS} - {""})

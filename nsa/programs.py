@@ -20,7 +20,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from nsa import autotune
+from nsa import autotune, kept
 
 # Of Python's lock, while two threads want it: the default of 5 ms would be a quarter of a small model's step.
 _SWITCH_SECONDS = 5e-4
@@ -34,8 +34,8 @@ _lock = threading.Lock()
 _programs: dict[Hashable, concurrent.futures.Future] = {}
 _ahead: _Ahead | None = None  # the threads of `ahead`
 _begun = threading.Event()  # see `begun`
+_kept: kept.Kept | None = None
 _took: dict[Hashable, dict[str, float]] = {}
-_thread = threading.local()  # .cached: whether JAX's cache had what this thread last compiled
 _threads: list[threading.Thread] = []  # those that an exception did not wait for
 
 
@@ -47,8 +47,17 @@ def get(key: Hashable, build: Callable[[], Any]) -> Any:
   return future.result()
 
 
+def keep(directory: str | os.PathLike | None) -> None:
+  """Keeps what `compiled` makes in a directory, for later processes, and looks there first; None ends that.
+
+  For commands, which trace what the source says: not for a process that changes this project's modules, as tests do.
+  """
+  global _kept
+  _kept = kept.Kept(directory) if directory else None
+
+
 def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
-  """lower().compile() as `get` would give it.
+  """lower().compile() as `get` would give it, or the same from an earlier process (`keep`).
 
   In the thread that traces ahead it returns None as soon as the program is traced: another thread compiles it.
   """
@@ -57,12 +66,17 @@ def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
   if mine:
     try:
       began = time.monotonic()
-      compile_ = lower().compile
-      _took[key] = {"traced": time.monotonic() - began}
+      if found := _kept and _kept.load(key):
+        _took[key] = {"kept": time.monotonic() - began}
+      compile_ = None if found else lower().compile
+      if not found:
+        _took[key] = {"traced": time.monotonic() - began}
     except BaseException as error:
       future.set_exception(error)
       raise
-    if threads:
+    if found:
+      future.set_result(found)
+    elif threads:
       threads.todo.put((key, future, compile_))
     else:
       _finish(key, future, compile_)
@@ -71,27 +85,24 @@ def compiled(key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
 
 def took(key: Hashable) -> dict[str, float]:
   """Seconds that `compiled` took for a program, by stage: traced (and lowered), then compiled or read from JAX's cache
-  ("cached"); {} for one that is not there."""
+  ("cached"), or "kept" alone; {} for one that is not there."""
   return dict(_took.get(key, {}))
 
 
 def _finish(key, future, compile_) -> None:
+  here = []
+
   def build():
     with autotune.alone():
-      began, _thread.cached = time.monotonic(), False
-      made = compile_()
-      _took[key]["cached" if _thread.cached else "compiled"] = time.monotonic() - began
+      began = time.monotonic()
+      made, fresh = kept.compile_here(compile_)
+      _took[key]["compiled" if fresh else "cached"] = time.monotonic() - began
+    here.append(fresh)
     return made
 
   _settle(future, build)
-
-
-def _listen(event: str, **_) -> None:
-  if event == "/jax/compilation_cache/cache_hits":
-    _thread.cached = True
-
-
-jax.monitoring.register_event_listener(_listen)
+  if _kept and (here[0] or jax.default_backend() == "gpu"):
+    _kept.save(key, future.result())
 
 
 def _claim(key) -> tuple[concurrent.futures.Future, bool]:

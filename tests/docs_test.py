@@ -37,6 +37,7 @@ def test_links_and_commands_lead_somewhere(page):
       assert found.exists(), target
       assert not anchor or found.suffix != ".md" or anchor in anchors(found), target
 
+
 def written_commands():
   """(file, module, words) of every command that a page or a docstring has, that of another command among them."""
   code = [path for room in ("launch", "benchmarks", "experiments") for path in sorted(ROOT.glob(f"{room}/**/*.py"))]

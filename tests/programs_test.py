@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from launch import cli
-from nsa import programs, start
+from nsa import kept, model as model_lib, origins, programs, start
+from nsa.config import Config
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +148,49 @@ def test_a_cache_of_programs_may_be_carried_elsewhere(tmp_path):
     cache.reset_cache()
 
 
+def test_a_kept_program_is_found_by_its_key_before_it_is_traced(tmp_path, monkeypatch):
+  """As a later process finds it; `lower` is called where nothing is found that may be taken."""
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path / "programs", platform="cpu"))
+  tmp_path = tmp_path / "programs"
+  monkeypatch.setattr(origins, "_ORIGINS", {})
+  traced, salt = [], time.time_ns() % 1_000_000  # programs that JAX's cache does not have yet
+
+  def program(*key, factor):
+    monkeypatch.setattr(programs, "_programs", {})
+
+    def lower():
+      traced.append(factor)
+      return jax.jit(lambda tree: jax.tree.map(lambda x: (factor + salt) * x, tree)).lower({"x": jnp.zeros(3)})
+
+    one = programs.compiled(key, lower)({"x": jnp.arange(3.0)})["x"].tolist()
+    return [x - salt * i for i, x in enumerate(one)]
+
+  config = model_lib.Static(Config(arm="a"))
+  assert program("step", config, 8, factor=2) == [0, 2, 4] and traced == [2]
+  assert program("step", model_lib.Static(Config(arm="a")), 8, factor=3) == [0, 2, 4] and traced == [2]
+  assert program("step", model_lib.Static(Config(arm="b")), 8, factor=4) == [0, 4, 8]
+  assert program("step", config, 16, factor=5) == [0, 5, 10]
+  assert program("step", object(), factor=6) == [0, 6, 12]  # a key that means nothing elsewhere
+  assert len(list(tmp_path.iterdir())) == 3 and traced == [2, 4, 5, 6]
+
+  with monkeypatch.context() as patch:  # the source of the project, a version, a flag of XLA, ... is another one
+    patch.setattr(kept, "_surroundings", lambda: "other")
+    assert program("step", config, 8, factor=7) == [0, 7, 14]
+  with monkeypatch.context() as patch:
+    patch.setattr(origins, "_ORIGINS", {Config: ("my_method", "/my_method.py")})
+    assert program("step", config, 8, factor=9) == [0, 9, 18]
+  assert program("step", config, 8, factor=10) == [0, 2, 4]
+  for path in tmp_path.iterdir():
+    path.write_bytes(path.read_bytes()[:1000])  # a copy that was cut
+  assert program("step", config, 8, factor=11) == [0, 11, 22]
+  assert program("step", config, 8, factor=12) == [0, 11, 22]
+
+  for path in tmp_path.iterdir():
+    path.unlink()
+  assert program("step", config, 8, factor=11) == [0, 11, 22]  # from JAX's cache: kept here no second time
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_the_first_step_waited_for_adds_up(tmp_path, monkeypatch):
   """Parts of the clock are all of the time; a program's stages say whether it was compiled, or found before that."""
   now = [100.0]
@@ -154,6 +198,7 @@ def test_what_the_first_step_waited_for_adds_up(tmp_path, monkeypatch):
   monkeypatch.setattr(start, "_age", lambda: 2.5)
   monkeypatch.setattr(start, "_process", None)
   monkeypatch.setattr(programs, "_took", {})
+  monkeypatch.setattr(programs, "_kept", kept.Kept(tmp_path, platform="cpu"))
   start.of_process()
   clock = start.take()
   assert clock.seconds == {"imports": 2.5} and not start.take().seconds  # the second run of a process
@@ -176,6 +221,21 @@ def test_what_the_first_step_waited_for_adds_up(tmp_path, monkeypatch):
   assert clock.line(took) == ("first step after 9.8 s: imports 2.5, program 7.0, first step 0.2; its program: traced "
                               f"3.0, {'compiled' if 'compiled' in took else 'cached'} 4.0")
   assert clock.line(programs.took("unknown")).endswith("first step 0.2")
+  if "compiled" in took:
+    monkeypatch.setattr(programs, "_programs", {})
+    programs.compiled(("step",), lower)
+    assert programs.took(("step",)) == {"kept": 0}
+
+
+def test_what_a_kept_program_depends_on_beside_its_key(monkeypatch):
+  monkeypatch.setattr(kept, "_surroundings", kept._surroundings.__wrapped__)
+  first = kept._surroundings()
+  assert jax.__version__ in first and kept._surroundings() == first
+  for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_VISIBLE_DEVICES"):
+    monkeypatch.setenv(name, "0.4")
+  assert kept._surroundings() == first
+  monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_math=true")
+  assert kept._surroundings() != first
 
 
 def test_an_exit_in_the_midst_of_a_compilation_keeps_its_code():

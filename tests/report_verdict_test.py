@@ -191,7 +191,8 @@ def test_an_arm_of_a_later_tier_does_not_measure_dense(tmp_path):
   plan = json.loads((root / "study.json").read_text())
   keys = [f"{arm}-tiny" for arm in plan["arms"]]
   for first, passed in ((keys[:-1], True), (keys, False)):  # in the later tier, in both
-    (root / "study.json").write_text(json.dumps({**plan, "plan": {"tiers": {"1": first, "2": keys[-1:]}, "seeds": {}}}))
+    tiers = {"tiers": {"1": first, "2": keys[-1:]}, "seeds": dict.fromkeys(keys, [0])}
+    (root / "study.json").write_text(json.dumps({**plan, "plan": tiers}))
     assert of().passed == passed and of().needs == "within 2 % of the best arm" + " of its tier" * passed
 
 

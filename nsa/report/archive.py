@@ -325,7 +325,7 @@ def open_sealed(study: Study) -> None:
   """
   there = {(f"{run.arm}-{run.size}", seed) for run in study.runs if run.status in ("done", "failed")
            for seed in run.seeds}
-  waits = {tier: sorted(runs - there) for tier, runs in _tiers(study).items() if tier not in study.opened}
+  waits = {tier: sorted(runs - there) for tier, runs in study.tiers().items() if tier not in study.opened}
   ready = tuple(tier for tier, left in waits.items() if not left)
   if not any(run.sealed for run in study.finished):
     raise ValueError("--open: no finished run has a sealed evaluation (eval.sealed)")
@@ -337,17 +337,9 @@ def open_sealed(study: Study) -> None:
   study.opened += ready
 
 
-def _tiers(study: Study) -> dict[str, set]:
-  """The runs of each tier of the plan, {(arm-size, seed)}; under "" all runs, where the plan has no tiers."""
-  plan = study.plan or {}
-  if not plan.get("tiers"):
-    return {"": {(f"{run.arm}-{run.size}", seed) for run in study.runs for seed in run.seeds}}
-  return {tier: {(key, seed) for key in keys for seed in plan["seeds"][key]} for tier, keys in plan["tiers"].items()}
-
-
 def shown(study: Study) -> set[str]:
   """arm-size of the runs whose sealed evaluations were opened."""
-  return {key for tier, runs in _tiers(study).items() if tier in study.opened for key, _ in runs}
+  return {key for tier, runs in study.tiers().items() if tier in study.opened for key, _ in runs}
 
 
 def unsealed(study: Study) -> Study:

@@ -108,11 +108,11 @@ def _best(study, table, m, size, dense) -> tuple[float, float, bool]:
 
 
 def _later(study, size) -> set[str]:
-  """The arms of one size that the plan has in no tier up to the one that has dense; none without tiers."""
-  tiers, so_far = [set(keys) for keys in ((study.plan or {}).get("tiers") or {}).values()], set()
-  while tiers and f"{study.dense}-{size}" not in so_far:
-    so_far |= tiers.pop(0)
-  return {arm for arm in study.arms if any(f"{arm}-{size}" in keys for keys in tiers) and f"{arm}-{size}" not in so_far}
+  """The arms of one size that are planned for later tiers than dense alone."""
+  tiers = [{key for key, _ in runs} for runs in study.tiers().values()]
+  own = next((i for i, keys in enumerate(tiers) if f"{study.dense}-{size}" in keys), len(tiers))
+  later = set().union(*tiers[own + 1:]) - set().union(*tiers[:own + 1])
+  return {arm for arm in study.arms if f"{arm}-{size}" in later}
 
 
 def admissions(study: Study, table: list[Row]) -> dict[tuple[str, str], Admission]:

@@ -139,6 +139,13 @@ class Study:
   def arm_runs(self, arm: str, size: str | None = None) -> list[Run]:
     return [r for r in self.runs if r.arm == arm and size in (None, r.size)]
 
+  def tiers(self) -> dict[str, set[tuple[str, int]]]:
+    """The runs of each tier of the plan, {(arm-size, seed)}; under "" all runs, where the plan has no tiers."""
+    plan = self.plan or {}
+    if not plan.get("tiers"):
+      return {"": {(f"{run.arm}-{run.size}", seed) for run in self.runs for seed in run.seeds}}
+    return {tier: {(key, seed) for key in keys for seed in plan["seeds"][key]} for tier, keys in plan["tiers"].items()}
+
   def headline_mode(self, arm: str) -> str:
     runs = [r for r in self.arm_runs(arm) if r.config]
     return runs[0].headline_mode if runs else "dense" if arm in (self.dense, *self.controls.values()) else "sparse"
